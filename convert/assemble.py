@@ -1,0 +1,84 @@
+"""A stream of named tensors becomes a model: layers are stacked as they arrive, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def abstract(make: Callable[[nnx.Rngs], Model]) -> Model:
+    """The model without its numbers: shapes and dtypes only."""
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
+def translated(
+    assignments: Iterable[Assignment], read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Read each source tensor once and yield (our name, our array) for each parameter it fills."""
+    for assignment in assignments:
+        yield from zip(assignment.targets, assignment.transform.to_jax(read(assignment.source)), strict=True)
+
+
+def assemble(
+    model: Model,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: jnp.dtype | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Model:
+    """Fill an abstract model from (per-layer name, array) pairs, each parameter exactly once.
+
+    Args:
+      model: from `abstract`; not changed.
+      tensors: pairs under our per-layer names, in any order.
+      dtype: what parameters are cast to; default: each tensor's own.
+      shardings: parameter path and stacked shape to its sharding; default: the default device.
+
+    Raises:
+      NameTableError: a name is unknown or repeated, or a parameter is left unfilled.
+    """
+    graph, state = nnx.split(model)
+    flat = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    rows = {
+        f"{stack.layers}.{i}": (stack.path, i - stack.start)
+        for stack in model.layer_stacks
+        for i in range(stack.start, stack.stop)
+    }
+    waiting = dict.fromkeys(parameter_shapes(model))
+    buffers: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        if name not in waiting:
+            raise NameTableError(f"{name} is filled twice or is not a parameter of the model")
+        del waiting[name]
+        path, row = name, None
+        pieces = name.split(".", 2)
+        if len(pieces) == 3 and (layer := f"{pieces[0]}.{pieces[1]}") in rows:
+            stack_path, row = rows[layer]
+            path = f"{stack_path}.{pieces[2]}"
+        if path not in buffers:
+            buffers[path] = np.empty(flat[path].get_value().shape, dtype or array.dtype)
+        buffers[path][... if row is None else row] = array
+    if waiting:
+        raise NameTableError("missing parameters:\n  " + "\n  ".join(waiting))
+    for path, variable in flat.items():
+        buffer = buffers.pop(path)
+        variable.set_value(jax.device_put(buffer, shardings(path, buffer.shape)) if shardings else jnp.asarray(buffer))
+    return nnx.merge(graph, state)
+
+
+def from_state_dict(
+    model: Model, rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], *, dtype: jnp.dtype | None = None
+) -> Model:
+    """Fill an abstract model from a PyTorch state dict whose values are numpy arrays."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assignments = assign(rules, shapes, parameter_shapes(model), what="state dict")
+    return assemble(model, translated(assignments, tensors.__getitem__), dtype=dtype)

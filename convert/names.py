@@ -1,0 +1,174 @@
+"""Name tables: rows of (PyTorch's name, our name or names, change of layout), checked for completeness both ways.
+
+Our names are per layer (`blocks.7.image.mlp.up.kernel`), whether or not the model stacks its layers.
+`{i}` and `{j}` in a pattern stand for a number. A fused PyTorch tensor may fill several of our parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+Shape = tuple[int, ...]
+
+
+class NameTableError(ValueError):
+    """A checkpoint and a model do not match; the message lists every offender."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A reversible change of layout from one PyTorch tensor to one or more of our arrays."""
+
+    to_jax: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_torch: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Shapes after `to_jax`, without touching memory of that size."""
+        return tuple(array.shape for array in self.to_jax(np.broadcast_to(np.float32(0), shape)))
+
+    def split(self, parts: int) -> Transform:
+        """The tensor is `parts` equal tensors fused along PyTorch's first axis, each with this layout."""
+
+        def to_jax(tensor: np.ndarray) -> tuple[np.ndarray, ...]:
+            if tensor.shape[0] % parts:
+                return (tensor,)
+            return tuple(self.to_jax(piece)[0] for piece in np.split(tensor, parts))
+
+        def to_torch(arrays: Sequence[np.ndarray]) -> np.ndarray:
+            return np.concatenate([self.to_torch([array]) for array in arrays])
+
+        return Transform(to_jax, to_torch)
+
+
+def _one(to_jax: Callable[[np.ndarray], np.ndarray], to_torch: Callable[[np.ndarray], np.ndarray]) -> Transform:
+    return Transform(lambda tensor: (to_jax(tensor),), lambda arrays: to_torch(arrays[0]))
+
+
+def _swap_halves(tensor: np.ndarray) -> np.ndarray:
+    return np.concatenate(np.split(tensor, 2)[::-1]) if tensor.shape[0] % 2 == 0 else tensor
+
+
+COPY = _one(lambda x: x, lambda x: x)
+"""Biases, norm scales, embeddings."""
+LINEAR = _one(lambda x: x.T, lambda x: x.T)
+"""[out, in] to [in, out]."""
+CONV = _one(
+    lambda x: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x,
+    lambda x: x.transpose(3, 2, 0, 1),
+)
+"""[out, in, height, width] to [height, width, in, out]."""
+CONV_AS_LINEAR = _one(lambda x: x.reshape(x.shape[:2]).T if x.ndim == 4 else x.T, lambda x: x.T[:, :, None, None])
+"""A 1 x 1 convolution that we hold as a linear layer."""
+SWAPPED_LINEAR = _one(lambda x: _swap_halves(x).T, lambda x: _swap_halves(x.T))
+"""A modulation whose shift and scale come in the other order."""
+SWAPPED = _one(_swap_halves, _swap_halves)
+"""The bias of such a modulation."""
+
+
+class Rule(NamedTuple):
+    """One row. `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out."""
+
+    source: str
+    targets: str | tuple[str, ...]
+    transform: Transform = COPY
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
+
+
+class Assignment(NamedTuple):
+    """One tensor of a particular checkpoint: where it goes and how."""
+
+    source: str
+    targets: tuple[str, ...]
+    transform: Transform
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
+    return re.compile(escaped)
+
+
+def parameter_shapes(model: nnx.Module) -> dict[str, Shape]:
+    """Our per-layer name of every parameter of `model` (which may be abstract), with one layer's shape."""
+    shapes: dict[str, Shape] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        shape = tuple(variable.get_value().shape)
+        for stack in model.layer_stacks:
+            if name.startswith(stack.path + "."):
+                rest = name.removeprefix(stack.path)
+                shapes |= {f"{stack.layers}.{i}{rest}": shape[1:] for i in range(stack.start, stack.stop)}
+                break
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def assign(
+    rules: Iterable[Rule], sources: Mapping[str, Shape], expected: Mapping[str, Shape], what: str = "checkpoint"
+) -> list[Assignment]:
+    """Match every tensor of a checkpoint with the parameters it fills, in the checkpoint's order.
+
+    Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
+    or when a shape is wrong; everything wrong is listed at once.
+    """
+    compiled = [(_regex(rule.source), rule) for rule in rules]
+    assignments: list[Assignment] = []
+    problems: list[str] = []
+    for source, shape in sources.items():
+        matches = [(found, rule) for regex, rule in compiled if (found := regex.fullmatch(source))]
+        if len(matches) != 1:
+            problems.append(f"surplus tensor {source} {list(shape)}: {len(matches)} rows of the name table match it")
+            continue
+        found, rule = matches[0]
+        targets = tuple(name.format(**found.groupdict()) for name in rule.target_names)
+        if not targets:
+            continue
+        unknown = [name for name in targets if name not in expected]
+        if unknown:
+            problems.append(f"surplus tensor {source} {list(shape)}: the model has no {', '.join(unknown)}")
+            continue
+        wanted = tuple(expected[name] for name in targets)
+        if rule.transform.shapes(shape) != wanted:
+            torch_shape = list(rule.transform.to_torch([np.broadcast_to(np.float32(0), s) for s in wanted]).shape)
+            problems.append(f"wrong shape of {source}: expected {torch_shape}, found {list(shape)}")
+        assignments.append(Assignment(source, targets, rule.transform))
+    filled = Counter(target for assignment in assignments for target in assignment.targets)
+    problems += [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
+    problems += [f"missing tensor for {name} {list(expected[name])}" for name in expected if name not in filled]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise NameTableError(f"{what} does not match the model ({len(problems)} problems):\n  {listing}")
+    return assignments
+
+
+def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]:
+    """The same the other way: which PyTorch tensors hold our parameters `names`, each exactly once.
+
+    Raises NameTableError listing every name that no row covers.
+    """
+    left = dict.fromkeys(names)
+    assignments: list[Assignment] = []
+    for rule in rules:
+        if not rule.target_names:
+            continue
+        regex = _regex(rule.target_names[0])
+        for found in [found for name in left if (found := regex.fullmatch(name))]:
+            numbers = found.groupdict()
+            targets = tuple(name.format(**numbers) for name in rule.target_names)
+            if all(target in left for target in targets):
+                assignments.append(Assignment(rule.source.format(**numbers), targets, rule.transform))
+                for target in targets:
+                    del left[target]
+    if left:
+        raise NameTableError("no row of the name table covers:\n  " + "\n  ".join(left))
+    return assignments

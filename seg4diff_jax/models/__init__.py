@@ -1,0 +1,1 @@
+"""What computes: Flax NNX modules and pure functions on arrays. No files, no tokenizers, no printing."""
