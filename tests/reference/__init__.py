@@ -1,0 +1,1 @@
+"""PyTorch: what every number here is compared with."""

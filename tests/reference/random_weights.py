@@ -1,0 +1,31 @@
+"""Seeded noise for every parameter of a PyTorch module, so that no zero gate or unit norm hides an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def randomize_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill parameters in place: weights of size 1/sqrt(fan in), norm scales around 1, biases of size 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if name.endswith("bias"):
+                value = 0.1 * noise
+            elif parameter.ndim == 1:
+                value = 1 + 0.1 * noise
+            elif "embed" in name and parameter.ndim == 2 and parameter.shape[0] > parameter.shape[1]:
+                value = 0.5 * noise
+            else:
+                value = noise / np.sqrt(parameter[0].numel())
+            parameter.copy_(value.to(parameter.dtype))
+    return module.eval()
+
+
+def relative_error(ours: np.ndarray, theirs: torch.Tensor | np.ndarray) -> float:
+    """Largest absolute difference over the reference's largest absolute value."""
+    theirs = theirs.detach().float().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs, np.float32)
+    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
+    return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
