@@ -1,6 +1,10 @@
 """Every test runs on the CPU in fp32, with shapes in signatures checked at each call."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,3 +12,35 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook(["seg4diff_jax", "convert"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_factory(tmp_path_factory) -> Callable[..., Path]:
+    """`tests.reference.checkpoints.make_checkpoint` without the directory; equal options share one checkpoint."""
+    made: dict[tuple, Path] = {}
+
+    def make(**options) -> Path:
+        from tests.reference.checkpoints import make_checkpoint
+
+        key = tuple(sorted(options.items(), key=lambda item: item[0]))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd3_checkpoint(checkpoint_factory) -> Path:
+    """A small random SD3-medium with T5, in diffusers' format. Tests must not write to it."""
+    return checkpoint_factory(variant="sd3")
+
+
+@pytest.fixture(scope="session")
+def sd35_medium_checkpoint(checkpoint_factory) -> Path:
+    return checkpoint_factory(variant="sd3.5-medium")
+
+
+@pytest.fixture(scope="session")
+def sd35_large_checkpoint(checkpoint_factory) -> Path:
+    return checkpoint_factory(variant="sd3.5-large")
