@@ -11,7 +11,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.reference.random_weights import randomize_
-from tests.reference.tokenizers import clip_vocabulary, t5_vocabulary_size, write_clip_tokenizer, write_t5_tokenizer
+from tests.reference.small_tokenizers import (
+    clip_vocabulary,
+    t5_vocabulary_size,
+    write_clip_tokenizer,
+    write_t5_tokenizer,
+)
 
 Variant = Literal["sd3", "sd3.5-medium", "sd3.5-large"]
 
