@@ -1,0 +1,143 @@
+"""Joint attention of image and text tokens, which returns its probabilities as well as its output.
+
+Image tokens come first in the joint sequence, text tokens after them; one softmax runs over all keys (Seg4Diff,
+section 3). A captured map needs only one number per query beside q and k: the softmax's log-normaliser. The kernels in
+`seg4diff_jax.models.kernels` return it exactly, in fp32, so no map ever costs an array of tokens x tokens elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.kernels import Kernel, attend, log_normalizer
+
+Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What a captured block returns. Static under jit.
+
+    Attributes:
+      quadrants: which parts of the joint attention matrix.
+      scores: return q.k / sqrt(head_dim), before the softmax.
+      probs: return the softmax over all keys, image and text.
+      mean_heads: average maps over heads; otherwise heads are kept.
+      qkv: return the joint sequence's queries, keys and values.
+      text_tokens: first and last (exclusive; None: to the end) text token of every map. Default: the CLIP tokens of
+        SD3, which stand before T5's.
+    """
+
+    quadrants: tuple[Quadrant, ...] = ("image_to_text",)
+    scores: bool = True
+    probs: bool = True
+    mean_heads: bool = False
+    qkv: bool = False
+    text_tokens: tuple[int, int | None] = (0, 77)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionMap:
+    """One quadrant of a block's joint attention, fp32 [batch, heads, queries, keys], or without heads if averaged."""
+
+    scores: Float[Array, "..."] | None
+    probs: Float[Array, "..."] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class JointAttention:
+    """What one block's joint attention looked like: a pytree; parts that were not requested are None.
+
+    `scores` and `probs` are the image-to-text ones, [batch, heads, image tokens, text tokens].
+    """
+
+    image_to_text: AttentionMap | None = None
+    text_to_image: AttentionMap | None = None
+    image_to_image: AttentionMap | None = None
+    text_to_text: AttentionMap | None = None
+    q: Float[Array, "..."] | None = None
+    k: Float[Array, "..."] | None = None
+    v: Float[Array, "..."] | None = None
+
+    @property
+    def scores(self) -> Float[Array, "..."] | None:
+        return self.image_to_text and self.image_to_text.scores
+
+    @property
+    def probs(self) -> Float[Array, "..."] | None:
+        return self.image_to_text and self.image_to_text.probs
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one stream, or of the joint sequence."""
+
+    q: Float[Array, "batch queries heads head_dim"]
+    k: Float[Array, "batch keys heads head_dim"]
+    v: Float[Array, "batch keys heads head_dim"]
+
+
+def join(image: QKV, text: QKV) -> QKV:
+    return QKV(*(jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True)))
+
+
+def joint_attention(
+    image: QKV, text: QKV, request: AttentionRequest | None = None, kernel: Kernel | None = None
+) -> tuple[
+    Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointAttention | None
+]:
+    """Attention over both streams' tokens: the output of each stream, and the record if one is requested."""
+    joint = join(image, text)
+    image_tokens = image.q.shape[1]
+    output, normalizer = attend(*joint, kernel=kernel, normalizer=request is not None and request.probs)
+    record = None if request is None else _record(joint, image_tokens, normalizer, request)
+    return output[:, :image_tokens], output[:, image_tokens:], record
+
+
+def attention_record(
+    image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None
+) -> JointAttention:
+    """The record alone: nothing after q and k is computed (values are returned if requested, but not used)."""
+    joint = join(image, text)
+    image_tokens = image.q.shape[1]
+    normalizer = None
+    if request.probs:
+        only_image_rows = not any(quadrant.startswith("text") for quadrant in request.quadrants)
+        queries = image.q if only_image_rows else joint.q
+        normalizer = log_normalizer(queries, joint.k, kernel=kernel)
+    return _record(joint, image_tokens, normalizer, request)
+
+
+def _record(
+    joint: QKV,
+    image_tokens: int,
+    normalizer: Float[Array, "batch heads queries"] | None,
+    request: AttentionRequest,
+) -> JointAttention:
+    start, stop = request.text_tokens
+    stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
+    tokens = {"image": slice(0, image_tokens), "text": slice(image_tokens + start, stop)}
+    maps = {}
+    for quadrant in request.quadrants:
+        queries, keys = (tokens[stream] for stream in quadrant.split("_to_"))
+        scores = attention_scores(joint.q[:, queries], joint.k[:, keys])
+        probs = jnp.exp(scores - normalizer[:, :, queries, None]) if normalizer is not None else None
+        if request.mean_heads:
+            scores, probs = (None if array is None else array.mean(axis=1) for array in (scores, probs))
+        maps[quadrant] = AttentionMap(scores=scores if request.scores else None, probs=probs)
+    qkv = {"q": joint.q, "k": joint.k, "v": joint.v} if request.qkv else {}
+    return JointAttention(**maps, **qkv)
+
+
+def attention_scores(
+    q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batch keys heads head_dim"]
+) -> Float[Array, "batch heads queries keys"]:
+    """q.k / sqrt(head_dim) in fp32."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    return scores * q.shape[-1] ** -0.5

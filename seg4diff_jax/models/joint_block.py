@@ -1,0 +1,146 @@
+"""One MM-DiT block: two streams, image and text, each with its own weights, that meet in joint attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.attention import QKV, AttentionRequest, JointAttention, joint_attention
+from seg4diff_jax.models.kernels import Kernel, attend
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+
+MODULATIONS = {"joint": 6, "dual": 9, "keys only": 2}
+
+
+class StreamState(NamedTuple):
+    """Token states of both streams, on their way through the blocks."""
+
+    image: Float[Array, "batch image dim"]
+    text: Float[Array, "batch text dim"]
+
+
+def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    """Without parameters, epsilon 1e-6, statistics in fp32; the result is fp32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def modulate(
+    x: Float[Array, "batch tokens features"], shift: Float[Array, "batch features"], scale: Float[Array, "batch features"]
+) -> Float[Array, "batch tokens features"]:
+    """Layer norm, then the shift and scale that time and pooled text ask for (adaLN)."""
+    return (layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, sizes: tuple[int, int, int], activation: Callable, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.up = nnx.Linear(sizes[0], sizes[1], rngs=rngs, **dtypes)
+        self.down = nnx.Linear(sizes[1], sizes[2], rngs=rngs, **dtypes)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        return self.down(self.activation(self.up(x)))
+
+
+def gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Projections(nnx.Module):
+    """One stream's side of an attention: to queries, keys and values, and back."""
+
+    def __init__(self, config: MMDiTConfig, *, output: bool = True, rngs: nnx.Rngs, **dtypes: Any):
+        width = config.width
+        self.q, self.k, self.v = (nnx.Linear(width, width, rngs=rngs, **dtypes) for _ in range(3))
+        self.out = nnx.Linear(width, width, rngs=rngs, **dtypes) if output else None
+        norms = (nnx.RMSNorm(config.attention_head_dim, epsilon=1e-6, rngs=rngs, **dtypes) for _ in range(2))
+        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
+        self.heads = config.num_attention_heads
+
+    def qkv(self, x: Float[Array, "batch tokens dim"]) -> QKV:
+        q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return QKV(q, k, v)
+
+    def merge(self, heads: Float[Array, "batch tokens heads head_dim"]) -> Float[Array, "batch tokens dim"]:
+        assert self.out is not None
+        return self.out(heads.reshape(*heads.shape[:2], -1))
+
+
+class Stream(nnx.Module):
+    """What one block holds for one stream: modulation, projections and MLP.
+
+    A stream that is not updated ("keys only": text in the last block) has neither an output projection nor an MLP.
+    """
+
+    def __init__(self, config: MMDiTConfig, kind: str, *, rngs: nnx.Rngs, **dtypes: Any):
+        width, updated = config.width, kind != "keys only"
+        self.modulation = nnx.Linear(width, MODULATIONS[kind] * width, rngs=rngs, **dtypes)
+        self.attention = Projections(config, output=updated, rngs=rngs, **dtypes)
+        self.dual_attention = Projections(config, rngs=rngs, **dtypes) if kind == "dual" else None
+        self.mlp = MLP((width, 4 * width, width), gelu, rngs=rngs, **dtypes) if updated else None
+
+    def modulations(self, conditioning: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
+        """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or (no gate) 2 of them."""
+        modulation = self.modulation(jax.nn.silu(conditioning))
+        return jnp.split(modulation, modulation.shape[-1] // conditioning.shape[-1], axis=-1)
+
+    def update(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        attended: Float[Array, "batch tokens dim"],
+        modulations: list[Float[Array, "batch dim"]],
+    ) -> Float[Array, "batch tokens dim"]:
+        """Add the gated attention output, then the gated MLP. `attended` may already hold a gated second attention."""
+        shift, scale, gate = modulations
+        x = x + attended
+        assert self.mlp is not None
+        return x + gate[:, None] * self.mlp(modulate(x, shift, scale))
+
+
+class JointBlock(nnx.Module):
+    """One MM-DiT block: each stream modulated, both attending together, each updated by its own MLP."""
+
+    def __init__(self, config: MMDiTConfig, *, dual: bool, last: bool, rngs: nnx.Rngs, **dtypes: Any):
+        self.image = Stream(config, "dual" if dual else "joint", rngs=rngs, **dtypes)
+        self.text = Stream(config, "keys only" if last else "joint", rngs=rngs, **dtypes)
+
+    def qkv(self, state: StreamState, modulations: tuple[list[Array], list[Array]]) -> tuple[QKV, QKV]:
+        """Queries, keys and values of both streams: all that this block's attention record needs."""
+        (image_shift, image_scale, *_), (text_shift, text_scale, *_) = modulations
+        return (
+            self.image.attention.qkv(modulate(state.image, image_shift, image_scale)),
+            self.text.attention.qkv(modulate(state.text, text_shift, text_scale)),
+        )
+
+    def modulations(self, conditioning: Float[Array, "batch dim"]) -> tuple[list[Array], list[Array]]:
+        return self.image.modulations(conditioning), self.text.modulations(conditioning)
+
+    def __call__(
+        self,
+        state: StreamState,
+        conditioning: Float[Array, "batch dim"],
+        request: AttentionRequest | None = None,
+        kernel: Kernel | None = None,
+    ) -> tuple[StreamState, JointAttention | None]:
+        image_mod, text_mod = modulations = self.modulations(conditioning)
+        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), request, kernel)
+        attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
+        if self.image.dual_attention is not None:
+            shift, scale, gate = image_mod[6:]
+            heads, _ = attend(*self.image.dual_attention.qkv(modulate(state.image, shift, scale)), kernel=kernel)
+            attended += gate[:, None] * self.image.dual_attention.merge(heads)
+        image, text = self.image.update(state.image, attended, image_mod[3:6]), state.text
+        if self.text.mlp is not None:
+            attended = text_mod[2][:, None] * self.text.attention.merge(text_heads)
+            text = self.text.update(text, attended, text_mod[3:6])
+        return StreamState(image, text), record

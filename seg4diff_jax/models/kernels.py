@@ -1,0 +1,228 @@
+"""Softmax attention and its log-normaliser, three ways behind one function.
+
+xla     plain XLA operations in chunks of queries: any backend, fp32 exact, bounded memory.
+cudnn   cuDNN's flash attention: NVIDIA GPUs, bf16 and fp16.
+splash  JAX's splash attention: TPUs, bf16.
+
+The libraries' own log-normaliser output is cut off from gradients and, in the public functions, rounded to the input's
+dtype. Here it is fp32, and its derivative is written out: d logsumexp(s_i) / d s_ij = p_ij, hence its gradient to q is
+attention with the keys as values, and its gradient to k is what the same attention hands back to those values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+Tokens = Float[Array, "batch tokens heads head_dim"]
+
+CHUNK_BYTES = 16 * 2**20
+"""Size that the xla kernel allows a chunk's fp32 scores to take: about a last-level cache."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which attention kernel, and how the xla one cuts its work. Static under jit.
+
+    Attributes:
+      name: see the module's docstring.
+      query_chunk: queries per chunk (xla only); None: as many as keep a chunk's scores within CHUNK_BYTES.
+      interpret: run splash attention in Pallas' interpreter, on any backend (for tests).
+    """
+
+    name: Literal["xla", "cudnn", "splash"]
+    query_chunk: int | None = None
+    interpret: bool = False
+
+
+def default_kernel(dtype: jnp.dtype) -> Kernel:
+    """The fused kernel of the default backend where it exists for this dtype, else xla."""
+    backend = jax.default_backend()
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and _is_nvidia():
+        return Kernel("cudnn")
+    if backend == "tpu" and dtype == jnp.bfloat16:
+        return Kernel("splash")
+    return Kernel("xla")
+
+
+def _is_nvidia() -> bool:
+    return "rocm" not in jax.devices()[0].client.platform_version.lower()
+
+
+def attend(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    *,
+    kernel: Kernel | None = None,
+    normalizer: bool = False,
+) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"] | None]:
+    """softmax(q k^T / sqrt(head_dim)) v, and on request the fp32 log of each softmax's normaliser.
+
+    Both outputs have exact gradients to q, k and v. The normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)).
+    """
+    kernel = kernel or default_kernel(q.dtype)
+    if kernel.name == "xla":
+        return _attend_xla(q, k, v, kernel.query_chunk)
+    if not normalizer:
+        return FUSED[kernel.name](q, k, v, kernel)[0], None
+    return _attend_fused(q, k, v, kernel)
+
+
+def log_normalizer(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    *,
+    kernel: Kernel | None = None,
+) -> Float[Array, "batch heads queries"]:
+    """log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values."""
+    kernel = kernel or default_kernel(q.dtype)
+    if kernel.name == "xla":
+        return _attend_xla(q, k, None, kernel.query_chunk)[1]
+    return _attend_fused(q, k, k, kernel)[1]
+
+
+# ---- xla ------------------------------------------------------------------------------------------------------------
+
+
+def _attend_xla(q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None):
+    batch, queries, heads, head_dim = q.shape
+    if query_chunk is None:
+        query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
+    chunks = -(-queries // query_chunk)
+    if chunks == 1:
+        return _softmax_chunk(q, k, v)
+    size = -(-queries // chunks)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(batch, chunks, size, heads, head_dim), 1, 0)
+    output, normalizer = jax.lax.map(jax.checkpoint(lambda piece: _softmax_chunk(piece, k, v)), pieces)
+    if output is not None:
+        output = jnp.moveaxis(output, 0, 1).reshape(batch, chunks * size, heads, -1)[:, :queries]
+    return output, jnp.moveaxis(normalizer, 0, 2).reshape(batch, heads, chunks * size)[:, :, :queries]
+
+
+def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(axis=-1)
+    normalizer = jnp.log(total) + largest[..., 0]
+    if v is None:
+        return None, normalizer
+    output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (output / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype), normalizer
+
+
+# ---- fused kernels --------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend_fused(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    return FUSED_WITH_NORMALIZER[kernel.name](q, k, v, kernel)
+
+
+def _attend_fused_forward(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    return _attend_fused(q, k, v, kernel), (q, k, v)
+
+
+def _attend_fused_backward(kernel: Kernel, residuals, cotangents):
+    q, k, v = residuals
+    output_bar, normalizer_bar = cotangents
+    plain = lambda q, k, v: FUSED[kernel.name](q, k, v, kernel)[0]
+    _, pull_output = jax.vjp(plain, q, k, v)
+    q_bar, k_bar, v_bar = pull_output(output_bar)
+    mean_key, pull_values = jax.vjp(lambda values: plain(q, k, values), k)
+    weight = jnp.moveaxis(normalizer_bar, 1, 2)[..., None] * q.shape[-1] ** -0.5
+    q_bar = q_bar + (weight * mean_key).astype(q.dtype)
+    k_bar = k_bar + pull_values((weight * q).astype(k.dtype))[0]
+    return q_bar, k_bar, v_bar
+
+
+_attend_fused.defvjp(_attend_fused_forward, _attend_fused_backward)
+
+
+def _cudnn(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), None
+
+
+def _cudnn_with_normalizer(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    # The public function rounds the fp32 normaliser to the inputs' dtype; the one below it hands it out as it is.
+    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+    output, normalizer = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
+    return output, normalizer.astype(jnp.float32)
+
+
+def _splash(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    return _splash_attention(q, k, v, kernel, normalizer=False), None
+
+
+def _splash_with_normalizer(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+    output, residuals = _splash_attention(q, k, v, kernel, normalizer=True)
+    return output, jax.tree.leaves(residuals)[0]
+
+
+SPLASH_BLOCK = 512
+"""Queries and keys per tile; lengths are padded to multiples of it (of 128 when shorter)."""
+
+
+def _splash_attention(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: bool):
+    """On a mesh: batch split over `data` and `fsdp`, heads over `tensor`, whichever axes the mesh in context has."""
+    attention = partial(_splash_local, kernel=kernel, normalizer=normalizer)
+    mesh = jax.sharding.get_abstract_mesh()
+    batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    head_axis = "tensor" if "tensor" in mesh.axis_names else None
+    if not batch_axes and head_axis is None:
+        return attention(q, k, v)
+    tokens = PartitionSpec(batch_axes or None, None, head_axis, None)
+    outputs = (tokens, (PartitionSpec(batch_axes or None, head_axis, None),)) if normalizer else tokens
+    return jax.shard_map(attention, in_specs=(tokens,) * 3, out_specs=outputs, check_vma=False)(q, k, v)
+
+
+def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    query_block, key_block = (min(SPLASH_BLOCK, -(-length // 128) * 128) for length in (queries, keys))
+    q, k, v = (_pad_tokens(jnp.moveaxis(x, 2, 1), block) for x, block in ((q, query_block), (k, key_block), (v, key_block)))
+    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    mask = splash_attention_mask.FullMask((q.shape[2], k.shape[2]))
+    attention = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=query_block,
+            block_kv=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        save_residuals=normalizer,
+        interpret=kernel.interpret,
+    )
+    # Padding is a segment of its own: real queries never see it, padded queries see only padded keys. A side that
+    # needs no padding has no such segment, so padded queries then attend to real keys, and are cut off below.
+    query_segments = jnp.where(jnp.arange(q.shape[2]) < queries, 0, 0 if k.shape[2] == keys else 1)
+    segments = splash_attention_kernel.SegmentIds(q=query_segments, kv=(jnp.arange(k.shape[2]) >= keys).astype(jnp.int32))
+    result = jax.vmap(attention, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    if normalizer:
+        output, residuals = result
+        return jnp.moveaxis(output[:, :, :queries], 1, 2), (jax.tree.leaves(residuals)[0][:, :, :queries],)
+    return jnp.moveaxis(result[:, :, :queries], 1, 2)
+
+
+def _pad_tokens(x: Float[Array, "batch heads tokens head_dim"], block: int):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+
+
+FUSED: dict[str, Callable] = {"cudnn": _cudnn, "splash": _splash}
+FUSED_WITH_NORMALIZER: dict[str, Callable] = {"cudnn": _cudnn_with_normalizer, "splash": _splash_with_normalizer}

@@ -1,0 +1,239 @@
+"""MM-DiT, Stable Diffusion 3's transformer: two streams, image and text, that meet in joint attention.
+
+diffusers' SD3Transformer2DModel is the reference. SD3.5-medium adds a second, image-only attention in its first blocks;
+SD3.5-medium and -large normalise q and k. Blocks are numbered from 0; the last one updates no text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention, attention_record
+from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modulate
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers, take_layer
+
+TIME_FEATURES = 256
+
+
+class Run(NamedTuple):
+    """Consecutive blocks that one scan takes: rows `start` to `stop` of stack number `stack`."""
+
+    stack: int
+    start: int
+    stop: int
+    first_block: int
+    captured: bool
+
+
+class Table(nnx.Variable):
+    """A constant that checkpoints carry and training leaves alone."""
+
+
+
+
+def timestep_features(timesteps: Float[Array, " batch"]) -> Float[Array, "batch features"]:
+    """Cosines then sines at 128 frequencies from 1 down to 1/10000 (exclusive), fp32; timesteps in 0..1000."""
+    half = TIME_FEATURES // 2
+    frequencies = jnp.exp(-math.log(10000) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def sincos_table(config: MMDiTConfig) -> Float[Array, "rows columns dim"]:
+    """The positional table that published checkpoints carry: sines and cosines of column, then of row (diffusers'
+    get_2d_sincos_pos_embed). Positions are scaled so that the training size spans `sample_size / patch_size`."""
+    size, quarter = config.pos_embed_max_size, config.width // 4
+    base = config.sample_size // config.patch_size
+    positions = np.arange(size, dtype=np.float64) / (size / base)
+    angles = positions[:, None] * 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    along = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    columns = np.broadcast_to(along[None], (size, size, 2 * quarter))
+    rows = np.broadcast_to(along[:, None], (size, size, 2 * quarter))
+    return jnp.asarray(np.concatenate([columns, rows], axis=-1), jnp.float32)
+
+
+class MMDiT(nnx.Module):
+    """Velocity of the rectified flow at noisy latents, and the attention of any block on the way.
+
+    Args:
+      config: the published configuration.
+      depth: number of blocks to hold, from the first; with fewer than the config's there is no output head and only
+        `attention_at` works. Default: all.
+      dtype: of the computation. Softmax, norms and log-normalisers are fp32 whatever it is.
+      param_dtype: of the parameters at initialisation.
+    """
+
+    def __init__(
+        self,
+        config: MMDiTConfig,
+        *,
+        depth: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        width, patch = config.width, (config.patch_size, config.patch_size)
+        self.config = config
+        self.depth = config.num_layers if depth is None else depth
+        if not 0 < self.depth <= config.num_layers:
+            raise ValueError(f"depth is {depth}; this model has 1 to {config.num_layers} blocks")
+        self.patch_embed = nnx.Conv(config.in_channels, width, patch, patch, padding="VALID", rngs=rngs, **dtypes)
+        self.pos_embed = Table(sincos_table(config).astype(param_dtype))
+        self.time_embed = MLP((TIME_FEATURES, width, width), jax.nn.silu, rngs=rngs, **dtypes)
+        self.pooled_embed = MLP((config.pooled_projection_dim, width, width), jax.nn.silu, rngs=rngs, **dtypes)
+        self.context_embed = nnx.Linear(config.joint_attention_dim, width, rngs=rngs, **dtypes)
+        self.stacks = nnx.List([self._stack(run, rngs, dtypes) for run in self.layer_stacks])
+        if self.depth == config.num_layers:
+            self.norm_out = nnx.Linear(width, 2 * width, rngs=rngs, **dtypes)
+            self.proj_out = nnx.Linear(width, config.patch_size**2 * config.out_channels, rngs=rngs, **dtypes)
+
+    def _stack(self, run: LayerStack, rngs: nnx.Rngs, dtypes: dict[str, Any]) -> JointBlock:
+        dual = run.start in self.config.dual_attention_layers
+        last = run.start == self.config.num_layers - 1
+        make = lambda rngs: JointBlock(self.config, dual=dual, last=last, rngs=rngs, **dtypes)
+        return stack_layers(make, run.stop - run.start, rngs)
+
+    @property
+    def layer_stacks(self) -> tuple[LayerStack, ...]:
+        return self.config.layer_stacks(self.depth)
+
+    def __call__(
+        self,
+        latents: Float[Array, "batch height width channels"],
+        timesteps: Float[Array, " batch"],
+        context: Float[Array, "batch text joint_dim"],
+        pooled: Float[Array, "batch pooled_dim"],
+        *,
+        capture: Collection[int] = (),
+        request: AttentionRequest = AttentionRequest(),
+        kernel: Kernel | None = None,
+        remat: bool | Callable = False,
+    ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
+        """Velocity at noisy latents, and the attention records of the blocks in `capture`.
+
+        Args:
+          latents: noisy latents; height and width are multiples of the patch size, at most the positional table.
+          timesteps: 0 (clean) to 1000 (noise): 1000 x sigma.
+          context: token states of the text encoders.
+          pooled: pooled states of the CLIP encoders.
+          capture: numbers of the blocks to record.
+          request: what each record holds.
+          kernel: attention kernel; default by backend and dtype.
+          remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
+
+        Raises:
+          ValueError: a captured block does not exist, latents do not fit, or the model was built without its last blocks.
+        """
+        if self.depth < self.config.num_layers:
+            raise ValueError(
+                f"this model holds blocks 0..{self.depth - 1} of {self.config.num_layers} and has no output head; "
+                "load all blocks, or use attention_at"
+            )
+        missing = sorted(set(capture) - set(range(self.depth)))
+        if missing:
+            raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
+        state, conditioning = self.embed(latents, timesteps, context, pooled)
+        records: dict[int, JointAttention] = {}
+        for run in self._runs(capture):
+            state, stacked = self._scan(run, state, conditioning, request if run.captured else None, kernel, remat)
+            if run.captured:
+                rows = range(run.stop - run.start)
+                records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
+        shift, scale = jnp.split(self.norm_out(jax.nn.silu(conditioning)), 2, axis=-1)
+        patches = self.proj_out(modulate(state.image, shift, scale))
+        return self._unpatchify(patches, latents.shape[1:3]), records
+
+    def embed(
+        self,
+        latents: Float[Array, "batch height width channels"],
+        timesteps: Float[Array, " batch"],
+        context: Float[Array, "batch text joint_dim"],
+        pooled: Float[Array, "batch pooled_dim"],
+    ) -> tuple[StreamState, Float[Array, "batch dim"]]:
+        """Both streams at the first block's door, and the conditioning that modulates every block."""
+        dtype = self.context_embed.dtype
+        patches = self.patch_embed(latents.astype(dtype))
+        position = self._crop_position(patches.shape[1], patches.shape[2], latents.shape)
+        image = (patches + position).astype(dtype).reshape(patches.shape[0], -1, self.config.width)
+        conditioning = self.time_embed(timestep_features(timesteps).astype(dtype)) + self.pooled_embed(pooled.astype(dtype))
+        return StreamState(image, self.context_embed(context.astype(dtype))), conditioning
+
+    def _crop_position(self, rows: int, columns: int, latents: tuple[int, ...]) -> Float[Array, "rows columns dim"]:
+        size, patch = self.config.pos_embed_max_size, self.config.patch_size
+        if latents[1] % patch or latents[2] % patch or max(rows, columns) > size:
+            raise ValueError(
+                f"latents are {latents[1]} x {latents[2]}; sides must be multiples of {patch}, up to {patch * size}"
+            )
+        top, left = (size - rows) // 2, (size - columns) // 2
+        return self.pos_embed.get_value()[top : top + rows, left : left + columns]
+
+    def _unpatchify(self, patches: Float[Array, "batch tokens features"], size: tuple[int, int]):
+        patch, channels = self.config.patch_size, self.config.out_channels
+        grid = patches.reshape(-1, size[0] // patch, size[1] // patch, patch, patch, channels)
+        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *size, channels)
+
+    def _runs(self, capture: Collection[int], stop: int | None = None) -> Iterator[Run]:
+        """Blocks 0 to `stop` in runs that one scan can take: all in one stack, all captured or none."""
+        stop = self.depth if stop is None else stop
+        for number, stack in enumerate(self.layer_stacks):
+            blocks = range(stack.start, min(stack.stop, stop))
+            for captured, group in itertools.groupby(blocks, key=lambda block: block in capture):
+                first, *rest = group
+                begin = first - stack.start
+                yield Run(number, begin, begin + 1 + len(rest), first, captured)
+
+    def _scan(
+        self,
+        run: Run,
+        state: StreamState,
+        conditioning: Float[Array, "batch dim"],
+        request: AttentionRequest | None,
+        kernel: Kernel | None,
+        remat: bool | Callable = False,
+    ) -> tuple[StreamState, JointAttention | None]:
+        def step(state: StreamState, block: JointBlock) -> tuple[StreamState, JointAttention | None]:
+            return block(state, conditioning, request, kernel)
+
+        if remat:
+            step = jax.checkpoint(step, policy=None if remat is True else remat)
+        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop)
+
+
+def attention_at(
+    mmdit: MMDiT,
+    latents: Float[Array, "batch height width channels"],
+    timesteps: Float[Array, " batch"],
+    context: Float[Array, "batch text joint_dim"],
+    pooled: Float[Array, "batch pooled_dim"],
+    *,
+    block: int,
+    request: AttentionRequest = AttentionRequest(),
+    kernel: Kernel | None = None,
+) -> JointAttention:
+    """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.
+
+    Arguments as for `MMDiT.__call__`; the model may hold only the blocks up to `block`.
+
+    Raises:
+      ValueError: the model does not hold that block.
+    """
+    if not 0 <= block < mmdit.depth:
+        raise ValueError(f"cannot capture block {block}: the model holds blocks 0..{mmdit.depth - 1}")
+    state, conditioning = mmdit.embed(latents, timesteps, context, pooled)
+    for run in mmdit._runs((), stop=block):
+        state, _ = mmdit._scan(run, state, conditioning, None, kernel)
+    run = next(run for run in mmdit._runs((block,)) if run.captured)
+    expert = take_layer(mmdit.stacks[run.stack], run.start)
+    return attention_record(*expert.qkv(state, expert.modulations(conditioning)), request, kernel)

@@ -1,0 +1,58 @@
+"""SD3's published transformer configurations, and how their unlike blocks group into stacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from seg4diff_jax.models.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The published configuration, under diffusers' names."""
+
+    num_layers: int = 18
+    num_attention_heads: int = 18
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: int = 2
+    sample_size: int = 128
+    pos_embed_max_size: int = 96
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    qk_norm: bool = False
+    dual_attention_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> MMDiTConfig:
+        """From a diffusers `transformer/config.json`. Raises ValueError for a variant that is not implemented."""
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        norm = known.pop("qk_norm", None)
+        if norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {norm!r}; null or 'rms_norm' is implemented")
+        if known.get("out_channels") is None:
+            known["out_channels"] = known.get("in_channels", cls.in_channels)
+        known["dual_attention_layers"] = tuple(known.get("dual_attention_layers") or ())
+        parsed = cls(**known, qk_norm=norm is not None)
+        if parsed.caption_projection_dim != parsed.width:
+            raise ValueError(
+                f"caption_projection_dim is {parsed.caption_projection_dim}; it must equal num_attention_heads x "
+                f"attention_head_dim = {parsed.width}, since both streams attend together"
+            )
+        if not parsed.pos_embed_max_size:
+            raise ValueError("pos_embed_max_size is missing; SD3's positional table is cropped from one of that size")
+        return parsed
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def layer_stacks(self, depth: int | None = None) -> tuple[LayerStack, ...]:
+        """Runs of like blocks among the first `depth`: dual attention, joint attention only, and the last block."""
+        kinds = [(i in self.dual_attention_layers, i == self.num_layers - 1) for i in range(self.num_layers)][:depth]
+        starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        stops = [*starts[1:], len(kinds)]
+        return tuple(LayerStack(f"stacks.{n}", "blocks", *run) for n, run in enumerate(zip(starts, stops, strict=True)))
