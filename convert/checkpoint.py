@@ -1,0 +1,191 @@
+"""Whole checkpoints converted: to our format, layer by layer, and back to diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from convert import hub, native
+from convert.components import COMPONENTS, abstract_model, parse_config, tokenizers_of
+from convert.errors import CheckpointError, raise_all
+from convert.layout import contiguous
+from convert.names import Assignment, NameTableError, Shape, assign_back
+from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, nbytes, part_of
+from convert.safetensors_stream import write_safetensors
+from convert.sources import open_source
+from convert.staging import check_target, staged_directory
+
+Format = Literal["native", "diffusers"]
+KINDS = {"scheduler", *COMPONENTS, *tokenizers_of(list(COMPONENTS))}
+MARKERS: dict[Format, str] = {"native": native.MANIFEST, "diffusers": "model_index.json"}
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Format = "native",
+    dtype: Any = None,
+    components: Sequence[str] | None = None,
+    tokenizers: Path | None = None,
+    variant: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Convert a checkpoint; everything is checked before anything is written, and `target` appears complete or not.
+
+    Args:
+      source: whatever `open_source` opens.
+      target: a directory that does not exist.
+      to: our format, or diffusers' layout, which StableDiffusion3Pipeline.from_pretrained loads.
+      dtype: of every parameter; default: each tensor's own.
+      components, tokenizers, variant: see `open_source`.
+      overwrite: replace a `target` that is a checkpoint of the same format.
+      progress: told the bytes written so far and those in all.
+
+    Raises:
+      CheckpointError: everything that is wrong with the source, in all its components, or the target is taken.
+    """
+    target = Path(target)
+    check_target(target, overwrite=overwrite, marker=MARKERS[to])
+    opened = open_source(source, components=components, tokenizers=tokenizers, variant=variant)
+    _check_apart(source, target)
+    if missing := [name for name in tokenizers_of(list(opened.configs)) if name not in opened.tokenizers]:
+        opened = _with_tokenizers(opened, missing)
+    readers = _open_all(opened)
+    cast = None if dtype is None else np.dtype(dtype)
+    report = _counter(progress, sum(nbytes(reader, cast) for reader in readers))
+    with staged_directory(target) as work:
+        if to == "native":
+            _write_native(work, opened, readers, cast, report)
+        else:
+            _write_diffusers(work, opened, readers, cast, report)
+
+
+def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    advance(0)
+    return advance
+
+
+def _check_apart(source: str | Path, target: Path) -> None:
+    here, there = Path(source).expanduser().resolve(), target.resolve()
+    if here.exists() and (here == there or here in there.parents or there in here.parents):
+        raise CheckpointError(f"{target} and its source {source} lie one inside the other: choose another name")
+
+
+def _with_tokenizers(source: Source, missing: list[str]) -> Source:
+    try:
+        folder = hub.fetch_tokenizers(list(source.configs))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{source.origin} comes without {', '.join(missing)}: give --tokenizers a directory with these folders "
+            f"(those published were tried: {error})"
+        ) from None
+    return replace(source, tokenizers={**{name: folder / name for name in missing}, **source.tokenizers})
+
+
+def _open_all(source: Source) -> list[ComponentReader]:
+    """Every component, checked. Raises CheckpointError listing what is wrong with any of them."""
+    readers, problems = [], []
+    for name in source.configs:
+        try:
+            reader = source.component(name)
+            reader.check()
+            readers.append(reader)
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise_all(problems, f"{source.origin}: {len(problems)} of its components are damaged")
+    return readers
+
+
+def _cast(parameters: Iterable[tuple[str, np.ndarray]], dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, contiguous(array, dtype)) for name, array in parameters)
+
+
+def _write_native(
+    work: Path, source: Source, readers: list[ComponentReader], dtype: np.dtype | None, report: Callable[[int], None]
+) -> None:
+    records = {
+        reader.name: native.write_component(
+            work / reader.name,
+            reader.config,
+            part_of(abstract_model(reader.name, reader.config)),
+            _cast(reader.parameters(), dtype),
+            report,
+        )
+        for reader in readers
+    }
+    native.write_manifest(work, source, records)
+
+
+def _write_diffusers(
+    work: Path, source: Source, readers: list[ComponentReader], dtype: np.dtype | None, report: Callable[[int], None]
+) -> None:
+    for reader in readers:
+        folder = work / reader.name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(reader.config, indent=2))
+        _write_torch(folder / f"{COMPONENTS[reader.name].weights}.safetensors", reader, dtype, report)
+    source.copy_tokenizers_and_scheduler(work)
+    index = {
+        key: value
+        for key, value in {**MODEL_INDEX, **source.model_index}.items()
+        if key not in KINDS or (work / key).is_dir()
+    }
+    (work / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_torch(path: Path, reader: ComponentReader, dtype: np.dtype | None, report: Callable[[int], None]) -> None:
+    """Write one component under diffusers' names, part by part; wide numbers first, so that all lie aligned."""
+    layout = {name: (shape, dtype or own) for name, (shape, own) in reader.layout().items()}
+    rules = COMPONENTS[reader.name].rules["diffusers"](parse_config(reader.name, reader.config))
+    try:
+        rows = assign_back(rules, layout)
+    except NameTableError as error:
+        raise CheckpointError(f"{reader.name}: {error}") from None
+    place = {name: number for number, name in enumerate(layout)}
+    rows.sort(key=lambda row: max(place[target] for target in row.targets))
+    rows.sort(key=lambda row: -layout[row.targets[0]][1].itemsize)
+    write_safetensors(
+        path,
+        {row.source: (_torch_shape(row, layout), layout[row.targets[0]][1]) for row in rows},
+        _torch_tensors(rows, layout, reader, dtype, report),
+    )
+
+
+def _torch_shape(row: Assignment, layout: Layout) -> Shape:
+    return row.transform.to_torch([np.broadcast_to(np.float32(0), layout[name][0]) for name in row.targets]).shape
+
+
+def _torch_tensors(
+    rows: list[Assignment],
+    layout: Layout,
+    reader: ComponentReader,
+    dtype: np.dtype | None,
+    report: Callable[[int], None],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors in the order of `rows`. Parameters arrive in the layout's order; those of a row not yet complete wait."""
+    waiting: dict[str, np.ndarray] = {}
+    for _, group in groupby(rows, key=lambda row: layout[row.targets[0]][1].itemsize):
+        group = list(group)
+        arriving = reader.parameters({target for row in group for target in row.targets})
+        for row in group:
+            while not all(target in waiting for target in row.targets):
+                name, array = next(arriving)
+                waiting[name] = array
+            tensor = contiguous(row.transform.to_torch([waiting.pop(target) for target in row.targets]), dtype)
+            yield row.source, tensor
+            report(tensor.nbytes)

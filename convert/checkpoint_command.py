@@ -1,0 +1,46 @@
+"""`python -m convert checkpoint SRC DST`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert.checkpoint import MARKERS, convert_checkpoint
+from convert.components import COMPONENTS
+
+
+def arguments(parser: ArgumentParser) -> None:
+    add: Any = parser.add_argument
+    add("source", type=str, help="diffusers directory, single .safetensors file, converted directory, or Hub id")
+    add("target", type=str, help="directory to write; it appears complete or not at all")
+    add("--to", choices=list(MARKERS), default="native", help="format of the target")
+    add("--dtype", choices=["float16", "bfloat16", "float32"], help="of the parameters; default: as they are")
+    add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
+    add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]: single files have none")
+    add("--variant", type=str, help="of the weight files, as in fp16")
+    add("--overwrite", action="store_true", help="replace a target that is a checkpoint of the same format")
+
+
+def run(options: Any) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at each save that it does not write OCDBT
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+        convert_checkpoint(
+            options.source,
+            options.target,
+            to=options.to,
+            dtype=options.dtype,
+            components=options.components,
+            tokenizers=Path(options.tokenizers) if options.tokenizers else None,
+            variant=options.variant,
+            overwrite=options.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(f"wrote {options.target}")

@@ -1,0 +1,91 @@
+"""The parts of an SD3 checkpoint: which model each one is, and under which names its tensors come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.assemble import abstract
+from convert.errors import CheckpointError
+from convert.names import Rule
+from convert.tables import clip as clip_table
+from convert.tables import mmdit as mmdit_table
+from convert.tables import t5 as t5_table
+from convert.tables import vae as vae_table
+from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.t5 import T5Config, T5Encoder
+from seg4diff_jax.models.vae import VAE, VAEConfig
+
+Naming = Literal["diffusers", "stability"]
+
+
+class Component(NamedTuple):
+    """One part of a checkpoint.
+
+    `weights` is the name of its weight file in diffusers' layout, without variant, shard and suffix; `prefix` is
+    what Stability's single files put before its tensors; `tokenizer` is the folder of the tokenizer it needs.
+    """
+
+    config: Any
+    model: Callable[..., Any]
+    rules: Mapping[Naming, Callable[[Any], list[Rule]]]
+    weights: str
+    prefix: str
+    tokenizer: str | None = None
+
+
+def _rules(table: Any) -> Mapping[Naming, Callable[[Any], list[Rule]]]:
+    return {"diffusers": table.diffusers, "stability": table.stability}
+
+
+_clip = (CLIPTextConfig, CLIPText, _rules(clip_table), "model")
+COMPONENTS: dict[str, Component] = {
+    "transformer": Component(
+        MMDiTConfig, MMDiT, _rules(mmdit_table), "diffusion_pytorch_model", "model.diffusion_model."
+    ),
+    "vae": Component(VAEConfig, VAE, _rules(vae_table), "diffusion_pytorch_model", "first_stage_model."),
+    "text_encoder": Component(*_clip, "text_encoders.clip_l.transformer.", "tokenizer"),
+    "text_encoder_2": Component(*_clip, "text_encoders.clip_g.transformer.", "tokenizer_2"),
+    "text_encoder_3": Component(
+        T5Config, T5Encoder, _rules(t5_table), "model", "text_encoders.t5xxl.transformer.", "tokenizer_3"
+    ),
+}
+"""In the order in which they are converted; the names are diffusers'."""
+
+
+def tokenizers_of(components: list[str]) -> list[str]:
+    return [folder for name in components if (folder := COMPONENTS[name].tokenizer)]
+
+
+def parse_config(name: str, config: dict[str, Any]) -> Any:
+    """The component's typed configuration. Raises CheckpointError naming the component and the key."""
+    try:
+        return COMPONENTS[name].config.from_json(config)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name}: config.json describes a model that is not implemented: {error}") from None
+
+
+def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> nnx.Module:
+    """The component's model without its numbers. `depth`: of the transformer, only the first that many blocks."""
+    parsed, make = parse_config(name, config), COMPONENTS[name].model
+    options = {} if depth is None else {"depth": depth}
+    return abstract(lambda rngs: make(parsed, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
+
+
+def expert_block(transformer_config: dict[str, Any]) -> int | None:
+    """The block whose attention segments best: what the configuration says, 9 for SD3-medium, otherwise unknown."""
+    if "expert_block" in transformer_config:
+        return transformer_config["expert_block"]
+    config = parse_config("transformer", transformer_config)
+    is_sd3_medium = (config.num_layers, config.width, config.dual_attention_layers) == (24, 1536, ())
+    return 9 if is_sd3_medium else None
+
+
+def trained_size(transformer_config: dict[str, Any], vae_config: dict[str, Any] | None) -> int:
+    """Side, in pixels, of the square images that the transformer was trained for."""
+    halvings = len(vae_config["block_out_channels"]) - 1 if vae_config else 3
+    return parse_config("transformer", transformer_config).sample_size * 2**halvings

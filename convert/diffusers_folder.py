@@ -1,0 +1,112 @@
+"""A checkpoint in diffusers' layout: `model_index.json` and one folder per component."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from convert.components import COMPONENTS, tokenizers_of
+from convert.errors import CheckpointError, raise_all
+from convert.files import read_json
+from convert.readers import SCHEDULER, Source, TorchComponent
+from convert.safetensors_stream import TensorInfo, read_header
+
+
+def open_diffusers(directory: Path, variant: str | None, origin: str | None = None) -> Source:
+    index = read_json(directory / "model_index.json", "it marks a diffusers checkpoint")
+    present = [name for name in COMPONENTS if (directory / name).is_dir() and index.get(name, [None])[0]]
+    absent = [name for name in COMPONENTS if index.get(name, [None])[0] and name not in present]
+    if absent and origin is None:
+        raise CheckpointError(f"{directory}: model_index.json names {', '.join(absent)}, which it has no folder for")
+    configs = {name: read_json(directory / name / "config.json") for name in present}
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+
+    def component(name: str) -> TorchComponent:
+        folder = directory / name
+        return TorchComponent(name, configs[name], "diffusers", _read_folder(folder, name, variant), str(folder))
+
+    return Source(
+        origin or str(directory),
+        configs,
+        component,
+        {name: directory / name for name in tokenizers_of(present) if (directory / name).is_dir()},
+        read_json(scheduler) if scheduler.is_file() else dict(SCHEDULER),
+        index,
+    )
+
+
+def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:
+    """Which of a component's files hold its weights: an index and its shards' pattern is left to the reader.
+
+    Args:
+      names: the folder's files.
+      stem: `model` or `diffusion_pytorch_model`.
+      variant: preferred; then the plain files; then whatever single variant there is.
+
+    Returns the names of all shards (or the one file) and, first, of the index if there is one; empty if none fit.
+    """
+    kinds: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        for pattern in (
+            rf"{stem}(?:\.(?P<v>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors",
+            rf"{stem}-\d{{5}}-of-\d{{5}}\.(?P<v>\w+)\.safetensors",  # diffusers' former names
+            rf"{stem}\.safetensors\.index(?:\.(?P<v>\w+))?\.json",
+            rf"{stem}\.safetensors\.(?P<v>\w+)\.index\.json",
+        ):
+            if found := re.fullmatch(pattern, name):
+                kinds.setdefault(found["v"], []).append(name)
+                break
+    choice = next((key for key in (variant, None) if key in kinds), None)
+    if choice not in kinds and len(kinds) == 1:
+        choice = next(iter(kinds))
+    return sorted(kinds.get(choice, []), key=lambda name: not name.endswith(".json"))
+
+
+def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, TensorInfo]:
+    present = [path.name for path in folder.iterdir()]
+    stem = COMPONENTS[name].weights
+    files = weight_files(present, stem, variant)
+    if not files:
+        pickled = [file for file in present if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled:
+            raise CheckpointError(
+                f"{folder}: {', '.join(pickled)}: pickled weights can run code and are not read; save the model with "
+                "save_pretrained(..., safe_serialization=True) first"
+            )
+        raise CheckpointError(
+            f"{folder}: no weights: expected {stem}.safetensors or {stem}.safetensors.index.json, possibly with a "
+            f"variant as in {stem}.fp16.safetensors; found {', '.join(sorted(present)) or 'nothing'}"
+        )
+    if not files[0].endswith(".json"):
+        if len(files) > 1:
+            raise CheckpointError(f"{folder}: {', '.join(files)} are shards without their index, a .index.json file")
+        return read_header(folder / files[0])
+    return _read_shards(folder / files[0])
+
+
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: expected a weight_map from tensors to files")
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for shard in sorted(set(weight_map.values())):
+        path = index.parent / shard
+        if path.parent != index.parent:
+            problems.append(f"{index}: the shard {shard} is outside its folder")
+            continue
+        if not path.is_file():
+            problems.append(f"{path}: missing shard, named by {index.name}")
+            continue
+        try:
+            header = read_header(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        announced = {name for name, file in weight_map.items() if file == shard}
+        problems += [f"{path}: {name} is missing, {index.name} says it is here" for name in announced - header.keys()]
+        problems += [f"{path}: {name} is surplus, {index.name} does not name it" for name in header.keys() - announced]
+        tensors |= header
+    raise_all(problems, f"{index.parent}")
+    return tensors

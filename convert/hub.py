@@ -1,0 +1,97 @@
+"""Fetching from the Hugging Face Hub just the files that a job needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from convert.components import COMPONENTS, tokenizers_of
+from convert.diffusers_folder import weight_files
+from convert.errors import CheckpointError
+
+TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
+Result = TypeVar("Result")
+
+
+def is_repository_id(text: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith(".")
+
+
+def fetch(repository: str, components: list[str], variant: str) -> Path:
+    """Download what `components` need of a diffusers repository and return the folder.
+
+    Without a network the files of an earlier download are used. Raises CheckpointError.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        files = _told(repository, lambda: huggingface_hub.HfApi().list_repo_files(repository))
+    except CheckpointError as error:
+        try:
+            return Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise error from None
+    if "model_index.json" not in files:
+        raise CheckpointError(
+            f"{repository} is not a diffusers repository (it has no model_index.json); give one that is, such as "
+            f"{TOKENIZER_REPOSITORY}, or download its single safetensors file and give its path"
+        )
+    wanted = needed_files(files, components, variant)
+    return Path(_told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=wanted)))
+
+
+def fetch_tokenizers(components: list[str]) -> Path:
+    """The published tokenizers, for checkpoints that come without. Raises CheckpointError."""
+    import huggingface_hub
+
+    folders = [f"{name}/*" for name in tokenizers_of(components)]
+    return Path(
+        _told(
+            TOKENIZER_REPOSITORY,
+            lambda: huggingface_hub.snapshot_download(TOKENIZER_REPOSITORY, allow_patterns=folders),
+        )
+    )
+
+
+def needed_files(files: list[str], components: list[str], variant: str) -> list[str]:
+    """Of a repository's files: the index, and each component's configuration, weights (one variant) and tokenizer."""
+    whole = {"scheduler", *tokenizers_of(components)}
+    needed = [file for file in files if file == "model_index.json" or file.split("/")[0] in whole]
+    for name in components:
+        inside = {file.split("/")[1] for file in files if file.startswith(f"{name}/") and file.count("/") == 1}
+        weights = weight_files(inside, COMPONENTS[name].weights, variant)
+        needed += [f"{name}/{file}" for file in inside & {"config.json", *weights}]
+    return sorted(needed)
+
+
+def _told(repository: str, request: Callable[[], Result]) -> Result:
+    """The request's result, or one sentence about why there is none."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{repository}"
+    local = "or give the path of a directory that holds it"
+    try:
+        return request()
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository} is gated: accept its licence at {page} and run `hf auth login`, {local}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repository} is not on the Hub, or is private or gated and you are not logged in: check {page}, run "
+            f"`hf auth login`, {local}"
+        ) from None
+    except (ConnectionError, TimeoutError, LocalEntryNotFoundError, HTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{repository} cannot be fetched: the Hub cannot be reached ({reason}); its licence is at {page}; connect, "
+            f"{local}"
+        ) from None

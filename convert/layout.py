@@ -1,0 +1,41 @@
+"""Moving large arrays: contiguous copies, transposes, casts and checksums at the speed of memory."""
+
+from __future__ import annotations
+
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+ROWS = 16
+"""Rows of a matrix transposed at a time: few enough that the cache lines written to stay in the cache."""
+
+
+def contiguous(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """`array` in C order and in `dtype` (default: its own); itself when it is both already.
+
+    NumPy's own copy of a transposed matrix is ten times slower than memory; this one takes it in strips of rows.
+    """
+    dtype = array.dtype if dtype is None else np.dtype(dtype)
+    if array.ndim != 2 or not array.T.flags.c_contiguous or array.flags.c_contiguous:
+        return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(array.shape)
+    rows = array.T.astype(dtype, copy=False)
+    result = np.empty(array.shape, dtype)
+    for start in range(0, len(rows), ROWS):
+        result[:, start : start + ROWS] = rows[start : start + ROWS].T
+    return result
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of a C-ordered array, not copied, whatever its dtype."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def checksum(array: np.ndarray) -> str:
+    """CRC-32 of a C-ordered array's bytes, in hexadecimal."""
+    return f"{zlib.crc32(raw(array)):08x}"
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The dtype that `str(dtype)` printed, bfloat16 and the like included. Raises TypeError for an unknown name."""
+    return np.dtype(getattr(ml_dtypes, name, name))

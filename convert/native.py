@@ -1,0 +1,202 @@
+"""The converted format: a folder per component with its `config.json` and its parameters, and a manifest over all.
+
+    DST/manifest.json                     written last; what every other file must hold
+    DST/transformer/config.json           the published form
+    DST/transformer/params/base           an Orbax checkpoint of what belongs to no layer
+    DST/transformer/params/blocks.7       an Orbax checkpoint of one layer
+    DST/tokenizer/...  DST/scheduler/scheduler_config.json
+
+A layer at a time is in memory, in writing and in reading. Arrays lie uncompressed, one per file: weights hardly
+compress, and compression would be slower than the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convert.components import abstract_model
+from convert.errors import CheckpointError, raise_all
+from convert.files import read_json
+from convert.layout import checksum, dtype_named
+from convert.names import parameter_shapes
+from convert.readers import Layout, Source, part_of
+
+MANIFEST = "manifest.json"
+FORMAT = "seg4diff-jax checkpoint"
+VERSION = 1
+LIBRARIES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
+
+Parameters = dict[str, np.ndarray]
+Records = dict[str, dict[str, dict[str, Any]]]
+"""Part -> parameter -> shape, dtype and CRC-32 of its bytes in C order."""
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+
+
+def write_component(
+    folder: Path,
+    config: Mapping[str, Any],
+    part: Mapping[str, str],
+    parameters: Iterable[tuple[str, np.ndarray]],
+    written: Callable[[int], None],
+) -> Records:
+    """Write a component's configuration and parameters; each part as soon as it is complete.
+
+    Args:
+      part: every parameter's part.
+      parameters: each once, C-ordered, best part by part: incomplete parts wait in memory.
+      written: told the number of bytes after each part.
+    """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    left = Counter(part.values())
+    waiting: dict[str, Parameters] = {name: {} for name in left}
+    records: Records = {}
+    with _checkpointer() as checkpointer:
+        for name, array in parameters:
+            owner = part[name]
+            waiting[owner][name] = array
+            left[owner] -= 1
+            if not left[owner]:
+                arrays = waiting.pop(owner)
+                records[owner] = {key: _record(value) for key, value in arrays.items()}
+                checkpointer.save((folder / "params" / owner).absolute(), args=ocp.args.PyTreeSave(arrays))
+                written(sum(value.nbytes for value in arrays.values()))
+    if waiting:
+        raise ValueError(f"parameters of {', '.join(waiting)} were announced and not given")
+    return records
+
+
+def _record(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": checksum(array)}
+
+
+def write_manifest(directory: Path, source: Source, records: Mapping[str, Records]) -> None:
+    """Copy tokenizers and scheduler, and finish a directory whose components have been written."""
+    files: dict[str, str] = {}
+    source.copy_tokenizers_and_scheduler(directory)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and "params" not in path.relative_to(directory).parts:
+            files[path.relative_to(directory).as_posix()] = _digest(path)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source.origin,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "expert_block": source.expert_block,
+        "trained_size": source.trained_size if "transformer" in source.configs else None,
+        "model_index": source.model_index,
+        "files": files,
+        "components": records,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def open_native(directory: Path) -> Source:
+    """A converted directory, after checking that every file of its manifest is there and every small file unchanged.
+
+    Raises CheckpointError listing what is not.
+    """
+    manifest = read_json(directory / MANIFEST)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {manifest.get('format')!r} version "
+            f"{manifest.get('version')}; convert the original again"
+        )
+    if directory.name.endswith(".partial"):
+        raise CheckpointError(f"{directory} was left by an interrupted conversion; convert the original again")
+    problems = []
+    for name, digest in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path}: missing file, named by {MANIFEST}")
+        elif _digest(path) != digest:
+            problems.append(f"{path}: changed since {MANIFEST} was written")
+    components: dict[str, Records] = manifest["components"]
+    for name, records in components.items():
+        parts = (directory / name / "params" / part for part in records)
+        problems += [f"{path}: missing part, named by {MANIFEST}" for path in parts if not path.is_dir()]
+    raise_all(problems, f"{directory} is damaged; convert the original again")
+    configs = {name: read_json(directory / name / "config.json") for name in components}
+    return Source(
+        str(directory),
+        configs,
+        lambda name: NativeComponent(name, configs[name], directory / name / "params", components[name]),
+        {path.split("/")[0]: directory / path.split("/")[0] for path in manifest["files"] if path.startswith("token")},
+        read_json(directory / "scheduler" / "scheduler_config.json"),
+        manifest["model_index"],
+        manifest["expert_block"],
+    )
+
+
+@dataclass
+class NativeComponent:
+    """A component of a converted directory."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path
+    records: Records
+
+    def layout(self) -> Layout:
+        return {
+            name: (tuple(record["shape"]), dtype_named(record["dtype"]))
+            for part in self.records.values()
+            for name, record in part.items()
+        }
+
+    def check(self) -> None:
+        model = abstract_model(self.name, self.config)
+        expected, part = parameter_shapes(model), part_of(model)
+        found = {name: (tuple(r["shape"]), owner) for owner, rs in self.records.items() for name, r in rs.items()}
+        raise_all(
+            [f"{self.folder}: missing parameter {name}" for name in expected if name not in found]
+            + [f"{self.folder}: surplus parameter {name}" for name in found if name not in expected]
+            + [
+                f"{self.folder}: {name}: expected {list(shape)} in {part[name]}, found {list(found[name][0])} in "
+                f"{found[name][1]}"
+                for name, shape in expected.items()
+                if name in found and found[name] != (shape, part[name])
+            ],
+            f"{self.folder} does not match the model",
+        )
+
+    def parameters(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        for part, records in self.records.items():
+            if wanted is None or any(name in wanted for name in records):
+                for name, array in self.read_part(part).items():
+                    if wanted is None or name in wanted:
+                        yield name, array
+
+    def read_part(self, part: str) -> Parameters:
+        """One part's parameters. Raises CheckpointError when they are not the bytes that were written."""
+        folder, records = self.folder / part, self.records[part]
+        restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in records}
+        try:
+            with _checkpointer() as checkpointer:
+                arrays = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=restore))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{folder}: cannot be read ({reason}); convert the original again") from error
+        changed = [name for name in records if name not in arrays or _record(arrays[name]) != records[name]]
+        raise_all(
+            [f"{folder}: {name} is not what was written (checksum); convert the original again" for name in changed],
+            f"{folder} is damaged",
+        )
+        return arrays

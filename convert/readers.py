@@ -1,0 +1,174 @@
+"""What reading a checkpoint gives, whatever its format: configurations, and parameters under our names."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flax import nnx
+
+from convert.components import COMPONENTS, Naming, abstract_model, expert_block, parse_config, trained_size
+from convert.errors import CheckpointError
+from convert.layout import contiguous
+from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
+from convert.safetensors_stream import TensorInfo, read_tensor
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+}
+"""What SD3 and SD3.5 are published with, for checkpoints that come without."""
+FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
+
+
+Layout = dict[str, tuple[Shape, np.dtype]]
+"""Our per-layer name of each parameter: its shape and dtype."""
+
+
+class ComponentReader(Protocol):
+    """The parameters of one component under our per-layer names, one at a time."""
+
+    name: str
+    config: dict[str, Any]
+
+    def layout(self) -> Layout:
+        """Every parameter, in the order in which `parameters` yields them."""
+        ...
+
+    def check(self) -> None:
+        """Raise CheckpointError listing whatever is missing, surplus or of a wrong shape; no numbers are read."""
+        ...
+
+    def parameters(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Each wanted parameter (default: all) once, layer by layer; what is not wanted is not read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint. Configurations have been read; weights are looked at when a component is opened."""
+
+    origin: str
+    configs: dict[str, dict[str, Any]]
+    open: Callable[[str], ComponentReader]
+    tokenizers: dict[str, Path] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=lambda: dict(SCHEDULER))
+    model_index: dict[str, Any] = field(default_factory=lambda: dict(MODEL_INDEX))
+    recorded_expert: int | None = None
+
+    @property
+    def expert_block(self) -> int | None:
+        """The block whose attention segments best, or None if nobody has said."""
+        if self.recorded_expert is not None or "transformer" not in self.configs:
+            return self.recorded_expert
+        return expert_block(self.configs["transformer"])
+
+    @property
+    def trained_size(self) -> int:
+        """Side, in pixels, of the square images that the transformer was trained for."""
+        return trained_size(self.configs["transformer"], self.configs.get("vae"))
+
+    def copy_tokenizers_and_scheduler(self, directory: Path) -> None:
+        for name, folder in self.tokenizers.items():
+            shutil.copytree(folder, directory / name)  # the Hub's cache holds links: what they point to is copied
+        (directory / "scheduler").mkdir()
+        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler, indent=2))
+
+    def component(self, name: str) -> ComponentReader:
+        """Raises CheckpointError when the checkpoint has no such component or its files are damaged."""
+        if name not in self.configs:
+            raise CheckpointError(f"{self.origin} has no {name}; it has {', '.join(self.configs)}")
+        return self.open(name)
+
+
+@dataclass
+class TorchComponent:
+    """A component whose tensors lie in safetensors files under PyTorch names.
+
+    `where` names the files in messages.
+    """
+
+    name: str
+    config: dict[str, Any]
+    naming: Naming
+    tensors: Mapping[str, TensorInfo]
+    where: str
+    _assignments: list[Assignment] | None = None
+
+    def check(self) -> None:
+        self.assignments()
+
+    def assignments(self) -> list[Assignment]:
+        """What goes where, layer by layer in the order of the model."""
+        if self._assignments is None:
+            model = abstract_model(self.name, self.config)
+            rules = COMPONENTS[self.name].rules[self.naming](parse_config(self.name, self.config))
+            expected = parameter_shapes(model)
+            shapes: dict[str, Shape] = {name: info.shape for name, info in self.tensors.items()}
+            try:
+                found = assign(rules, shapes, expected, what=f"{self.name} ({self.where})")
+            except NameTableError as error:
+                raise CheckpointError(str(error)) from None
+            part = part_of(model)
+            order = {name: number for number, name in enumerate(dict.fromkeys(part.values()))}
+            self._assignments = sorted(found, key=lambda assignment: order[part[assignment.targets[0]]])
+        return self._assignments
+
+    def layout(self) -> Layout:
+        shapes = parameter_shapes(abstract_model(self.name, self.config))
+        return {
+            target: (shapes[target], _widened(self.tensors[assignment.source].dtype))
+            for assignment in self.assignments()
+            for target in assignment.targets
+        }
+
+    def parameters(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        for assignment in self.assignments():
+            if wanted is not None and not any(target in wanted for target in assignment.targets):
+                continue
+            tensor = read_tensor(self.tensors[assignment.source])
+            arrays = assignment.transform.to_jax(tensor.astype(_widened(tensor.dtype), copy=False))
+            for target, array in zip(assignment.targets, arrays, strict=True):
+                if wanted is None or target in wanted:
+                    yield target, contiguous(array)
+
+
+def _widened(dtype: np.dtype) -> np.dtype:
+    """bfloat16 for 8-bit floats, which nothing here computes in and which it holds exactly; else `dtype`."""
+    return np.dtype("bfloat16") if dtype in FLOAT8 else dtype
+
+
+def nbytes(component: ComponentReader, dtype: np.dtype | None = None) -> int:
+    """Size of a component's parameters, once in `dtype` (default: each in its own)."""
+    return sum(math.prod(shape) * (dtype or own).itemsize for shape, own in component.layout().values())
+
+
+def usual_dtype(component: ComponentReader) -> np.dtype:
+    """The dtype of most of a component's numbers."""
+    count: Counter[np.dtype] = Counter()
+    for shape, dtype in component.layout().values():
+        count[dtype] += math.prod(shape)
+    return count.most_common(1)[0][0]
+
+
+def part_of(model: nnx.Module) -> dict[str, str]:
+    """Every parameter's part of the checkpoint: its layer, as in `blocks.7`, or `base`."""
+    layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}  # pyright: ignore
+    prefix = {name: ".".join(name.split(".", 2)[:2]) for name in parameter_shapes(model)}
+    return {name: layer if layer in layers else "base" for name, layer in prefix.items()}

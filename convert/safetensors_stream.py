@@ -1,0 +1,174 @@
+"""Safetensors files read and written tensor by tensor with plain file calls.
+
+A mapped file's pages count as resident memory, and the `safetensors` package maps or holds the whole; here one
+tensor at a time is in memory. The format: 8 bytes of header length (little endian), the header in JSON, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.errors import CheckpointError
+from convert.layout import contiguous, raw
+from convert.names import Shape
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` counts bytes from the start of `file`."""
+
+    file: Path
+    shape: Shape
+    dtype: np.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file, in the order of its data.
+
+    Raises CheckpointError naming the file when it is absent, truncated, or when its header does not describe it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise CheckpointError(
+                    f"{path}: truncated, or not a safetensors file: its first 8 bytes announce a header of "
+                    f"{length} bytes, the file has {size} bytes in all"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKey) as error:
+        raise CheckpointError(f"{path}: corrupt header: {error}; fetch the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: corrupt header: expected an object, found a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    tensors: dict[str, TensorInfo] = {}
+    end = 0
+    for name, (shape, dtype, start, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
+        tensors[name] = info = TensorInfo(path, shape, dtype, 8 + length + start)
+        if start != end or stop - start != info.nbytes:
+            raise CheckpointError(
+                f"{path}: corrupt header: {name} ({dtype} {list(shape)}) should take {info.nbytes} bytes from "
+                f"{end}, its data_offsets are [{start}, {stop}]"
+            )
+        end = stop
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "too long"
+        raise CheckpointError(
+            f"{path}: {state}: its header describes {8 + length + end} bytes, the file has {size}; fetch it again"
+        )
+    return tensors
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = [name for name, _ in pairs if name in seen or seen.add(name)]
+        raise _DuplicateKey(f"{', '.join(twice)} occurs twice")
+    return entries
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]:
+    try:
+        dtype = DTYPES[entry["dtype"]]
+        numbers = [*entry["shape"], *entry["data_offsets"]]
+        start, stop = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: corrupt header: {name} needs a dtype of {', '.join(DTYPES)}, a shape and two data_offsets, "
+            f"found {json.dumps(entry)[:200]}"
+        ) from None
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise CheckpointError(f"{path}: corrupt header: {name} has the shape or offsets {numbers}")
+    return tuple(entry["shape"]), dtype, start, stop
+
+
+def read_tensor(info: TensorInfo) -> np.ndarray:
+    """One tensor's numbers. Raises CheckpointError when the file ends early."""
+    buffer = np.empty(info.nbytes, np.uint8)
+    view, filled = buffer.data, 0
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        while filled < info.nbytes:
+            count = file.readinto(view[filled:])
+            if not count:
+                raise CheckpointError(
+                    f"{info.file}: truncated: expected {info.nbytes} bytes from {info.offset}, found {filled}"
+                )
+            filled += count
+    return buffer.view(info.dtype).reshape(info.shape)
+
+
+def write_safetensors(
+    path: Path, layout: Mapping[str, tuple[Shape, np.dtype]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write a file whose contents are known by shape before they are known by value.
+
+    Args:
+      layout: every tensor's shape and dtype, in the order of the data.
+      tensors: the same names in the same order, with their numbers.
+
+    Raises ValueError when the two disagree.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    end = 0
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    names = iter(layout.items())
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in tensors:
+            expected = next(names, None)
+            if expected != (name, (array.shape, array.dtype)):
+                raise ValueError(f"expected {expected}, got {name} {array.shape} {array.dtype}")
+            file.write(raw(contiguous(array)))
+        if (left := next(names, None)) is not None:
+            raise ValueError(f"{left[0]} was announced and not written")
+        file.flush()
+        os.fsync(file.fileno())
