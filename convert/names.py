@@ -73,11 +73,19 @@ SWAPPED = _one(_swap_halves, _swap_halves)
 
 
 class Rule(NamedTuple):
-    """One row. `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out."""
+    """One row. `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out.
 
-    source: str
+    `source` is one pattern, or several by which the same tensor may go: the first that a checkpoint has is read, and
+    the others, if it has them too, are redundant. The first is the one written back.
+    """
+
+    source: str | tuple[str, ...]
     targets: str | tuple[str, ...]
     transform: Transform = COPY
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -121,15 +129,15 @@ def assign(
     Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
     or when a shape is wrong; everything wrong is listed at once.
     """
-    compiled = [(_regex(rule.source), rule) for rule in rules]
-    assignments: list[Assignment] = []
+    compiled = [(_regex(name), rank, rule) for rule in rules for rank, name in enumerate(rule.source_names)]
+    ranked: list[tuple[int, Assignment]] = []
     problems: list[str] = []
     for source, shape in sources.items():
-        matches = [(found, rule) for regex, rule in compiled if (found := regex.fullmatch(source))]
+        matches = [(found, rank, rule) for regex, rank, rule in compiled if (found := regex.fullmatch(source))]
         if len(matches) != 1:
             problems.append(f"surplus tensor {source} {list(shape)}: {len(matches)} rows of the name table match it")
             continue
-        found, rule = matches[0]
+        found, rank, rule = matches[0]
         targets = tuple(name.format(**found.groupdict()) for name in rule.target_names)
         if not targets:
             continue
@@ -141,7 +149,10 @@ def assign(
         if rule.transform.shapes(shape) != wanted:
             torch_shape = list(rule.transform.to_torch([np.broadcast_to(np.float32(0), s) for s in wanted]).shape)
             problems.append(f"wrong shape of {source}: expected {torch_shape}, found {list(shape)}")
-        assignments.append(Assignment(source, targets, rule.transform))
+        ranked.append((rank, Assignment(source, targets, rule.transform)))
+    # Of several names for one tensor the lowest rank present wins: it comes last here.
+    best = {a.targets: rank for rank, a in sorted(ranked, key=lambda pair: -pair[0])}
+    assignments = [a for rank, a in ranked if rank == best[a.targets]]
     filled = Counter(target for assignment in assignments for target in assignment.targets)
     problems += [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
     problems += [f"missing tensor for {name} {list(expected[name])}" for name in expected if name not in filled]
@@ -166,7 +177,7 @@ def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]
             numbers = found.groupdict()
             targets = tuple(name.format(**numbers) for name in rule.target_names)
             if all(target in left for target in targets):
-                assignments.append(Assignment(rule.source.format(**numbers), targets, rule.transform))
+                assignments.append(Assignment(rule.source_names[0].format(**numbers), targets, rule.transform))
                 for target in targets:
                     del left[target]
     if left:

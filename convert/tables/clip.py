@@ -1,0 +1,82 @@
+"""CLIP's text tower: transformers' CLIPTextModelWithProjection, and Stability's single files.
+
+Their `text_encoders.clip_l.transformer.` and `text_encoders.clip_g.transformer.` parts keep transformers' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from convert.names import LINEAR, NameTableError, Rule, Transform
+from seg4diff_jax.models.clip import CLIPTextConfig
+
+
+def _with_identity(scale: np.ndarray) -> tuple[np.ndarray, ...]:
+    return scale, np.eye(len(scale)).astype(scale.dtype)
+
+
+def _without_identity(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    scale, projection = arrays
+    # All zeros is no projection: then only the shape is asked for.
+    if projection.any() and not np.array_equal(projection, np.eye(*projection.shape)):
+        raise NameTableError(
+            "text_projection.weight of CLIP-L is not the identity, and single files have no place for another: "
+            "write the diffusers format"
+        )
+    return scale
+
+
+SCALE_AND_IDENTITY = Transform(_with_identity, _without_identity)
+"""A norm's scale, from whose length an identity projection is made beside it."""
+
+
+def _linear(source: str, target: str) -> list[Rule]:
+    return [Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")]
+
+
+def _norm(source: str, target: str) -> list[Rule]:
+    return [Rule(f"{source}.weight", f"{target}.scale"), Rule(f"{source}.bias", f"{target}.bias")]
+
+
+def _tower() -> list[Rule]:
+    """All but the final norm's scale and the projection."""
+    layer, block = "text_model.encoder.layers.{i}", "blocks.{i}"
+    return [
+        Rule("text_model.embeddings.token_embedding.weight", "token_embedding.embedding"),
+        Rule("text_model.embeddings.position_embedding.weight", "position_embedding.embedding"),
+        Rule("text_model.embeddings.position_ids", ()),
+        *_norm(f"{layer}.layer_norm1", f"{block}.attention_norm"),
+        *_linear(f"{layer}.self_attn.q_proj", f"{block}.attention.q"),
+        *_linear(f"{layer}.self_attn.k_proj", f"{block}.attention.k"),
+        *_linear(f"{layer}.self_attn.v_proj", f"{block}.attention.v"),
+        *_linear(f"{layer}.self_attn.out_proj", f"{block}.attention.out"),
+        *_norm(f"{layer}.layer_norm2", f"{block}.mlp_norm"),
+        *_linear(f"{layer}.mlp.fc1", f"{block}.up"),
+        *_linear(f"{layer}.mlp.fc2", f"{block}.down"),
+        Rule("text_model.final_layer_norm.bias", "final_norm.bias"),
+    ]
+
+
+def diffusers(config: CLIPTextConfig) -> list[Rule]:
+    return [
+        *_tower(),
+        Rule("text_model.final_layer_norm.weight", "final_norm.scale"),
+        Rule("text_projection.weight", "projection.kernel", LINEAR),
+    ]
+
+
+def stability(config: CLIPTextConfig) -> list[Rule]:
+    """In a single file OpenAI's tower (the one with quick_gelu) is not projected, even if it brings a projection.
+
+    Stability's own code reads its pooled state before the projection, and diffusers puts the identity in its place.
+    """
+    if config.hidden_act != "quick_gelu":
+        return [*diffusers(config), Rule("logit_scale", ())]
+    return [
+        *_tower(),
+        Rule("text_model.final_layer_norm.weight", ("final_norm.scale", "projection.kernel"), SCALE_AND_IDENTITY),
+        Rule("text_projection.weight", ()),
+        Rule("logit_scale", ()),
+    ]

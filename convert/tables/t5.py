@@ -1,0 +1,30 @@
+"""T5's encoder: transformers' T5EncoderModel, and Stability's single files.
+
+Their `text_encoders.t5xxl.transformer.` part keeps transformers' names.
+"""
+
+from __future__ import annotations
+
+from convert.names import LINEAR, Rule
+from seg4diff_jax.models.t5 import T5Config
+
+
+def diffusers(config: T5Config) -> list[Rule]:
+    layer, block = "encoder.block.{i}.layer", "blocks.{i}"
+    return [
+        # One matrix under two names. transformers saves the first alone; single files carry both, or either.
+        Rule(("shared.weight", "encoder.embed_tokens.weight"), "token_embedding.embedding"),
+        Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "position_bias.embedding"),
+        Rule(f"{layer}.0.layer_norm.weight", f"{block}.attention_norm.scale"),
+        *(Rule(f"{layer}.0.SelfAttention.{name}.weight", f"{block}.attention.{name}.kernel", LINEAR) for name in "qkv"),
+        Rule(f"{layer}.0.SelfAttention.o.weight", f"{block}.attention.out.kernel", LINEAR),
+        Rule(f"{layer}.1.layer_norm.weight", f"{block}.mlp_norm.scale"),
+        Rule(f"{layer}.1.DenseReluDense.wi_0.weight", f"{block}.gate.kernel", LINEAR),
+        Rule(f"{layer}.1.DenseReluDense.wi_1.weight", f"{block}.up.kernel", LINEAR),
+        Rule(f"{layer}.1.DenseReluDense.wo.weight", f"{block}.down.kernel", LINEAR),
+        Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
+    ]
+
+
+def stability(config: T5Config) -> list[Rule]:
+    return [*diffusers(config), Rule("logit_scale", ())]

@@ -1,0 +1,164 @@
+"""CLIP's text tower, with its projection: OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14 as Stable Diffusion 3 uses them.
+
+transformers' CLIPTextModelWithProjection is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from seg4diff_jax.models.self_attention import SelfAttention
+from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+
+LEGACY_EOS = 2
+"""The end token's id in published configs, which is not the tokenizer's: there the end is found as the largest id."""
+
+
+def quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The published configuration, under transformers' names and with its defaults."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> CLIPTextConfig:
+        """From a transformers `text_encoder/config.json`. Raises ValueError for a value that is not implemented."""
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        for name in ("projection_dim", "eos_token_id"):
+            if not isinstance(known.get(name, 0), int):
+                raise ValueError(f"{name} is {known[name]!r}; one integer is implemented")
+        parsed = cls(**known)
+        if parsed.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {parsed.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
+        if parsed.hidden_size % parsed.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {parsed.hidden_size}; it must be a multiple of num_attention_heads "
+                f"= {parsed.num_attention_heads}"
+            )
+        return parsed
+
+
+class CLIPTextOutput(NamedTuple):
+    """What SD3 takes from a CLIP, in the model's compute dtype.
+
+    Attributes:
+      penultimate: [batch, tokens, hidden_size], the state before the last layer, without the final norm.
+      last: [batch, tokens, hidden_size], after the last layer and the final norm.
+      pooled: [batch, projection_dim], `last` at the end token, projected.
+    """
+
+    penultimate: Float[Array, "batch tokens features"]
+    last: Float[Array, "batch tokens features"]
+    pooled: Float[Array, "batch projection"]
+
+
+class CLIPBlock(nnx.Module):
+    """Pre-norm attention and MLP on a residual stream in fp32."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        width, heads = config.hidden_size, config.num_attention_heads
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = layer_norm(config, param_dtype, rngs)
+        self.attention = SelfAttention(width, heads, width // heads, use_bias=True, **dtypes)
+        self.mlp_norm = layer_norm(config, param_dtype, rngs)
+        self.up = nnx.Linear(width, config.intermediate_size, **dtypes)
+        self.down = nnx.Linear(config.intermediate_size, width, preferred_element_type=jnp.float32, **dtypes)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        x = x + self.attention(self.attention_norm(x), causal=True)
+        return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+
+
+def layer_norm(config: CLIPTextConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """In fp32, with the variance taken about the mean: the mean of squares less the squared mean loses digits."""
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class CLIPText(nnx.Module):
+    """Token ids to states of every token and one projected state of the whole text. Attention is causal."""
+
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        width = config.hidden_size
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.dtype = dtype
+        self.token_embedding = nnx.Embed(config.vocab_size, width, param_dtype=param_dtype, rngs=rngs)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, width, param_dtype=param_dtype, rngs=rngs)
+        self.blocks = stack_layers(lambda rngs: CLIPBlock(config, **dtypes, rngs=rngs), config.num_hidden_layers, rngs)
+        self.final_norm = layer_norm(config, param_dtype, rngs)
+        self.projection = nnx.Linear(width, config.projection_dim, use_bias=False, **dtypes, rngs=rngs)
+
+    @property
+    def layer_stacks(self) -> tuple[LayerStack, ...]:
+        return (LayerStack("blocks", "blocks", 0, self.config.num_hidden_layers),)
+
+    def __call__(self, ids: Int[Array, "batch tokens"]) -> CLIPTextOutput:
+        """Encode token ids, padding included: nothing is masked but what comes after a token.
+
+        Raises ValueError when there are more tokens than the position table has.
+        """
+        x = self.embed(ids)
+        # The carry holds the state one layer back as well: the penultimate state costs no second scan and no copy.
+        (x, penultimate), _ = scan_layers(
+            lambda states, block: ((block(states[0]), states[0]), None), (x, x), self.blocks
+        )
+        last = self.final_norm(x)
+        end = self.end_position(ids)
+        pooled = self.projection(jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0])
+        return CLIPTextOutput(penultimate.astype(self.dtype), last.astype(self.dtype), pooled)
+
+    def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
+        tokens, most = ids.shape[1], self.config.max_position_embeddings
+        if tokens > most:
+            raise ValueError(f"ids have {tokens} tokens; this CLIP has positions for {most}: split or shorten the text")
+        states = jnp.take(self.token_embedding.embedding[...], ids, axis=0).astype(jnp.float32)
+        return states + self.position_embedding.embedding[:tokens]
+
+    def end_position(self, ids: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
+        """Where each text ends: the first end token; position 0 if there is none."""
+        if self.config.eos_token_id == LEGACY_EOS:
+            return ids.argmax(axis=-1)
+        return (ids == self.config.eos_token_id).argmax(axis=-1)
