@@ -67,6 +67,8 @@ def make_checkpoint(
     for number, (name, module) in enumerate(modules.items()):
         shards = {"max_shard_size": max_shard_size} if name in ("transformer", "text_encoder_3") else {}
         randomize_(module, seed + number)
+        if isinstance(module, T5EncoderModel):
+            temper_(module)
         if dtype != torch.float32:
             module.to(dtype)
         module.save_pretrained(directory / name, **shards)
@@ -154,3 +156,14 @@ def make_t5() -> T5EncoderModel:
         tie_word_embeddings=False,
     )
     return T5EncoderModel(config)
+
+
+def temper_(t5: T5EncoderModel) -> None:
+    """T5 does not divide its logits by the root of the head's width: its query weights hold that factor.
+
+    Without it the softmax of random weights is so sharp that fp32 rounding alone reaches 1e-5 of the states.
+    """
+    with torch.no_grad():
+        for name, parameter in t5.named_parameters():
+            if name.endswith("SelfAttention.q.weight"):
+                parameter /= t5.config.d_kv**0.5

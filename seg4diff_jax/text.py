@@ -1,0 +1,337 @@
+"""Text: prompts to token ids to the transformer's context and pooled vector; class names to token spans and prompts.
+
+`load_tokenizers`, `tokenize`, `token_spans` and `class_prompts` are the edge: they call the tokenizers that lie beside
+a checkpoint, on the host. The rest is arrays.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.t5 import T5Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # importing transformers takes seconds: left until a tokenizer is loaded
+
+
+class Tokenizers(NamedTuple):
+    """The three tokenizers of a checkpoint; the two CLIP ones share their vocabulary but not their padding."""
+
+    clip_l: Tokenizer
+    clip_g: Tokenizer
+    t5: Tokenizer | None = None
+
+
+class TokenIds(NamedTuple):
+    """Token ids, int32 [batch, tokens]; `t5` may be of another length than the CLIPs'."""
+
+    clip_l: Int[Array | np.ndarray, "batch tokens"]
+    clip_g: Int[Array | np.ndarray, "batch tokens"]
+    t5: Int[Array | np.ndarray, "batch t5_tokens"] | None = None
+
+
+class TextConditioning(NamedTuple):
+    """What the transformer reads of the prompts: the CLIP tokens first, then the T5 ones (or zeros)."""
+
+    context: Float[Array, "batch tokens width"]
+    pooled: Float[Array, "batch pooled_width"]
+
+
+class TokenSpan(NamedTuple):
+    """Tokens `start` to `stop` (not included) of a prompt; the start token is token 0."""
+
+    start: int
+    stop: int
+
+
+def load_tokenizers(directory: str | Path, *, t5: bool = False) -> Tokenizers:
+    """The tokenizers of a checkpoint in diffusers' layout: `tokenizer`, `tokenizer_2` and, if `t5`, `tokenizer_3`.
+
+    Raises:
+      FileNotFoundError: a directory or a vocabulary is absent.
+      ValueError: a tokenizer cannot be read, names no prompt length, or the two CLIP ones name different lengths.
+    """
+    import transformers
+
+    clip_files = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    directory = Path(directory)
+    clip_l = _load_tokenizer(transformers.CLIPTokenizer, directory / "tokenizer", clip_files)
+    clip_g = _load_tokenizer(transformers.CLIPTokenizer, directory / "tokenizer_2", clip_files)
+    for name, tokenizer in (("tokenizer", clip_l), ("tokenizer_2", clip_g)):
+        if tokenizer.model_max_length > 10**6:  # transformers' stand-in for an absent value is 1e30
+            raise ValueError(
+                f"{directory / name}/tokenizer_config.json names no model_max_length: expected the number of positions "
+                "of the text encoder (77 for SD3); add it to the file"
+            )
+    if clip_l.model_max_length != clip_g.model_max_length:
+        raise ValueError(
+            f"{directory}: expected tokenizer and tokenizer_2 with one model_max_length, found "
+            f"{clip_l.model_max_length} and {clip_g.model_max_length}; correct their tokenizer_config.json"
+        )
+    if not t5:
+        return Tokenizers(clip_l, clip_g)
+    t5_files = ("tokenizer.json",), ("spiece.model",)
+    return Tokenizers(clip_l, clip_g, _load_tokenizer(transformers.T5Tokenizer, directory / "tokenizer_3", t5_files))
+
+
+def _load_tokenizer(cls: Any, directory: Path, choices: tuple[tuple[str, ...], ...]) -> Any:
+    # Without its vocabulary transformers makes an empty tokenizer and says nothing.
+    if not any(all((directory / file).is_file() for file in files) for files in choices):
+        wanted = " or ".join(" with ".join(files) for files in choices)
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer: expected {wanted}; "
+            "copy it from the checkpoint that the weights come from, or load without T5 if it is T5's that is absent"
+        )
+    try:
+        return cls.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"{directory} cannot be read as a {cls.__name__}: {error}; copy it anew") from error
+
+
+def tokenize(tokenizers: Tokenizers, prompts: Sequence[str], *, t5_length: int = 256) -> TokenIds:
+    """Token ids of prompts, padded to the CLIP tokenizers' length and, for T5, to `t5_length`.
+
+    The ids are those that diffusers' StableDiffusion3Pipeline makes with `max_sequence_length=t5_length`: what is too
+    long loses its last tokens but not its end token. A warning then says what was lost.
+
+    Raises:
+      TypeError: `prompts` is one string.
+      ValueError: there are no prompts.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"expected a list of prompts, found the string {prompts!r}; write [{prompts!r}]")
+    if not prompts:
+        raise ValueError('expected at least one prompt, found none; for no text write [""]')
+    length = tokenizers.clip_l.model_max_length
+    return TokenIds(
+        _padded_ids(tokenizers.clip_l, prompts, length, "CLIP-L"),
+        _padded_ids(tokenizers.clip_g, prompts, length, "CLIP-bigG"),
+        None if tokenizers.t5 is None else _padded_ids(tokenizers.t5, prompts, t5_length, "T5"),
+    )
+
+
+def _padded_ids(
+    tokenizer: Tokenizer, prompts: Sequence[str], length: int, encoder: str
+) -> Int[np.ndarray, "batch tokens"]:
+    padded = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
+    # Padding and cutting are done here because the tokenizers' own keep state, which threads would share.
+    for row, prompt, ids in zip(padded, prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+        if len(ids) > length:
+            lost = str(tokenizer.decode(ids[length - 1 : -1], clean_up_tokenization_spaces=False))
+            warnings.warn(
+                f"prompt {_shortened(prompt)} has {len(ids)} tokens and {encoder} takes {length}: "
+                f"it does not see {_shortened(lost)}",
+                stacklevel=3,
+            )
+            ids = [*ids[: length - 1], ids[-1]]
+        row[: len(ids)] = ids
+    return padded
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def encode_prompts(
+    clip_l: CLIPText,
+    clip_g: CLIPText,
+    t5: T5Encoder | None,
+    ids: TokenIds,
+    *,
+    joint_dim: int,
+    t5_length: int | None = None,
+) -> TextConditioning:
+    """Token ids to the transformer's context [batch, CLIP tokens + T5 tokens, joint_dim] and pooled vector.
+
+    The CLIPs' penultimate states stand side by side on the features, zero-padded to `joint_dim`; T5's states follow on
+    the token axis. The pooled vector is CLIP-L's projection, then bigG's. Works under jit.
+
+    Args:
+      t5: None puts zeros in place of its states, which still take part in attention.
+      joint_dim: the transformer's `joint_attention_dim`.
+      t5_length: how many zero tokens those are; default: as many as a CLIP prompt has, as in the released Seg4Diff
+        (diffusers: `max_sequence_length`). With T5 the ids decide.
+
+    Raises:
+      ValueError: ids and encoders do not belong together, or the states do not fit in `joint_dim`.
+    """
+    states_l, states_g = clip_l(jnp.asarray(ids.clip_l)), clip_g(jnp.asarray(ids.clip_g))
+    clip_states = jnp.concatenate([states_l.penultimate, states_g.penultimate], axis=-1)
+    batch, tokens, width = clip_states.shape
+    if width > joint_dim:
+        raise ValueError(f"the two CLIPs' states are {width} wide together: expected at most {joint_dim=}")
+    if t5 is None and ids.t5 is None:
+        t5_states = jnp.zeros((batch, tokens if t5_length is None else t5_length, joint_dim), clip_states.dtype)
+    else:
+        t5_states = _t5_states(t5, ids.t5, joint_dim)
+    clip_states = jnp.pad(clip_states, ((0, 0), (0, 0), (0, joint_dim - width)))
+    context = jnp.concatenate([clip_states, t5_states], axis=1)
+    return TextConditioning(context, jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1))
+
+
+def _t5_states(
+    t5: T5Encoder | None, ids: Int[Array | np.ndarray, "batch tokens"] | None, joint_dim: int
+) -> Float[Array, "batch tokens width"]:
+    if t5 is None or ids is None:
+        found = "T5's ids without its encoder" if t5 is None else "T5's encoder without its ids"
+        raise ValueError(f"expected T5's encoder and its ids, or neither, found {found}")
+    states = t5(jnp.asarray(ids))
+    if states.shape[-1] != joint_dim:
+        raise ValueError(f"T5's states are {states.shape[-1]} wide: expected {joint_dim=}")
+    return states
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """Class names packed into prompts, and where each class's tokens are.
+
+    Class c, named `classes[c]`, occupies the tokens `spans[c]` of `prompts[prompt_of_class[c]]`, whose classes are
+    consecutive. A prompt is `length` tokens long with its special tokens and padding.
+    """
+
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...]
+    prompt_of_class: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+    length: int
+
+    def averaging(self, classes: int | None = None) -> Float[np.ndarray, "prompts classes tokens"]:
+        """Weights that turn every prompt's image-to-text maps into the scores of all classes, in the classes' order.
+
+        With `maps` [prompts, image tokens, tokens] the scores [classes, image tokens] are
+
+            einsum("pnt,pct->cn", maps, averaging)
+
+        (at the highest precision): row c of a prompt averages class c's tokens there, and is zero in other prompts.
+
+        Args:
+          classes: number of rows, for one compiled program over class lists of varied length. The rows past the last
+            class are zero in every prompt, and so are their scores: leave them out of an arg-max.
+
+        Raises:
+          ValueError: there are more classes than rows.
+        """
+        rows = len(self.classes) if classes is None else classes
+        if rows < len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes do not fit in classes={rows} rows")
+        weights = np.zeros((len(self.prompts), rows, self.length), np.float32)
+        for index, (prompt, span) in enumerate(zip(self.prompt_of_class, self.spans, strict=True)):
+            weights[prompt, index, span.start : span.stop] = 1 / (span.stop - span.start)
+        return weights
+
+
+def class_prompts(tokenizers: Tokenizers, names: Sequence[str]) -> ClassPrompts:
+    """Pack class names, whole and in order, into as few prompts as they need, balanced (see `balanced_groups`).
+
+    Names in a prompt are joined by one space. Packing is by CLIP's tokens: only its columns are read for masks.
+
+    Raises:
+      TypeError: `names` is one string.
+      ValueError: there is no name; one is blank, repeated, longer than a prompt, holds a special token, is split
+        otherwise beside other names than alone, or has not the same number of tokens for both CLIP tokenizers.
+    """
+    counts = [len(ids) for ids in _name_ids(tokenizers.clip_l, names)]
+    length = tokenizers.clip_l.model_max_length
+    room = length - 2  # the start and the end token
+    for name, count in zip(names, counts, strict=True):
+        if count > room:
+            raise ValueError(f"class name {_shortened(name)} has {count} tokens, a prompt room for {room}; shorten it")
+    prompts, prompt_of_class, spans = [], [], []
+    for number, run in enumerate(balanced_groups(counts, room)):
+        group = names[run]
+        spans_l, spans_g = token_spans(tokenizers.clip_l, group), token_spans(tokenizers.clip_g, group)
+        for name, span, span_g in zip(group, spans_l, spans_g, strict=True):
+            if span != span_g:
+                raise ValueError(
+                    f"class name {name!r} is {span.stop - span.start} tokens for tokenizer and "
+                    f"{span_g.stop - span_g.start} for tokenizer_2: their states could not be paired; "
+                    "a '!' is the usual cause, as the second one pads with it: leave it out"
+                )
+        prompts.append(" ".join(group))
+        prompt_of_class += [number] * len(group)
+        spans += spans_l
+    return ClassPrompts(tuple(names), tuple(prompts), tuple(prompt_of_class), tuple(spans), length)
+
+
+def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
+    """Split a list of sizes, in order, into the fewest runs of at most `room` each, the largest as small as possible.
+
+    Of the splits that are left the one whose first run is longest, then its second, and so on. The list must not be
+    empty, and no size may exceed `room`.
+    """
+
+    def fill(limit: int) -> list[slice]:
+        groups, start, total = [], 0, 0
+        for index, count in enumerate(counts):
+            if total + count > limit:
+                groups.append(slice(start, index))
+                start, total = index, 0
+            total += count
+        return [*groups, slice(start, len(counts))]
+
+    fewest = len(fill(room))
+    low, high = max(counts), room
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(fill(middle)) == fewest else (middle + 1, high)
+    return fill(high)
+
+
+def token_spans(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[TokenSpan, ...]:
+    """Where each name's tokens are in the prompt that joins the names by one space.
+
+    A span is as long as the name alone has tokens, the spans follow one another, and the first begins at token 1, after
+    the start token (Seg4Diff). The prompt is tokenized too: CLIP's tokenizer never joins what a space separates, but
+    a token that was added to a vocabulary may hold a space. The prompt is not compared with the tokenizer's length.
+
+    Raises:
+      TypeError: `names` is one string.
+      ValueError: there is no name; one is blank, repeated (as the tokenizer sees it: `Cat` repeats `cat`), or holds
+        a special token; or the prompt's tokens are not the names' own, one after the other.
+    """
+    ids = _name_ids(tokenizer, names)
+    starts = np.cumsum([1, *map(len, ids)]).tolist()
+    spans = tuple(map(TokenSpan, starts[:-1], starts[1:]))
+    prompt = " ".join(names)
+    joined = tokenizer([prompt], verbose=False).input_ids[0]
+    for name, own, span in zip(names, ids, spans, strict=True):
+        if joined[span.start : span.stop] != own:
+            raise ValueError(
+                f"class name {name!r} is split into other tokens beside its neighbours than alone, so its place in "
+                f"the prompt {_shortened(prompt)} is unknown; rename it, or remove the tokens added to the tokenizer "
+                "that hold a space"
+            )
+    return spans
+
+
+def _name_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[list[int]]:
+    """Each name's own token ids; refuses names that have no place of their own in a prompt."""
+    if isinstance(names, str):
+        raise TypeError(f"expected a list of class names, found the string {names!r}; write [{names!r}]")
+    if not names:
+        raise ValueError("the list of class names is empty: expected at least one name")
+    rows = tokenizer(list(names), add_special_tokens=False, verbose=False).input_ids
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    seen: dict[tuple[int, ...], str] = {}
+    for index, (name, ids) in enumerate(zip(names, rows, strict=True)):
+        if not ids or not name.strip():
+            raise ValueError(f"class name {index} is blank ({name!r}): expected a word")
+        if any(token in ends for token in ids):
+            raise ValueError(f"class name {name!r} holds a token that starts or ends a prompt; rename it")
+        if tuple(ids) in seen:
+            other = seen[tuple(ids)]
+            same = "" if other == name else f": to the text encoder it is {other!r}"
+            raise ValueError(f"class name {name!r} is repeated{same}; give each class a name of its own")
+        seen[tuple(ids)] = name
+    return rows
