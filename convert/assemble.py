@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
 
@@ -32,7 +33,7 @@ def assemble(
     model: Model,
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Model:
     """Fill an abstract model from (per-layer name, array) pairs, each parameter exactly once.
@@ -76,7 +77,7 @@ def assemble(
 
 
 def from_state_dict(
-    model: Model, rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], *, dtype: jnp.dtype | None = None
+    model: Model, rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], *, dtype: DTypeLike | None = None
 ) -> Model:
     """Fill an abstract model from a PyTorch state dict whose values are numpy arrays."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

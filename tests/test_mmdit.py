@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from flax import nnx
 
 from convert.assemble import abstract, from_state_dict
+from convert.names import parameter_shapes
 from convert.tables import mmdit as table
-from seg4diff_jax.models.attention import AttentionRequest
-from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at, sincos_table
+from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import randomize_, relative_error
 
 SMALL = {
@@ -40,6 +44,12 @@ VARIANTS = {
 
 def make_pair(config: dict, seed: int = 0) -> tuple[SD3Transformer2DModel, MMDiT]:
     theirs = randomize_(SD3Transformer2DModel(**config), seed)
+    if theirs.config.qk_norm is None:
+        # Keeps scores within about +-8, as in a trained model: an exponential's relative error is its score's absolute.
+        with torch.no_grad():
+            for block in theirs.transformer_blocks:
+                block.attn.to_q.weight *= 0.5
+                block.attn.add_q_proj.weight *= 0.5
     parsed = MMDiTConfig.from_json(dict(theirs.config))
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     ours = from_state_dict(abstract(lambda rngs: MMDiT(parsed, rngs=rngs)), table.diffusers(parsed), tensors)
@@ -48,22 +58,33 @@ def make_pair(config: dict, seed: int = 0) -> tuple[SD3Transformer2DModel, MMDiT
 
 def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, batch: int = 2, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     return {
         "latents": draw(batch, *size, config["in_channels"]),
-        "timesteps": np.linspace(515.072, 900, batch, dtype=np.float32),
+        "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
         "context": draw(batch, text, config["joint_attention_dim"]),
         "pooled": draw(batch, config["pooled_projection_dim"]),
     }
 
 
 def run_torch(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor:
+    inputs = {name: torch.tensor(np.asarray(array), dtype=model.dtype) for name, array in inputs.items()}
     return model(
-        hidden_states=torch.from_numpy(inputs["latents"]).permute(0, 3, 1, 2),
-        encoder_hidden_states=torch.from_numpy(inputs["context"]),
-        pooled_projections=torch.from_numpy(inputs["pooled"]),
-        timestep=torch.from_numpy(inputs["timesteps"]),
+        hidden_states=inputs["latents"].permute(0, 3, 1, 2),
+        encoder_hidden_states=inputs["context"],
+        pooled_projections=inputs["pooled"],
+        timestep=inputs["timesteps"],
     ).sample.permute(0, 2, 3, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def forward(model: MMDiT, inputs: dict, capture=(), request: AttentionRequest = IMAGE_TO_TEXT):
+    return model(**inputs, capture=capture, request=request)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def record_at(model: MMDiT, inputs: dict, block: int, request: AttentionRequest = IMAGE_TO_TEXT):
+    return attention_at(model, **inputs, block=block, request=request)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -82,6 +103,172 @@ def test_velocity_equals_diffusers(pair, variant, size, text):
     inputs = make_inputs(VARIANTS[variant], size, text)
     with torch.no_grad():
         expected = run_torch(theirs, inputs)
-    velocity, records = jax.jit(lambda model, inputs: model(**inputs))(ours, inputs)
+    velocity, records = forward(ours, inputs)
     assert records == {}
     assert relative_error(velocity, expected) <= 1e-5
+
+
+QUADRANTS = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
+
+
+def test_every_map_of_every_block_equals_an_explicit_softmax(pair, variant):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant], (12, 16), text=11)
+    processors = explicit_softmax(theirs)
+    with torch.no_grad():
+        velocity_expected = run_torch(theirs, inputs)
+    request = AttentionRequest(quadrants=QUADRANTS, qkv=True, text_tokens=(2, 9))
+    blocks = range(ours.depth)
+    velocity, records = forward(ours, inputs, blocks, request)
+    assert relative_error(velocity, velocity_expected) <= 1e-5
+    assert list(records) == list(blocks)
+    tokens = {"image": slice(0, 48), "text": slice(48 + 2, 48 + 9)}
+    for block, expected in enumerate(processors):
+        for name in "qkv":
+            joint = getattr(records[block], name)
+            assert relative_error(joint, getattr(expected, name).transpose(1, 2)) <= 1e-5
+        for quadrant in QUADRANTS:
+            rows, columns = (tokens[stream] for stream in quadrant.split("_to_"))
+            ours_map = getattr(records[block], quadrant)
+            assert relative_error(ours_map.scores, expected.scores[:, :, rows, columns]) <= 1e-5
+            assert relative_error(ours_map.probs, expected.probs[:, :, rows, columns]) <= 1e-5
+
+
+def test_records_do_not_depend_on_which_other_blocks_are_captured(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    _, everything = forward(ours, inputs, range(ours.depth))
+    for capture in [(0,), (1, 2), (ours.depth - 1, 0)]:
+        _, records = forward(ours, inputs, capture)
+        assert set(records) == set(capture)
+        for block in capture:
+            np.testing.assert_allclose(records[block].probs, everything[block].probs, atol=1e-6)
+
+
+def test_attention_at_returns_the_record_of_a_whole_forward_pass(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    request = AttentionRequest(quadrants=QUADRANTS)
+    _, records = forward(ours, inputs, range(ours.depth), request)
+    for block in range(ours.depth):
+        record = record_at(ours, inputs, block, request)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), record, records[block])
+
+
+def test_attention_at_needs_no_parameter_after_q_and_k_of_its_block(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    block = 2
+    jaxpr = jax.make_jaxpr(lambda m, x: attention_at(m, **x, block=block).probs)(ours, inputs)
+    used, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr.jaxpr, [True])
+    matmuls = [eqn for eqn in used.eqns if eqn.primitive.name == "dot_general"]
+    # Outside the scan over earlier blocks: time (2), pooled (2), context, both modulations, q and k of both streams,
+    # the normaliser's scores and the map's own.
+    assert len(matmuls) == 5 + 2 + 4 + 2
+    shallow = MMDiT(ours.config, depth=block + 1, rngs=nnx.Rngs(0))
+    assert not hasattr(shallow, "proj_out")
+    shapes = parameter_shapes(shallow)
+    assert f"blocks.{block}.image.attention.q.kernel" in shapes
+    assert f"blocks.{block + 1}.image.attention.q.kernel" not in shapes
+
+
+def test_averaged_heads_are_the_mean_of_the_heads(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    kept, averaged = record_at(ours, inputs, 1), record_at(ours, inputs, 1, AttentionRequest(mean_heads=True))
+    np.testing.assert_allclose(averaged.probs, kept.probs.mean(1), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(averaged.scores, kept.scores.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["scores", "probs"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, remat):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant], (8, 12), text=7)
+    target = np.random.default_rng(1).standard_normal((2, ours.config.num_attention_heads, 24, 7)).astype(np.float32)
+    block = 2
+
+    def loss(model):
+        velocity, records = model(**inputs, capture=(block,), remat=remat)
+        return (getattr(records[block], part) * target).sum() + (velocity**2).mean()
+
+    gradients = jax.jit(jax.grad(loss))(ours)
+    processors = explicit_softmax(theirs)
+    theirs.zero_grad()
+    velocity = run_torch(theirs, inputs)
+    maps = getattr(processors[block], part)[:, :, :24, 24:]
+    ((maps * torch.from_numpy(target)).sum() + (velocity**2).mean()).backward()
+    tensors = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
+    tensors = {name: tensor.numpy() for name, tensor in (tensors | dict(theirs.named_buffers())).items()}
+    make = lambda rngs: MMDiT(ours.config, rngs=rngs)
+    expected = from_state_dict(abstract(make), table.diffusers(ours.config), tensors)
+    expected.pos_embed.set_value(gradients.pos_embed.get_value())
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    error = lambda a, b: float(jnp.abs(a - b).max()) / max(float(jnp.abs(b).max()), 1e-3 * scale)
+    assert max(jax.tree.leaves(jax.tree.map(error, gradients, expected))) <= 1e-4
+
+
+def test_the_program_does_not_grow_with_depth():
+    def equations(layers: int) -> int:
+        config = MMDiTConfig.from_json(SMALL | {"num_layers": layers})
+        model = abstract(lambda rngs: MMDiT(config, rngs=rngs))
+        inputs = make_inputs(SMALL)
+        return len(str(jax.make_jaxpr(lambda m, x: m(**x, capture=(2,)))(model, inputs)).splitlines())
+
+    assert equations(12) == equations(30)
+
+
+def test_maps_under_vmap_equal_maps_of_a_batch(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant], batch=3)
+    single = lambda x: attention_at(ours, **jax.tree.map(lambda leaf: leaf[None], x), block=1).probs[0]
+    mapped = jax.jit(jax.vmap(single))(inputs)
+    np.testing.assert_allclose(mapped, record_at(ours, inputs, 1).probs, atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32_and_returns_float32_maps(pair, variant):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    make = lambda rngs: MMDiT(ours.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+    half = from_state_dict(abstract(make), table.diffusers(ours.config), tensors, dtype=jnp.bfloat16)
+    velocity, records = forward(half, inputs, (1,))
+    exact, exact_records = forward(ours, inputs, (1,))
+    assert velocity.dtype == jnp.bfloat16
+    assert records[1].probs.dtype == records[1].scores.dtype == jnp.float32
+    assert relative_error(velocity.astype(np.float32), np.asarray(exact)) <= 0.04
+    np.testing.assert_allclose(records[1].probs.sum(-1), exact_records[1].probs.sum(-1), atol=0.06)
+
+
+def test_the_positional_table_is_the_published_one():
+    theirs = SD3Transformer2DModel(**SMALL)
+    table_expected = theirs.pos_embed.pos_embed.reshape(14, 14, 48)
+    assert relative_error(sincos_table(MMDiTConfig.from_json(SMALL)), table_expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
+        ({"caption_projection_dim": 47}, "caption_projection_dim is 47"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size is missing"),
+    ],
+)
+def test_a_variant_that_is_not_implemented_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MMDiTConfig.from_json(SMALL | change)
+
+
+def test_latents_that_do_not_fit_and_blocks_that_do_not_exist_are_refused(pair, variant):
+    _, ours = pair
+    with pytest.raises(ValueError, match="latents are 15 x 16; sides must be multiples of 2, up to 28"):
+        ours(**make_inputs(VARIANTS[variant], (15, 16)))
+    with pytest.raises(ValueError, match="latents are 30 x 16"):
+        ours(**make_inputs(VARIANTS[variant], (30, 16)))
+    with pytest.raises(ValueError, match=r"cannot capture blocks \[40\]"):
+        ours(**make_inputs(VARIANTS[variant]), capture=(40,))
+    with pytest.raises(ValueError, match="cannot capture block 40"):
+        attention_at(ours, **make_inputs(VARIANTS[variant]), block=40)
+    shallow = MMDiT(ours.config, depth=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"holds blocks 0..1 of \d and has no output head"):
+        shallow(**make_inputs(VARIANTS[variant]))

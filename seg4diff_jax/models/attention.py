@@ -41,13 +41,17 @@ class AttentionRequest:
     text_tokens: tuple[int, int | None] = (0, 77)
 
 
+IMAGE_TO_TEXT = AttentionRequest()
+"""The default: image-to-text scores and probabilities of the CLIP tokens, heads kept."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionMap:
     """One quadrant of a block's joint attention, fp32 [batch, heads, queries, keys], or without heads if averaged."""
 
-    scores: Float[Array, "..."] | None
-    probs: Float[Array, "..."] | None
+    scores: Float[Array, "*shape"] | None
+    probs: Float[Array, "*shape"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -62,16 +66,16 @@ class JointAttention:
     text_to_image: AttentionMap | None = None
     image_to_image: AttentionMap | None = None
     text_to_text: AttentionMap | None = None
-    q: Float[Array, "..."] | None = None
-    k: Float[Array, "..."] | None = None
-    v: Float[Array, "..."] | None = None
+    q: Float[Array, "*shape"] | None = None
+    k: Float[Array, "*shape"] | None = None
+    v: Float[Array, "*shape"] | None = None
 
     @property
-    def scores(self) -> Float[Array, "..."] | None:
+    def scores(self) -> Float[Array, "*shape"] | None:
         return self.image_to_text and self.image_to_text.scores
 
     @property
-    def probs(self) -> Float[Array, "..."] | None:
+    def probs(self) -> Float[Array, "*shape"] | None:
         return self.image_to_text and self.image_to_text.probs
 
 
@@ -100,9 +104,7 @@ def joint_attention(
     return output[:, :image_tokens], output[:, image_tokens:], record
 
 
-def attention_record(
-    image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None
-) -> JointAttention:
+def attention_record(image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None) -> JointAttention:
     """The record alone: nothing after q and k is computed (values are returned if requested, but not used)."""
     joint = join(image, text)
     image_tokens = image.q.shape[1]

@@ -32,8 +32,8 @@ def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch featu
 
 
 def modulate(
-    x: Float[Array, "batch tokens features"], shift: Float[Array, "batch features"], scale: Float[Array, "batch features"]
-) -> Float[Array, "batch tokens features"]:
+    x: Float[Array, "batch tokens dim"], shift: Float[Array, "batch dim"], scale: Float[Array, "batch dim"]
+) -> Float[Array, "batch tokens dim"]:
     """Layer norm, then the shift and scale that time and pooled text ask for (adaLN)."""
     return (layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]).astype(x.dtype)
 
@@ -90,7 +90,7 @@ class Stream(nnx.Module):
         self.mlp = MLP((width, 4 * width, width), gelu, rngs=rngs, **dtypes) if updated else None
 
     def modulations(self, conditioning: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
-        """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or (no gate) 2 of them."""
+        """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or 2 of them."""
         modulation = self.modulation(jax.nn.silu(conditioning))
         return jnp.split(modulation, modulation.shape[-1] // conditioning.shape[-1], axis=-1)
 

@@ -19,9 +19,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Tokens = Float[Array, "batch tokens heads head_dim"]
+Tokens = Float[Array, "batch _ heads head_dim"]
 
 CHUNK_BYTES = 16 * 2**20
 """Size that the xla kernel allows a chunk's fp32 scores to take: about a last-level cache."""
@@ -42,7 +43,7 @@ class Kernel:
     interpret: bool = False
 
 
-def default_kernel(dtype: jnp.dtype) -> Kernel:
+def default_kernel(dtype: DTypeLike) -> Kernel:
     """The fused kernel of the default backend where it exists for this dtype, else xla."""
     backend = jax.default_backend()
     if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and _is_nvidia():
@@ -135,7 +136,10 @@ def _attend_fused_forward(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
 def _attend_fused_backward(kernel: Kernel, residuals, cotangents):
     q, k, v = residuals
     output_bar, normalizer_bar = cotangents
-    plain = lambda q, k, v: FUSED[kernel.name](q, k, v, kernel)[0]
+
+    def plain(q: Tokens, k: Tokens, v: Tokens):
+        return FUSED[kernel.name](q, k, v, kernel)[0]
+
     _, pull_output = jax.vjp(plain, q, k, v)
     q_bar, k_bar, v_bar = pull_output(output_bar)
     mean_key, pull_values = jax.vjp(lambda values: plain(q, k, values), k)
@@ -191,8 +195,8 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
 
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     query_block, key_block = (min(SPLASH_BLOCK, -(-length // 128) * 128) for length in (queries, keys))
-    q, k, v = (_pad_tokens(jnp.moveaxis(x, 2, 1), block) for x, block in ((q, query_block), (k, key_block), (v, key_block)))
-    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    q = _heads_first(q * q.shape[-1] ** -0.5, query_block).astype(q.dtype)
+    k, v = _heads_first(k, key_block), _heads_first(v, key_block)
     mask = splash_attention_mask.FullMask((q.shape[2], k.shape[2]))
     attention = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
@@ -212,7 +216,8 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
     # Padding is a segment of its own: real queries never see it, padded queries see only padded keys. A side that
     # needs no padding has no such segment, so padded queries then attend to real keys, and are cut off below.
     query_segments = jnp.where(jnp.arange(q.shape[2]) < queries, 0, 0 if k.shape[2] == keys else 1)
-    segments = splash_attention_kernel.SegmentIds(q=query_segments, kv=(jnp.arange(k.shape[2]) >= keys).astype(jnp.int32))
+    key_segments = (jnp.arange(k.shape[2]) >= keys).astype(jnp.int32)
+    segments = splash_attention_kernel.SegmentIds(q=query_segments, kv=key_segments)
     result = jax.vmap(attention, in_axes=(0, 0, 0, None))(q, k, v, segments)
     if normalizer:
         output, residuals = result
@@ -220,8 +225,9 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
     return jnp.moveaxis(result[:, :, :queries], 1, 2)
 
 
-def _pad_tokens(x: Float[Array, "batch heads tokens head_dim"], block: int):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+def _heads_first(x: Tokens, block: int) -> Float[Array, "batch heads tokens head_dim"]:
+    """Heads before tokens, and tokens padded with zeros to whole blocks."""
+    return jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
 FUSED: dict[str, Callable] = {"cudnn": _cudnn, "splash": _splash}

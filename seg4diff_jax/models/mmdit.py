@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention, attention_record
+from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention, attention_record
 from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modulate
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
@@ -38,8 +39,6 @@ class Run(NamedTuple):
 
 class Table(nnx.Variable):
     """A constant that checkpoints carry and training leaves alone."""
-
-
 
 
 def timestep_features(timesteps: Float[Array, " batch"]) -> Float[Array, "batch features"]:
@@ -79,8 +78,8 @@ class MMDiT(nnx.Module):
         config: MMDiTConfig,
         *,
         depth: int | None = None,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
@@ -102,8 +101,9 @@ class MMDiT(nnx.Module):
     def _stack(self, run: LayerStack, rngs: nnx.Rngs, dtypes: dict[str, Any]) -> JointBlock:
         dual = run.start in self.config.dual_attention_layers
         last = run.start == self.config.num_layers - 1
-        make = lambda rngs: JointBlock(self.config, dual=dual, last=last, rngs=rngs, **dtypes)
-        return stack_layers(make, run.stop - run.start, rngs)
+        return stack_layers(
+            lambda rngs: JointBlock(self.config, dual=dual, last=last, rngs=rngs, **dtypes), run.stop - run.start, rngs
+        )
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
@@ -117,7 +117,7 @@ class MMDiT(nnx.Module):
         pooled: Float[Array, "batch pooled_dim"],
         *,
         capture: Collection[int] = (),
-        request: AttentionRequest = AttentionRequest(),
+        request: AttentionRequest = IMAGE_TO_TEXT,
         kernel: Kernel | None = None,
         remat: bool | Callable = False,
     ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
@@ -134,7 +134,7 @@ class MMDiT(nnx.Module):
           remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
 
         Raises:
-          ValueError: a captured block does not exist, latents do not fit, or the model was built without its last blocks.
+          ValueError: a captured block does not exist, latents do not fit, or the model lacks its last blocks.
         """
         if self.depth < self.config.num_layers:
             raise ValueError(
@@ -167,7 +167,8 @@ class MMDiT(nnx.Module):
         patches = self.patch_embed(latents.astype(dtype))
         position = self._crop_position(patches.shape[1], patches.shape[2], latents.shape)
         image = (patches + position).astype(dtype).reshape(patches.shape[0], -1, self.config.width)
-        conditioning = self.time_embed(timestep_features(timesteps).astype(dtype)) + self.pooled_embed(pooled.astype(dtype))
+        time = self.time_embed(timestep_features(timesteps).astype(dtype))
+        conditioning = time + self.pooled_embed(pooled.astype(dtype))
         return StreamState(image, self.context_embed(context.astype(dtype))), conditioning
 
     def _crop_position(self, rows: int, columns: int, latents: tuple[int, ...]) -> Float[Array, "rows columns dim"]:
@@ -219,7 +220,7 @@ def attention_at(
     pooled: Float[Array, "batch pooled_dim"],
     *,
     block: int,
-    request: AttentionRequest = AttentionRequest(),
+    request: AttentionRequest = IMAGE_TO_TEXT,
     kernel: Kernel | None = None,
 ) -> JointAttention:
     """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.

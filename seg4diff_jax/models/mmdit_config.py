@@ -36,14 +36,14 @@ class MMDiTConfig:
         if known.get("out_channels") is None:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
         known["dual_attention_layers"] = tuple(known.get("dual_attention_layers") or ())
+        if not known.get("pos_embed_max_size", cls.pos_embed_max_size):
+            raise ValueError("pos_embed_max_size is missing; SD3's positional table is cropped from one of that size")
         parsed = cls(**known, qk_norm=norm is not None)
         if parsed.caption_projection_dim != parsed.width:
             raise ValueError(
                 f"caption_projection_dim is {parsed.caption_projection_dim}; it must equal num_attention_heads x "
                 f"attention_head_dim = {parsed.width}, since both streams attend together"
             )
-        if not parsed.pos_embed_max_size:
-            raise ValueError("pos_embed_max_size is missing; SD3's positional table is cropped from one of that size")
         return parsed
 
     @property

@@ -1,0 +1,142 @@
+"""Three attention kernels, one contract: output and log-normaliser of softmax(q k^T / sqrt(d)) v, with exact gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seg4diff_jax.models.attention import QKV, AttentionRequest, attention_record, joint_attention
+from seg4diff_jax.models.kernels import Kernel, attend, default_kernel, log_normalizer
+from tests.reference.largest_array import largest_array
+
+KERNELS = {
+    "xla": Kernel("xla"),
+    "xla in chunks": Kernel("xla", query_chunk=48),
+    "splash": Kernel("splash", interpret=True),
+}
+
+
+def draw(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request) -> Kernel:
+    return KERNELS[request.param]
+
+
+def explicit(q, k, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1), v), jax.nn.logsumexp(scores, -1)
+
+
+# Lengths on both sides of splash attention's tiles: padded queries, padded keys, both, neither.
+@pytest.mark.parametrize(("queries", "keys"), [(150, 230), (128, 230), (150, 256), (128, 128)])
+def test_output_normaliser_and_all_gradients_are_exact(kernel, queries, keys):
+    q, k, v = draw(2, queries, 3, 16), draw(2, keys, 3, 16, seed=1), draw(2, keys, 3, 16, seed=2)
+    output_weight, normalizer_weight = draw(2, queries, 3, 16, seed=3), draw(2, 3, queries, seed=4)
+
+    def loss(attention, q, k, v):
+        output, normalizer = attention(q, k, v)
+        return (output * output_weight).sum() + (normalizer * normalizer_weight).sum(), (output, normalizer)
+
+    ours = functools.partial(attend, kernel=kernel, normalizer=True)
+    values, gradients = {}, {}
+    for name, attention in {"ours": ours, "explicit": explicit}.items():
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, attention), argnums=(0, 1, 2), has_aux=True))
+        (_, values[name]), gradients[name] = run(q, k, v)
+    for mine, expected in zip(
+        jax.tree.leaves((values["ours"], gradients["ours"])),
+        jax.tree.leaves((values["explicit"], gradients["explicit"])),
+        strict=True,
+    ):
+        assert float(jnp.abs(mine - expected).max() / jnp.abs(expected).max()) <= 1e-5
+
+
+def test_normaliser_without_values_is_the_same(kernel):
+    q, k = draw(2, 70, 3, 16), draw(2, 90, 3, 16, seed=1)
+    expected = explicit(q, k, k)[1]
+    np.testing.assert_allclose(log_normalizer(q, k, kernel=kernel), expected, rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda q, k: jnp.sin(log_normalizer(q, k, kernel=kernel)).sum(), argnums=(0, 1))(q, k)
+    wanted = jax.grad(lambda q, k: jnp.sin(explicit(q, k, k)[1]).sum(), argnums=(0, 1))(q, k)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, wanted)
+
+
+def test_normaliser_is_float32_for_bfloat16_inputs(kernel):
+    q, k = draw(1, 70, 2, 16, dtype=jnp.bfloat16), draw(1, 90, 2, 16, seed=1, dtype=jnp.bfloat16)
+    output, normalizer = attend(q, k, k, kernel=kernel, normalizer=True)
+    assert output.dtype == jnp.bfloat16
+    assert normalizer.dtype == jnp.float32
+    exact = explicit(q.astype(jnp.float32), k.astype(jnp.float32), k.astype(jnp.float32))[1]
+    # Far below a bfloat16's spacing at this size (0.03): the normaliser was never rounded to it.
+    np.testing.assert_allclose(normalizer, exact, atol=2e-3)
+
+
+def test_rows_of_probabilities_over_all_keys_sum_to_one(kernel):
+    def stream(tokens: int, seed: int) -> QKV:
+        return QKV(*(draw(1, tokens, 2, 16, seed=seed + i, dtype=jnp.bfloat16) for i in range(3)))
+
+    request = AttentionRequest(quadrants=("image_to_text", "image_to_image"), text_tokens=(0, None))
+    record = attention_record(stream(60, 0), stream(30, 7), request, kernel)
+    total = record.image_to_text.probs.sum(-1) + record.image_to_image.probs.sum(-1)
+    np.testing.assert_allclose(total, 1, atol=2e-3)
+
+
+def test_a_captured_map_costs_no_array_of_tokens_by_tokens():
+    tokens, text, heads = 4096, 154, 24
+    shape = lambda n: QKV(*(jax.ShapeDtypeStruct((1, n, heads, 64), jnp.float32) for _ in range(3)))
+
+    def capture(image, text):
+        output, _, record = joint_attention(image, text, AttentionRequest(), Kernel("xla"))
+        return output.sum() + record.probs.sum()
+
+    for function in (capture, jax.grad(capture, argnums=(0, 1))):
+        assert largest_array(function, shape(tokens), shape(text)) < tokens * tokens
+
+
+def test_kernels_are_chosen_by_backend_and_dtype(monkeypatch):
+    assert default_kernel(jnp.bfloat16).name == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert default_kernel(jnp.bfloat16).name == "splash"
+    assert default_kernel(jnp.float32).name == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert default_kernel(jnp.bfloat16).name == "cudnn"
+    assert default_kernel(jnp.float32).name == "xla"
+
+
+def test_cudnn_kernel_lowers_to_flash_attention_with_float32_statistics(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    # Lowering for CUDA needs no GPU, only to be told which cuDNN it is for.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 200, 4, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 260, 4, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        output, normalizer = attend(q, k, v, kernel=Kernel("cudnn"), normalizer=True)
+        return output.astype(jnp.float32).sum() + normalizer.sum()
+
+    forward = jax.jit(loss).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in forward
+    assert "tensor<2x4x200xf32>" in forward
+    backward = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert backward.count("__cudnn$fmhaSoftmaxBackward") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_cudnn_kernel_is_exact_on_a_gpu():
+    q, k, v = (draw(2, 200, 4, 64, seed=i, dtype=jnp.bfloat16) for i in range(3))
+    loss = lambda kernel, q, k, v: sum(
+        x.astype(jnp.float32).sum() for x in attend(q, k, v, kernel=kernel, normalizer=True)
+    )
+    _, normalizer = attend(q, k, v, kernel=Kernel("cudnn"), normalizer=True)
+    _, expected = attend(q, k, v, kernel=Kernel("xla"), normalizer=True)
+    np.testing.assert_allclose(normalizer, expected, atol=2e-3)
+    ours = jax.grad(functools.partial(loss, Kernel("cudnn")), argnums=(0, 1, 2))(q, k, v)
+    wanted = jax.grad(functools.partial(loss, Kernel("xla")), argnums=(0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(float), b.astype(float), atol=0.1), ours, wanted)
