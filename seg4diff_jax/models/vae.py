@@ -1,0 +1,340 @@
+"""Stable Diffusion 3's autoencoder: pixels to latents and back (diffusers' AutoencoderKL).
+
+    encoder   conv in, levels from fine to coarse, middle, norm, silu, conv out: the posterior's moments
+    decoder   conv in, middle, levels from coarse to fine, norm, silu, conv out: pixels
+    level     residual blocks, then one change of size by 2 (none after the last level)
+    middle    residual block, attention over all positions (optional), residual block
+
+Activations are [batch, height, width, channels] in the compute dtype; norm statistics and softmax are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.stack import LayerStack
+
+EPSILON = 1e-6
+SCORE_BYTES = 64 * 2**20
+"""Attention scores held at once, per image: all of them up to 4096 tokens (512 px), an eighth of the image's largest
+activation at 1024 px in fp32. Per image, so that the arithmetic does not depend on the batch."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of an AutoencoderKL. The defaults are diffusers' own; SD3's values come from its config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+
+    def __post_init__(self):
+        uneven = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if uneven:
+            raise ValueError(
+                f"VAE config: norm_num_groups {self.norm_num_groups} must divide every width in block_out_channels, "
+                f"but does not divide {uneven}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along one side: 8 for SD3."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> VAEConfig:
+        """Read diffusers' `vae/config.json`.
+
+        Raises ValueError, naming key and value, for a variant that is not implemented.
+        """
+        known = {field.name: json[field.name] for field in fields(cls) if field.name in json}
+        if "block_out_channels" in known:
+            known["block_out_channels"] = tuple(known["block_out_channels"])
+        config = cls(**known)
+        levels = len(config.block_out_channels)
+        implemented = {
+            "_class_name": ["AutoencoderKL"],
+            "act_fn": ["silu", "swish"],
+            "down_block_types": [["DownEncoderBlock2D"] * levels],
+            "up_block_types": [["UpDecoderBlock2D"] * levels],
+            "latents_mean": [None],
+            "latents_std": [None],
+        }
+        for key, allowed in implemented.items():
+            value = list(json[key]) if isinstance(json.get(key), tuple) else json.get(key)
+            if key in json and value not in allowed:
+                expected = " or ".join(map(repr, allowed))
+                raise ValueError(f"VAE config: {key} = {value!r} is not implemented; expected {expected}")
+        return config
+
+
+class VAE(nnx.Module):
+    """SD3's autoencoder. `dtype` is what it computes in (bf16 or fp32; fp16 overflows), `param_dtype` what it holds."""
+
+    def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        latent = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, **options)
+        self.decoder = Decoder(config, **options)
+        self.quant_conv = _pointwise(2 * latent, 2 * latent, **options) if config.use_quant_conv else None
+        self.post_quant_conv = _pointwise(latent, latent, **options) if config.use_post_quant_conv else None
+
+    @property
+    def layer_stacks(self) -> tuple[LayerStack, ...]:
+        return ()
+
+    def moments(
+        self, pixels: Float[Array, "batch height width in_channels"]
+    ) -> tuple[
+        Float[Array, "batch latent_height latent_width channels"],
+        Float[Array, "batch latent_height latent_width channels"],
+    ]:
+        """The posterior's mean and log variance (clipped to [-30, 20]), in latents before shift and scale.
+
+        Pixels are in [-1, 1]. A side that is no multiple of `config.downsampling` is rounded down.
+        """
+        moments = self.encoder(pixels)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def encode(
+        self, pixels: Float[Array, "batch height width in_channels"]
+    ) -> Float[Array, "batch latent_height latent_width channels"]:
+        """Pixels in [-1, 1] to the latents that the diffusion model sees: the posterior's mean, shifted and scaled."""
+        mean, _ = self.moments(pixels)
+        return (mean - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def decode(
+        self, latents: Float[Array, "batch latent_height latent_width channels"]
+    ) -> Float[Array, "batch height width out_channels"]:
+        """The diffusion model's latents to pixels in about [-1, 1], not clipped."""
+        latents = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, **options: Any):
+        widths = config.block_out_channels
+        groups = config.norm_num_groups
+        self.conv_in = _conv(config.in_channels, widths[0], **options)
+        self.levels = nnx.List(
+            Level(
+                Block(before, width, groups, **options),
+                *(Block(width, width, groups, **options) for _ in range(config.layers_per_block - 1)),
+                resample=Downsample(width, **options) if level < len(widths) - 1 else None,
+            )
+            for level, (before, width) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.middle = Middle(config, **options)
+        self.norm_out = GroupNorm(widths[-1], groups, **options)
+        self.conv_out = _conv(widths[-1], 2 * config.latent_channels, **options)
+
+    def __call__(self, pixels: Float[Array, "b height width c"]) -> Float[Array, "b latent_height latent_width m"]:
+        x = self.conv_in(pixels)
+        for level in self.levels:
+            x = level(x)
+        x = self.middle(x)
+        return self.conv_out(norm_silu(self.norm_out, x))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, **options: Any):
+        widths = config.block_out_channels[::-1]
+        groups = config.norm_num_groups
+        self.conv_in = _conv(config.latent_channels, widths[0], **options)
+        self.middle = Middle(config, **options)
+        self.levels = nnx.List(
+            Level(
+                Block(before, width, groups, **options),
+                *(Block(width, width, groups, **options) for _ in range(config.layers_per_block)),
+                resample=Upsample(width, **options) if level < len(widths) - 1 else None,
+            )
+            for level, (before, width) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.norm_out = GroupNorm(widths[-1], groups, **options)
+        self.conv_out = _conv(widths[-1], config.out_channels, **options)
+
+    def __call__(self, latents: Float[Array, "b latent_height latent_width c"]) -> Float[Array, "b height width o"]:
+        x = self.conv_in(latents)
+        x = self.middle(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(norm_silu(self.norm_out, x))
+
+
+class Level(nnx.Module):
+    """Residual blocks at one resolution, then the way to the next one."""
+
+    def __init__(self, *blocks: Block, resample: Downsample | Upsample | None):
+        self.blocks = nnx.List(blocks)
+        self.resample = resample
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b new_h new_w d"]:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nnx.Module):
+    """The coarsest resolution, where every position sees every other."""
+
+    def __init__(self, config: VAEConfig, **options: Any):
+        width, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.before = Block(width, width, groups, **options)
+        self.attention = Attention(width, groups, **options) if config.mid_block_add_attention else None
+        self.after = Block(width, width, groups, **options)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = self.before(x)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.after(x)
+
+
+class Block(nnx.Module):
+    """Two norm-silu-convolutions beside a shortcut, which is a linear layer where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, **options: Any):
+        self.norm1 = GroupNorm(in_channels, groups, **options)
+        self.conv1 = _conv(in_channels, out_channels, **options)
+        self.norm2 = GroupNorm(out_channels, groups, **options)
+        self.conv2 = _conv(out_channels, out_channels, **options)
+        self.shortcut = _pointwise(in_channels, out_channels, **options) if in_channels != out_channels else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        hidden = self.conv1(norm_silu(self.norm1, x))
+        hidden = self.conv2(norm_silu(self.norm2, hidden))
+        return hidden + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """A stride of 2. Only the bottom and the right are padded, unlike elsewhere."""
+
+    def __init__(self, channels: int, **options: Any):
+        self.conv = _conv(channels, channels, strides=2, padding=((0, 1), (0, 1)), **options)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Every pixel twice in both directions, then a convolution."""
+
+    def __init__(self, channels: int, **options: Any):
+        self.conv = _conv(channels, channels, **options)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+        batch, height, width, channels = x.shape
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        return self.conv(doubled.reshape(batch, 2 * height, 2 * width, channels))
+
+
+class Attention(nnx.Module):
+    """Self-attention over all positions with one head of the full width, added to its input."""
+
+    def __init__(self, channels: int, groups: int, **options: Any):
+        self.norm = GroupNorm(channels, groups, **options)
+        self.query = _pointwise(channels, channels, **options)
+        self.key = _pointwise(channels, channels, **options)
+        self.value = _pointwise(channels, channels, **options)
+        self.out = _pointwise(channels, channels, **options)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        attended = chunked_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        return x + self.out(attended).reshape(x.shape)
+
+
+def chunked_attention(
+    query: Float[Array, "b tokens c"], key: Float[Array, "b tokens c"], value: Float[Array, "b tokens c"]
+) -> Float[Array, "b tokens c"]:
+    """Softmax attention, a block of query rows at a time: never more than SCORE_BYTES of scores per image.
+
+    Gradients keep the bound: each block's scores are computed again on the way back.
+    """
+    batch, tokens, channels = query.shape
+    count = -(-4 * tokens * tokens // SCORE_BYTES)
+    if count == 1:
+        return _attention(query, key, value)
+    rows = -(-tokens // count)
+    padded = jnp.pad(query, ((0, 0), (0, count * rows - tokens), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, count, rows, channels), 1, 0)
+    attended = jax.lax.map(jax.checkpoint(lambda chunk: _attention(chunk, key, value)), chunks)
+    return jnp.moveaxis(attended, 0, 1).reshape(batch, count * rows, channels)[:, :tokens]
+
+
+def _attention(
+    query: Float[Array, "b rows c"], key: Float[Array, "b tokens c"], value: Float[Array, "b tokens c"]
+) -> Float[Array, "b rows c"]:
+    scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bqk,bkc->bqc", probs.astype(value.dtype), value)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of neighbouring channels over all positions.
+
+    Moments are taken per channel, in one pass over the activations as they lie, and only then pooled into groups:
+    faster than flax's, which reshapes the activations.
+    """
+
+    def __init__(self, channels: int, groups: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.groups = groups
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        x = x.astype(jnp.float32)
+        # Moments about one pixel's values: about zero, the variance of a nearly flat image would drown in rounding.
+        pivot = jax.lax.stop_gradient(x[:, height // 2, width // 2])
+        offset = x - pivot[:, None, None]
+        mean = offset.mean((1, 2))
+        variance = jnp.maximum(jnp.square(offset).mean((1, 2)) - jnp.square(mean), 0.0)
+
+        means = (mean + pivot).reshape(batch, self.groups, -1)
+        group_mean = means.mean(-1, keepdims=True)
+        group_variance = variance.reshape(means.shape).mean(-1, keepdims=True) + means.var(-1, keepdims=True)
+
+        def per_channel(group: Float[Array, "b groups 1"]) -> Float[Array, "b 1 1 c"]:
+            return jnp.broadcast_to(group, means.shape).reshape(batch, 1, 1, channels)
+
+        gain = per_channel(jax.lax.rsqrt(group_variance + EPSILON)) * self.scale[...].astype(jnp.float32)
+        return ((x - per_channel(group_mean)) * gain + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+@jax.checkpoint
+def norm_silu(norm: GroupNorm, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Recomputed on the way back from `x` alone: its fp32 intermediates would take several times the memory of `x`."""
+    return nnx.silu(norm(x))
+
+
+def _conv(in_channels: int, out_channels: int, *, padding: Any = ((1, 1), (1, 1)), **options: Any) -> nnx.Conv:
+    return nnx.Conv(in_channels, out_channels, (3, 3), padding=padding, **options)
+
+
+def _pointwise(in_channels: int, out_channels: int, **options: Any) -> nnx.Linear:
+    """A 1 x 1 convolution."""
+    return nnx.Linear(in_channels, out_channels, **options)
