@@ -1,10 +1,8 @@
-"""Prompts and class names against diffusers' SD3 pipeline, character offsets and exhaustive search."""
+"""Tokenizers and the encoding of prompts, against diffusers' SD3 pipeline."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -12,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import StableDiffusion3Pipeline
@@ -25,12 +22,9 @@ from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.text import (
     TokenIds,
     Tokenizers,
-    TokenSpan,
-    balanced_groups,
     class_prompts,
     encode_prompts,
     load_tokenizers,
-    token_spans,
     tokenize,
 )
 from tests.reference.random_weights import relative_error
@@ -45,13 +39,6 @@ PROMPTS = {
     "exactly full": ["cat " * 75],
     "one too many": ["cat " * 75 + "dog"],
 }
-ODD_NAMES = [
-    *["wall-brick", "traffic  light", "Wardrobe", "don't", "dog's bed", "café", "naïve sofa", "3d", "4x4 car"],
-    *[" ship ", "tree.", "(bed)", "ΣΑΣ", "東京", "🦊 fox", "chest of drawers;pot", "O'Neil's", "İstanbul"],
-    *["x\u200by", "ground\n", "cat!", "quite an extraordinary xylophone"],
-]
-NAMES = [*WORDS, *ODD_NAMES, "pottedplant", "diningtable", "tvmonitor", "aeroplane", "zebra"]
-
 encode = jax.jit(encode_prompts, static_argnames=("joint_dim", "t5_length"))
 
 
@@ -186,176 +173,6 @@ def test_no_prompts_and_a_bare_string_are_refused(tokenizers):
         tokenize(tokenizers, [])
     with pytest.raises(TypeError, match=r"found the string 'a cat'; write \['a cat'\]"):
         tokenize(tokenizers, "a cat")
-
-
-# Class names to spans
-
-
-def spans_by_characters(tokenizer, names: list[str]) -> list[TokenSpan]:
-    """Which tokens of the whole prompt lie within each name's characters."""
-    prompt = " ".join(names)
-    offsets = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=True).offset_mapping
-    spans, begin = [], 0
-    for name in names:
-        inside = [
-            token for token, (start, stop) in enumerate(offsets) if start < stop and begin <= start < begin + len(name)
-        ]
-        assert inside == list(range(inside[0], inside[-1] + 1))
-        spans.append(TokenSpan(inside[0], inside[-1] + 1))
-        begin += len(name) + 1
-    return spans
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_spans_are_the_tokens_of_the_names_characters(tokenizers, seed):
-    draw = random.Random(seed)
-    pool = [*NAMES, *(f"{first} {second}" for first, second in itertools.pairwise(draw.sample(WORDS, 6)))]
-    names = draw.sample(pool, draw.randint(1, 14))
-    for tokenizer in (tokenizers.clip_l, tokenizers.clip_g):
-        assert list(token_spans(tokenizer, names)) == spans_by_characters(tokenizer, names)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_packed_prompts_hold_every_class_once_in_order_and_nothing_is_cut(tokenizers, seed):
-    draw = random.Random(seed)
-    names = draw.sample(NAMES, draw.randint(1, len(NAMES)))
-    packed = class_prompts(tokenizers, names)
-    assert packed.classes == tuple(names)
-    assert list(packed.prompt_of_class) == sorted(packed.prompt_of_class)
-    assert set(packed.prompt_of_class) == set(range(len(packed.prompts)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ids = tokenize(tokenizers._replace(t5=None), packed.prompts)
-    for name, prompt, span in zip(names, packed.prompt_of_class, packed.spans, strict=True):
-        for row, tokenizer in ((ids.clip_l[prompt], tokenizers.clip_l), (ids.clip_g[prompt], tokenizers.clip_g)):
-            alone = tokenizer(name, add_special_tokens=False).input_ids
-            assert row[span.start : span.stop].tolist() == alone
-    for prompt, text in enumerate(packed.prompts):
-        group = [name for name, number in zip(names, packed.prompt_of_class, strict=True) if number == prompt]
-        assert text == " ".join(group)
-
-
-def test_one_prompts_spans_start_after_the_start_token(tokenizers):
-    packed = class_prompts(tokenizers, ["cat", "traffic light", "sofa"])
-    assert packed.prompts == ("cat traffic light sofa",)
-    assert packed.spans == ((1, 2), (2, 4), (4, 5))
-    assert packed.length == 77
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_packing_is_the_best_of_all_splits(seed):
-    draw = random.Random(seed)
-    room = draw.randint(3, 20)
-    counts = [draw.randint(1, draw.choice([2, room])) for _ in range(draw.randint(1, 9))]
-
-    def splits():
-        for cuts in range(len(counts)):
-            for places in itertools.combinations(range(1, len(counts)), cuts):
-                edges = [0, *places, len(counts)]
-                yield [slice(*edge) for edge in itertools.pairwise(edges)]
-
-    def cost(split):
-        totals = [sum(counts[run]) for run in split]
-        # Fewest, then the smallest largest, then the longest first runs.
-        return len(split), max(totals), [-(run.stop - run.start) for run in split]
-
-    allowed = [split for split in splits() if all(sum(counts[run]) <= room for run in split)]
-    assert balanced_groups(counts, room) == min(allowed, key=cost)
-
-
-def test_a_vocabulary_too_long_by_one_token_is_split_in_halves(tokenizers):
-    names = [f"{first} {second}" for first, second in itertools.combinations(WORDS[:10], 2)][:38]
-    packed = class_prompts(tokenizers, names)
-    assert [packed.prompt_of_class.count(prompt) for prompt in range(2)] == [19, 19]
-    assert packed.spans[18] == (37, 39)
-    assert packed.spans[19] == (1, 3)
-
-
-# Spans to scores
-
-
-def test_averaging_gives_each_class_the_mean_of_its_tokens_maps(tokenizers):
-    packed = class_prompts(tokenizers, NAMES)
-    assert len(packed.prompts) > 1
-    maps = np.random.default_rng(0).random((len(packed.prompts), 6, packed.length), np.float32)
-    scores = jnp.einsum("pnt,pct->cn", maps, packed.averaging(), precision="highest")
-    expected = [
-        maps[prompt, :, span.start : span.stop].mean(1)
-        for prompt, span in zip(packed.prompt_of_class, packed.spans, strict=True)
-    ]
-    assert relative_error(scores, np.stack(expected)) <= 1e-6
-
-
-def test_padded_class_lists_of_varied_length_share_one_compiled_program(tokenizers):
-    traces = []
-
-    @jax.jit
-    def score(maps, averaging):
-        traces.append(maps.shape)
-        return jnp.einsum("pnt,pct->cn", maps, averaging)
-
-    maps = jnp.ones((1, 4, 77))
-    for names in (["cat"], ["cat", "pottedplant"], WORDS[:10]):
-        scores = score(maps, class_prompts(tokenizers, names).averaging(classes=10))
-        np.testing.assert_allclose(scores[: len(names)], 1, rtol=1e-6)
-        assert not scores[len(names) :].any()
-    assert len(traces) == 1
-
-
-def test_more_classes_than_rows_are_refused(tokenizers):
-    with pytest.raises(ValueError, match="2 classes do not fit in classes=1 rows"):
-        class_prompts(tokenizers, ["cat", "dog"]).averaging(classes=1)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "the list of class names is empty"),
-        (["cat", ""], r"class name 1 is blank \(''\)"),
-        ([" \t", "cat"], r"class name 0 is blank \(' \\t'\)"),
-        (["cat", "dog", "cat"], "class name 'cat' is repeated; give each class a name of its own"),
-        (["Cat", "cat"], "class name 'cat' is repeated: to the text encoder it is 'Cat'"),
-        (["traffic light", "traffic  light"], "class name 'traffic  light' is repeated"),
-        (["caf\u00e9", "cafe\u0301"], "is repeated: to the text encoder it is"),
-        (["cat", "<|endoftext|>"], r"class name '<\|endoftext\|>' holds a token that starts or ends a prompt"),
-        (["<|startoftext|> cat"], "holds a token that starts or ends a prompt"),
-        (["cat", "dog " * 76], r"class name 'dog dog .*\.\.\.' has 76 tokens, a prompt room for 75; shorten it"),
-    ],
-)
-def test_bad_class_lists_are_refused_by_name(tokenizers, names, message):
-    with pytest.raises(ValueError, match=message):
-        class_prompts(tokenizers, names)
-
-
-def test_a_bare_string_is_no_list_of_classes(tokenizers):
-    for function, argument in ((class_prompts, tokenizers), (token_spans, tokenizers.clip_l)):
-        with pytest.raises(TypeError, match=r"found the string 'cat'; write \['cat'\]"):
-            function(argument, "cat")
-
-
-def test_the_longest_name_that_fits_is_a_prompt_of_its_own(tokenizers):
-    packed = class_prompts(tokenizers, ["cat", "dog " * 75, "sofa"])
-    assert packed.prompt_of_class == (0, 1, 2)
-    assert packed.spans[1] == (1, 76)
-
-
-def test_a_name_that_both_tokenizers_split_differently_is_refused(sd3_checkpoint):
-    tokenizers = load_tokenizers(sd3_checkpoint)
-    tokenizers.clip_l.add_tokens(["!!"])  # one token of CLIP's own vocabulary, and two padding tokens to bigG
-    assert class_prompts(tokenizers, ["cat!", "dog"]).spans == ((1, 3), (3, 4))
-    with pytest.raises(ValueError, match=r"class name 'cat!!' is 2 tokens for tokenizer and 3 for tokenizer_2.*'!'"):
-        class_prompts(tokenizers, ["dog", "cat!!"])
-
-
-def test_a_token_that_joins_two_names_is_refused(sd3_checkpoint):
-    tokenizers = load_tokenizers(sd3_checkpoint)
-    tokenizers.clip_l.add_tokens(["red cat"])
-    assert class_prompts(tokenizers, ["cat", "red"]).spans == ((1, 2), (2, 3))
-    with pytest.raises(ValueError, match="class name 'red' is split into other tokens beside its neighbours"):
-        class_prompts(tokenizers, ["sofa", "red", "cat"])
 
 
 # Loading
