@@ -180,8 +180,7 @@ def test_averaged_heads_are_the_mean_of_the_heads(pair, variant):
     np.testing.assert_allclose(averaged.scores, kept.scores.mean(1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", ["scores", "probs"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("part", "remat"), [("scores", False), ("probs", True)])
 def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, remat):
     theirs, ours = pair
     inputs = make_inputs(VARIANTS[variant], (8, 12), text=7)

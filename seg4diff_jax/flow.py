@@ -1,0 +1,81 @@
+"""Rectified flow: the noise schedule, noising, and the velocity that the model learns.
+
+Latents at noise level sigma are (1 - sigma) z + sigma eps; the velocity is eps - z; the model is told 1000 x sigma.
+The schedule is diffusers' FlowMatchEulerDiscreteScheduler with SD3's shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Noise levels, from noise to clean.
+
+    Attributes:
+      shift: how far levels are pushed towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma).
+      num_train_timesteps: the timestep of pure noise.
+    """
+
+    shift: float = 3.0
+    num_train_timesteps: int = 1000
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> FlowSchedule:
+        """From a diffusers `scheduler_config.json`. Raises ValueError for a schedule that is not SD3's kind."""
+        for name in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            if config.get(name):
+                raise ValueError(f"the scheduler's {name} is {config[name]!r}; SD3's schedule has a fixed shift only")
+        return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+
+    def _shifted(self, sigma: np.ndarray) -> np.ndarray:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def sigmas(self, steps: int = 28) -> np.ndarray:
+        """Noise levels of a run of that many steps, fp64 [steps], falling from 1; the clean end (0) is left out.
+
+        As in diffusers the shift is applied twice: to the smallest level, then to the levels spread evenly above it.
+        """
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"steps is {steps}; expected 1 to {self.num_train_timesteps}")
+        smallest = self._shifted(np.asarray(1 / self.num_train_timesteps))
+        return self._shifted(np.linspace(1.0, smallest, steps))
+
+    def sigma_at(self, step: int = 8, steps: int = 28) -> float:
+        """The noise level that the paper calls t = `step`: the `step`-th of `steps`, counted from the clean end."""
+        if not 1 <= step <= steps:
+            raise ValueError(f"step is {step}; expected 1 (nearly clean) to {steps} (pure noise)")
+        return float(self.sigmas(steps)[-step])
+
+
+def add_noise(
+    latents: Float[Array, "batch height width channels"],
+    noise: Float[Array, "batch height width channels"],
+    sigma: Float[Array, ""] | float,
+) -> Float[Array, "batch height width channels"]:
+    """Latents at noise level sigma."""
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(
+    latents: Float[Array, "batch height width channels"], noise: Float[Array, "batch height width channels"]
+) -> Float[Array, "batch height width channels"]:
+    """What the model should predict, at every noise level."""
+    return noise - latents
+
+
+def image_noise(seed: int, indices: Float[np.ndarray, " batch"] | list[int] | range, shape: tuple[int, int, int]):
+    """Standard normal noise for images by their index in the set, fp32 [batch, *shape].
+
+    An image's noise depends on the seed and on its index alone: not on batch size, order, device or process.
+    """
+    key = jax.random.key(seed)
+    draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+    return jax.vmap(draw)(jnp.asarray(indices, jnp.uint32))

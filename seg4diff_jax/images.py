@@ -1,0 +1,111 @@
+"""Images in: files to pixels, and pixels to the size that the model sees."""
+
+from __future__ import annotations
+
+import math
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Resize = Literal["aspect", "square", "release"]
+"""How an image comes to the model's size: aspect kept, squashed to the trained square, or as the release does it."""
+
+ImageInput = str | PathLike | Image.Image | np.ndarray
+
+
+class ImageError(ValueError):
+    """An image cannot be read or used; the message names it."""
+
+
+def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
+    """A file, a PIL image or an array as RGB pixels; EXIF rotation is applied, transparency laid on white.
+
+    Raises:
+      ImageError: the file is missing or no image, or the array is not uint8 [height, width, 3] or [height, width].
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise ImageError(f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
+        pixels = image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+    elif isinstance(image, Image.Image):
+        pixels = np.asarray(_to_rgb(image))
+    else:
+        try:
+            with Image.open(Path(image).expanduser()) as opened:
+                pixels = np.asarray(_to_rgb(opened))
+        except FileNotFoundError:
+            raise ImageError(f"{image}: no such file") from None
+        except IsADirectoryError:
+            raise ImageError(f"{image}: is a directory; expected an image file") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{image}: cannot be read as an image: {error}") from None
+    if not pixels.size:
+        raise ImageError(f"the image is empty: {list(pixels.shape)}")
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would clip instead of scaling
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def model_size(height: int, width: int, *, trained: int, multiple: int, largest: int) -> tuple[int, int]:
+    """Height and width near the image's aspect with about trained^2 pixels.
+
+    Args:
+      height, width: of the image.
+      trained: side of the squares that the model was trained on.
+      multiple: both sides are multiples of it: the VAE's factor times the patch size.
+      largest: longest side that the positional table allows.
+    """
+    scale = trained / math.sqrt(height * width)
+    nearest = lambda side: min(max(multiple, round(side * scale / multiple) * multiple), largest // multiple * multiple)
+    return nearest(height), nearest(width)
+
+
+def resize(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], how: Resize = "square"
+) -> Shaped[np.ndarray, "rows columns 3"]:
+    """Pixels at the size that the model sees, 0..255; an image that already has it is returned as it is.
+
+    Args:
+      size: height and width.
+      how: "release" is the released Seg4Diff's way: shorter side to 640, antialiased, then bilinear without
+        antialiasing and without rounding. Otherwise straight to `size`, bilinear and antialiased.
+    """
+    if pixels.shape[:2] == tuple(size):
+        return pixels
+    if how != "release":
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+    height, width = pixels.shape[:2]
+    scale = 640 / min(height, width)
+    halfway = (int(width * scale + 0.5), int(height * scale + 0.5))
+    return _bilinear(np.asarray(Image.fromarray(pixels).resize(halfway, Image.Resampling.BILINEAR)), size)
+
+
+def _bilinear(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
+) -> Float[np.ndarray, "rows columns 3"]:
+    resampled = pixels.astype(np.float32)
+    for axis, target in enumerate(size):
+        source = pixels.shape[axis]
+        position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        below = np.floor(position).astype(int)
+        above = np.minimum(below + 1, source - 1)
+        weight = (position - below).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        resampled = (1 - weight) * resampled.take(below, axis) + weight * resampled.take(above, axis)
+    return resampled
+
+
+def to_model_range(pixels: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """0..255 to [-1, 1], fp32."""
+    return pixels.astype(np.float32) / np.float32(127.5) - 1

@@ -1,0 +1,43 @@
+"""One mesh, one table: which axis of which parameter is split over which axis of the mesh."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+"""Batches are split over both."""
+
+RULES: tuple[tuple[str, P], ...] = (
+    # Stacked layers: [layer, in, out]. Heads and hidden units over `tensor`, the other side over `fsdp`.
+    (r"(stacks\.\d+|layers)\..*\b(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
+    (r"(stacks\.\d+|layers)\..*\b(out|down)\.kernel", P(None, "tensor", "fsdp")),
+    (r"(stacks\.\d+|layers)\..*\b(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
+    (r".*embedding", P("fsdp", None)),
+    (r"(time_embed|pooled_embed)\.(up|down)\.kernel", P("fsdp", "tensor")),
+    (r"(context_embed|norm_out)\.kernel", P("fsdp", "tensor")),
+)
+"""Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over data x fsdp x tensor devices. Raises ValueError when that is not the number of devices."""
+    if data * fsdp * tensor != jax.device_count():
+        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} devices does not fit {jax.device_count()} devices")
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Parameter path and shape to its sharding. An axis that does not divide is not split."""
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), P())
+        fits = [axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
+        return NamedSharding(mesh, P(*fits))
+
+    return sharding

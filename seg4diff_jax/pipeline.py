@@ -1,0 +1,386 @@
+"""One loaded SD3: from image files and class names to masks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise
+from seg4diff_jax.images import ImageInput, Resize, model_size, read_image, resize, to_model_range
+from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
+from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.mmdit import MMDiT, attention_at
+from seg4diff_jax.models.t5 import T5Encoder
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import BATCH, parameter_shardings
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
+from seg4diff_jax.text import (
+    ClassPrompts,
+    TextConditioning,
+    TokenIds,
+    Tokenizers,
+    class_prompts,
+    encode_prompts,
+    load_tokenizers,
+    tokenize,
+)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Where each class is in one image.
+
+    Attributes:
+      labels: int32 [height, width] of the input image: index into `classes`.
+      scores: float32 [classes, rows, columns]: mean attention of each image token to the class's words.
+      classes: the class names, as given.
+      prompts: what the model was told; more than one when the names do not fit a prompt.
+    """
+
+    labels: Int[np.ndarray, "height width"]
+    scores: Float[np.ndarray, "classes rows columns"]
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+
+def load(
+    model: str | PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    t5: bool = False,
+    blocks: int | None = None,
+    tokenizers: str | PathLike | None = None,
+    variant: str | None = None,
+) -> Pipeline:
+    """Load a checkpoint in any form that `python -m convert checkpoint` takes, converted on the fly.
+
+    Args:
+      model: converted directory, diffusers directory, single safetensors file, or Hub id.
+      dtype: of parameters and computation. Default: float32 on a CPU, bfloat16 elsewhere.
+      mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
+      t5: also load T5-XXL. Masks do not need it: the paper's were made without.
+      blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
+      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], for single files.
+      variant: of a diffusers directory's weight files, as in "fp16".
+
+    Raises:
+      CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
+    """
+    # Not at the top: the converter knows the models, and a model in memory needs no converter.
+    from convert.errors import CheckpointError
+    from convert.load import load_component
+    from convert.sources import open_source
+
+    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
+    folder = Path(tokenizers).expanduser() if tokenizers else None
+    source = open_source(model, components=names, tokenizers=folder, variant=variant)
+    if "tokenizer" not in source.tokenizers:
+        raise CheckpointError(f"{model} holds no tokenizers; name a directory that does with tokenizers=DIR")
+    options: dict[str, Any] = {"dtype": dtype, "shardings": parameter_shardings(mesh) if mesh else None}
+    part = lambda name, **more: load_component(source, name, **options, **more)
+    return Pipeline(
+        transformer=part("transformer", depth=blocks),
+        vae=part("vae"),
+        clip_l=part("text_encoder"),
+        clip_g=part("text_encoder_2"),
+        t5=part("text_encoder_3") if t5 else None,
+        tokenizers=load_tokenizers(source.tokenizers["tokenizer"].parent, t5=t5),
+        schedule=FlowSchedule.from_json(source.scheduler),
+        expert_block=source.expert_block,
+        trained_size=source.trained_size,
+        mesh=mesh,
+    )
+
+
+@dataclass
+class Pipeline:
+    """Stable Diffusion 3 in memory. `load` makes one; `segment` is what it is for.
+
+    Attributes:
+      expert_block: the block whose attention segments best, if known.
+      trained_size: side in pixels of the squares that the transformer was trained on.
+      mesh: the devices that parameters and batches are spread over, or None for one device.
+    """
+
+    transformer: MMDiT
+    vae: VAE
+    clip_l: CLIPText
+    clip_g: CLIPText
+    t5: T5Encoder | None
+    tokenizers: Tokenizers
+    schedule: FlowSchedule
+    expert_block: int | None
+    trained_size: int
+    mesh: Mesh | None = None
+    _conditioning: dict[str, TextConditioning] = field(default_factory=dict, repr=False)
+
+    # ---- masks ------------------------------------------------------------------------------------------------------
+
+    @overload
+    def segment(self, image: ImageInput, classes: Sequence[str], **options: Any) -> Segmentation: ...
+    @overload
+    def segment(
+        self, image: Sequence[ImageInput], classes: Sequence[Sequence[str]], **options: Any
+    ) -> list[Segmentation]: ...
+    def segment(
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        classes: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        block: int | None = None,
+        step: int = 8,
+        seed: int = 0,
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
+        size: tuple[int, int] | None = None,
+        resize: Resize = "aspect",
+        kernel: Kernel | None = None,
+    ) -> Segmentation | list[Segmentation]:
+        """Zero-shot open-vocabulary masks from one forward pass on each noised image (Seg4Diff, section 3).
+
+        Args:
+          image: a path, a PIL image or a uint8 array [height, width, 3]; or a list of them, of any sizes.
+          classes: class names, in any number; or one list of names for each image.
+          block: block to read. Default: the checkpoint's expert block.
+          step: noise level, counted from the clean end of 28 (the paper's t).
+          seed: of the noise; each image of a list has noise of its own, by its position.
+          noise: float32 [latent rows, latent columns, channels] to use instead, or with a leading axis of images.
+          size: height and width that the model sees. Default: by `resize`.
+          resize: "aspect" keeps the image's, at about the trained number of pixels; "square" squashes it to the
+            trained square; "release" does so the released Seg4Diff's way.
+          kernel: attention kernel. Default: by backend and dtype.
+
+        Raises:
+          ImageError: an image cannot be read.
+          ValueError: class names, block, step, size or noise are not usable; the message says why.
+        """
+        single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
+        images: list[Any] = [image] if single else list(image)  # pyright: ignore
+        lists: list[Any] = [classes] if single else list(classes)
+        if len(images) != len(lists):
+            raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
+        block = self._block(block)
+        sigma = self.schedule.sigma_at(step)
+        prompts = [class_prompts(self.tokenizers, names) for names in lists]
+        pixels = [read_image(item) for item in images]
+        sizes = [self._model_size(item.shape[:2], size, resize) for item in pixels]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, wanted in enumerate(sizes):
+            groups[wanted].append(index)
+        results: dict[int, Segmentation] = {}
+        for wanted, members in groups.items():
+            batch = self._pixels([pixels[i] for i in members], wanted, resize)
+            scores = self._scores(
+                batch, [prompts[i] for i in members], self._noise(noise, members, wanted, seed), sigma, block, kernel
+            )
+            for i, grid in zip(members, scores, strict=True):
+                labels = upsampled_labels(grid, pixels[i].shape[:2])
+                results[i] = Segmentation(labels, np.asarray(grid), prompts[i].classes, prompts[i].prompts)
+        ordered = [results[i] for i in range(len(images))]
+        return ordered[0] if single else ordered
+
+    def attention(
+        self,
+        image: ImageInput,
+        prompt: str,
+        *,
+        blocks: Collection[int] | None = None,
+        step: int = 8,
+        seed: int = 0,
+        noise: Float[np.ndarray, "rows columns channels"] | None = None,
+        size: tuple[int, int] | None = None,
+        resize: Resize = "aspect",
+        request: AttentionRequest = IMAGE_TO_TEXT,
+        kernel: Kernel | None = None,
+    ) -> dict[int, JointAttention]:
+        """Joint attention of any blocks on a noised image under a prompt; arguments as for `segment`.
+
+        Args:
+          blocks: default: all that are loaded.
+          request: which maps, scores or probabilities, heads kept or averaged (`AttentionRequest`).
+        """
+        blocks = range(self.transformer.depth) if blocks is None else blocks
+        pixels = read_image(image)
+        wanted = self._model_size(pixels.shape[:2], size, resize)
+        eps = self._noise(noise, [0], wanted, seed)
+        inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
+        with self._on_mesh():
+            return _attention(
+                self.transformer, self.vae, *inputs, self.schedule.sigma_at(step), tuple(blocks), request, kernel
+            )
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def encode_images(
+        self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
+    ) -> Float[Array, "batch rows columns channels"]:
+        """Clean latents of images, each resampled to `size` (height, width)."""
+        wanted = self._model_size((0, 0), size, resize)
+        with self._on_mesh():
+            return _encode_images(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
+        """Context [batch, tokens, features] and pooled vectors; what was encoded before is remembered."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]
+        if new:
+            ids = tokenize(self.tokenizers, new)
+            with self._on_mesh():
+                encoded = _encode_text(
+                    self.clip_l, self.clip_g, self.t5, ids, self.transformer.config.joint_attention_dim
+                )
+            for i, prompt in enumerate(new):
+                self._conditioning[prompt] = jax.tree.map(lambda leaf, i=i: leaf[i], encoded)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._conditioning[prompt] for prompt in prompts))
+
+    def _scores(
+        self,
+        pixels: Float[np.ndarray, "images height width 3"],
+        prompts: list[ClassPrompts],
+        noise: Float[Array, "images rows columns channels"],
+        sigma: float,
+        block: int,
+        kernel: Kernel | None,
+    ) -> list[Float[Array, "classes rows columns"]]:
+        """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
+        most = max(len(item.classes) for item in prompts)
+        averaging = np.concatenate([item.averaging(most) for item in prompts])
+        image_of_row = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
+        conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
+        rows = self._spread((conditioning, image_of_row, averaging))
+        images = self._spread((pixels, noise))
+        with self._on_mesh():
+            scores = _class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
+        return [scores[i, : len(item.classes)] for i, item in enumerate(prompts)]
+
+    def _spread(self, arrays: Any) -> Any:
+        """Split leading axes over the mesh's data axes, where they divide."""
+        if self.mesh is None:
+            return arrays
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        place = lambda array: NamedSharding(self.mesh, BATCH if len(array) % devices == 0 else PartitionSpec())
+        return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
+
+    def _on_mesh(self):
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _block(self, block: int | None) -> int:
+        if block is None and self.expert_block is None:
+            raise ValueError("this checkpoint does not say which block segments best: name one with block=")
+        chosen = self.expert_block if block is None else block
+        if not 0 <= chosen < self.transformer.depth:
+            raise ValueError(f"block is {chosen}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
+        return chosen
+
+    @property
+    def _multiple(self) -> int:
+        return self.vae.config.downsampling * self.transformer.config.patch_size
+
+    def _model_size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
+        multiple, largest = self._multiple, self._multiple * self.transformer.config.pos_embed_max_size
+        if size is None and how == "aspect":
+            return model_size(*image, trained=self.trained_size, multiple=multiple, largest=largest)
+        height, width = size or (self.trained_size, self.trained_size)
+        if height % multiple or width % multiple or not 0 < min(height, width) <= max(height, width) <= largest:
+            raise ValueError(f"size is {height} x {width}; sides must be multiples of {multiple}, up to {largest}")
+        return height, width
+
+    def _pixels(
+        self, images: list[np.ndarray], size: tuple[int, int], how: Resize
+    ) -> Float[np.ndarray, "batch height width 3"]:
+        return np.stack([to_model_range(resize(image, size, how)) for image in images])
+
+    def _noise(
+        self, noise: Shaped[np.ndarray, "*shape"] | None, members: list[int], size: tuple[int, int], seed: int
+    ) -> Float[Array, "batch rows columns channels"]:
+        factor = self.vae.config.downsampling
+        shape = (size[0] // factor, size[1] // factor, self.vae.config.latent_channels)
+        if noise is None:
+            return image_noise(seed, members, shape)
+        given = jnp.asarray(noise, jnp.float32)
+        given = jnp.broadcast_to(given, (len(members), *given.shape)) if given.ndim == 3 else given[np.asarray(members)]
+        if given.shape[1:] != shape:
+            raise ValueError(f"noise is {list(given.shape[1:])} for each image; expected {list(shape)}")
+        return given
+
+
+# ---- jitted programs ------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("joint_dim",))
+def _encode_text(
+    clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds, joint_dim: int
+) -> TextConditioning:
+    return encode_prompts(clip_l, clip_g, t5, ids, joint_dim=joint_dim)
+
+
+@jax.jit
+def _encode_images(
+    vae: VAE, pixels: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch rows columns channels"]:
+    return vae.encode(pixels)
+
+
+@partial(jax.jit, static_argnames=("block", "kernel"))
+def _class_scores(
+    transformer: MMDiT,
+    vae: VAE,
+    images: tuple[Float[Array, "images height width 3"], Float[Array, "images rows columns channels"]],
+    prompts: tuple[TextConditioning, Int[Array, " prompts"], Float[Array, "prompts classes text"]],
+    sigma: Float[Array, ""],
+    block: int,
+    kernel: Kernel | None,
+) -> Float[Array, "images classes grid_rows grid_columns"]:
+    """Images and noise, and for each prompt its conditioning, its image and its averaging weights, to class scores."""
+    pixels, noise = images
+    conditioning, image_of_prompt, averaging = prompts
+    noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
+    record = attention_at(
+        transformer,
+        noisy[image_of_prompt],
+        jnp.full(len(image_of_prompt), 1000 * sigma),
+        *conditioning,
+        block=block,
+        request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
+        kernel=kernel,
+    )
+    scores = combine_prompts(class_scores(record.probs, averaging), image_of_prompt, len(pixels))
+    patch = transformer.config.patch_size
+    return scores.reshape(*scores.shape[:2], noise.shape[1] // patch, noise.shape[2] // patch)
+
+
+@partial(jax.jit, static_argnames=("blocks", "request", "kernel"))
+def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel):
+    noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
+    inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
+    if len(blocks) == 1:
+        return {blocks[0]: attention_at(*inputs, block=blocks[0], request=request, kernel=kernel)}
+    return transformer(*inputs[1:], capture=blocks, request=request, kernel=kernel)[1]
+
+
+CANVAS = 256
+"""Label maps are made on canvases of multiples of this, so that images of many sizes share few programs."""
+
+_label_map = jax.jit(label_map, static_argnames=("canvas",))
+
+
+def upsampled_labels(
+    scores: Float[Array, "classes rows columns"], size: tuple[int, int]
+) -> Int[np.ndarray, "height width"]:
+    """The best class of every pixel of an image of `size` (height, width)."""
+    canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
+    return np.asarray(_label_map(scores, jnp.asarray(size), canvas=canvas))[: size[0], : size[1]]

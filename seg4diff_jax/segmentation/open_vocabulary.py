@@ -1,0 +1,72 @@
+"""Zero-shot open-vocabulary segmentation: which class's words does each image token attend to? (Seg4Diff, section 3)"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def class_scores(
+    maps: Float[Array, "prompts image text"], averaging: Float[Array, "prompts classes text"]
+) -> Float[Array, "prompts classes image"]:
+    """Mean of each class's token columns, per prompt; zero for classes that the prompt does not name.
+
+    Args:
+      maps: image-to-text probabilities of the expert block, averaged over heads.
+      averaging: rows that average a class's tokens (`ClassPrompts.averaging`).
+    """
+    return jnp.einsum("pit,pct->pci", maps, averaging, precision="highest")
+
+
+def combine_prompts(
+    scores: Float[Array, "prompts classes image"], image_of_prompt: Int[Array, " prompts"], images: int
+) -> Float[Array, "images classes image"]:
+    """Scores of each image's prompts side by side, not renormalised; one prompt of an image names each class."""
+    return jax.ops.segment_sum(scores, image_of_prompt, num_segments=images)
+
+
+def label_map(
+    scores: Float[Array, "classes rows columns"],
+    size: Int[Array, " 2"] | tuple[int, int],
+    *,
+    canvas: tuple[int, int] | None = None,
+    present: Bool[Array, " classes"] | None = None,
+) -> Int[Array, "height width"]:
+    """Upsample class scores bilinearly and take the best class of every pixel; ties go to the earlier class.
+
+    Classes are taken one after the other, so memory does not grow with their number.
+
+    Args:
+      scores: on the grid of image tokens.
+      size: height and width of the label map; may be traced if `canvas` is given.
+      canvas: static height and width of the array that holds it (what lies past `size` is meaningless), so that one
+        program serves many sizes. Default: `size`.
+      present: classes that compete. Default: all.
+    """
+    height, width = (int(side) for side in size) if canvas is None else canvas
+    down = bilinear_matrix(scores.shape[1], size[0], height)
+    across = bilinear_matrix(scores.shape[2], size[1], width)
+
+    def compete(best, challenger):
+        score, label = best
+        grid, index, allowed = challenger
+        upsampled = jnp.einsum("hr,rc,wc->hw", down, grid, across, precision="highest")
+        wins = allowed & (upsampled > score)
+        return (jnp.where(wins, upsampled, score), jnp.where(wins, index, label)), None
+
+    classes = scores.shape[0]
+    allowed = jnp.ones(classes, bool) if present is None else present
+    start = jnp.full((height, width), -jnp.inf), jnp.zeros((height, width), jnp.int32)
+    (_, labels), _ = jax.lax.scan(compete, start, (scores.astype(jnp.float32), jnp.arange(classes), allowed))
+    return labels
+
+
+def bilinear_matrix(source: int, target: Int[Array, ""] | int, rows: int) -> Float[Array, "rows source"]:
+    """Weights of bilinear resampling along one axis, as PyTorch's interpolate with `align_corners=False`.
+
+    Row i holds the weights of output pixel i of `target`; rows past `target` repeat the border. No antialiasing.
+    """
+    scale = source / jnp.asarray(target, jnp.float32)
+    position = jnp.clip((jnp.arange(rows, dtype=jnp.float32) + 0.5) * scale - 0.5, 0, source - 1)
+    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(source, dtype=jnp.float32)))
