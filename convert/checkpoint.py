@@ -140,11 +140,8 @@ def _write_diffusers(
         (folder / "config.json").write_text(json.dumps(reader.config, indent=2))
         _write_torch(folder / f"{COMPONENTS[reader.name].weights}.safetensors", reader, dtype, report)
     source.copy_tokenizers_and_scheduler(work)
-    index = {
-        key: value
-        for key, value in {**MODEL_INDEX, **source.model_index}.items()
-        if key not in KINDS or (work / key).is_dir()
-    }
+    index = {**MODEL_INDEX, **source.model_index}
+    index |= {name: [None, None] for name in KINDS if not (work / name).is_dir()}
     (work / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

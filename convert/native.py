@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from convert.files import read_json
 from convert.layout import checksum, dtype_named
 from convert.names import parameter_shapes
 from convert.readers import Layout, Source, part_of
+from convert.staging import sync_tree
 
 MANIFEST = "manifest.json"
 FORMAT = "seg4diff-jax checkpoint"
@@ -64,19 +66,34 @@ def write_component(
     left = Counter(part.values())
     waiting: dict[str, Parameters] = {name: {} for name in left}
     records: Records = {}
-    with _checkpointer() as checkpointer:
+    saving: Future[int] | None = None
+    # While one part goes to the disk the next is read and transposed; no more than two are in memory.
+    with ThreadPoolExecutor(1) as worker:
         for name, array in parameters:
             owner = part[name]
             waiting[owner][name] = array
             left[owner] -= 1
             if not left[owner]:
-                arrays = waiting.pop(owner)
-                records[owner] = {key: _record(value) for key, value in arrays.items()}
-                checkpointer.save((folder / "params" / owner).absolute(), args=ocp.args.PyTreeSave(arrays))
-                written(sum(value.nbytes for value in arrays.values()))
+                if saving is not None:
+                    written(saving.result())
+                saving = worker.submit(_save, folder / "params" / owner, waiting, records)
+        if saving is not None:
+            written(saving.result())
     if waiting:
         raise ValueError(f"parameters of {', '.join(waiting)} were announced and not given")
     return records
+
+
+def _save(folder: Path, waiting: dict[str, Parameters], records: Records) -> int:
+    """Move the part called `folder.name` from memory to the disk. Returns the number of bytes."""
+    arrays = waiting.pop(folder.name)
+    records[folder.name] = {name: _record(array) for name, array in arrays.items()}
+    size = sum(array.nbytes for array in arrays.values())
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    del arrays
+    sync_tree(folder)
+    return size
 
 
 def _record(array: np.ndarray) -> dict[str, Any]:

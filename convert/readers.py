@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -41,6 +41,7 @@ Layout = dict[str, tuple[Shape, np.dtype]]
 """Our per-layer name of each parameter: its shape and dtype."""
 
 
+@runtime_checkable
 class ComponentReader(Protocol):
     """The parameters of one component under our per-layer names, one at a time."""
 

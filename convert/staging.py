@@ -50,7 +50,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _remove(leftover)
         try:
             yield work
-            _sync_tree(work)
+            sync_tree(work)
             if target.exists():
                 target.rename(former)
             work.rename(target)
@@ -78,7 +78,8 @@ def _sync(path: Path | str) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Return when everything below is on the disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
             _sync(os.path.join(folder, name))
