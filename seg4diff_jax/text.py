@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
 from seg4diff_jax.models.t5 import T5Encoder
 
 if TYPE_CHECKING:
@@ -166,30 +166,40 @@ def encode_prompts(
     Raises:
       ValueError: ids and encoders do not belong together, or the states do not fit in `joint_dim`.
     """
+    t5_states = None if t5 is None and ids.t5 is None else _t5_states(t5, ids.t5)
     states_l, states_g = clip_l(jnp.asarray(ids.clip_l)), clip_g(jnp.asarray(ids.clip_g))
+    return join_states(states_l, states_g, t5_states, joint_dim=joint_dim, t5_length=t5_length)
+
+
+def join_states(
+    states_l: CLIPTextOutput,
+    states_g: CLIPTextOutput,
+    t5_states: Float[Array, "batch t5_tokens width"] | None,
+    *,
+    joint_dim: int,
+    t5_length: int | None = None,
+) -> TextConditioning:
+    """The end of `encode_prompts`, for encoders that have run one after the other. The same arguments and errors."""
     clip_states = jnp.concatenate([states_l.penultimate, states_g.penultimate], axis=-1)
     batch, tokens, width = clip_states.shape
     if width > joint_dim:
         raise ValueError(f"the two CLIPs' states are {width} wide together: expected at most {joint_dim=}")
-    if t5 is None and ids.t5 is None:
+    if t5_states is None:
         t5_states = jnp.zeros((batch, tokens if t5_length is None else t5_length, joint_dim), clip_states.dtype)
-    else:
-        t5_states = _t5_states(t5, ids.t5, joint_dim)
+    elif t5_states.shape[-1] != joint_dim:
+        raise ValueError(f"T5's states are {t5_states.shape[-1]} wide: expected {joint_dim=}")
     clip_states = jnp.pad(clip_states, ((0, 0), (0, 0), (0, joint_dim - width)))
     context = jnp.concatenate([clip_states, t5_states], axis=1)
     return TextConditioning(context, jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1))
 
 
 def _t5_states(
-    t5: T5Encoder | None, ids: Int[Array | np.ndarray, "batch tokens"] | None, joint_dim: int
+    t5: T5Encoder | None, ids: Int[Array | np.ndarray, "batch tokens"] | None
 ) -> Float[Array, "batch tokens width"]:
     if t5 is None or ids is None:
         found = "T5's ids without its encoder" if t5 is None else "T5's encoder without its ids"
         raise ValueError(f"expected T5's encoder and its ids, or neither, found {found}")
-    states = t5(jnp.asarray(ids))
-    if states.shape[-1] != joint_dim:
-        raise ValueError(f"T5's states are {states.shape[-1]} wide: expected {joint_dim=}")
-    return states
+    return t5(jnp.asarray(ids))
 
 
 @dataclass(frozen=True)

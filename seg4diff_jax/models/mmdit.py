@@ -151,9 +151,8 @@ class MMDiT(nnx.Module):
             if run.captured:
                 rows = range(run.stop - run.start)
                 records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
-        shift, scale = jnp.split(self.norm_out(jax.nn.silu(conditioning)), 2, axis=-1)
-        patches = self.proj_out(modulate(state.image, shift, scale))
-        return self._unpatchify(patches, latents.shape[1:3]), records
+        height, width = latents.shape[1:3]
+        return self.velocity(state.image, conditioning, (height, width)), records
 
     def embed(
         self,
@@ -180,10 +179,17 @@ class MMDiT(nnx.Module):
         top, left = (size - rows) // 2, (size - columns) // 2
         return self.pos_embed.get_value()[top : top + rows, left : left + columns]
 
-    def _unpatchify(self, patches: Float[Array, "batch tokens features"], size: tuple[int, int]):
+    def velocity(
+        self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"], size: tuple[int, int]
+    ) -> Float[Array, "batch height width out"]:
+        """The output head: image states after the last block to the velocity of latents of `size` (height, width)."""
+        shift, scale = jnp.split(self.norm_out(jax.nn.silu(conditioning)), 2, axis=-1)
+        return self._unpatchify(self.proj_out(modulate(image, shift, scale)), *size)
+
+    def _unpatchify(self, patches: Float[Array, "batch tokens features"], height: int, width: int):
         patch, channels = self.config.patch_size, self.config.out_channels
-        grid = patches.reshape(-1, size[0] // patch, size[1] // patch, patch, patch, channels)
-        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *size, channels)
+        grid = patches.reshape(-1, height // patch, width // patch, patch, patch, channels)
+        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
     def _runs(self, capture: Collection[int], stop: int | None = None) -> Iterator[Run]:
         """Blocks 0 to `stop` in runs that one scan can take: all in one stack, all captured or none."""
