@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from seg4diff_jax.models.stack import LayerStack
 
@@ -261,7 +261,7 @@ class Attention(nnx.Module):
         self.out = _pointwise(channels, channels, **options)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        tokens = self.norm(x).astype(x.dtype).reshape(x.shape[0], -1, x.shape[-1])
         attended = chunked_attention(self.query(tokens), self.key(tokens), self.value(tokens))
         return x + self.out(attended).reshape(x.shape)
 
@@ -293,19 +293,18 @@ def _attention(
 
 
 class GroupNorm(nnx.Module):
-    """Normalises groups of neighbouring channels over all positions.
+    """Normalises groups of neighbouring channels over all positions; the result is fp32, for the activation to round.
 
     Moments are taken per channel, in one pass over the activations as they lie, and only then pooled into groups:
     faster than flax's, which reshapes the activations.
     """
 
-    def __init__(self, channels: int, groups: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, *, param_dtype: Any, **_: Any):
         self.scale = nnx.Param(jnp.ones(channels, param_dtype))
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
         self.groups = groups
-        self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float32[Array, "b h w c"]:
         batch, height, width, channels = x.shape
         x = x.astype(jnp.float32)
         # Moments about one pixel's values: about zero, the variance of a nearly flat image would drown in rounding.
@@ -322,13 +321,13 @@ class GroupNorm(nnx.Module):
             return jnp.broadcast_to(group, means.shape).reshape(batch, 1, 1, channels)
 
         gain = per_channel(jax.lax.rsqrt(group_variance + EPSILON)) * self.scale[...].astype(jnp.float32)
-        return ((x - per_channel(group_mean)) * gain + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return (x - per_channel(group_mean)) * gain + self.bias[...].astype(jnp.float32)
 
 
 @jax.checkpoint
 def norm_silu(norm: GroupNorm, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Recomputed on the way back from `x` alone: its fp32 intermediates would take several times the memory of `x`."""
-    return nnx.silu(norm(x))
+    return nnx.silu(norm(x)).astype(x.dtype)
 
 
 def _conv(in_channels: int, out_channels: int, *, padding: Any = ((1, 1), (1, 1)), **options: Any) -> nnx.Conv:
