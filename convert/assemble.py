@@ -12,8 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
+from seg4diff_jax.models.stack import Layered
 
-Model = TypeVar("Model", bound=nnx.Module)
+Model = TypeVar("Model", bound=Layered)
 
 
 def abstract(make: Callable[[nnx.Rngs], Model]) -> Model:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
 
 from convert.assemble import abstract
 from convert.errors import CheckpointError
@@ -17,6 +16,7 @@ from convert.tables import t5 as t5_table
 from convert.tables import vae as vae_table
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.stack import Layered
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 
@@ -69,7 +69,7 @@ def parse_config(name: str, config: dict[str, Any]) -> Any:
         raise CheckpointError(f"{name}: config.json describes a model that is not implemented: {error}") from None
 
 
-def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> nnx.Module:
+def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> Layered:
     """The component's model without its numbers. `depth`: of the transformer, only the first that many blocks."""
     parsed, make = parse_config(name, config), COMPONENTS[name].model
     options = {} if depth is None else {"depth": depth}

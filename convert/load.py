@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from convert.assemble import assemble
 from convert.components import abstract_model
@@ -25,7 +24,7 @@ def load_component(
     dtype: Any = None,
     depth: int | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
-) -> nnx.Module:
+) -> Any:
     """A component with its parameters.
 
     Args:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from seg4diff_jax.models.stack import Layered
+
 Shape = tuple[int, ...]
 
 
@@ -105,7 +107,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def parameter_shapes(model: nnx.Module) -> dict[str, Shape]:
+def parameter_shapes(model: Layered) -> dict[str, Shape]:
     """Our per-layer name of every parameter of `model` (which may be abstract), with one layer's shape."""
     shapes: dict[str, Shape] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flax import nnx
 
 from convert.components import COMPONENTS, Naming, abstract_model, expert_block, parse_config, trained_size
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
 from convert.safetensors_stream import TensorInfo, read_tensor
+from seg4diff_jax.models.stack import Layered
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 MODEL_INDEX = {
@@ -168,8 +168,8 @@ def usual_dtype(component: ComponentReader) -> np.dtype:
     return count.most_common(1)[0][0]
 
 
-def part_of(model: nnx.Module) -> dict[str, str]:
+def part_of(model: Layered) -> dict[str, str]:
     """Every parameter's part of the checkpoint: its layer, as in `blocks.7`, or `base`."""
-    layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}  # pyright: ignore
+    layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}
     prefix = {name: ".".join(name.split(".", 2)[:2]) for name in parameter_shapes(model)}
     return {name: layer if layer in layers else "base" for name, layer in prefix.items()}

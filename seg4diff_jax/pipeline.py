@@ -89,11 +89,14 @@ def load(
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
     folder = Path(tokenizers).expanduser() if tokenizers else None
-    source = open_source(model, components=names, tokenizers=folder, variant=variant)
+    source = open_source(str(model), components=names, tokenizers=folder, variant=variant)
     if "tokenizer" not in source.tokenizers:
         raise CheckpointError(f"{model} holds no tokenizers; name a directory that does with tokenizers=DIR")
     options: dict[str, Any] = {"dtype": dtype, "shardings": parameter_shardings(mesh) if mesh else None}
-    part = lambda name, **more: load_component(source, name, **options, **more)
+
+    def part(name: str, **more: Any) -> Any:
+        return load_component(source, name, **options, **more)
+
     return Pipeline(
         transformer=part("transformer", depth=blocks),
         vae=part("vae"),
@@ -138,7 +141,7 @@ class Pipeline:
     def segment(
         self, image: Sequence[ImageInput], classes: Sequence[Sequence[str]], **options: Any
     ) -> list[Segmentation]: ...
-    def segment(
+    def segment(  # pyright: ignore[reportInconsistentOverload]
         self,
         image: ImageInput | Sequence[ImageInput],
         classes: Sequence[str] | Sequence[Sequence[str]],
@@ -255,7 +258,7 @@ class Pipeline:
         sigma: float,
         block: int,
         kernel: Kernel | None,
-    ) -> list[Float[Array, "classes rows columns"]]:
+    ) -> list[Float[Array, "_ grid_rows grid_columns"]]:
         """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
         most = max(len(item.classes) for item in prompts)
         averaging = np.concatenate([item.averaging(most) for item in prompts])
@@ -269,19 +272,20 @@ class Pipeline:
 
     def _spread(self, arrays: Any) -> Any:
         """Split leading axes over the mesh's data axes, where they divide."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return arrays
-        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        place = lambda array: NamedSharding(self.mesh, BATCH if len(array) % devices == 0 else PartitionSpec())
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        place = lambda array: NamedSharding(mesh, BATCH if len(array) % devices == 0 else PartitionSpec())
         return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
 
     def _on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _block(self, block: int | None) -> int:
-        if block is None and self.expert_block is None:
-            raise ValueError("this checkpoint does not say which block segments best: name one with block=")
         chosen = self.expert_block if block is None else block
+        if chosen is None:
+            raise ValueError("this checkpoint does not say which block segments best: name one with block=")
         if not 0 <= chosen < self.transformer.depth:
             raise ValueError(f"block is {chosen}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
         return chosen
@@ -358,6 +362,7 @@ def _class_scores(
         request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
         kernel=kernel,
     )
+    assert record.probs is not None
     scores = combine_prompts(class_scores(record.probs, averaging), image_of_prompt, len(pixels))
     patch = transformer.config.patch_size
     return scores.reshape(*scores.shape[:2], noise.shape[1] // patch, noise.shape[2] // patch)

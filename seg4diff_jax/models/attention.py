@@ -8,7 +8,7 @@ section 3). A captured map needs only one number per query beside q and k: the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,16 +125,17 @@ def _record(
     start, stop = request.text_tokens
     stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
     tokens = {"image": slice(0, image_tokens), "text": slice(image_tokens + start, stop)}
-    maps = {}
+    parts: dict[str, Any] = {}
     for quadrant in request.quadrants:
         queries, keys = (tokens[stream] for stream in quadrant.split("_to_"))
         scores = attention_scores(joint.q[:, queries], joint.k[:, keys])
         probs = jnp.exp(scores - normalizer[:, :, queries, None]) if normalizer is not None else None
         if request.mean_heads:
             scores, probs = (None if array is None else array.mean(axis=1) for array in (scores, probs))
-        maps[quadrant] = AttentionMap(scores=scores if request.scores else None, probs=probs)
-    qkv = {"q": joint.q, "k": joint.k, "v": joint.v} if request.qkv else {}
-    return JointAttention(**maps, **qkv)
+        parts[quadrant] = AttentionMap(scores=scores if request.scores else None, probs=probs)
+    if request.qkv:
+        parts |= joint._asdict()
+    return JointAttention(**parts)
 
 
 def attention_scores(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,9 @@ def attend(
     """
     kernel = kernel or default_kernel(q.dtype)
     if kernel.name == "xla":
-        return _attend_xla(q, k, v, kernel.query_chunk)
+        output, log_total = _attend_xla(q, k, v, kernel.query_chunk)
+        assert output is not None
+        return output, log_total
     if not normalizer:
         return FUSED[kernel.name](q, k, v, kernel)[0], None
     return _attend_fused(q, k, v, kernel)
@@ -87,13 +89,16 @@ def log_normalizer(
     kernel = kernel or default_kernel(q.dtype)
     if kernel.name == "xla":
         return _attend_xla(q, k, None, kernel.query_chunk)[1]
-    return _attend_fused(q, k, k, kernel)[1]
+    fused: Any = _attend_fused(q, k, k, kernel)
+    return fused[1]
 
 
 # ---- xla ------------------------------------------------------------------------------------------------------------
 
 
-def _attend_xla(q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None):
+def _attend_xla(
+    q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None
+) -> tuple[Tokens | None, Float[Array, "batch heads queries"]]:
     batch, queries, heads, head_dim = q.shape
     if query_chunk is None:
         query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
@@ -125,7 +130,9 @@ def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend_fused(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
+def _attend_fused(
+    q: Tokens, k: Tokens, v: Tokens, kernel: Kernel
+) -> tuple[Tokens, Float[Array, "batch heads queries"]]:
     return FUSED_WITH_NORMALIZER[kernel.name](q, k, v, kernel)
 
 
@@ -140,9 +147,9 @@ def _attend_fused_backward(kernel: Kernel, residuals, cotangents):
     def plain(q: Tokens, k: Tokens, v: Tokens):
         return FUSED[kernel.name](q, k, v, kernel)[0]
 
-    _, pull_output = jax.vjp(plain, q, k, v)
+    pull_output = jax.vjp(plain, q, k, v)[1]
     q_bar, k_bar, v_bar = pull_output(output_bar)
-    mean_key, pull_values = jax.vjp(lambda values: plain(q, k, values), k)
+    mean_key, pull_values = jax.vjp(partial(plain, q, k), k)
     weight = jnp.moveaxis(normalizer_bar, 1, 2)[..., None] * q.shape[-1] ** -0.5
     q_bar = q_bar + (weight * mean_key).astype(q.dtype)
     k_bar = k_bar + pull_values((weight * q).astype(k.dtype))[0]
@@ -160,8 +167,8 @@ def _cudnn_with_normalizer(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
     # The public function rounds the fp32 normaliser to the inputs' dtype; the one below it hands it out as it is.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 
-    output, normalizer = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
-    return output, normalizer.astype(jnp.float32)
+    fused: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
+    return fused[0], fused[1].astype(jnp.float32)
 
 
 def _splash(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
@@ -218,7 +225,7 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
     query_segments = jnp.where(jnp.arange(q.shape[2]) < queries, 0, 0 if k.shape[2] == keys else 1)
     key_segments = (jnp.arange(k.shape[2]) >= keys).astype(jnp.int32)
     segments = splash_attention_kernel.SegmentIds(q=query_segments, kv=key_segments)
-    result = jax.vmap(attention, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    result: Any = jax.vmap(attention, in_axes=(0, 0, 0, None))(q, k, v, segments)
     if normalizer:
         output, residuals = result
         return jnp.moveaxis(output[:, :, :queries], 1, 2), (jax.tree.leaves(residuals)[0][:, :, :queries],)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ class LayerStack(NamedTuple):
     layers: str
     start: int
     stop: int
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A model that says where its stacked layers are; all of ours do."""
+
+    @property
+    def layer_stacks(self) -> tuple[LayerStack, ...]: ...
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
