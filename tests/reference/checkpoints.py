@@ -68,7 +68,9 @@ def make_checkpoint(
         shards = {"max_shard_size": max_shard_size} if name in ("transformer", "text_encoder_3") else {}
         randomize_(module, seed + number)
         if isinstance(module, T5EncoderModel):
-            temper_(module)
+            temper_(module, ("SelfAttention.q.weight",), module.config.d_kv**0.5)
+        if isinstance(module, SD3Transformer2DModel):
+            temper_(module, ("to_q.weight", "to_q.bias", "add_q_proj.weight", "add_q_proj.bias"), 5)
         if dtype != torch.float32:
             module.to(dtype)
         module.save_pretrained(directory / name, **shards)
@@ -158,12 +160,13 @@ def make_t5() -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def temper_(t5: T5EncoderModel) -> None:
-    """T5 does not divide its logits by the root of the head's width: its query weights hold that factor.
+def temper_(module: torch.nn.Module, queries: tuple[str, ...], factor: float) -> None:
+    """Divide what makes the queries. T5 does not divide its logits by the root of the head's width: its query weights
+    hold that factor; SD3's modulated streams are large before training, and without q and k norms so are its logits.
 
     Without it the softmax of random weights is so sharp that fp32 rounding alone reaches 1e-5 of the states.
     """
     with torch.no_grad():
-        for name, parameter in t5.named_parameters():
-            if name.endswith("SelfAttention.q.weight"):
-                parameter /= t5.config.d_kv**0.5
+        for name, parameter in module.named_parameters():
+            if name.endswith(queries):
+                parameter /= factor
