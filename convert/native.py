@@ -31,7 +31,6 @@ from convert.files import read_json
 from convert.layout import checksum, dtype_named
 from convert.names import parameter_shapes
 from convert.readers import Layout, Source, part_of
-from convert.staging import sync_tree
 
 MANIFEST = "manifest.json"
 FORMAT = "seg4diff-jax checkpoint"
@@ -91,8 +90,6 @@ def _save(folder: Path, waiting: dict[str, Parameters], records: Records) -> int
     size = sum(array.nbytes for array in arrays.values())
     with _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
-    del arrays
-    sync_tree(folder)
     return size
 
 

@@ -50,7 +50,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _remove(leftover)
         try:
             yield work
-            sync_tree(work)
+            os.sync()  # one call for thousands of small files, each of whose own would be a disk transaction
             if target.exists():
                 target.rename(former)
             work.rename(target)
@@ -76,11 +76,3 @@ def _sync(path: Path | str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_tree(directory: Path) -> None:
-    """Return when everything below is on the disk."""
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _sync(os.path.join(folder, name))
-        _sync(folder)
