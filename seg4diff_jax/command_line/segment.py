@@ -1,0 +1,181 @@
+"""`seg4diff segment IMAGE CLASS... --model MODEL`."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from convert.components import parse_config
+from convert.readers import Source
+from convert.sources import open_source
+from seg4diff_jax.command_line.compilation import CompilationClock
+from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.images import Resize, read_image
+from seg4diff_jax.pipeline import Pipeline, Segmentation, load
+from seg4diff_jax.reporting.overlays import percent
+from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
+from seg4diff_jax.text import class_prompts, load_tokenizers
+
+DTYPES = ("float32", "bfloat16")
+LIBRARIES = ("seg4diff-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "pillow")
+
+
+def arguments(parser: ArgumentParser) -> None:
+    add: Any = parser.add_argument
+    add("image", type=str, help="image file")
+    add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
+    add("--model", type=str, required=True, help="converted or diffusers directory, .safetensors file, or Hub id")
+    add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
+    add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
+    add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
+    add("--step", type=int, default=8, help="noise level: 1 (nearly clean) to 28 (pure noise)")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--size", type=str, metavar="HxW", help="height x width that the model sees, as in 768x1024")
+    add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
+    add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
+    add("--t5", action="store_true", help="load T5 too; default: as in the paper, without")
+    add("--tokenizers", type=str, metavar="DIR", help="with tokenizer and tokenizer_2: single files have none")
+    add("--variant", type=str, help="of a diffusers directory's weight files, as in fp16")
+
+
+def run(options: Any) -> None:
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    # Whatever can be wrong is looked at before gigabytes are read.
+    out = output_directory(options.out, options.image, options.overwrite)
+    size = parse_size(options.size)
+    pixels = read_image(options.image)
+    block, sigma = examine(options)
+
+    with console.status(f"loading {options.model}"):
+        start = time.perf_counter()
+        pipe = load_for(options, block)
+        loading = time.perf_counter() - start
+    depth, dtype = pipe.transformer.config.num_layers, str(jnp.dtype(pipe.transformer.context_embed.dtype))
+    console.print(f"loaded {options.model} in {loading:.1f} s: blocks 0..{block} of 0..{depth - 1}, {dtype}")
+
+    with console.status("compiling and segmenting"), CompilationClock() as compilation:
+        start = time.perf_counter()
+        segmentation = pipe.segment(
+            pixels, options.classes, block=block, step=options.step, seed=options.seed, size=size, resize=options.resize
+        )
+        total = time.perf_counter() - start
+    seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
+    seen = size_seen(pipe, segmentation)
+    console.print(
+        f"segmented {pixels.shape[0]} x {pixels.shape[1]} pixels, seen as {seen[0]} x {seen[1]}, in {total:.1f} s: "
+        f"compiling {seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
+    )
+
+    resolved = options.as_dict() | {"out": str(out), "block": block, "dtype": dtype, "size": list(seen)}
+    record = {
+        **resolved,
+        "sigma": sigma,
+        "input_size": list(pixels.shape[:2]),
+        "device": jax.devices()[0].device_kind,
+        "seconds": seconds,
+        "versions": versions(),
+    }
+    with console.status("drawing"):
+        shares = write_segmentation(out, pixels, segmentation, record)
+    console.print(area_table(shares))
+    console.print(f"wrote {out}: {', '.join(FILES)}")
+
+
+def examine(options: Any) -> tuple[int, float]:
+    """The block to read and the noise level. Raises ValueError for options or class names that do not suit the model.
+
+    Configurations and tokenizers are read; weights are not.
+    """
+    names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if options.t5 else [])]
+    folder = Path(options.tokenizers).expanduser() if options.tokenizers else None
+    source = open_source(options.model, components=names, tokenizers=folder, variant=options.variant)
+    if "tokenizer" not in source.tokenizers:
+        raise ValueError(
+            f"{options.model} comes without tokenizers: name a directory that holds them, --tokenizers DIR"
+        )
+    class_prompts(load_tokenizers(source.tokenizers["tokenizer"].parent), options.classes)
+    return block_to_read(source, options.block), FlowSchedule.from_json(source.scheduler).sigma_at(options.step)
+
+
+def block_to_read(source: Source, block: int | None) -> int:
+    chosen = source.expert_block if block is None else block
+    depth = parse_config("transformer", source.configs["transformer"]).num_layers
+    if chosen is None:
+        raise ValueError(
+            f"{source.origin} does not say which block segments best: name one of 0..{depth - 1}, --block N"
+        )
+    if not 0 <= chosen < depth:
+        raise ValueError(f"--block is {chosen}: {source.origin} has blocks 0..{depth - 1}")
+    return chosen
+
+
+def load_for(options: Any, block: int) -> Pipeline:
+    return load(
+        options.model,
+        dtype=options.dtype and jnp.dtype(options.dtype),
+        t5=options.t5,
+        blocks=block + 1,
+        tokenizers=options.tokenizers,
+        variant=options.variant,
+    )
+
+
+def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
+    """Where results go. Raises ValueError when something else is there."""
+    if out is None:
+        return Path("runs") / "segment" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = Path(out).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"--out {out} is a file: expected a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(
+            f"--out {out} is not empty: name another, or give --overwrite to replace an earlier run's files"
+        )
+    return directory
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width. Raises ValueError for anything but HxW."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)\s*[x×,]\s*(\d+)", text.strip())
+    if not found:
+        raise ValueError(f"--size is {text!r}: expected height x width in pixels, as in 768x1024")
+    return int(found[1]), int(found[2])
+
+
+def size_seen(pipe: Pipeline, segmentation: Segmentation) -> tuple[int, int]:
+    """Height and width in pixels of what the transformer saw."""
+    rows, columns = segmentation.scores.shape[1:]
+    multiple = pipe.vae.config.downsampling * pipe.transformer.config.patch_size
+    return rows * multiple, columns * multiple
+
+
+def area_table(shares: dict[str, float]) -> Table:
+    table = Table("class", "area", box=None)
+    table.columns[1].justify = "right"
+    for name, share in shares.items():
+        table.add_row(Text(name), percent(share))
+    return table
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a clone that is not installed
+            continue
+    return found

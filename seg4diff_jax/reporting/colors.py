@@ -1,0 +1,107 @@
+"""Colours for classes and for heat: far apart, or evenly spaced, in the perceptual space OKLab."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+PALETTE_SIZE = 256
+"""As many as an image file with a palette can hold."""
+
+HAND_PICKED = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 90, 190),
+    (213, 80, 0),
+    (205, 90, 165),
+    (95, 50, 25),
+    (150, 70, 220),
+    (150, 215, 60),
+    (200, 20, 60),
+    (150, 250, 230),
+    (25, 20, 110),
+    (255, 165, 150),
+    (0, 85, 45),
+    (235, 30, 220),
+    (190, 185, 255),
+    (125, 125, 20),
+    (0, 120, 130),
+    (255, 225, 190),
+)
+"""The first eight stay apart for people who do not tell red from green."""
+
+HEAT = ((12, 7, 60), (70, 10, 125), (150, 25, 125), (215, 60, 80), (250, 130, 40), (252, 200, 60), (252, 253, 190))
+"""Hues of the heat map on the way from low to high."""
+
+_TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+def oklab(colors: UInt8[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
+    """sRGB bytes to OKLab (Ottosson 2020): lightness 0..1, green to red, blue to yellow."""
+    encoded = colors / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
+
+
+def _srgb(lab: Float[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
+    linear = np.clip((lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T, 0, 1)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.round(255 * encoded).astype(np.uint8)
+
+
+@cache
+def palette() -> UInt8[np.ndarray, "colors 3"]:
+    """256 distinct colours, always the same: those picked by hand, then each the farthest from all before it."""
+    levels = np.linspace(0, 255, 18).round().astype(np.uint8)
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    lab = oklab(candidates)
+    visible = (lab[:, 0] > 0.3) & (lab[:, 0] < 0.95)  # near black and near white are lost in photographs
+    candidates, lab = candidates[visible], lab[visible]
+    chosen = [np.array(color, np.uint8) for color in HAND_PICKED]
+    distance = np.min([np.linalg.norm(lab - oklab(color), axis=-1) for color in chosen], axis=0)
+    while len(chosen) < PALETTE_SIZE:
+        farthest = int(distance.argmax())
+        chosen.append(candidates[farthest])
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=-1))
+    return np.stack(chosen)
+
+
+def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
+    """One colour for each class; they repeat after 256."""
+    return palette()[np.arange(count) % PALETTE_SIZE]
+
+
+def ink_on(color: UInt8[np.ndarray, 3]) -> tuple[int, int, int]:
+    """Black or white, whichever is easier to read on a colour."""
+    return (0, 0, 0) if oklab(color)[0] > 0.65 else (255, 255, 255)
+
+
+@cache
+def heat_map() -> UInt8[np.ndarray, "steps 3"]:
+    """256 colours from dark violet over red to pale yellow whose lightness rises in equal steps."""
+    anchors = oklab(np.array(HEAT, np.uint8))
+    lightness = np.linspace(anchors[0, 0], anchors[-1, 0], 256)
+    rest = [np.interp(lightness, anchors[:, 0], anchors[:, axis]) for axis in (1, 2)]
+    return _srgb(np.stack([lightness, *rest], axis=-1))
+
+
+def heat_colors(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """Colours of values in 0..1."""
+    return heat_map()[np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)]

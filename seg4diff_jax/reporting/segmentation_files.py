@@ -1,0 +1,83 @@
+"""One image's segmentation as a directory of files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from seg4diff_jax.reporting.colors import class_colors
+from seg4diff_jax.reporting.overlays import contact_sheet, heat_picture, overlay, save_labels, shares, tidy
+
+if TYPE_CHECKING:
+    from seg4diff_jax.pipeline import Segmentation
+
+RECORD = "segmentation.json"
+"""Written last: a directory that has it is complete."""
+FILES = ("overlay.png", "labels.png", "heatmaps.png", "heatmaps/", "scores.npz", RECORD)
+HEAT_LONGEST, CELL_LONGEST = 1024, 448
+
+
+def write_segmentation(
+    directory: Path, pixels: UInt8[np.ndarray, "height width 3"], segmentation: Segmentation, record: Mapping[str, Any]
+) -> dict[str, float]:
+    """Write everything there is to see and to know of a segmentation; an earlier one's files are replaced.
+
+    labels.png            class index of every pixel, at the image's size, shown in the classes' colours
+    overlay.png           the image under its masks, with a legend
+    heatmaps/NN_name.png  where each class's score is high; heatmaps.png: all of them
+    scores.npz            `scores` float32 [classes, rows, columns] on the model's grid, and `classes`
+    segmentation.json     `record`; the prompts; each class's name, colour, share of the pixels and range of scores
+
+    Returns each class's share of the pixels.
+    """
+    classes, scores = segmentation.classes, segmentation.scores
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECORD).unlink(missing_ok=True)
+    parts = shares(segmentation.labels, len(classes))
+    save_labels(directory / "labels.png", segmentation.labels, len(classes))
+    overlay(pixels, segmentation.labels, classes).save(directory / "overlay.png")
+    write_heat_maps(directory, pixels, segmentation)
+    np.savez_compressed(directory / "scores.npz", scores=scores, classes=np.array(classes))
+    described = [
+        {
+            "index": index,
+            "name": name,
+            "color": "#{:02x}{:02x}{:02x}".format(*color),
+            "share": float(part),
+            "score_range": [float(score.min()), float(score.max())],
+        }
+        for index, (name, color, part, score) in enumerate(
+            zip(classes, class_colors(len(classes)), parts, scores, strict=True)
+        )
+    ]
+    contents = {**record, "classes": described, "prompts": list(segmentation.prompts)}
+    (directory / RECORD).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return dict(zip(classes, parts.tolist(), strict=True))
+
+
+def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"], segmentation: Segmentation) -> None:
+    folder = directory / "heatmaps"
+    folder.mkdir(exist_ok=True)
+    for former in folder.glob("[0-9][0-9]*_*.png"):
+        former.unlink()
+    digits = max(2, len(str(len(segmentation.classes) - 1)))
+    cells = []
+    for index, (name, score) in enumerate(zip(segmentation.classes, segmentation.scores, strict=True)):
+        picture = heat_picture(pixels, score, HEAT_LONGEST)
+        picture.save(folder / f"{index:0{digits}}_{file_name(name)}.png")
+        picture.thumbnail((CELL_LONGEST, CELL_LONGEST), Image.Resampling.BOX)
+        cells.append((name, f"{100 * score.min():.2g} to {100 * score.max():.2g} %", picture))
+    image = Image.fromarray(pixels).resize(cells[0][2].size, Image.Resampling.LANCZOS)
+    contact_sheet([("the image", "least to greatest attention:", image), *cells]).save(directory / "heatmaps.png")
+
+
+def file_name(name: str) -> str:
+    """A class name as part of a file's name."""
+    return re.sub(r"[^\w-]+", "_", tidy(name)).strip("_")[:48] or "class"
