@@ -16,7 +16,7 @@ from convert.assemble import abstract
 from convert.tables import mmdit as table
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
 from tests.reference.attention import explicit_softmax
-from tests.reference.random_weights import randomize_, relative_error
+from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
 from tests.reference.saved import load_saved
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,7 @@ def test_velocity_and_every_image_to_text_map_equal_diffusers(case, tmp_path):
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     latents, context, pooled = draw(1, SIDE, SIDE, 16), draw(1, TEXT, 4096), draw(1, 2048)
     theirs = randomize_(SD3Transformer2DModel(**CASES[case]))
+    temper_(theirs, SD3_QUERIES, 5)
     processors = explicit_softmax(theirs)
     with torch.no_grad():
         velocity = theirs(

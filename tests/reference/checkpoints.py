@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tests.reference.random_weights import randomize_
+from tests.reference.random_weights import SD3_QUERIES, randomize_, temper_
 from tests.reference.small_tokenizers import (
     clip_vocabulary,
     t5_vocabulary_size,
@@ -70,7 +70,7 @@ def make_checkpoint(
         if isinstance(module, T5EncoderModel):
             temper_(module, ("SelfAttention.q.weight",), module.config.d_kv**0.5)
         if isinstance(module, SD3Transformer2DModel):
-            temper_(module, ("to_q.weight", "to_q.bias", "add_q_proj.weight", "add_q_proj.bias"), 5)
+            temper_(module, SD3_QUERIES, 5)
         if dtype != torch.float32:
             module.to(dtype)
         module.save_pretrained(directory / name, **shards)
@@ -158,15 +158,3 @@ def make_t5() -> T5EncoderModel:
         tie_word_embeddings=False,
     )
     return T5EncoderModel(config)
-
-
-def temper_(module: torch.nn.Module, queries: tuple[str, ...], factor: float) -> None:
-    """Divide what makes the queries. T5 does not divide its logits by the root of the head's width: its query weights
-    hold that factor; SD3's modulated streams are large before training, and without q and k norms so are its logits.
-
-    Without it the softmax of random weights is so sharp that fp32 rounding alone reaches 1e-5 of the states.
-    """
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith(queries):
-                parameter /= factor
