@@ -6,13 +6,24 @@ The schedule is diffusers' FlowMatchEulerDiscreteScheduler with SD3's shift.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+OTHER_SCHEDULES = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+)
+"""diffusers' options that give other noise levels."""
 
 
 @dataclass(frozen=True)
@@ -21,31 +32,36 @@ class FlowSchedule:
 
     Attributes:
       shift: how far levels are pushed towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma).
-      num_train_timesteps: the timestep of pure noise.
+      num_train_timesteps: the timestep of pure noise, the same for every SD3.
     """
 
     shift: float = 3.0
-    num_train_timesteps: int = 1000
+    num_train_timesteps: ClassVar[int] = 1000
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> FlowSchedule:
         """From a diffusers `scheduler_config.json`. Raises ValueError for a schedule that is not SD3's kind."""
-        for name in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+        for name in OTHER_SCHEDULES:
             if config.get(name):
                 raise ValueError(f"the scheduler's {name} is {config[name]!r}; SD3's schedule has a fixed shift only")
-        return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+        timesteps = config.get("num_train_timesteps", cls.num_train_timesteps)
+        if timesteps != cls.num_train_timesteps:
+            raise ValueError(
+                f"the scheduler's num_train_timesteps is {timesteps!r}; SD3's is {cls.num_train_timesteps}"
+            )
+        return cls(float(config.get("shift", 1.0)))
 
-    def _shifted(self, sigma: np.ndarray) -> np.ndarray:
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+    def _shifted(self, sigma: np.ndarray | float) -> np.ndarray:
+        return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))
 
     def sigmas(self, steps: int = 28) -> np.ndarray:
-        """Noise levels of a run of that many steps, fp64 [steps], falling from 1; the clean end (0) is left out.
+        """Noise levels of a run of that many steps, float64 [steps], falling from 1; the clean end (0) is left out.
 
         As in diffusers the shift is applied twice: to the smallest level, then to the levels spread evenly above it.
         """
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps is {steps}; expected 1 to {self.num_train_timesteps}")
-        smallest = self._shifted(np.asarray(1 / self.num_train_timesteps))
+        smallest = self._shifted(1 / self.num_train_timesteps)
         return self._shifted(np.linspace(1.0, smallest, steps))
 
     def sigma_at(self, step: int = 8, steps: int = 28) -> float:
@@ -71,7 +87,9 @@ def velocity_target(
     return noise - latents
 
 
-def image_noise(seed: int, indices: Float[np.ndarray, " batch"] | list[int] | range, shape: tuple[int, int, int]):
+def image_noise(
+    seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, int, int]
+) -> Float[Array, "batch rows columns channels"]:
     """Standard normal noise for images by their index in the set, fp32 [batch, *shape].
 
     An image's noise depends on the seed and on its index alone: not on batch size, order, device or process.

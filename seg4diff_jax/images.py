@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -31,18 +32,18 @@ def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise ImageError(f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
         pixels = image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-    elif isinstance(image, Image.Image):
-        pixels = np.asarray(_to_rgb(image))
     else:
+        given = isinstance(image, Image.Image)
+        name = (getattr(image, "filename", "") or "the PIL image") if given else image
         try:
-            with Image.open(Path(image).expanduser()) as opened:
+            with nullcontext(image) if given else Image.open(Path(image).expanduser()) as opened:
                 pixels = np.asarray(_to_rgb(opened))
         except FileNotFoundError:
-            raise ImageError(f"{image}: no such file") from None
+            raise ImageError(f"{name}: no such file") from None
         except IsADirectoryError:
-            raise ImageError(f"{image}: is a directory; expected an image file") from None
+            raise ImageError(f"{name}: is a directory; expected an image file") from None
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{image}: cannot be read as an image: {error}") from None
+            raise ImageError(f"{name}: cannot be read as an image: {error}") from None
     if not pixels.size:
         raise ImageError(f"the image is empty: {list(pixels.shape)}")
     return pixels
@@ -75,17 +76,18 @@ def model_size(height: int, width: int, *, trained: int, multiple: int, largest:
 def resize(
     pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], how: Resize = "square"
 ) -> Shaped[np.ndarray, "rows columns 3"]:
-    """Pixels at the size that the model sees, 0..255; an image that already has it is returned as it is.
+    """Pixels at the size that the model sees, 0..255; an image that already has it is not resampled.
 
     Args:
       size: height and width.
       how: "release" is the released Seg4Diff's way: shorter side to 640, antialiased, then bilinear without
-        antialiasing and without rounding. Otherwise straight to `size`, bilinear and antialiased.
+        antialiasing and without rounding, whatever the image's size. Otherwise straight to `size`, bilinear and
+        antialiased.
     """
-    if pixels.shape[:2] == tuple(size):
-        return pixels
     if how != "release":
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+        if pixels.shape[:2] == tuple(size):
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
     height, width = pixels.shape[:2]
     scale = 640 / min(height, width)
     halfway = (int(width * scale + 0.5), int(height * scale + 0.5))

@@ -15,12 +15,13 @@ BATCH = P(("data", "fsdp"))
 
 RULES: tuple[tuple[str, P], ...] = (
     # Stacked layers: [layer, in, out]. Heads and hidden units over `tensor`, the other side over `fsdp`.
-    (r"(stacks\.\d+|layers)\..*\b(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
-    (r"(stacks\.\d+|layers)\..*\b(out|down)\.kernel", P(None, "tensor", "fsdp")),
-    (r"(stacks\.\d+|layers)\..*\b(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
+    (r"(stacks\.\d+|blocks)\..*\b(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
+    (r"(stacks\.\d+|blocks)\..*\b(out|down)\.kernel", P(None, "tensor", "fsdp")),
+    (r"(stacks\.\d+|blocks)\..*\b(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
     (r".*embedding", P("fsdp", None)),
     (r"(time_embed|pooled_embed)\.(up|down)\.kernel", P("fsdp", "tensor")),
-    (r"(context_embed|norm_out)\.kernel", P("fsdp", "tensor")),
+    (r"(context_embed|norm_out|projection)\.kernel", P("fsdp", "tensor")),
+    (r"pos_embed", P("fsdp", None, "tensor")),
 )
 """Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
 

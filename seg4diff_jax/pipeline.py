@@ -27,7 +27,7 @@ from seg4diff_jax.models.mmdit import MMDiT, attention_at
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import BATCH, parameter_shardings
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, padded_rows, upsampled_labels
 from seg4diff_jax.text import (
     ClassPrompts,
     TextConditioning,
@@ -188,12 +188,11 @@ class Pipeline:
         results: dict[int, Segmentation] = {}
         for wanted, members in groups.items():
             batch = self._pixels([pixels[i] for i in members], wanted, resize)
-            scores = self._scores(
-                batch, [prompts[i] for i in members], self._noise(noise, members, wanted, seed), sigma, block, kernel
-            )
+            eps = self._noise(noise, members, len(images), wanted, seed)
+            scores = self._scores(batch, [prompts[i] for i in members], eps, sigma, block, kernel)
             for i, grid in zip(members, scores, strict=True):
                 labels = upsampled_labels(grid, pixels[i].shape[:2])
-                results[i] = Segmentation(labels, np.asarray(grid), prompts[i].classes, prompts[i].prompts)
+                results[i] = Segmentation(labels, grid, prompts[i].classes, prompts[i].prompts)
         ordered = [results[i] for i in range(len(images))]
         return ordered[0] if single else ordered
 
@@ -220,7 +219,7 @@ class Pipeline:
         blocks = range(self.transformer.depth) if blocks is None else blocks
         pixels = read_image(image)
         wanted = self._model_size(pixels.shape[:2], size, resize)
-        eps = self._noise(noise, [0], wanted, seed)
+        eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         with self._on_mesh():
             return _attention(
@@ -258,9 +257,9 @@ class Pipeline:
         sigma: float,
         block: int,
         kernel: Kernel | None,
-    ) -> list[Float[Array, "_ grid_rows grid_columns"]]:
+    ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
         """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
-        most = max(len(item.classes) for item in prompts)
+        most = padded_rows(max(len(item.classes) for item in prompts))
         averaging = np.concatenate([item.averaging(most) for item in prompts])
         image_of_row = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
         conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
@@ -268,7 +267,7 @@ class Pipeline:
         images = self._spread((pixels, noise))
         with self._on_mesh():
             scores = _class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
-        return [scores[i, : len(item.classes)] for i, item in enumerate(prompts)]
+        return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def _spread(self, arrays: Any) -> Any:
         """Split leading axes over the mesh's data axes, where they divide."""
@@ -309,17 +308,21 @@ class Pipeline:
         return np.stack([to_model_range(resize(image, size, how)) for image in images])
 
     def _noise(
-        self, noise: Shaped[np.ndarray, "*shape"] | None, members: list[int], size: tuple[int, int], seed: int
+        self,
+        noise: Shaped[np.ndarray, "*shape"] | None,
+        members: list[int],
+        images: int,
+        size: tuple[int, int],
+        seed: int,
     ) -> Float[Array, "batch rows columns channels"]:
+        """Noise of those `members` of a list of images that are seen at `size`."""
         factor = self.vae.config.downsampling
         shape = (size[0] // factor, size[1] // factor, self.vae.config.latent_channels)
         if noise is None:
             return image_noise(seed, members, shape)
-        given = jnp.asarray(noise, jnp.float32)
-        given = jnp.broadcast_to(given, (len(members), *given.shape)) if given.ndim == 3 else given[np.asarray(members)]
-        if given.shape[1:] != shape:
-            raise ValueError(f"noise is {list(given.shape[1:])} for each image; expected {list(shape)}")
-        return given
+        if noise.shape not in (shape, (images, *shape)):
+            raise ValueError(f"noise is {list(noise.shape)}; expected {list(shape)} or {[images, *shape]}")
+        return jnp.broadcast_to(jnp.asarray(noise, jnp.float32), (images, *shape))[np.asarray(members)]
 
 
 # ---- jitted programs ------------------------------------------------------------------------------------------------
@@ -375,17 +378,3 @@ def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, req
     if len(blocks) == 1:
         return {blocks[0]: attention_at(*inputs, block=blocks[0], request=request, kernel=kernel)}
     return transformer(*inputs[1:], capture=blocks, request=request, kernel=kernel)[1]
-
-
-CANVAS = 256
-"""Label maps are made on canvases of multiples of this, so that images of many sizes share few programs."""
-
-_label_map = jax.jit(label_map, static_argnames=("canvas",))
-
-
-def upsampled_labels(
-    scores: Float[Array, "classes rows columns"], size: tuple[int, int]
-) -> Int[np.ndarray, "height width"]:
-    """The best class of every pixel of an image of `size` (height, width)."""
-    canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
-    return np.asarray(_label_map(scores, jnp.asarray(size), canvas=canvas))[: size[0], : size[1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -70,3 +71,30 @@ def bilinear_matrix(source: int, target: Int[Array, ""] | int, rows: int) -> Flo
     scale = source / jnp.asarray(target, jnp.float32)
     position = jnp.clip((jnp.arange(rows, dtype=jnp.float32) + 0.5) * scale - 0.5, 0, source - 1)
     return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(source, dtype=jnp.float32)))
+
+
+# ---- on the host, for images and class lists of any size -------------------------------------------------------------
+
+CANVAS = 256
+"""Label maps are made on canvases of multiples of this, so that images of many sizes share few programs."""
+CLASS_ROWS = 8
+"""Classes are counted in multiples of this, so that lists of many lengths share few programs."""
+
+_label_map = jax.jit(label_map, static_argnames=("canvas",))
+
+
+def padded_rows(classes: int) -> int:
+    """Rows to hold that many classes in: the next multiple of `CLASS_ROWS`."""
+    return -(-classes // CLASS_ROWS) * CLASS_ROWS
+
+
+def upsampled_labels(
+    scores: Float[np.ndarray, "classes rows columns"], size: tuple[int, int]
+) -> Int[np.ndarray, "height width"]:
+    """The best class of every pixel of an image of `size` (height, width)."""
+    canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
+    classes = np.arange(padded_rows(len(scores)))
+    rows = np.zeros((len(classes), *scores.shape[1:]), np.float32)
+    rows[: len(scores)] = scores
+    labels = _label_map(rows, np.asarray(size), canvas=canvas, present=classes < len(scores))
+    return np.asarray(labels)[: size[0], : size[1]]
