@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -60,12 +61,20 @@ def convert_checkpoint(
         opened = _with_tokenizers(opened, missing)
     readers = _open_all(opened)
     cast = None if dtype is None else np.dtype(dtype)
-    report = _counter(progress, sum(nbytes(reader, cast) for reader in readers))
+    total = sum(nbytes(reader, cast) for reader in readers)
+    _check_space(target, total)
+    report = _counter(progress, total)
     with staged_directory(target) as work:
         if to == "native":
             _write_native(work, opened, readers, cast, report)
         else:
             _write_diffusers(work, opened, readers, cast, report)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    folder = next(path for path in target.absolute().parents if path.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CheckpointError(f"{target} needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB of free space")
 
 
 def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

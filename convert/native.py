@@ -88,8 +88,11 @@ def _save(folder: Path, waiting: dict[str, Parameters], records: Records) -> int
     arrays = waiting.pop(folder.name)
     records[folder.name] = {name: _record(array) for name, array in arrays.items()}
     size = sum(array.nbytes for array in arrays.values())
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    except ValueError as error:  # what TensorStore makes of a full disk
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return size
 
 
@@ -133,8 +136,6 @@ def open_native(directory: Path) -> Source:
             f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {manifest.get('format')!r} version "
             f"{manifest.get('version')}; convert the original again"
         )
-    if directory.name.endswith(".partial"):
-        raise CheckpointError(f"{directory} was left by an interrupted conversion; convert the original again")
     problems = []
     for name, digest in manifest["files"].items():
         path = directory / name

@@ -11,6 +11,7 @@ from convert.diffusers_folder import open_diffusers
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source
 from convert.single_file import open_single_file
+from convert.staging import is_leftover
 
 
 def open_source(
@@ -38,6 +39,8 @@ def open_source(
     if unknown:
         raise CheckpointError(f"no component is called {', '.join(unknown)}; there are {', '.join(COMPONENTS)}")
     path = Path(source).expanduser()
+    if is_leftover(path):
+        raise CheckpointError(f"{path} was left by an interrupted conversion; convert the original again")
     if (path / native.MANIFEST).is_file():
         opened = native.open_native(path)
     elif path.is_dir():

@@ -27,6 +27,16 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
         raise CheckpointError(f"{target} exists: choose another name, or give --overwrite to replace it")
 
 
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a new target grows and where the one that it replaces waits to be deleted."""
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a directory is what an interrupted run has left, by its name."""
+    return path.name.startswith(".") and path.name.endswith((".partial", ".replaced"))
+
+
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory beside `target` that takes its name and place when the block ends without an error.
@@ -38,7 +48,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    work, former = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+    work, former = _beside(target)
     work.mkdir(exist_ok=True)
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:

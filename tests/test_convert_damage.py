@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +200,11 @@ def test_nothing_but_a_checkpoint_is_ever_overwritten(sound_native: Path, checkp
     assert (target / "thesis.tex").read_text() == "x"
     with pytest.raises(CheckpointError, match="inside the other"):
         convert_checkpoint(checkpoint, checkpoint / "native")
+
+
+def test_too_little_space_is_said_before_anything_is_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    assert re.search(r"target needs \d+ MB, .* has 1 MB of free space", refusal(checkpoint))
 
 
 def test_a_former_target_survives_a_refused_overwrite(native: Path, checkpoint: Path):

@@ -1,0 +1,172 @@
+"""From the Hub only what is needed is fetched, and what cannot be fetched is explained in one sentence."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from convert import hub
+from convert.checkpoint import convert_checkpoint
+from convert.components import COMPONENTS
+from convert.errors import CheckpointError
+from convert.sources import open_source
+from tests.reference.checkpoints import make_checkpoint
+
+REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
+WITHOUT_T5 = ["transformer", "vae", "text_encoder", "text_encoder_2"]
+PUBLISHED = """
+.gitattributes LICENSE.md README.md model_index.json scheduler/scheduler_config.json text_encoder/config.json
+text_encoder/model.fp16.safetensors text_encoder/model.safetensors text_encoder_2/config.json
+text_encoder_2/model.fp16.safetensors text_encoder_2/model.safetensors text_encoder_3/config.json
+text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+text_encoder_3/model.fp16-00001-of-00002.safetensors text_encoder_3/model.fp16-00002-of-00002.safetensors
+text_encoder_3/model.safetensors.index.fp16.json text_encoder_3/model.safetensors.index.json
+tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
+tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+tokenizer_3/special_tokens_map.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json
+tokenizer_3/tokenizer_config.json transformer/config.json transformer/diffusion_pytorch_model.safetensors
+vae/config.json vae/diffusion_pytorch_model.safetensors
+""".split()  # noqa: SIM905
+
+
+class Response:
+    """Just enough of an HTTP response for the library's errors."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012
+    request = None
+    status_code = 401
+
+
+def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("401 Client Error.\nAccess to the model is restricted.", response=Response())  # pyright: ignore
+
+
+class FakeHub:
+    """A repository on this disk. `error`: what every request raises instead."""
+
+    def __init__(self, folder: Path | None, files: list[str], error: Exception | None = None):
+        self.folder, self.files, self.error = folder, files, error
+        self.fetched: list[str] = []
+
+    def list_repo_files(self, repository: str) -> list[str]:
+        if self.error is not None:
+            raise self.error
+        return self.files
+
+    def snapshot_download(self, repository: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
+        if local_files_only and self.folder is None:
+            raise LocalEntryNotFoundError("not in the cache")
+        if self.error is not None and not local_files_only:
+            raise self.error
+        self.fetched += [file for file in self.files if any(fnmatch(file, p) for p in allow_patterns or ["*"])]
+        return str(self.folder)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch):
+    def install(fake: FakeHub) -> FakeHub:
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+        return fake
+
+    return install
+
+
+def test_of_a_published_repository_one_variant_and_no_t5_is_needed():
+    needed = hub.needed_files(PUBLISHED, WITHOUT_T5, "fp16")
+    assert needed == sorted(
+        file
+        for file in PUBLISHED
+        if file == "model_index.json"
+        or file.startswith(("scheduler/", "tokenizer/", "tokenizer_2/", "transformer/", "vae/"))
+        or (file.startswith(("text_encoder/", "text_encoder_2/")) and ("fp16" in file or "config" in file))
+    )
+
+
+def test_t5_comes_when_asked_for_with_all_shards_of_one_variant():
+    for variant, mark in (("fp16", True), ("fp32", False)):
+        needed = hub.needed_files(PUBLISHED, ["text_encoder_3"], variant)
+        weights = [file for file in needed if file.startswith("text_encoder_3/model")]
+        assert len(weights) == 3
+        assert all(("fp16" in file) == mark for file in weights)
+        assert "tokenizer_3/spiece.model" in needed
+        assert not any(file.startswith(("vae/", "transformer/", "tokenizer/")) for file in needed)
+
+
+def test_a_single_component_fetches_nothing_else(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3")
+    fake = serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))
+    open_source(REPOSITORY, components=["vae"]).component("vae").check()
+    assert set(fake.fetched) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_a_repository_converts_without_t5_unless_asked(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3")
+    fake = serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))
+    convert_checkpoint(REPOSITORY, tmp_path / "native")
+    manifest = json.loads((tmp_path / "native" / "manifest.json").read_text())
+    assert list(manifest["components"]) == WITHOUT_T5
+    assert manifest["source"] == REPOSITORY
+    assert not any("_3/" in file for file in fake.fetched)
+    assert list(open_source(REPOSITORY, components=list(COMPONENTS)).configs) == list(COMPONENTS)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (http_error(GatedRepoError), "is gated: accept its licence"),
+        (http_error(RepositoryNotFoundError), "is not on the Hub, or is private or gated"),
+        (http_error(HfHubHTTPError), "cannot be reached"),
+        (OfflineModeIsEnabled("offline mode is enabled"), "cannot be reached .offline mode is enabled"),
+        (ConnectionError("Name or service not known"), "cannot be reached"),
+        (LocalEntryNotFoundError("no network"), "cannot be reached"),
+    ],
+)
+def test_failures_become_one_sentence_with_the_licence_page_and_the_alternative(serve, error: Exception, message: str):
+    serve(FakeHub(None, [], error))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_source(REPOSITORY)
+    assert f"https://huggingface.co/{REPOSITORY}" in str(caught.value)
+    assert "give the path of a directory that holds it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_an_earlier_download_is_used(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3", t5=False)
+    serve(FakeHub(folder, [], ConnectionError("down")))
+    source = open_source(REPOSITORY)
+    assert list(source.configs) == WITHOUT_T5
+    source.component("transformer").check()
+
+
+def test_a_repository_in_another_layout_is_explained(serve, tmp_path: Path):
+    serve(FakeHub(tmp_path, ["sd3_medium.safetensors", "README.md"]))
+    with pytest.raises(CheckpointError, match=r"no model_index\.json.*download its single safetensors file"):
+        open_source("stabilityai/stable-diffusion-3-medium")
+
+
+@pytest.mark.parametrize("text", ["a/b", "stabilityai/stable-diffusion-3.5-large"])
+def test_organisation_and_name_make_a_hub_id(text: str):
+    assert hub.is_repository_id(text)
+
+
+@pytest.mark.parametrize("text", ["a", "/a/b", "a/b/c", "./a", "../b", "a/", "a b/c"])
+def test_paths_are_not_hub_ids(text: str):
+    assert not hub.is_repository_id(text)
