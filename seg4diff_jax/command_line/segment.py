@@ -113,9 +113,7 @@ def block_to_read(source: Source, block: int | None) -> int:
     chosen = source.expert_block if block is None else block
     depth = parse_config("transformer", source.configs["transformer"]).num_layers
     if chosen is None:
-        raise ValueError(
-            f"{source.origin} does not say which block segments best: name one of 0..{depth - 1}, --block N"
-        )
+        raise ValueError(f"{source.origin} does not say which block segments best: give --block N, 0 to {depth - 1}")
     if not 0 <= chosen < depth:
         raise ValueError(f"--block is {chosen}: {source.origin} has blocks 0..{depth - 1}")
     return chosen

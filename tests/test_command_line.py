@@ -1,0 +1,289 @@
+"""`seg4diff` at the terminal: what it writes, what it prints, and how it says that something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import seg4diff_jax as s4d
+from seg4diff_jax import command_line
+from seg4diff_jax.command_line import main
+from seg4diff_jax.command_line.compilation import CompilationClock, keep_compiled_programs
+from seg4diff_jax.command_line.segment import output_directory, parse_size
+from seg4diff_jax.flow import FlowSchedule
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["cat", "red bird", "sky"]
+BLOCK = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_not_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "keep_compiled_programs", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "two words.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((120, 90), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What the run of `result` wrote to the terminal."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, image, sd3_checkpoint, printed) -> Path:
+    out = tmp_path_factory.mktemp("out") / "new" / "result"
+    options = ["--block", str(BLOCK), "--step", "10", "--seed", "3", "--size", "64x96", "--out", str(out)]
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        assert main(["segment", str(image), *CLASSES, "--model", str(sd3_checkpoint), *options]) == 0
+    printed |= {"stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(image, sd3_checkpoint) -> s4d.Segmentation:
+    pipe = s4d.load(sd3_checkpoint, blocks=BLOCK + 1)
+    return pipe.segment(image, CLASSES, block=BLOCK, step=10, seed=3, size=(64, 96))
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def test_the_label_image_holds_the_pipelines_labels(result, expected):
+    labels = Image.open(result / "labels.png")
+    assert labels.mode == "P"
+    np.testing.assert_array_equal(np.asarray(labels), expected.labels)
+    assert len(np.unique(expected.labels)) > 1
+
+
+def test_the_scores_are_the_pipelines(result, expected):
+    with np.load(result / "scores.npz") as saved:
+        np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-5)
+        assert saved["classes"].tolist() == CLASSES
+
+
+def test_the_record_says_how_the_result_was_made(result, expected, image, sd3_checkpoint):
+    record = json.loads((result / "segmentation.json").read_text())
+    wanted = {
+        "image": str(image),
+        "model": str(sd3_checkpoint),
+        "block": BLOCK,
+        "step": 10,
+        "seed": 3,
+        "size": [64, 96],
+        "resize": "aspect",
+        "input_size": [90, 120],
+        "dtype": "float32",
+        "t5": False,
+        "out": str(result),
+        "prompts": ["cat red bird sky"],
+    }
+    assert {key: record[key] for key in wanted} == wanted
+    assert record["sigma"] == FlowSchedule().sigma_at(10)
+    assert {"python", "jax", "flax", "numpy"} <= record["versions"].keys()
+    assert all(record["seconds"][stage] > 0 for stage in ("loading", "compiling", "running"))
+    assert [entry["name"] for entry in record["classes"]] == CLASSES
+    counts = np.bincount(expected.labels.ravel(), minlength=3) / expected.labels.size
+    np.testing.assert_allclose([entry["share"] for entry in record["classes"]], counts)
+    ranges = [[score.min(), score.max()] for score in expected.scores]
+    np.testing.assert_allclose([entry["score_range"] for entry in record["classes"]], ranges, rtol=1e-5)
+
+
+def test_there_is_a_picture_of_the_masks_and_one_of_each_class(result):
+    assert sorted(path.name for path in (result / "heatmaps").iterdir()) == [
+        "00_cat.png",
+        "01_red_bird.png",
+        "02_sky.png",
+    ]
+    for name in ("overlay.png", "heatmaps.png"):
+        assert min(Image.open(result / name).size) > 300
+
+
+def test_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, printed):
+    assert printed["stdout"] == ""
+    for part in ("blocks 0..2 of 0..5, float32", "90 x 120 pixels, seen as 64 x 96", "compiling", "red bird", "wrote"):
+        assert part in printed["stderr"]
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image": "absent.png"}, "absent.png: no such file"),
+        ({"model": "absent"}, "absent: no such file or directory"),
+        ({"block": None}, "does not say which block segments best: give --block N, 0 to 5"),
+        ({"block": "6"}, "--block is 6"),
+        ({"step": "29"}, "step is 29"),
+        ({"size": "64"}, "--size is '64': expected height x width"),
+        ({"size": "64x90"}, "multiples of 16"),
+        ({"classes": ["cat", "cat"]}, "'cat' is repeated"),
+        ({"classes": ["cat " * 76]}, "shorten it"),
+        ({"tokenizers": "absent"}, "absent has no folder tokenizer"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_1(tmp_path, image, sd3_checkpoint, capsys, changed, message):
+    options = {"image": str(image), "classes": ["cat"], "model": str(sd3_checkpoint), "block": "1", **changed}
+    options["out"] = str(tmp_path / "out")
+    named = [f"--{name}={value}" for name, value in options.items() if name not in ("image", "classes") and value]
+    assert main(["segment", options["image"], *options["classes"], *named]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed[printed.index("error: ") :]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_with_something_in_it_is_not_written_to_unasked(tmp_path):
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        output_directory(str(tmp_path), "cat.png", overwrite=False)
+    with pytest.raises(ValueError, match="is a file"):
+        output_directory(str(tmp_path / "precious.txt"), "cat.png", overwrite=True)
+    assert output_directory(str(tmp_path), "cat.png", overwrite=True) == tmp_path
+
+
+def test_results_go_by_default_where_no_earlier_ones_are():
+    directory = output_directory(None, "some/where/cat.jpeg", overwrite=False)
+    assert directory.parent == Path("runs/segment")
+    assert directory.name.startswith("cat-")
+
+
+@pytest.mark.parametrize("text", ["64x96", "64 x 96", "64×96", "64,96"])
+def test_sizes_are_height_then_width(text):
+    assert parse_size(text) == (64, 96)
+    assert parse_size(None) is None
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "error: the device's memory is full"),
+        (PermissionError(13, "Permission denied", "out"), 1, "error: [Errno 13] Permission denied: 'out'"),
+    ],
+)
+def test_interruptions_and_full_memory_end_without_a_traceback(monkeypatch, capsys, raised, status, message):
+    def fail(options):
+        raise raised
+
+    monkeypatch.setitem(command_line.COMMANDS, "segment", command_line.COMMANDS["segment"]._replace(run=fail))
+    assert main(["segment", "a.png", "cat", "--model", "m"]) == status
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_an_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["segment", "a.png", "cat", "--model", "m", "--blok", "3"])
+    assert stopped.value.code == 2
+    assert "--blok" in capsys.readouterr().err
+
+
+# ---- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_seg4diff_convert_is_python_m_convert(monkeypatch):
+    told = []
+    monkeypatch.setattr("convert.__main__.main", lambda arguments: told.append(arguments) or 7)
+    assert main(["convert", "checkpoint", "a", "b", "--to", "diffusers"]) == 7
+    assert told == [["checkpoint", "a", "b", "--to", "diffusers"]]
+
+
+def test_programs_are_kept_in_the_users_cache_unless_jax_was_told_a_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "seg4diff-jax" / "compiled")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_clock_counts_compilation_once_and_running_not_at_all():
+    function = jax.jit(lambda x: jnp.sin(jnp.linalg.inv(x)))
+    with CompilationClock() as first:
+        function(jnp.eye(3)).block_until_ready()
+    with CompilationClock() as second:
+        function(jnp.eye(3)).block_until_ready()
+    assert first.seconds > 10 * second.seconds
+    clock = CompilationClock()
+    clock._spans = [(5.0, 9.0), (6.0, 7.0), (8.0, 10.0), (20.0, 21.0)]
+    assert clock.seconds == pytest.approx(6.0)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["random_checkpoint.py", "demo"]
+runpy.run_path({script!r}, run_name="__main__")
+from seg4diff_jax.__main__ import main
+sys.exit(main(["segment", "demo/picture.png", "sky", "tree", "house", "--model", "demo/checkpoint", "--out", "result"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The Quickstart, run in a process that has no PyTorch."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    program = WITHOUT_TORCH.format(script=str(ROOT / "examples" / "random_checkpoint.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "random weights: masks made with it mean nothing" in done.stdout
+    return directory
+
+
+def test_the_quickstart_runs_without_pytorch_and_leaves_compiled_programs(demo):
+    assert np.asarray(Image.open(demo / "result" / "labels.png")).shape == (480, 640)
+    assert any((demo / "cache" / "seg4diff-jax" / "compiled").iterdir())
+
+
+def test_the_random_checkpoint_is_one_that_diffusers_loads_whole(demo):
+    import torch
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    checkpoint = demo / "demo" / "checkpoint"
+    parts = {
+        "transformer": SD3Transformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    for name, cls in parts.items():
+        _, loaded = cls.from_pretrained(checkpoint / name, output_loading_info=True)
+        assert not any(loaded[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = StableDiffusion3Pipeline.from_pretrained(checkpoint, text_encoder_3=None, tokenizer_3=None)
+    with torch.no_grad():
+        context, _, pooled, _ = theirs.encode_prompt(
+            "a house", None, None, do_classifier_free_guidance=False, max_sequence_length=77
+        )
+    ours = s4d.load(checkpoint, blocks=1).encode_prompts(["a house"])
+    np.testing.assert_allclose(ours.context, context.numpy(), atol=1e-5 * context.abs().max().item())
+    np.testing.assert_allclose(ours.pooled, pooled.numpy(), atol=1e-5 * pooled.abs().max().item())
