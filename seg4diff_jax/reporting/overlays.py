@@ -242,7 +242,7 @@ def tidy(text: str) -> str:
     return " ".join(text.split())
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+def shortened(text: str, font: ImageFont.FreeTypeFont, room: int | float) -> str:
     """The text, or as much of its beginning as fits in `room` pixels before an ellipsis."""
     text = tidy(text)
     if font.getlength(text) <= room:
