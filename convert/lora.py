@@ -1,0 +1,200 @@
+"""Low-rank adapters read from any format, converted to any other, and put on a loaded model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert import lora_formats as formats
+from convert.errors import CheckpointError
+from convert.hub import is_repository_id
+from convert.lora_formats import Format, LoRACheckpoint
+from convert.lora_names import NATIVE, config_of, pair, refuse
+from convert.safetensors_stream import read_header
+from convert.staging import check_target, staged_directory
+from seg4diff_jax.models.lora import Adapter, LoRAConfig, apply_lora
+from seg4diff_jax.models.mmdit import MMDiT
+
+
+class FileFormat(NamedTuple):
+    """`suffix`: of the file; none for a directory."""
+
+    read: Callable[[Path, float | None], LoRACheckpoint]
+    write: Callable[[Path, LoRACheckpoint], None]
+    suffix: str | None
+
+
+FORMATS: dict[Format, FileFormat] = {
+    "native": FileFormat(formats.read_native, formats.write_native, ".safetensors"),
+    "diffusers": FileFormat(formats.read_diffusers, formats.write_diffusers, ".safetensors"),
+    "peft": FileFormat(formats.read_peft, formats.write_peft, None),
+    "release": FileFormat(formats.read_release, formats.write_release, ".pth"),
+}
+
+
+def load_lora(
+    path: str | Path, *, alpha: float | None = None, adapters_only: bool = False
+) -> tuple[LoRAConfig, dict[str, Adapter]]:
+    """Adapters of a file in any format, for `seg4diff_jax.models.lora.apply_lora`.
+
+    Args:
+      path: a file, or a directory that PEFT or diffusers wrote.
+      alpha: for files that do not say. Default: 16 for the Seg4Diff release's, the rank for diffusers'.
+      adapters_only: accept a file that holds other tensors too, such as the mask head of MAGNET's training, and leave
+        them out.
+
+    Returns:
+      configuration, and (A [in, rank], B [rank, out]) as NumPy arrays by per-layer name.
+
+    Raises:
+      CheckpointError: the file is absent, damaged, or of no known format; or all its tensors that are unknown,
+        incomplete, of a wrong rank or shape, or (see `adapters_only`) no adapters.
+    """
+    checkpoint = read_lora(path, alpha=alpha)
+    if checkpoint.others and not adapters_only:
+        raise CheckpointError(
+            f"{path}: tensors that are no adapters and would go unused: {', '.join(checkpoint.others)}; "
+            "say adapters_only=True to leave them out"
+        )
+    return checkpoint.config, checkpoint.adapters
+
+
+def attach_lora(
+    mmdit: MMDiT,
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    adapters_only: bool = False,
+    drop_absent_blocks: bool = False,
+) -> MMDiT:
+    """The model with a file's adapters, unmerged.
+
+    Args:
+      mmdit: without adapters; not changed.
+      alpha, adapters_only: see `load_lora`.
+      drop_absent_blocks: leave out the adapters of blocks that the model does not hold.
+
+    Raises:
+      CheckpointError: as `load_lora`; or the adapters that do not fit the model, all of them.
+    """
+    config, adapters = load_lora(path, alpha=alpha, adapters_only=adapters_only)
+    try:
+        return apply_lora(mmdit, config, adapters, drop_absent_blocks=drop_absent_blocks)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def save_lora(
+    path: str | Path, config: LoRAConfig, adapters: Mapping[str, tuple[Any, Any]], *, overwrite: bool = False
+) -> None:
+    """Write adapters, as `lora_state` returns them, to a file in our format.
+
+    Raises CheckpointError when they are not whole or not of the configuration's rank, or the file exists.
+    """
+    arrays = {name: Adapter(np.asarray(a), np.asarray(b)) for name, (a, b) in adapters.items()}
+    problems: list[str] = []
+    factors, rest = NATIVE.read(NATIVE.write(arrays))
+    whole = pair(factors, config.rank, problems)
+    refuse(path, problems + [f"surplus: {name}" for name in rest])
+    checkpoint = LoRACheckpoint(config_of(whole, config.rank, config.alpha), whole)
+    write_lora(checkpoint, path, to="native", overwrite=overwrite)
+
+
+def convert_lora(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Format = "native",
+    alpha: float | None = None,
+    adapters_only: bool = False,
+    overwrite: bool = False,
+) -> LoRACheckpoint:
+    """Convert adapters, no bit of a number changed; returns what was read.
+
+    Args:
+      source: see `load_lora`.
+      target: a file that ends in .safetensors (native, diffusers) or .pth (release), or a directory (peft).
+      adapters_only: leave out the source's other tensors. Otherwise native and release keep them, and diffusers and
+        peft, which cannot hold them, are refused.
+      overwrite: replace `target`.
+
+    Raises:
+      CheckpointError: as `load_lora`; or the target is taken, ill-named, or cannot hold what the source does.
+    """
+    checkpoint = read_lora(source, alpha=alpha)
+    if Path(source).resolve() == Path(target).resolve():
+        raise CheckpointError(f"{target} is the source: choose another name")
+    kept = replace(checkpoint, others={}) if adapters_only else checkpoint
+    write_lora(kept, target, to=to, overwrite=overwrite)
+    return checkpoint
+
+
+def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRACheckpoint:
+    """Everything in a file of adapters, its format told from its content. Arguments and errors as for `load_lora`."""
+    path = Path(path).expanduser()
+    kind, place = _detect(path)
+    return FORMATS[kind].read(place, alpha)
+
+
+def write_lora(checkpoint: LoRACheckpoint, target: str | Path, *, to: Format, overwrite: bool = False) -> None:
+    """Write `target`, complete or not at all. Raises CheckpointError as `convert_lora`."""
+    target, form = Path(target).expanduser(), FORMATS[to]
+    if form.suffix is None:
+        check_target(target, overwrite=overwrite, marker=formats.PEFT_CONFIG)
+        with staged_directory(target) as work:
+            form.write(work, checkpoint)
+        return
+    if target.suffix != form.suffix:
+        raise CheckpointError(f"{target}: a file in the {to} format must end in {form.suffix}")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise CheckpointError(f"{target} exists: choose another name" + ("" if target.is_dir() else " or --overwrite"))
+    with _staged_file(target) as work:
+        form.write(work, checkpoint)
+
+
+@contextmanager
+def _staged_file(target: Path) -> Iterator[Path]:
+    """Yield a name beside `target` for the file that takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield work
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _detect(path: Path) -> tuple[Format, Path]:
+    """The format of a file or directory, and what its reader is to be given."""
+    if path.is_dir():
+        if (path / formats.PEFT_CONFIG).is_file():
+            return "peft", path
+        if (path / formats.DIFFUSERS_FILE).is_file():
+            return "diffusers", path / formats.DIFFUSERS_FILE
+        raise CheckpointError(f"{path}: no adapters: it has neither {formats.PEFT_CONFIG} nor {formats.DIFFUSERS_FILE}")
+    if not path.is_file():
+        hint = f"; if it is on the Hub: hf download {path}" if is_repository_id(str(path)) else ""
+        raise CheckpointError(f"{path}: no such file or directory{hint}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if not head.endswith(b"{") and head.startswith((b"PK", b"\x80")):  # torch.save: a zip, formerly a bare pickle
+        return "release", path
+    names = list(read_header(path))
+    if formats.read_metadata(path).get("format") == formats.NATIVE_FORMAT:
+        return "native", path
+    if any(name.startswith("base_model.model.") for name in names):
+        return "peft", path.parent
+    if any(name.startswith("transformer.") for name in names):
+        return "diffusers", path
+    raise CheckpointError(
+        f"{path}: adapters of an unknown format: expected names like {NATIVE.template}, "
+        f"{formats.DIFFUSERS.template} or {formats.PEFT.template}, found {', '.join(names[:4]) or 'none'}"
+    )

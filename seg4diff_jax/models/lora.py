@@ -1,0 +1,318 @@
+"""Low-rank adapters for the MM-DiT's linear layers: y = x W + b + scale (x A) B, with scale = alpha / rank.
+
+MAGNET trains them, rank 16 and alpha 16, on q, k, v and out of the image stream's attention in every block (Seg4Diff,
+section 4). The base's parameters keep their names and arrays; A and B stand beside them as `lora_a` and `lora_b`, in
+fp32 whatever the base's dtype, and stacked like the base's kernels. They are variables of a type of their own, so that
+`nnx.split(mmdit, LoRA, ...)` parts them from the base, and gradients and an optimizer need not know the base:
+`nnx.value_and_grad(loss, argnums=nnx.DiffState(0, LoRA))`, `nnx.Optimizer(mmdit, ..., wrt=LoRA)`.
+
+Every function here returns a new model that shares its argument's arrays, and leaves the argument as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.stack import LayerStack
+
+IMAGE_ATTENTION = tuple(f"image.attention.{name}" for name in ("q", "k", "v", "out"))
+TEXT_ATTENTION = tuple(f"text.attention.{name}" for name in ("q", "k", "v", "out"))
+
+
+class LoRA(nnx.Variable):
+    """A factor of an adapter: what is trained when the base is not."""
+
+
+class Adapter(NamedTuple):
+    """The two factors of one layer's adapter; jax or numpy arrays."""
+
+    a: Float[Any, "features rank"]
+    b: Float[Any, "rank out"]
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers are adapted, and how.
+
+    Attributes:
+      rank: columns of A and rows of B.
+      alpha: the adapter's output is multiplied by alpha / rank.
+      targets: linear layers of a block, by their path in it. A block that lacks one does without: the last block, which
+        updates no text, has no `text.attention.out`, and only some of SD3.5-medium's have an `image.dual_attention`.
+      blocks: numbers of the adapted blocks, ascending; None: all that the model holds.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = IMAGE_ATTENTION
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; an adapter has a rank of at least 1")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets are {list(self.targets)}; name at least one layer, each once")
+        if self.blocks is not None and (not self.blocks or list(self.blocks) != sorted({*self.blocks})):
+            raise ValueError(f"blocks are {list(self.blocks)}; name at least one, each once, in ascending order")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoRALinear(nnx.Module):
+    """A stack of linear layers with adapters, in the place of the `nnx.Linear` whose parameters it takes over.
+
+    Attributes:
+      kernel, bias: the base's own variables.
+      lora_a, lora_b: fp32 [layers, in, rank] and [layers, rank, out].
+      rows: the layers of the stack that are adapted. In the others both factors are zero, and stay so in training: the
+        gradient of each is a multiple of the other.
+      scale: alpha / rank.
+    """
+
+    def __init__(self, linear: nnx.Linear, rows: tuple[int, ...], config: LoRAConfig):
+        layers, features, out = linear.kernel.get_value().shape
+        self.kernel, self.bias = linear.kernel, linear.bias
+        self.lora_a = LoRA(jnp.zeros((layers, features, config.rank), jnp.float32))
+        self.lora_b = LoRA(jnp.zeros((layers, config.rank, out), jnp.float32))
+        self.rows, self.scale = rows, config.scale
+        self.dtype, self.param_dtype = linear.dtype, linear.param_dtype
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
+        """As everywhere in the model, products are in the dtype of the computation, whatever that of the parameters."""
+        variables = (self.kernel, self.lora_a, self.lora_b)
+        kernel, a, b = (variable.get_value().astype(self.dtype) for variable in variables)
+        x = x.astype(self.dtype)
+        y = x @ kernel
+        if self.bias is not None:
+            y += self.bias.get_value().astype(self.dtype)
+        return y + self.scale * ((x @ a) @ b)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one layer's A and B."""
+        return self.lora_a.get_value().shape[1:], self.lora_b.get_value().shape[1:]
+
+    def set(self, adapters: list[Adapter]) -> None:
+        """Fill the factors of the adapted layers, in order."""
+        for variable, factors in ((self.lora_a, [a for a, _ in adapters]), (self.lora_b, [b for _, b in adapters])):
+            stacked = jnp.stack([jnp.asarray(factor, jnp.float32) for factor in factors])
+            variable.set_value(jnp.zeros_like(variable.get_value()).at[jnp.array(self.rows)].set(stacked))
+
+    def linear(self, *, merged: bool) -> nnx.Linear:
+        """The layers without adapters; `merged`: with scale A B added to the kernels."""
+        _, features, out = self.kernel.get_value().shape
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        plain = nnx.eval_shape(
+            lambda: nnx.Linear(features, out, use_bias=self.bias is not None, rngs=nnx.Rngs(0), **options)
+        )
+        plain.kernel, plain.bias = self.kernel, self.bias
+        if merged:
+            factors = self.lora_a.get_value(), self.lora_b.get_value()
+            plain.kernel = nnx.Param(_merged(self.kernel.get_value(), *factors, self.scale))
+        return plain
+
+
+@jax.jit
+def _merged(
+    kernel: Float[Array, "layers features out"],
+    a: Float[Array, "layers features rank"],
+    b: Float[Array, "layers rank out"],
+    scale: float | Float[Array, ""],
+) -> Float[Array, "layers features out"]:
+    """kernel + scale A B, summed in fp32 and rounded once; a layer at a time, so that no fp32 copy of all is made."""
+
+    def one(layer: tuple[Array, Array, Array]) -> Array:
+        kernel, a, b = layer
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+    return jax.lax.map(one, (kernel, a, b))
+
+
+def add_lora(mmdit: MMDiT, config: LoRAConfig, rngs: nnx.Rngs) -> MMDiT:
+    """The model with fresh adapters, which change nothing yet: A gaussian with standard deviation 1 / rank, B zero.
+
+    Args:
+      mmdit: without adapters; it may hold fewer blocks than its configuration names.
+      rngs: its stream `params` is used.
+
+    Raises:
+      ValueError: the model has adapters, lacks one of the blocks, or none of these has one of the targets.
+    """
+
+    def initial(layer: LoRALinear) -> list[Adapter]:
+        (features, rank), b = layer.shapes
+        a = jax.random.normal(rngs.params(), (len(layer.rows), features, rank), jnp.float32) / rank
+        return [Adapter(row, jnp.zeros(b, jnp.float32)) for row in a]
+
+    return _with_adapters(mmdit, config, initial)
+
+
+def apply_lora(
+    mmdit: MMDiT,
+    config: LoRAConfig,
+    adapters: Mapping[str, tuple[Any, Any]],
+    *,
+    drop_absent_blocks: bool = False,
+) -> MMDiT:
+    """The model with given adapters.
+
+    Args:
+      mmdit: without adapters.
+      adapters: as `lora_state` returns them and converters read them.
+      drop_absent_blocks: leave out the adapters of blocks that the model does not hold, instead of refusing them.
+
+    Raises:
+      ValueError: as for `add_lora` and `set_lora_state`, or no adapter is left.
+    """
+    if drop_absent_blocks:
+        blocks = range(mmdit.depth) if config.blocks is None else config.blocks
+        held = tuple(block for block in blocks if block < mmdit.depth)
+        if not held:
+            raise ValueError(f"no adapter is for one of the blocks 0..{mmdit.depth - 1} that the model holds")
+        config = replace(config, blocks=held)
+        adapters = {name: pair for name, pair in adapters.items() if _block(name) < mmdit.depth}
+    zeros = lambda layer: [Adapter(*(jnp.zeros(shape) for shape in layer.shapes))] * len(layer.rows)
+    return set_lora_state(_with_adapters(mmdit, config, zeros), adapters)
+
+
+def merge_lora(mmdit: MMDiT) -> MMDiT:
+    """A model without adapters that computes the same: scale A B is added to the kernels, in fp32, rounded once."""
+    return _without_adapters(mmdit, merged=True)
+
+
+def remove_lora(mmdit: MMDiT) -> MMDiT:
+    """The base as it was, to the bit."""
+    return _without_adapters(mmdit, merged=False)
+
+
+def unmerge_lora(mmdit: MMDiT, config: LoRAConfig, adapters: Mapping[str, tuple[Any, Any]]) -> MMDiT:
+    """Take merged adapters out of a model's kernels again, up to one rounding of the kernels' dtype each way.
+
+    What was given to `merge_lora` still holds the base's exact kernels: this is for when only the merged are left.
+    """
+    return merge_lora(apply_lora(mmdit, replace(config, alpha=-config.alpha), adapters))
+
+
+def lora_state(mmdit: MMDiT) -> dict[str, Adapter]:
+    """Every adapter by its layer's per-layer name, as in `blocks.7.image.attention.q`; fp32, in the blocks' order.
+
+    Raises ValueError when the model has none.
+    """
+    found = {
+        name: Adapter(layer.lora_a.get_value()[row], layer.lora_b.get_value()[row])
+        for place in _adapted(mmdit)
+        for name, layer, row in place.rows
+    }
+    return {name: found[name] for name in sorted(found, key=_block)}
+
+
+def set_lora_state(mmdit: MMDiT, adapters: Mapping[str, tuple[Any, Any]]) -> MMDiT:
+    """The model with its adapters replaced, each exactly once.
+
+    Args:
+      adapters: (A [in, rank], B [rank, out]) by per-layer name; any floating-point dtype, kept in fp32.
+
+    Raises:
+      ValueError: the model has no adapters; or all those that are missing, surplus or of a wrong shape.
+    """
+    model = nnx.clone(mmdit)
+    places = _adapted(model)
+    expected = {name: layer.shapes for place in places for name, layer, _ in place.rows}
+    problems = [f"missing: {name}" for name in expected if name not in adapters]
+    problems += [f"surplus: {name} is not an adapted layer of the model" for name in adapters if name not in expected]
+    for name, shapes in expected.items():
+        found = tuple(tuple(np.shape(factor)) for factor in adapters.get(name, ()))
+        if found and found != shapes:
+            problems.append(f"wrong shape: {name}: expected A and B of {shapes}, found {found}")
+    if problems:
+        raise ValueError("adapters do not match the model:\n  " + "\n  ".join(problems))
+    for place in places:
+        place.layer.set([Adapter(*adapters[name]) for name, _, _ in place.rows])
+    return model
+
+
+class Place(NamedTuple):
+    """Where adapted layers are: at `path` in stack number `number`, which is `stack`."""
+
+    number: int
+    stack: LayerStack
+    path: str
+    layer: LoRALinear
+
+    @property
+    def rows(self) -> list[tuple[str, LoRALinear, int]]:
+        """Per-layer name, module and row of each adapted layer."""
+        prefix, start = self.stack.layers, self.stack.start
+        return [(f"{prefix}.{start + row}.{self.path}", self.layer, row) for row in self.layer.rows]
+
+
+def _with_adapters(mmdit: MMDiT, config: LoRAConfig, initial: Callable[[LoRALinear], list[Adapter]]) -> MMDiT:
+    if list(_places(mmdit)):
+        raise ValueError("the model has adapters already: merge_lora or remove_lora them first")
+    model = nnx.clone(mmdit)
+    blocks = range(model.depth) if config.blocks is None else config.blocks
+    if absent := [block for block in blocks if not 0 <= block < model.depth]:
+        raise ValueError(f"cannot adapt blocks {absent}: the model holds blocks 0..{model.depth - 1}")
+    unused = dict.fromkeys(config.targets)
+    for number, stack in enumerate(model.layer_stacks):
+        rows = tuple(block - stack.start for block in blocks if stack.start <= block < stack.stop)
+        for target in config.targets if rows else ():
+            owner, name = _find(model.stacks[number], target)
+            linear = getattr(owner, name, None)
+            if isinstance(linear, nnx.Linear):
+                layer = LoRALinear(linear, rows, config)
+                layer.set(initial(layer))
+                setattr(owner, name, layer)
+                unused.pop(target, None)
+    if unused:
+        raise ValueError(f"no adapted block has a linear layer {', '.join(unused)}")
+    return model
+
+
+def _without_adapters(mmdit: MMDiT, *, merged: bool) -> MMDiT:
+    model = nnx.clone(mmdit)
+    for place in _adapted(model):
+        owner, name = _find(model.stacks[place.number], place.path)
+        setattr(owner, name, place.layer.linear(merged=merged))
+    return model
+
+
+def _adapted(mmdit: MMDiT) -> list[Place]:
+    if not (found := list(_places(mmdit))):
+        raise ValueError("the model has no adapters: add_lora or apply_lora some first")
+    return found
+
+
+def _places(mmdit: MMDiT) -> Iterator[Place]:
+    for number, stack in enumerate(mmdit.layer_stacks):
+        for path, module in nnx.iter_modules(mmdit.stacks[number]):
+            if isinstance(module, LoRALinear):
+                yield Place(number, stack, ".".join(map(str, path)), module)
+
+
+def _find(block: nnx.Module, path: str) -> tuple[Any, str]:
+    """The module that holds a layer of a block (None if the block lacks it), and the layer's name in it."""
+    *parents, name = path.split(".")
+    owner: Any = block
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    return owner, name
+
+
+def _block(name: str) -> int:
+    """A per-layer name's block; -1 if it has none."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
