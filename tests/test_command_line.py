@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from seg4diff_jax.command_line.compilation import CompilationClock, keep_compile
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
 
-ROOT = Path(__file__).parents[1]
 CLASSES = ["cat", "red bird", "sky"]
 BLOCK = 2
 
@@ -232,58 +228,3 @@ def test_the_clock_counts_compilation_once_and_running_not_at_all():
     clock = CompilationClock()
     clock._spans = [(5.0, 9.0), (6.0, 7.0), (8.0, 10.0), (20.0, 21.0)]
     assert clock.seconds == pytest.approx(6.0)
-
-
-WITHOUT_TORCH = """
-import runpy, sys
-sys.modules["torch"] = None
-sys.argv = ["random_checkpoint.py", "demo"]
-runpy.run_path({script!r}, run_name="__main__")
-from seg4diff_jax.__main__ import main
-sys.exit(main(["segment", "demo/picture.png", "sky", "tree", "house", "--model", "demo/checkpoint", "--out", "result"]))
-"""
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """The Quickstart, run in a process that has no PyTorch."""
-    directory = tmp_path_factory.mktemp("quickstart")
-    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    program = WITHOUT_TORCH.format(script=str(ROOT / "examples" / "random_checkpoint.py"))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "random weights: masks made with it mean nothing" in done.stdout
-    return directory
-
-
-def test_the_quickstart_runs_without_pytorch_and_leaves_compiled_programs(demo):
-    assert np.asarray(Image.open(demo / "result" / "labels.png")).shape == (480, 640)
-    assert any((demo / "cache" / "seg4diff-jax" / "compiled").iterdir())
-
-
-def test_the_random_checkpoint_is_one_that_diffusers_loads_whole(demo):
-    import torch
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
-
-    checkpoint = demo / "demo" / "checkpoint"
-    parts = {
-        "transformer": SD3Transformer2DModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModelWithProjection,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }
-    for name, cls in parts.items():
-        _, loaded = cls.from_pretrained(checkpoint / name, output_loading_info=True)
-        assert not any(loaded[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    theirs = StableDiffusion3Pipeline.from_pretrained(checkpoint, text_encoder_3=None, tokenizer_3=None)
-    with torch.no_grad():
-        context, _, pooled, _ = theirs.encode_prompt(
-            "a house", None, None, do_classifier_free_guidance=False, max_sequence_length=77
-        )
-    ours = s4d.load(checkpoint, blocks=1).encode_prompts(["a house"])
-    np.testing.assert_allclose(ours.context, context.numpy(), atol=1e-5 * context.abs().max().item())
-    np.testing.assert_allclose(ours.pooled, pooled.numpy(), atol=1e-5 * pooled.abs().max().item())
