@@ -10,6 +10,7 @@ Activations are [batch, height, width, channels] in the compute dtype; norm stat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -274,10 +275,11 @@ def chunked_attention(
     Gradients keep the bound: each block's scores are computed again on the way back.
     """
     batch, tokens, channels = query.shape
-    count = -(-4 * tokens * tokens // SCORE_BYTES)
-    if count == 1:
+    most = max(1, SCORE_BYTES // (4 * tokens))
+    if tokens <= most:
         return _attention(query, key, value)
-    rows = -(-tokens // count)
+    count = math.ceil(tokens / most)
+    rows = math.ceil(tokens / count)
     padded = jnp.pad(query, ((0, 0), (0, count * rows - tokens), (0, 0)))
     chunks = jnp.moveaxis(padded.reshape(batch, count, rows, channels), 1, 0)
     attended = jax.lax.map(jax.checkpoint(lambda chunk: _attention(chunk, key, value)), chunks)
