@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from convert import checkpoint_command
+from convert import checkpoint_command, lora_command
 from convert.errors import CheckpointError
 
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoint": Command(
         checkpoint_command.arguments, checkpoint_command.run, "convert a checkpoint from PyTorch, or back"
     ),
+    "lora": Command(lora_command.arguments, lora_command.run, "convert low-rank adapters, between any two formats"),
 }
 
 
