@@ -1,0 +1,99 @@
+"""What capturing one block's attention costs: the same forward pass with and without, side by side.
+
+    python benchmarks/attention_capture.py                       # SD3-medium's width and depth, 512 px, fp32
+    python benchmarks/attention_capture.py --size 1024 --dtype bfloat16
+
+Random weights. Passes alternate, so that a machine's moods fall on both; the median is shown. Memory is XLA's own
+account of temporary buffers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.kernels import default_kernel
+from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
+
+SD3_MEDIUM = {"num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+REQUESTS = {
+    "no capture": None,
+    "scores and probabilities, heads averaged": AttentionRequest(mean_heads=True),
+    "scores and probabilities, heads kept": AttentionRequest(),
+}
+
+
+def main(
+    size: int = 512,
+    layers: int = 24,
+    block: int = 9,
+    batch: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    repeats: int = 5,
+) -> None:
+    """Measure.
+
+    Args:
+      size: side of the square image in pixels.
+      layers: number of blocks.
+      block: the captured block.
+      batch: images at once.
+      dtype: of parameters and computation.
+      repeats: passes of each kind.
+    """
+    config = MMDiTConfig(**SD3_MEDIUM, num_layers=layers)
+    model = nnx.jit(lambda: MMDiT(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((batch, *shape)), jnp.float32)
+    inputs = draw(size // 8, size // 8, 16), jnp.full(batch, 515.072), draw(154, 4096), draw(2048)
+
+    def forward(request):
+        capture = () if request is None else (block,)
+        return lambda model, *x: model(*x, capture=capture, request=request or AttentionRequest())
+
+    programs = {name: forward(request) for name, request in REQUESTS.items()}
+    programs[f"nothing after block {block}"] = lambda model, *x: attention_at(
+        model, *x, block=block, request=REQUESTS["scores and probabilities, heads averaged"]
+    )
+    compiled, compile_seconds = {}, {}
+    for name, program in programs.items():
+        start = time.perf_counter()
+        compiled[name] = jax.jit(program).lower(model, *inputs).compile()
+        compile_seconds[name] = time.perf_counter() - start
+        jax.block_until_ready(compiled[name](model, *inputs))
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(model, *inputs))
+            seconds[name].append(time.perf_counter() - start)
+
+    device, kernel = jax.devices()[0].device_kind, default_kernel(jnp.dtype(dtype)).name
+    tokens = (size // 16) ** 2 + 154
+    table = Table(title=f"{layers} blocks, {tokens} tokens, batch {batch}, {dtype}, {kernel} on {device}")
+    for column in ("forward pass", "seconds", "of no capture", "temporary MiB", "compile seconds"):
+        table.add_column(column, justify="left" if column == "forward pass" else "right")
+    base = statistics.median(seconds["no capture"])
+    for name, program in compiled.items():
+        median = statistics.median(seconds[name])
+        memory = program.memory_analysis().temp_size_in_bytes / 2**20
+        ratio = f"{100 * median / base:.1f} %"
+        table.add_row(name, f"{median:.3f}", ratio, f"{memory:.0f}", f"{compile_seconds[name]:.1f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"one array of tokens x tokens, all heads, fp32: {batch * 24 * tokens**2 * 4 / 2**20:.0f} MiB")
+    console.print(f"jax {jax.__version__}, {repeats} passes each, medians")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
