@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 OTHER_SCHEDULES = (
     "use_dynamic_shifting",
@@ -74,9 +74,11 @@ class FlowSchedule:
 def add_noise(
     latents: Float[Array, "batch height width channels"],
     noise: Float[Array, "batch height width channels"],
-    sigma: Float[Array, ""] | float,
+    sigma: Float[Array, " batch"] | Float[Array, ""] | float,
 ) -> Float[Array, "batch height width channels"]:
-    """Latents at noise level sigma."""
+    """Latents at noise level sigma, one for all or one for each image."""
+    if jnp.ndim(sigma) == 1:
+        sigma = jnp.asarray(sigma)[:, None, None, None]
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -85,6 +87,24 @@ def velocity_target(
 ) -> Float[Array, "batch height width channels"]:
     """What the model should predict, at every noise level."""
     return noise - latents
+
+
+def velocity_loss(
+    predicted: Float[Array, "batch height width channels"], target: Float[Array, "batch height width channels"]
+) -> Float[Array, " batch"]:
+    """Mean squared error of each image's velocity, fp32."""
+    return jnp.square(predicted.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+
+
+def logit_normal_sigmas(
+    key: PRNGKeyArray, count: int, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Float[Array, " count"]:
+    """Noise levels to train at: the sigmoid of normal numbers, pushed towards noise by `shift` as the schedule is.
+
+    SD3's own are (mean, std) = (0, 1); MAGNET's (0, 0.5) over the schedule of shift 3 (Seg4Diff, section 4).
+    """
+    sigma = jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,), jnp.float32))
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def image_noise(

@@ -13,23 +13,33 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 """Batches are split over both."""
 
+LAYERS = r"(.*\.)?(stacks\.\d+|blocks)\..*\b"
 RULES: tuple[tuple[str, P], ...] = (
     # Stacked layers: [layer, in, out]. Heads and hidden units over `tensor`, the other side over `fsdp`.
-    (r"(stacks\.\d+|blocks)\..*\b(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
-    (r"(stacks\.\d+|blocks)\..*\b(out|down)\.kernel", P(None, "tensor", "fsdp")),
-    (r"(stacks\.\d+|blocks)\..*\b(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
-    (r".*embedding", P("fsdp", None)),
-    (r"(time_embed|pooled_embed)\.(up|down)\.kernel", P("fsdp", "tensor")),
-    (r"(context_embed|norm_out|projection)\.kernel", P("fsdp", "tensor")),
-    (r"pos_embed", P("fsdp", None, "tensor")),
+    (LAYERS + r"(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
+    (LAYERS + r"(out|down)\.kernel", P(None, "tensor", "fsdp")),
+    (LAYERS + r"(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
+    (r".*\.lora_a", P(None, "fsdp", None)),
+    (r".*\.lora_b", P(None, None, "tensor")),
+    (r".*\.embedding", P("fsdp", None)),
+    (r"(.*\.)?(time_embed|pooled_embed)\.(up|down)\.kernel", P("fsdp", "tensor")),
+    (r"(.*\.)?(context_embed|norm_out|projection)\.kernel", P("fsdp", "tensor")),
+    (r"(.*\.)?pos_embed", P("fsdp", None, "tensor")),
+    # Convolutions: [height, width, in, out].
+    (r"(.*\.)?(encoder|decoder)\..*conv\w*\.kernel", P(None, None, None, "fsdp")),
 )
 """Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over data x fsdp x tensor devices. Raises ValueError when that is not the number of devices."""
-    if data * fsdp * tensor != jax.device_count():
-        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} devices does not fit {jax.device_count()} devices")
+def make_mesh(data: int | None = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over data x fsdp x tensor devices; `data` None takes all that the other axes leave.
+
+    Raises ValueError when that is not the number of devices.
+    """
+    devices = jax.device_count()
+    data = max(1, devices // (fsdp * tensor)) if data is None else data
+    if data * fsdp * tensor != devices:
+        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} devices does not fit {devices} devices")
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -32,29 +32,36 @@ SCALE_AND_IDENTITY = Transform(_with_identity, _without_identity)
 """A norm's scale, from whose length an identity projection is made beside it."""
 
 
-def _linear(source: str, target: str) -> list[Rule]:
+def linear(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")]
 
 
-def _norm(source: str, target: str) -> list[Rule]:
+def norm(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.scale"), Rule(f"{source}.bias", f"{target}.bias")]
+
+
+def encoder(tower: str) -> list[Rule]:
+    """The layers of either tower, `text_model` or `vision_model`."""
+    layer, block = f"{tower}.encoder.layers.{{i}}", "blocks.{i}"
+    return [
+        *norm(f"{layer}.layer_norm1", f"{block}.attention_norm"),
+        *linear(f"{layer}.self_attn.q_proj", f"{block}.attention.q"),
+        *linear(f"{layer}.self_attn.k_proj", f"{block}.attention.k"),
+        *linear(f"{layer}.self_attn.v_proj", f"{block}.attention.v"),
+        *linear(f"{layer}.self_attn.out_proj", f"{block}.attention.out"),
+        *norm(f"{layer}.layer_norm2", f"{block}.mlp_norm"),
+        *linear(f"{layer}.mlp.fc1", f"{block}.up"),
+        *linear(f"{layer}.mlp.fc2", f"{block}.down"),
+    ]
 
 
 def _tower() -> list[Rule]:
     """All but the final norm's scale and the projection."""
-    layer, block = "text_model.encoder.layers.{i}", "blocks.{i}"
     return [
         Rule("text_model.embeddings.token_embedding.weight", "token_embedding.embedding"),
         Rule("text_model.embeddings.position_embedding.weight", "position_embedding.embedding"),
         Rule("text_model.embeddings.position_ids", ()),
-        *_norm(f"{layer}.layer_norm1", f"{block}.attention_norm"),
-        *_linear(f"{layer}.self_attn.q_proj", f"{block}.attention.q"),
-        *_linear(f"{layer}.self_attn.k_proj", f"{block}.attention.k"),
-        *_linear(f"{layer}.self_attn.v_proj", f"{block}.attention.v"),
-        *_linear(f"{layer}.self_attn.out_proj", f"{block}.attention.out"),
-        *_norm(f"{layer}.layer_norm2", f"{block}.mlp_norm"),
-        *_linear(f"{layer}.mlp.fc1", f"{block}.up"),
-        *_linear(f"{layer}.mlp.fc2", f"{block}.down"),
+        *encoder("text_model"),
         Rule("text_model.final_layer_norm.bias", "final_norm.bias"),
     ]
 

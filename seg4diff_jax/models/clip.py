@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,33 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
+
+
+@runtime_checkable
+class LayerConfig(Protocol):
+    """What the layers of a tower read of its configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+def check_layers(config: LayerConfig) -> None:
+    """Raise ValueError, naming key and value, for layers that are not implemented."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size is {config.hidden_size}; it must be a multiple of num_attention_heads "
+            f"= {config.num_attention_heads}"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,13 +83,7 @@ class CLIPTextConfig:
             if not isinstance(known.get(name, 0), int):
                 raise ValueError(f"{name} is {known[name]!r}; one integer is implemented")
         parsed = cls(**known)
-        if parsed.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {parsed.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
-        if parsed.hidden_size % parsed.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {parsed.hidden_size}; it must be a multiple of num_attention_heads "
-                f"= {parsed.num_attention_heads}"
-            )
+        check_layers(parsed)
         return parsed
 
 
@@ -81,9 +102,11 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPBlock(nnx.Module):
-    """Pre-norm attention and MLP on a residual stream in fp32."""
+    """Pre-norm attention and MLP on a residual stream in fp32. Text's attention is causal."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LayerConfig, *, causal: bool = True, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         width, heads = config.hidden_size, config.num_attention_heads
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = layer_norm(config, param_dtype, rngs)
@@ -92,13 +115,14 @@ class CLIPBlock(nnx.Module):
         self.up = nnx.Linear(width, config.intermediate_size, **dtypes)
         self.down = nnx.Linear(config.intermediate_size, width, preferred_element_type=jnp.float32, **dtypes)
         self.activation = ACTIVATIONS[config.hidden_act]
+        self.causal = causal
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        x = x + self.attention(self.attention_norm(x), causal=True)
+        x = x + self.attention(self.attention_norm(x), causal=self.causal)
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
-def layer_norm(config: CLIPTextConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """In fp32, with the variance taken about the mean: the mean of squares less the squared mean loses digits."""
     return nnx.LayerNorm(
         config.hidden_size,

@@ -1,0 +1,73 @@
+"""A model in memory becomes a component of a diffusers checkpoint: `config.json` and safetensors, PyTorch's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert.components import COMPONENTS, parse_config
+from convert.layout import contiguous
+from convert.names import Rule, assign_back
+from convert.readers import MODEL_INDEX, SCHEDULER
+from convert.safetensors_stream import write_safetensors
+from seg4diff_jax.models.stack import Layered
+
+
+def layer_parameters(model: Layered) -> dict[str, np.ndarray]:
+    """Every parameter under our per-layer name, on the host: what `convert.assemble.assemble` takes."""
+    parameters: dict[str, np.ndarray] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name, array = ".".join(map(str, path)), jax.device_get(variable.get_value())
+        for stack in model.layer_stacks:
+            if name.startswith(stack.path + "."):
+                rest = name.removeprefix(stack.path)
+                parameters |= {f"{stack.layers}.{i}{rest}": array[i - stack.start] for i in range(*stack[2:])}
+                break
+        else:
+            parameters[name] = array
+    return parameters
+
+
+def write_model(
+    folder: Path, weights: str, config: Mapping[str, Any], model: Layered, rules: Iterable[Rule], dtype: Any
+) -> None:
+    """Write `config.json` and `<weights>.safetensors` into a new folder.
+
+    Raises NameTableError when a parameter has no name in PyTorch.
+    """
+    parameters, dtype = layer_parameters(model), np.dtype(dtype)
+    tensors = {
+        row.source: contiguous(row.transform.to_torch([parameters[target] for target in row.targets]), dtype)
+        for row in assign_back(rules, parameters)
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    write_safetensors(folder / f"{weights}.safetensors", shapes, iter(tensors.items()))
+
+
+def write_component(directory: Path, name: str, config: Mapping[str, Any], model: Layered, dtype: Any) -> None:
+    """Write one of `convert.components.COMPONENTS` into a checkpoint's directory.
+
+    Args:
+      config: as diffusers or transformers write it.
+    """
+    component = COMPONENTS[name]
+    rules = component.rules["diffusers"](parse_config(name, dict(config)))
+    write_model(directory / name, component.weights, config, model, rules, dtype)
+
+
+def write_index(directory: Path, scheduler: Mapping[str, Any] | None = None) -> None:
+    """Finish a checkpoint's directory: the scheduler, if given, and the index of the components that are there."""
+    if scheduler is not None:
+        (directory / "scheduler").mkdir()
+        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **scheduler}, indent=2))
+    there = lambda name: name.startswith("_") or (directory / name).is_dir()
+    index = {name: entry if there(name) else [None, None] for name, entry in MODEL_INDEX.items()}
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2))

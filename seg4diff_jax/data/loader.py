@@ -1,0 +1,82 @@
+"""From a random-access source to batches: shuffled, shared between hosts, and resumable to the item (Grain)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+Item = dict[str, Any]
+"""Field to NumPy array or number."""
+Batch = dict[str, Any]
+"""Field to array with a leading axis; `index` holds the items' places in the source."""
+
+
+class Source(Protocol):
+    """Items by their number. Worker processes get a copy by pickling."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+class Numbered:
+    """The source's items with a field `index` that says which each one is."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        return {**self.source[int(index)], "index": np.int32(index)}
+
+
+def training_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    transform: Callable[[Item], Item] | None = None,
+    process: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator[Batch]:
+    """Batches without end, each epoch in an order of its own.
+
+    Which items make up a batch depends on the seed alone: hosts share each batch between them, and neither threads nor
+    worker processes change the order. `get_state` and `set_state` of the result continue at the batch not yet taken.
+
+    Args:
+      batch_size: over all hosts.
+      workers: processes that read and transform; 0: threads of this one.
+      transform: of each item, before batching.
+      process: this host's number, and how many there are.
+
+    Raises:
+      ValueError: hosts cannot share a batch evenly, or an epoch has no batch.
+    """
+    index, count = process
+    if batch_size % count:
+        raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {count} processes that share a batch")
+    if not len(source):
+        raise ValueError("the training data is empty: expected at least one item")
+    items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()[index::count]
+    if transform is not None:
+        items = items.map(transform)
+    threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
+    batches = items.batch(batch_size // count, drop_remainder=True).to_iter_dataset(threads)
+    if workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(batches)
+
+
+def evaluation_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """Every item once, in order, and how many of each batch count: the last is filled up with its last item."""
+    numbered = Numbered(source)
+    for start in range(0, len(source), batch_size):
+        stop = min(start + batch_size, len(source))
+        items = [numbered[index] for index in range(start, stop)]
+        items += [items[-1]] * (batch_size - len(items))
+        yield {field: np.stack([item[field] for item in items]) for field in items[0]}, stop - start

@@ -1,0 +1,7 @@
+"""What stops a training run."""
+
+from __future__ import annotations
+
+
+class TrainingError(RuntimeError):
+    """A run cannot begin or go on; the message says why, what is intact, and what to do."""

@@ -1,0 +1,283 @@
+"""The miniature's MM-DiT: rectified flow on latents of scenes, under frozen text towers.
+
+    loss = | v(z_sigma, sigma, caption) - (eps - z) |^2,   sigma = sigmoid(N(mean, std))
+
+Latents come from a cache that the first run writes, or from the autoencoder in every step. The text towers are small
+beside the transformer (about a hundredth of its arithmetic), so their states are computed, not cached: a caption's
+states take five times the room of a picture's latents.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from seg4diff_jax.data.array_cache import ArrayCache, write_cache
+from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.shapes import scene
+from seg4diff_jax.flow import add_noise, logit_normal_sigmas, velocity_loss, velocity_target
+from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import parameter_shardings
+from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers
+from seg4diff_jax.training.grounding import grounding, grounding_item
+from seg4diff_jax.training.loop import RunConfig, Task
+from seg4diff_jax.training.optimizers import OptimizerConfig
+from seg4diff_jax.training.precision import Dtype
+from seg4diff_jax.training.scenes import SceneConfig, SceneItems, caption_ids, scene_name, to_model_range
+from seg4diff_jax.training.state import fresh
+
+TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of the model.
+
+    Attributes:
+      mean, std, shift: of the noise levels' density, see `flow.logit_normal_sigmas`.
+      caption_dropout: share of captions replaced by the empty prompt, which guidance needs.
+      pooled_dropout: share of pooled vectors replaced by zeros, apart from that.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    caption_dropout: float = 0.1
+    pooled_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Zero-shot masks of validation scenes, see `grounding`."""
+
+    sigmas: tuple[float, ...] = (0.2, 0.3, 0.5)
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """Configuration of the task.
+
+    Attributes:
+      vae, text: directories that the autoencoder's and the contrastive task's runs have exported.
+      cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
+      inference_shift: of the schedule that the exported checkpoint names.
+      dtype: of the computation; trained parameters are fp32.
+      export_dtype: of the written weights.
+    """
+
+    run: RunConfig
+    model: MMDiTConfig
+    vae: str
+    text: str
+    cache: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: SceneConfig = field(default_factory=SceneConfig)
+    objective: Objective = field(default_factory=Objective)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    inference_shift: float = 3.0
+    dtype: Dtype = "float32"
+    export_dtype: Dtype = "float16"
+
+
+class Denoiser(nnx.Module):
+    """The transformer in training and what it is conditioned by; the autoencoder, unless latents are cached."""
+
+    def __init__(self, transformer: MMDiT, clip_l: CLIPText, clip_g: CLIPText, vae: VAE | None = None):
+        self.transformer, self.clip_l, self.clip_g, self.vae = transformer, clip_l, clip_g, vae
+
+
+class Frozen(NamedTuple):
+    """What earlier tasks have trained."""
+
+    vae: VAE
+    clip_l: CLIPText
+    clip_g: CLIPText
+    tokenizers: Tokenizers
+
+
+def task(config: FlowMatchingConfig) -> Task:
+    tokenizers = load_tokenizers(config.text)
+    empty = caption_ids(tokenizers, "")
+    validation, source = _sources(config, tokenizers)
+    return Task(
+        name="flow matching",
+        init=partial(init, config),
+        loss=partial(loss, objective=config.objective, empty=TokenIds(empty["clip_l"][None], empty["clip_g"][None])),
+        source=source,
+        trainable=TRAINABLE,
+        evaluate=partial(
+            grounding, source=validation, sigmas=config.evaluation.sigmas, batch_size=config.evaluation.batch_size
+        ),
+        best="miou",
+        export=partial(export, config=config, validation=validation),
+        item=scene_name("train"),
+    )
+
+
+def init(config: FlowMatchingConfig, seed: int, mesh: Mesh) -> Denoiser:
+    from convert.load import load_component
+
+    dtype = jnp.dtype(config.dtype)
+    load = partial(load_component, dtype=dtype, shardings=parameter_shardings(mesh))
+    return Denoiser(
+        fresh(partial(new_transformer, config.model, dtype=dtype))(seed, mesh),
+        load(config.text, "text_encoder"),
+        load(config.text, "text_encoder_2"),
+        load(config.vae, "vae") if config.cache is None else None,
+    )
+
+
+def new_transformer(config: MMDiTConfig, rngs: nnx.Rngs, *, dtype: Any = jnp.float32) -> MMDiT:
+    """With blocks that begin as the identity and a velocity that begins at zero (adaLN-zero)."""
+    model = MMDiT(config, dtype=dtype, rngs=rngs)
+    linears = [model.norm_out, model.proj_out]
+    linears += [stream.modulation for stack in model.stacks for stream in (stack.image, stack.text)]
+    for linear in linears:
+        linear.kernel.set_value(jnp.zeros_like(linear.kernel.get_value()))
+    return model
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def loss(
+    denoiser: Denoiser, batch: Batch, key: PRNGKeyArray, *, objective: Objective, empty: TokenIds
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean squared error of the velocity. `batch` holds `latents`, or `image`, and `clip_l` and `clip_g`."""
+    for_noise, for_sigma, for_caption, for_pooled = jax.random.split(key, 4)
+    latents = clean_latents(denoiser, batch)
+    count = len(latents)
+    dropped = jax.random.bernoulli(for_caption, objective.caption_dropout, (count,))
+    ids = TokenIds(
+        jnp.where(dropped[:, None], empty.clip_l, batch["clip_l"].astype(jnp.int32)),
+        jnp.where(dropped[:, None], empty.clip_g, batch["clip_g"].astype(jnp.int32)),
+    )
+    joint_dim = denoiser.transformer.config.joint_attention_dim
+    context, pooled = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim)
+    pooled = jnp.where(jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1)), 0, pooled)
+    noise = jax.random.normal(for_noise, latents.shape)
+    sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
+    velocity, _ = denoiser.transformer(add_noise(latents, noise, sigma), 1000 * sigma, context, pooled)
+    return velocity_loss(velocity, velocity_target(latents, noise)).mean(), {}
+
+
+def clean_latents(denoiser: Denoiser, batch: Batch) -> Float[Array, "batch rows columns channels"]:
+    if "latents" in batch:
+        return batch["latents"].astype(jnp.float32)
+    assert denoiser.vae is not None, "without cached latents the model needs its autoencoder"
+    return denoiser.vae.encode(to_model_range(batch["image"])).astype(jnp.float32)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+_encode = jax.jit(lambda vae, image: vae.encode(to_model_range(image)))
+
+
+class GroundingItems:
+    """Validation scenes with their class prompts, and pictures."""
+
+    def __init__(self, config: SceneConfig, tokenizers: Tokenizers):
+        self.config, self.tokenizers = config, tokenizers
+
+    def __len__(self) -> int:
+        return self.config.validation
+
+    def __getitem__(self, index: int, /) -> Item:
+        shown = scene("validation", index, self.config.size)
+        return {"image": shown.image, **grounding_item(shown, self.tokenizers)}
+
+
+class InMemory:
+    """Items computed once and held."""
+
+    def __init__(self, items: list[Item]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int, /) -> Item:
+        return self.items[index]
+
+
+def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source, Source]:
+    """Validation and training items; the autoencoder is in memory while they are made, and no longer."""
+    from convert.load import load_component
+
+    data = config.data
+    train = SceneItems("train", data.train, data.size, tokenizers)
+    vae = load_component(config.vae, "vae", dtype=jnp.float32)
+    seen = with_latents(vae, GroundingItems(data, tokenizers), config.evaluation.batch_size)
+    validation = InMemory(
+        [{field: values[i] for field, values in batch.items()} for batch in seen for i in _rows(batch)]
+    )
+    if config.cache is None:
+        return validation, train
+    identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
+    directory = Path(config.cache)
+    if not directory.exists():
+        write_cache(directory, with_latents(vae, train, 64), data.train, identity)
+    return validation, ArrayCache(directory, identity)
+
+
+def _rows(batch: dict[str, np.ndarray]) -> range:
+    return range(len(next(iter(batch.values()))))
+
+
+def _fingerprint(vae: VAE) -> float:
+    """Tells one autoencoder from another."""
+    return float(sum(np.abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(nnx.state(vae))))
+
+
+def with_latents(vae: VAE, source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a source's items with `latents` in fp16 for their `image`, token ids in 16 bits, and no `index`."""
+    for batch, count in evaluation_batches(source, batch_size):
+        latents = np.asarray(_encode(vae, batch.pop("image")), np.float16)
+        ids = {name: batch[name].astype(np.uint16) for name in ("clip_l", "clip_g")}
+        del batch["index"]
+        yield {name: values[:count] for name, values in {**batch, **ids, "latents": latents}.items()}
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def diffusers_config(config: MMDiTConfig, expert_block: int) -> dict[str, Any]:
+    """As diffusers writes an SD3Transformer2DModel's `config.json`, and the block whose attention segments best."""
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        **asdict(config),
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+        "dual_attention_layers": list(config.dual_attention_layers),
+        "expert_block": expert_block,
+    }
+
+
+def export(denoiser: Denoiser, directory: Path, *, config: FlowMatchingConfig, validation: Source) -> None:
+    """Write the whole checkpoint: the transformer here, all else as the earlier tasks exported it."""
+    from convert.staging import staged_directory
+    from convert.write import write_component, write_index
+
+    evaluation = config.evaluation
+    scores = grounding(denoiser, validation, sigmas=evaluation.sigmas, batch_size=evaluation.batch_size)
+    with staged_directory(directory) as work:
+        shutil.copytree(Path(config.vae) / "vae", work / "vae")
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"):
+            shutil.copytree(Path(config.text) / name, work / name)
+        settings = diffusers_config(config.model, int(scores["block"]))
+        write_component(work, "transformer", settings, denoiser.transformer, config.export_dtype)
+        write_index(work, {"shift": config.inference_shift})

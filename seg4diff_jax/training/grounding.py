@@ -1,0 +1,117 @@
+"""How well each block's attention finds the words of scenes it was not trained on, with no mask ever learnt from.
+
+Every scene is asked for the names of its own classes, as in zero-shot segmentation (Seg4Diff, section 3); one forward
+pass records all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
+from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
+from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
+from seg4diff_jax.text import TokenIds, Tokenizers, class_prompts, encode_prompts
+from seg4diff_jax.training.scenes import caption_ids
+
+MOST_CLASSES = 8
+"""Rows for the classes of one scene."""
+
+
+def grounding_item(scene: Scene, tokenizers: Tokenizers) -> Item:
+    """A scene's class prompt: token ids, the averaging weights of its classes, and which class each row stands for."""
+    prompts = class_prompts(tokenizers, [CLASSES[index] for index in scene.classes])
+    (prompt,) = prompts.prompts
+    rows = np.full(MOST_CLASSES, IGNORED, np.uint8)
+    rows[: len(scene.classes)] = scene.classes
+    averaging = prompts.averaging(MOST_CLASSES)[0]
+    return {"labels": scene.labels, "averaging": averaging, "class_of_row": rows, **caption_ids(tokenizers, prompt)}
+
+
+@partial(jax.jit, static_argnames=("classes",))
+def block_confusions(
+    denoiser: Any, batch: Batch, noise: Float[Array, "batch rows columns channels"], sigma: Array, classes: int
+) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
+    """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
+    transformer = denoiser.transformer
+    ids = TokenIds(batch["clip_l"], batch["clip_g"])
+    context, pooled = encode_prompts(
+        denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=transformer.config.joint_attention_dim
+    )
+    latents = batch["latents"].astype(jnp.float32)
+    averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
+    velocity, records = transformer(
+        add_noise(latents, noise, sigma),
+        jnp.full(len(latents), 1000 * sigma),
+        context,
+        pooled,
+        capture=range(transformer.depth),
+        request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
+    )
+    patch = transformer.config.patch_size
+    grid = (latents.shape[1] // patch, latents.shape[2] // patch)
+    size = batch["labels"].shape[1:3]
+
+    def predicted(scores: Array, row_classes: Array) -> Array:
+        best = label_map(scores.reshape(-1, *grid), size, present=row_classes != IGNORED)
+        return row_classes[best]
+
+    def confusion(probs: Array) -> Array:
+        labels = jax.vmap(predicted)(class_scores(probs, averaging), rows)
+        return confusion_matrix(batch["labels"], labels, classes)
+
+    probs = jnp.stack([records[block].probs for block in range(transformer.depth)])  # pyright: ignore
+    loss = velocity_loss(velocity, velocity_target(latents, noise))
+    return jax.lax.map(confusion, probs), loss
+
+
+def grounding(
+    denoiser: nnx.Module, source: Source, *, sigmas: Sequence[float], batch_size: int, seed: int = 0
+) -> dict[str, float]:
+    """Zero-shot mIoU, in percent, of every block at every noise level.
+
+    Args:
+      denoiser: holds `transformer`, `clip_l` and `clip_g`.
+      source: items with the fields of `grounding_item` and `latents`.
+
+    Returns:
+      `miou`, `things` and `stuffs` (their own mean IoU) of the best block at its best noise level, which are `block`
+      and `sigma`; `velocity_loss`, the mean over scenes and noise levels under class prompts; and for every block and
+      level `miou/block@sigma` and `things/block@sigma`.
+    """
+    classes, things = len(CLASSES), range(len(THINGS))
+    confusions: dict[float, Any] = dict.fromkeys(sigmas, 0)
+    losses: list[np.ndarray] = []
+    for batch, count in evaluation_batches(source, batch_size):
+        noise = image_noise(seed, batch["index"], batch["latents"].shape[1:])
+        labels = np.where((np.arange(batch_size) < count)[:, None, None], batch["labels"], IGNORED)
+        for sigma in sigmas:
+            matrices, loss = block_confusions(denoiser, {**batch, "labels": labels}, noise, jnp.float32(sigma), classes)
+            confusions[sigma] = confusions[sigma] + np.asarray(matrices, np.int64)
+            losses.append(np.asarray(loss)[:count])
+    table = {
+        (block, sigma): {
+            "miou": 100 * mean_iou(matrix),
+            "things": 100 * mean_iou(matrix, things),
+            "stuffs": 100 * mean_iou(matrix, range(len(THINGS), classes)),
+        }
+        for sigma, matrices in confusions.items()
+        for block, matrix in enumerate(matrices)
+    }
+    block, sigma = max(table, key=lambda place: table[place]["miou"])
+    every = {
+        f"{name}/{b}@{s:g}": scores[name] for name in ("miou", "things") for (b, s), scores in sorted(table.items())
+    }
+    best = {"block": float(block), "sigma": sigma, "velocity_loss": float(np.concatenate(losses).mean())}
+    return table[block, sigma] | best | every

@@ -1,0 +1,368 @@
+"""The training loop: every task, any mesh, resumable bit for bit.
+
+    RUN/config.yaml          the resolved configuration
+    RUN/metrics.jsonl        one row per log and per evaluation; the same numbers in TensorBoard's event file
+    RUN/checkpoints/<step>/  see `seg4diff_jax.training.checkpoints`
+    RUN/export/              what the task makes of the trained model
+
+What stops it: the last step; SIGTERM (a checkpoint is written first); a loss or gradient that is not finite, a disk
+that is full (the last good checkpoint stays).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import yaml
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seg4diff_jax.data.loader import Batch, Item, Source, training_batches
+from seg4diff_jax.parallel import BATCH, make_mesh
+from seg4diff_jax.training.checkpoints import Checkpoints
+from seg4diff_jax.training.errors import TrainingError
+from seg4diff_jax.training.logs import Logs, Throughput
+from seg4diff_jax.training.optimizers import OptimizerConfig, average_decay, make_optimizer, make_schedule
+from seg4diff_jax.training.state import Parameters, Structure, TrainState, initial_state, state_shardings, take_apart
+
+CONFIG = "config.yaml"
+IN_FLIGHT = 2
+"""Steps that may be under way before their losses are looked at."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what. Functions are pure; the model is an nnx module.
+
+    Attributes:
+      name: as logs show it.
+      init: seed and mesh to the model, its parameters on the mesh (`state.fresh` makes such a function).
+      loss: model, batch and random key to a scalar, the mean over the batch's items, and its parts (scalars).
+      source: the training items.
+      transform: of each item on the host, before batching.
+      trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
+      evaluate: model to metrics. It is given the averaged parameters where there are any.
+      best: the metric whose largest value marks the best checkpoint.
+      export: writes what the run is for into a directory; given the same model as `evaluate`.
+      item: an item's number to what error messages call it.
+    """
+
+    name: str
+    init: Callable[[int, Mesh], Any]
+    loss: Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
+    source: Source
+    transform: Callable[[Item], Item] | None = None
+    trainable: Any = nnx.Param
+    evaluate: Callable[[Any], dict[str, float]] | None = None
+    best: str | None = None
+    export: Callable[[Any, Path], None] | None = None
+    item: Callable[[int], str] = "item {}".format
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; `data` null: all that the others leave."""
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and how often.
+
+    Attributes:
+      out: directory of the run.
+      steps: updates of the parameters.
+      batch_size: items in one batch, over all devices and processes.
+      seed: of parameters, data order and noise.
+      log_every, evaluate_every, checkpoint_every: steps.
+      keep: checkpoints kept, beside the best.
+      workers: processes that prepare data; 0: threads of this one.
+      mesh: devices.
+    """
+
+    out: str
+    steps: int
+    batch_size: int
+    seed: int = 0
+    log_every: int = 20
+    evaluate_every: int = 1000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    workers: int = 0
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def train(
+    task: Task, run: RunConfig, optimizer: OptimizerConfig, record: Mapping[str, Any] | None = None, *, resume=False
+) -> Any:
+    """Train, and return the model: averaged parameters where there are any.
+
+    Args:
+      record: the resolved configuration, saved beside the results and in every checkpoint; plain values.
+      resume: go on from the run's last checkpoint, if it has one.
+
+    Raises:
+      TrainingError: the run cannot begin or go on.
+      ValueError: batch, mesh and optimizer settings do not fit each other.
+    """
+    out = Path(run.out)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    _check_batch(run, mesh)
+    with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, _termination() as stop:
+        if checkpoints.latest is not None and not resume:
+            raise TrainingError(
+                f"{out} holds a run, checkpointed at step {checkpoints.latest}: give --resume to go on with it, or "
+                "another --run.out"
+            )
+        if jax.process_index() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
+        trainer = _prepare(task, run, optimizer, mesh)
+        data = _data(task, run)
+        start, changed = 0, []
+        if checkpoints.latest is not None:
+            start = checkpoints.latest
+            trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
+            data.set_state(position)
+            changed = _differences(before, record or {})
+        with Logs(out, name=task.name, steps=run.steps, start=start, writes=jax.process_index() == 0) as logs:
+            if start:
+                logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+            _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
+        model = trainer.averaged_model()
+        if trainer.done(run) and task.export is not None and jax.process_index() == 0:
+            checkpoints.wait()
+            task.export(model, out / "export")
+    return model
+
+
+def _check_batch(run: RunConfig, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch_size % parts:
+        raise ValueError(
+            f"run.batch_size is {run.batch_size}; expected a multiple of the {parts} devices that share a batch "
+            "(run.mesh.data x run.mesh.fsdp)"
+        )
+
+
+def _data(task: Task, run: RunConfig) -> Any:
+    return training_batches(
+        task.source,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        workers=run.workers,
+        transform=task.transform,
+        process=(jax.process_index(), jax.process_count()),
+    )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted options whose values differ."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} ({old!r} to {new!r})")
+    return found
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """The model in training: its state, and the compiled step that moves it on."""
+
+    task: Task
+    optimizer: OptimizerConfig
+    structure: Structure
+    state: TrainState
+    frozen: Parameters
+    places: TrainState
+    mesh: Mesh
+    step: Callable[[TrainState, Parameters, Batch], tuple[TrainState, dict[str, Any]]]
+    schedule: Callable[[int], Any]
+
+    def averaged_model(self) -> Any:
+        chosen = self.state.trainable if self.state.average is None else self.state.average
+        return self.structure.model(chosen, self.frozen)
+
+    def done(self, run: RunConfig) -> bool:
+        return int(self.state.batches) >= run.steps * self.optimizer.accumulate
+
+    def put(self, batch: Batch) -> Batch:
+        """Each host's share of a batch, as one array over all devices."""
+        place = NamedSharding(self.mesh, BATCH)
+        return {name: jax.make_array_from_process_local_data(place, np.asarray(x)) for name, x in batch.items()}
+
+
+def _prepare(task: Task, run: RunConfig, config: OptimizerConfig, mesh: Mesh) -> Trainer:
+    structure, trainable, frozen = take_apart(task.init(run.seed, mesh), task.trainable)
+    optimizer = make_optimizer(config, run.steps)
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1))
+    make = partial(initial_state, optimizer=optimizer, average=config.average is not None, key=key)
+    places = state_shardings(jax.eval_shape(make, trainable), mesh)
+    state = jax.jit(make, out_shardings=places)(trainable)
+    whole = NamedSharding(mesh, P())
+    step = jax.jit(
+        partial(training_step, task.loss, structure, optimizer, config),
+        donate_argnums=0,
+        out_shardings=(places, whole),
+    )
+    return Trainer(task, config, structure, state, frozen, places, mesh, step, make_schedule(config, run.steps))
+
+
+def training_step(
+    loss: Callable,
+    structure: Structure,
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: OptimizerConfig,
+    state: TrainState,
+    frozen: Parameters,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One batch: gradient, update (or accumulation), average. Metrics: `loss`, its parts and `gradient_norm`."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.batches)
+
+    def objective(trainable: Parameters):
+        return loss(structure.model(trainable, frozen), batch, key)
+
+    (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+    updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    batches = state.batches + 1
+    average = state.average
+    if average is not None:
+        decay = average_decay(config, batches // config.accumulate)
+        # Between updates nothing has moved, and the average stays.
+        decay = jnp.where(batches % config.accumulate == 0, decay, 1.0)
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trainable)
+    metrics = {"loss": value, **parts, "gradient_norm": optax.global_norm(gradient)}
+    return TrainState(batches, trainable, moments, average, state.key), metrics
+
+
+# ---- all steps ------------------------------------------------------------------------------------------------------
+
+
+def _steps(
+    trainer: Trainer,
+    run: RunConfig,
+    data: Iterator[Batch],
+    start: int,
+    checkpoints: Checkpoints,
+    logs: Logs,
+    stop: Callable[[int], bool],
+    record: Mapping[str, Any],
+) -> None:
+    watch, throughput = Watch(trainer.task), Throughput()
+    for done in range(start + 1, run.steps + 1):
+        for _ in range(trainer.optimizer.accumulate):
+            batch = next(data)
+            trainer.state, metrics = trainer.step(trainer.state, trainer.frozen, trainer.put(batch))
+            watch.add(done, metrics, batch["index"])
+        if done == start + 1:
+            throughput.restart()  # compilation is no part of it
+        else:
+            throughput.count(run.batch_size * trainer.optimizer.accumulate)
+        last, stopping = done == run.steps, stop(done)
+        logs.advance(done)
+        if last or stopping or done % run.log_every == 0:
+            values = watch.take()
+            rates = {
+                "learning_rate": float(trainer.schedule(done - 1)),
+                "images_per_second": throughput.take(),
+            }
+            logs.row(done, values | rates)
+        throughput.pause()
+        scores = None
+        if trainer.task.evaluate is not None and not stopping and (last or done % run.evaluate_every == 0):
+            watch.check()
+            scores = trainer.task.evaluate(trainer.averaged_model())
+            logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
+        if last or stopping or done % run.checkpoint_every == 0:
+            watch.check()
+            checkpoints.save(done, trainer.state, data.get_state(), record, scores)  # pyright: ignore
+        throughput.resume()
+        if stopping:
+            checkpoints.wait()
+            logs.say(f"stopped by SIGTERM after step {done}, which is checkpointed: go on with --resume")
+            return
+
+
+class Pending(NamedTuple):
+    step: int
+    metrics: dict[str, Any]
+    items: np.ndarray
+
+
+class Watch:
+    """Looks at every loss, a few steps late so that the device need not wait, and averages what it saw."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._pending: deque[Pending] = deque()
+        self._seen: list[dict[str, float]] = []
+
+    def add(self, step: int, metrics: dict[str, Any], items: np.ndarray) -> None:
+        self._pending.append(Pending(step, metrics, np.asarray(items)))
+        self.check(IN_FLIGHT)
+
+    def check(self, left: int = 0) -> None:
+        """Raise TrainingError if one of the steps taken, all but the last `left`, is not finite."""
+        while len(self._pending) > left:
+            step, metrics, items = self._pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(values[name])]
+            if bad:
+                named = ", ".join(self._task.item(int(item)) for item in items)
+                parts = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+                raise TrainingError(
+                    f"step {step}: {' and '.join(bad)} not finite ({parts}). The batch held {named}. The checkpoints "
+                    "up to now are intact: look at these items, lower optimizer.learning_rate or optimizer.clip, and "
+                    "continue with --resume"
+                )
+            self._seen.append(values)
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call."""
+        self.check()
+        names = sorted(self._seen[0], key=lambda name: name != "loss")
+        means = {name: float(np.mean([values[name] for values in self._seen])) for name in names}
+        self._seen = []
+        return means
+
+
+@contextmanager
+def _termination() -> Iterator[Callable[[int], bool]]:
+    """Yield a function of the step that says whether to stop after it: SIGTERM has come, to any of the hosts."""
+    received = threading.Event()
+    if jax.process_count() > 1:
+        # JAX's preemption service catches the signal and lets all hosts agree on a step.
+        yield multihost_utils.reached_preemption_sync_point
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+    else:
+        former = signal.signal(signal.SIGTERM, lambda *_: received.set())
+        try:
+            yield lambda step: received.is_set()
+        finally:
+            signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,132 @@
+"""AdamW as every task uses it: clipping, schedule, decay, rates per group of parameters, accumulation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+ScheduleName = Literal["constant", "cosine", "last_quarter", "detectron2"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+      learning_rate: the largest.
+      schedule: after the warm-up: constant; cosine to zero; constant, then linear to zero over the last quarter; or
+        detectron2's warm-up cosine, which counts from the first update and is reached by the warm-up.
+      warmup: updates over which the rate rises linearly.
+      weight_decay: decoupled; of matrices and convolutions, not of biases, norms, embeddings and tables.
+      betas, epsilon: Adam's.
+      clip: largest global norm of a gradient; None: not clipped.
+      accumulate: batches whose gradients are averaged into one update.
+      average: decay of the moving average of the parameters, which is what is evaluated and exported; None: none. It
+        begins lower, at (1 + n) / (10 + n) after n updates.
+      rates: regular expression of parameter names to a factor of the learning rate; the first that is found counts.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: ScheduleName = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    clip: float | None = 1.0
+    accumulate: int = 1
+    average: float | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate is {self.accumulate}; an update takes at least 1 batch")
+
+
+def _warmed(rate: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
+    """From rate / (warmup + 1), so that the first update is not lost on a rate of zero."""
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(rate / (warmup + 1), rate, warmup), after], [warmup])
+
+
+def _constant(rate: float, warmup: int, steps: int) -> optax.Schedule:
+    return _warmed(rate, warmup, optax.constant_schedule(rate))
+
+
+def _cosine(rate: float, warmup: int, steps: int) -> optax.Schedule:
+    return _warmed(rate, warmup, optax.cosine_decay_schedule(rate, max(1, steps - warmup)))
+
+
+def _last_quarter(rate: float, warmup: int, steps: int) -> optax.Schedule:
+    fall = max(1, steps // 4)
+    return _warmed(rate, warmup, optax.linear_schedule(rate, 0.0, fall, max(0, steps - warmup - fall)))
+
+
+def _detectron2(rate: float, warmup: int, steps: int) -> optax.Schedule:
+    cosine = optax.cosine_decay_schedule(rate, steps)
+    if not warmup:
+        return cosine
+    rise = optax.linear_schedule(0.01 * rate, float(cosine(warmup)), warmup)
+    return lambda count: jnp.where(count < warmup, rise(count), cosine(count))
+
+
+SCHEDULES: dict[ScheduleName, Callable[[float, int, int], optax.Schedule]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "last_quarter": _last_quarter,
+    "detectron2": _detectron2,
+}
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
+    """Number of updates made so far to the rate of the next one. Raises ValueError if the warm-up takes all steps."""
+    if config.warmup >= steps:
+        raise ValueError(f"optimizer.warmup is {config.warmup}; expected less than the run's {steps} steps")
+    return SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW over a flat dictionary of parameters by name, for a run of `steps` updates."""
+    chain = optax.chain(
+        optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(*config.betas, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+        _scale_by_group(config.rates),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+    if config.accumulate == 1:
+        return optax.with_extra_args_support(chain)
+    multi = optax.MultiSteps(chain, config.accumulate)
+    return optax.GradientTransformationExtraArgs(multi.init, multi.update)  # pyright: ignore[reportArgumentType]
+
+
+def _decayed(parameters: dict[str, Any]) -> dict[str, bool]:
+    return {name: name.endswith(("kernel", "lora_a", "lora_b")) for name in parameters}
+
+
+def _scale_by_group(rates: dict[str, float]) -> optax.GradientTransformation:
+    def factor(name: str) -> float:
+        return next((rate for pattern, rate in rates.items() if re.search(pattern, name)), 1.0)
+
+    def update(updates, state, params=None):
+        return {name: factor(name) * update for name, update in updates.items()}, state
+
+    def init(parameters):
+        unused = [pattern for pattern in rates if not any(re.search(pattern, name) for name in parameters)]
+        if unused:
+            raise ValueError(f"optimizer.rates: no trained parameter's name holds {', '.join(map(repr, unused))}")
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_decay(config: OptimizerConfig, updates: Int[Array, ""]) -> Float[Array, ""]:
+    """Of the moving average, at the update that makes their number `updates`."""
+    assert config.average is not None
+    return jnp.minimum(config.average, (1.0 + updates) / (10.0 + updates))
