@@ -68,14 +68,16 @@ def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"]
     for former in folder.glob("[0-9][0-9]*_*.png"):
         former.unlink()
     digits = max(2, len(str(len(segmentation.classes) - 1)))
-    cells = []
+    image = Image.fromarray(pixels)
+    image.thumbnail((HEAT_LONGEST, HEAT_LONGEST), Image.Resampling.LANCZOS)
+    small, cells = np.asarray(image), []
     for index, (name, score) in enumerate(zip(segmentation.classes, segmentation.scores, strict=True)):
-        picture = heat_picture(pixels, score, HEAT_LONGEST)
-        picture.save(folder / f"{index:0{digits}}_{file_name(name)}.png")
+        picture = heat_picture(small, score, HEAT_LONGEST)
+        picture.save(folder / f"{index:0{digits}}_{file_name(name)}.png", compress_level=2)
         picture.thumbnail((CELL_LONGEST, CELL_LONGEST), Image.Resampling.BOX)
         cells.append((name, f"{100 * score.min():.2g} to {100 * score.max():.2g} %", picture))
-    image = Image.fromarray(pixels).resize(cells[0][2].size, Image.Resampling.LANCZOS)
-    contact_sheet([("the image", "least to greatest attention:", image), *cells]).save(directory / "heatmaps.png")
+    image = image.resize(cells[0][2].size, Image.Resampling.LANCZOS)
+    contact_sheet([("image", "least to greatest:", image), *cells]).save(directory / "heatmaps.png")
 
 
 def file_name(name: str) -> str:
