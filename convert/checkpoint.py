@@ -17,7 +17,7 @@ from convert.components import COMPONENTS, abstract_model, parse_config, tokeniz
 from convert.errors import CheckpointError, raise_all
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign_back
-from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, nbytes, part_of
+from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
 from convert.safetensors_stream import write_safetensors
 from convert.sources import open_source
 from convert.staging import check_target, staged_directory
@@ -113,7 +113,7 @@ def _open_all(source: Source) -> list[ComponentReader]:
         try:
             reader = source.component(name)
             reader.check()
-            readers.append(reader)
+            readers.append(replace(reader, once=True) if isinstance(reader, TorchComponent) else reader)
         except CheckpointError as error:
             problems.append(str(error))
     raise_all(problems, f"{source.origin}: {len(problems)} of its components are damaged")

@@ -3,7 +3,7 @@
     DST/manifest.json                     written last; what every other file must hold
     DST/transformer/config.json           the published form
     DST/transformer/params/base           an Orbax checkpoint of what belongs to no layer
-    DST/transformer/params/blocks.7       an Orbax checkpoint of one layer
+    DST/transformer/params/blocks.7       an Orbax checkpoint of one layer; of a large one, more: `blocks.7-1`
     DST/tokenizer/...  DST/scheduler/scheduler_config.json
 
 A layer at a time is in memory, in writing and in reading. Arrays lie uncompressed, one per file: weights hardly
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ from convert.readers import Layout, Source, part_of
 MANIFEST = "manifest.json"
 FORMAT = "seg4diff-jax checkpoint"
 VERSION = 1
+WRITERS = 2
+"""Parts written at a time: one is copied while another waits for the disk."""
 LIBRARIES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 Parameters = dict[str, np.ndarray]
@@ -65,22 +67,22 @@ def write_component(
     left = Counter(part.values())
     waiting: dict[str, Parameters] = {name: {} for name in left}
     records: Records = {}
-    saving: Future[int] | None = None
-    # While one part goes to the disk the next is read and transposed; no more than two are in memory.
-    with ThreadPoolExecutor(1) as worker:
+    saving: deque[Future[int]] = deque()
+    # While some parts go to the disk the next is read and transposed.
+    with ThreadPoolExecutor(WRITERS) as workers:
         for name, array in parameters:
             owner = part[name]
             waiting[owner][name] = array
             left[owner] -= 1
             if not left[owner]:
-                if saving is not None:
-                    written(saving.result())
-                saving = worker.submit(_save, folder / "params" / owner, waiting, records)
-        if saving is not None:
-            written(saving.result())
+                if len(saving) == WRITERS:
+                    written(saving.popleft().result())
+                saving.append(workers.submit(_save, folder / "params" / owner, waiting, records))
+        for future in saving:
+            written(future.result())
     if waiting:
         raise ValueError(f"parameters of {', '.join(waiting)} were announced and not given")
-    return records
+    return {name: records[name] for name in dict.fromkeys(part.values())}
 
 
 def _save(folder: Path, waiting: dict[str, Parameters], records: Records) -> int:

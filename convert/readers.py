@@ -17,7 +17,7 @@ from convert.components import COMPONENTS, Naming, abstract_model, expert_block,
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
-from convert.safetensors_stream import TensorInfo, read_tensor
+from convert.safetensors_stream import TensorInfo, read_tensor, read_tensor_once
 from seg4diff_jax.models.stack import Layered
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -36,6 +36,9 @@ MODEL_INDEX = {
 """What SD3 and SD3.5 are published with, for checkpoints that come without."""
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 
+
+PART_SIZE = 1 << 26
+"""Numbers in one part of a checkpoint: 128 MB of 16-bit ones, so that a few parts in memory do not matter."""
 
 Layout = dict[str, tuple[Shape, np.dtype]]
 """Our per-layer name of each parameter: its shape and dtype."""
@@ -102,7 +105,7 @@ class Source:
 class TorchComponent:
     """A component whose tensors lie in safetensors files under PyTorch names.
 
-    `where` names the files in messages.
+    `where` names the files in messages; `once` says that they will not be read again soon.
     """
 
     name: str
@@ -110,6 +113,7 @@ class TorchComponent:
     naming: Naming
     tensors: Mapping[str, TensorInfo]
     where: str
+    once: bool = False
     _assignments: list[Assignment] | None = None
 
     def check(self) -> None:
@@ -143,7 +147,8 @@ class TorchComponent:
         for assignment in self.assignments():
             if wanted is not None and not any(target in wanted for target in assignment.targets):
                 continue
-            tensor = read_tensor(self.tensors[assignment.source])
+            info = self.tensors[assignment.source]
+            tensor = read_tensor_once(info) if self.once else read_tensor(info)
             arrays = assignment.transform.to_jax(tensor.astype(_widened(tensor.dtype), copy=False))
             for target, array in zip(assignment.targets, arrays, strict=True):
                 if wanted is None or target in wanted:
@@ -169,7 +174,19 @@ def usual_dtype(component: ComponentReader) -> np.dtype:
 
 
 def part_of(model: Layered) -> dict[str, str]:
-    """Every parameter's part of the checkpoint: its layer, as in `blocks.7`, or `base`."""
+    """Every parameter's part of the checkpoint, of at most PART_SIZE numbers if it is not a single parameter.
+
+    A part is a layer, as in `blocks.7`, or `base`; of a large one the further pieces are `blocks.7-1`, `blocks.7-2`.
+    """
     layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}
-    prefix = {name: ".".join(name.split(".", 2)[:2]) for name in parameter_shapes(model)}
-    return {name: layer if layer in layers else "base" for name, layer in prefix.items()}
+    parts: dict[str, str] = {}
+    pieces: dict[str, int] = {}
+    filled: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
+        prefix = ".".join(name.split(".", 2)[:2])
+        owner, size = (prefix if prefix in layers else "base"), math.prod(shape)
+        if filled.get(owner, 0) and filled[owner] + size > PART_SIZE:
+            pieces[owner], filled[owner] = pieces.get(owner, 0) + 1, 0
+        filled[owner] = filled.get(owner, 0) + size
+        parts[name] = f"{owner}-{pieces[owner]}" if owner in pieces else owner
+    return parts

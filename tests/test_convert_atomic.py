@@ -85,7 +85,7 @@ def test_an_error_while_writing_leaves_nothing(layout: Path, tmp_path: Path, mon
     def full(info):
         raise OSError(28, "No space left on device", "target")
 
-    monkeypatch.setattr("convert.readers.read_tensor", full)
+    monkeypatch.setattr("convert.readers.read_tensor_once", full)
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(layout, tmp_path / "target")
     assert not list(tmp_path.iterdir())
