@@ -1,0 +1,159 @@
+"""The synthetic world of the miniature: scenes of patterned things over textured stuffs, with labels and a caption.
+
+A scene is a pure function of its split and its index. Every pixel has a class, every class in the picture is named in
+the caption, and colours are random: only patterns and outlines tell classes apart. Patterns repeat about every 8 to 16
+pixels of a picture of side 128, so that an image token of 8 x 8 pixels shows which class it is in.
+
+    python -m seg4diff_jax.data.shapes DIR --split test --count 500
+
+writes scenes as a plain folder, see `write_folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from seg4diff_jax.data.captions import StuffSeen, ThingSeen, caption
+from seg4diff_jax.data.composition import compose, label_map, picture
+from seg4diff_jax.data.draws import Draws
+from seg4diff_jax.data.stuffs import SIDE, TEXTURES
+from seg4diff_jax.data.things import DRAWN
+
+THINGS = tuple(DRAWN)
+STUFFS = tuple(TEXTURES)
+CLASSES = (*THINGS, *STUFFS)
+"""Things first, then stuffs, both in alphabetical order. A label is an index into this."""
+
+SPLITS = ("train", "validation", "test")
+"""A scene's random numbers are those of its split's place in this list and of its index: splits share none."""
+
+
+class Scene(NamedTuple):
+    """A picture, the class of each of its pixels, the classes that are in it (ascending), and a caption."""
+
+    image: UInt8[np.ndarray, "size size 3"]
+    labels: UInt8[np.ndarray, "size size"]
+    classes: tuple[int, ...]
+    caption: str
+
+
+def scene(split: str, index: int, size: int = SIDE) -> Scene:
+    """Scene `index` of a split: always the same. Another `size` shows it with more or fewer pixels.
+
+    Only a thing that is about to be hidden too much may be there at one size and be left out at another.
+
+    Raises:
+      ValueError: the split is unknown, the index negative, or the size below 32.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
+    if index < 0 or size < 32:
+        raise ValueError(f"expected index >= 0 and size >= 32, found {index=} and {size=}")
+    draws = Draws(SPLITS.index(split), index)
+    composed = compose(draws, size)
+    things = [
+        ThingSeen(thing.name, thing.palette.main, thing.palette.second, thing.size, thing.x / SIDE, thing.y / SIDE)
+        for thing in composed.things
+    ]
+    stuffs = [StuffSeen(stuff.name, stuff.palette.main) for stuff in composed.stuffs]
+    present = sorted({CLASSES.index(content.name) for content in (*composed.things, *composed.stuffs)})
+    text = caption(things, stuffs, composed.upright, draws)
+    return Scene(picture(composed), label_map(composed, CLASSES), tuple(present), text)
+
+
+class Scenes:
+    """The first `length` scenes of a split as a random-access source: items with `image`, `labels` and `caption`.
+
+    Scenes are made when asked for, each time anew.
+    """
+
+    def __init__(self, split: str, length: int, size: int = SIDE):
+        self.split, self.length, self.size = split, length, size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self!r}")
+        shown = scene(self.split, int(index), self.size)
+        return {"image": shown.image, "labels": shown.labels, "caption": shown.caption}
+
+    def __repr__(self) -> str:
+        return f"Scenes(split={self.split!r}, length={self.length}, size={self.size})"
+
+
+def write_folder(directory: str | Path, scenes: Iterable[Scene]) -> None:
+    """Write `images/00000.png ...`, `labels/00000.png ...`, `classes.txt` and `captions.json`.
+
+    A label's pixel values are class indices; line n of classes.txt, counted from 0, is the name of class n;
+    captions.json maps a file's stem to its caption.
+
+    Raises:
+      FileExistsError: the directory holds images or labels already.
+    """
+    directory = Path(directory).expanduser()
+    for name in ("images", "labels"):
+        folder = directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty: name another directory, or remove it first")
+    captions = {}
+    for index, shown in enumerate(scenes):
+        stem = f"{index:05d}"
+        Image.fromarray(shown.image).save(directory / "images" / f"{stem}.png")
+        Image.fromarray(shown.labels).save(directory / "labels" / f"{stem}.png")
+        captions[stem] = shown.caption
+    (directory / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
+    (directory / "captions.json").write_text(json.dumps(captions, indent=1) + "\n", encoding="utf-8")
+
+
+def arguments(parser: ArgumentParser) -> None:
+    add: Any = parser.add_argument
+    add("directory", type=str, nargs="?", help="where to write images/, labels/, classes.txt and captions.json")
+    add("--split", choices=list(SPLITS), default="test", help="splits share no scene")
+    add("--count", type=int, default=500, help="number of scenes")
+    add("--size", type=int, default=SIDE, help="pixels along a side")
+    add("--sheet", type=str, metavar="FILE", help="draw a few of the scenes with their labels on a sheet (PNG)")
+
+
+def run(options: Any) -> None:
+    if options.count < 1:
+        raise ValueError(f"--count is {options.count}: expected at least 1")
+    scenes = lambda count: (scene(options.split, index, options.size) for index in range(count))
+    if options.directory is None and options.sheet is None:
+        raise ValueError("expected a directory to write scenes to, or --sheet FILE")
+    if options.directory is not None:
+        write_folder(options.directory, scenes(options.count))
+        print(f"wrote {options.count} scenes of the {options.split} split to {options.directory}")
+    if options.sheet is not None:
+        from seg4diff_jax.data.scene_sheet import POOL, write_sheet
+
+        write_sheet(options.sheet, list(scenes(min(options.count, POOL))))
+        print(f"wrote {options.sheet}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1, after one message on stderr, when something is in the way."""
+    parser = ArgumentParser(prog="python -m seg4diff_jax.data.shapes", description="Write synthetic scenes.")
+    arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
