@@ -12,6 +12,8 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +22,7 @@ from rich.text import Text
 from convert.components import parse_config
 from convert.readers import Source
 from convert.sources import open_source
-from seg4diff_jax.command_line.compilation import CompilationClock
+from seg4diff_jax.command_line.compilation import CompilationClock, keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.images import Resize, read_image
 from seg4diff_jax.pipeline import Pipeline, Segmentation, load
@@ -51,6 +53,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    keep_compiled_programs()
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     # Whatever can be wrong is looked at before gigabytes are read.
     out = output_directory(options.out, options.image, options.overwrite)
@@ -67,9 +70,7 @@ def run(options: Any) -> None:
 
     with console.status("compiling and segmenting"), CompilationClock() as compilation:
         start = time.perf_counter()
-        segmentation = pipe.segment(
-            pixels, options.classes, block=block, step=options.step, seed=options.seed, size=size, resize=options.resize
-        )
+        segmentation = segment(pipe, pixels, options, block, size)
         total = time.perf_counter() - start
     seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
     seen = size_seen(pipe, segmentation)
@@ -128,6 +129,20 @@ def load_for(options: Any, block: int) -> Pipeline:
         tokenizers=options.tokenizers,
         variant=options.variant,
     )
+
+
+def segment(
+    pipe: Pipeline, pixels: UInt8[np.ndarray, "height width 3"], options: Any, block: int, size: tuple[int, int] | None
+) -> Segmentation:
+    """Raises MemoryError when the device's memory is full."""
+    try:
+        return pipe.segment(
+            pixels, options.classes, block=block, step=options.step, seed=options.seed, size=size, resize=options.resize
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError("the device's memory is full: choose a smaller --size, or --dtype bfloat16") from None
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
