@@ -10,7 +10,6 @@ Activations are [batch, height, width, channels] in the compute dtype; norm stat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.stack import LayerStack
 
 EPSILON = 1e-6
@@ -274,24 +274,9 @@ def chunked_attention(
 
     Gradients keep the bound: each block's scores are computed again on the way back.
     """
-    batch, tokens, channels = query.shape
-    most = max(1, SCORE_BYTES // (4 * tokens))
-    if tokens <= most:
-        return _attention(query, key, value)
-    count = math.ceil(tokens / most)
-    rows = math.ceil(tokens / count)
-    padded = jnp.pad(query, ((0, 0), (0, count * rows - tokens), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, count, rows, channels), 1, 0)
-    attended = jax.lax.map(jax.checkpoint(lambda chunk: _attention(chunk, key, value)), chunks)
-    return jnp.moveaxis(attended, 0, 1).reshape(batch, count * rows, channels)[:, :tokens]
-
-
-def _attention(
-    query: Float[Array, "b rows c"], key: Float[Array, "b tokens c"], value: Float[Array, "b tokens c"]
-) -> Float[Array, "b rows c"]:
-    scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("bqk,bkc->bqc", probs.astype(value.dtype), value)
+    kernel = Kernel("xla", query_chunk=max(1, SCORE_BYTES // (4 * query.shape[1])))
+    attended, _ = attend(query[:, :, None], key[:, :, None], value[:, :, None], kernel=kernel)
+    return attended[:, :, 0]
 
 
 class GroupNorm(nnx.Module):
