@@ -49,6 +49,7 @@ class Scene(NamedTuple):
 def scene(split: str, index: int, size: int = SIDE) -> Scene:
     """Scene `index` of a split: always the same. Another `size` shows it with more or fewer pixels.
 
+    Another processor may round sines otherwise and so change single pixels by a shade; captions stay as they are.
     Only a thing that is about to be hidden too much may be there at one size and be left out at another.
 
     Raises:
