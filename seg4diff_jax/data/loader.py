@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -14,6 +14,7 @@ Batch = dict[str, Any]
 """Field to array with a leading axis; `index` holds the items' places in the source."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Items by their number. Worker processes get a copy by pickling."""
 

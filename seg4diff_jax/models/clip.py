@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @runtime_checkable
+@runtime_checkable
 class LayerConfig(Protocol):
     """What the layers of a tower read of its configuration."""
 

@@ -1,0 +1,44 @@
+"""Confusion matrices and what is read from them, against counting pixel by pixel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+
+CLASSES = 5
+
+
+def make_maps(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted labels; class 3 is predicted but never true, class 4 neither."""
+    rng = np.random.default_rng(seed)
+    truth = rng.choice([0, 1, 2, IGNORED], (3, 7, 5)).astype(np.uint8)
+    return truth, rng.integers(0, 4, truth.shape)
+
+
+def test_a_confusion_matrix_counts_every_pixel_that_is_not_ignored():
+    truth, predicted = make_maps()
+    expected = np.zeros((CLASSES, CLASSES), int)
+    for true, guess in zip(truth.ravel(), predicted.ravel(), strict=True):
+        if true != IGNORED:
+            expected[true, guess] += 1
+    found = jax.jit(confusion_matrix, static_argnums=2)(jnp.asarray(truth), jnp.asarray(predicted), CLASSES)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_iou_is_intersection_over_union_and_the_mean_is_over_classes_that_occur():
+    truth, predicted = make_maps(1)
+    kept = truth != IGNORED
+    confusion = np.asarray(confusion_matrix(jnp.asarray(truth), jnp.asarray(predicted), CLASSES))
+    expected = []
+    for c in range(3):
+        true, guess = (truth == c) & kept, (predicted == c) & kept
+        expected.append((true & guess).sum() / (true | guess).sum())
+    np.testing.assert_allclose(iou_per_class(confusion), [*expected, np.nan, np.nan])
+    assert mean_iou(confusion) == pytest.approx(np.mean(expected))
+    assert mean_iou(confusion, [1, 2, 4]) == pytest.approx(np.mean(expected[1:]))
+    assert np.isnan(mean_iou(confusion, [4]))
+    assert pixel_accuracy(confusion) == pytest.approx((truth == predicted)[kept].mean())

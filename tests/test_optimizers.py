@@ -1,0 +1,94 @@
+"""AdamW and its schedules against PyTorch and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from seg4diff_jax.training.optimizers import OptimizerConfig, average_decay, make_optimizer, make_schedule
+
+STEPS = 40
+
+
+def make_gradients(steps: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [{"a.kernel": rng.normal(size=(3, 2)), "a.bias": rng.normal(size=2)} for _ in range(steps)]
+
+
+def test_updates_equal_pytorch_adamw_with_clipping_and_decay_of_matrices_only():
+    config = OptimizerConfig(
+        learning_rate=0.03, schedule="constant", weight_decay=0.2, betas=(0.8, 0.95), clip=1.5, epsilon=1e-6
+    )
+    gradients = make_gradients(10)
+    parameters = {name: jnp.asarray(array, jnp.float32) for name, array in make_gradients(1)[0].items()}
+    theirs = {name: torch.nn.Parameter(torch.from_numpy(np.array(array))) for name, array in parameters.items()}
+    groups = [
+        {"params": [theirs["a.kernel"]], "weight_decay": 0.2},
+        {"params": [theirs["a.bias"]], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.03, betas=(0.8, 0.95), eps=1e-6)
+    optimizer = make_optimizer(config, 10)
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        ours = {name: jnp.asarray(array, jnp.float32) for name, array in gradient.items()}
+        updates, state = optimizer.update(ours, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        for name, array in gradient.items():
+            theirs[name].grad = torch.from_numpy(array.astype(np.float32))
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.5)
+        adamw.step()
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(parameters[name], tensor.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def rates(**settings) -> np.ndarray:
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **settings), STEPS)
+    return np.array([float(schedule(step)) for step in range(STEPS)])
+
+
+def test_schedules_have_their_closed_forms():
+    steps = np.arange(STEPS)
+    np.testing.assert_allclose(rates(schedule="constant"), 2)
+    np.testing.assert_allclose(rates(schedule="cosine"), 1 + np.cos(np.pi * steps / STEPS), atol=1e-6)
+    late = np.minimum(2, 2 * (STEPS - steps) / (STEPS / 4))
+    np.testing.assert_allclose(rates(schedule="last_quarter"), late, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "last_quarter"])
+def test_a_warmup_rises_in_equal_steps_to_the_full_rate(schedule):
+    np.testing.assert_allclose(rates(schedule=schedule, warmup=4)[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
+
+
+def test_detectron2s_warmup_meets_a_cosine_that_counts_from_the_start():
+    found = rates(schedule="detectron2", warmup=10)
+    cosine = [1 + math.cos(math.pi * step / STEPS) for step in range(STEPS)]
+    np.testing.assert_allclose(found[10:], cosine[10:], atol=1e-6)
+    np.testing.assert_allclose(found[:10], np.linspace(0.02, cosine[10], 11)[:10], rtol=1e-5)
+
+
+def test_groups_of_parameters_have_rates_of_their_own():
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", clip=None, rates={"slow": 0.1, "still": 0.0})
+    parameters = {name: jnp.zeros(2) for name in ("a.kernel", "slow.kernel", "still.bias")}
+    optimizer = make_optimizer(config, 1)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, parameters), optimizer.init(parameters), parameters)
+    steps = {name: float(update[0]) for name, update in updates.items()}
+    assert steps == pytest.approx({"a.kernel": -1, "slow.kernel": -0.1, "still.bias": 0}, rel=1e-5)
+    with pytest.raises(ValueError, match="no trained parameter's name holds 'absent'"):
+        make_optimizer(OptimizerConfig(rates={"absent": 2.0}), 1).init(parameters)
+
+
+def test_the_average_begins_quickly_and_ends_at_its_decay():
+    config = OptimizerConfig(average=0.9)
+    assert float(average_decay(config, jnp.int32(1))) == pytest.approx(2 / 11)
+    assert float(average_decay(config, jnp.int32(500))) == pytest.approx(0.9)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup is 40; expected less than the run's 40 steps"):
+        rates(warmup=40)

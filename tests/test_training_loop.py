@@ -1,0 +1,162 @@
+"""The loop: what it learns, and that nothing which happens to it loses or changes a run."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from seg4diff_jax.training.checkpoints import Checkpoints
+from seg4diff_jax.training.errors import TrainingError
+from seg4diff_jax.training.loop import train
+from seg4diff_jax.training.optimizers import OptimizerConfig
+from seg4diff_jax.training.state import fresh
+from tests.reference.small_training import OPTIMIZER, Net, Points, loss, make_run, make_task
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def bytes_of(model: nnx.Module) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def checkpointed(out: Path) -> list[int]:
+    with Checkpoints(out, keep=9) as checkpoints:
+        return checkpoints.steps
+
+
+def test_the_loss_falls_and_every_step_is_logged(tmp_path):
+    train(make_task(), make_run(tmp_path, steps=60), OPTIMIZER, {"run": {"steps": 60}})
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    losses = [row["loss"] for row in rows]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert rows[0].keys() == {"step", "loss", "error", "gradient_norm", "learning_rate", "images_per_second"}
+    assert (tmp_path / "config.yaml").read_text() == "run:\n  steps: 60\n"
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, accumulate):
+    optimizer = replace(OPTIMIZER, accumulate=accumulate)
+    whole = train(make_task(), make_run(tmp_path / "whole"), optimizer)
+
+    def stop(_):
+        signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    run = make_run(tmp_path / "parts", evaluate_every=7)
+    train(make_task(evaluate=stop), run, optimizer)
+    assert checkpointed(tmp_path / "parts")[-1] == 8, "SIGTERM within step 7 is seen after step 8"
+    parts = train(make_task(), run, optimizer, resume=True)
+    assert bytes_of(parts) == bytes_of(whole)
+    drop = {"images_per_second"}
+    trained = [{k: v for k, v in row.items() if k not in drop} for row in rows_of(tmp_path / "parts")]
+    assert [row for row in trained if "loss" in row] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows_of(tmp_path / "whole")
+    ]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    whole = train(make_task(), make_run(tmp_path / "whole"), OPTIMIZER)
+    killed = [sys.executable, "-m", "tests.reference.small_training", str(tmp_path / "killed")]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    assert checkpointed(tmp_path / "killed") in ([5], [5, 10]), "the last one may have been half written"
+    resumed = train(make_task(), make_run(tmp_path / "killed"), OPTIMIZER, resume=True)
+    assert bytes_of(resumed) == bytes_of(whole)
+    assert [row["step"] for row in rows_of(tmp_path / "killed")] == list(range(1, 21)), "no step is logged twice"
+
+
+def test_a_run_is_not_overwritten_by_another(tmp_path):
+    train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
+    with pytest.raises(TrainingError, match="holds a run, checkpointed at step 5: give --resume"):
+        train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_step_and_items(tmp_path):
+    with pytest.raises(TrainingError) as caught:
+        train(make_task(source=Points(broken=(11,))), make_run(tmp_path, checkpoint_every=1, keep=100), OPTIMIZER)
+    message = str(caught.value)
+    assert "point 11" in message
+    assert "loss and gradient_norm not finite" in message
+    step = int(message.split("step ")[1].split(":")[0])
+    assert checkpointed(tmp_path) == list(range(1, step))
+    train(make_task(), make_run(tmp_path), OPTIMIZER, resume=True)
+
+
+def test_a_full_disk_stops_and_leaves_the_last_checkpoint(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(_):
+        while not (tmp_path / "checkpoints" / "5").exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))  # files can no longer grow past this
+        return {}
+
+    wide = lambda rngs: Net(rngs, width=20_000)
+    run = make_run(tmp_path, evaluate_every=10)
+    try:
+        with pytest.raises(TrainingError, match=r"could not be written .* the one of step 5 is intact"):
+            train(make_task(init=fresh(wide), evaluate=fill), run, OPTIMIZER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpointed(tmp_path) == [5]
+    train(make_task(init=fresh(wide)), run, OPTIMIZER, resume=True)
+    assert checkpointed(tmp_path)[-1] == 20
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.4])
+    task = make_task(evaluate=lambda _: {"score": next(scores)}, best="score")
+    train(task, make_run(tmp_path, keep=1), OPTIMIZER)
+    assert checkpointed(tmp_path) == [10, 20]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
+    with pytest.raises(TrainingError, match="5 cannot be resumed with this configuration"):
+        train(make_task(init=fresh(lambda rngs: Net(rngs, width=3))), make_run(tmp_path), OPTIMIZER, resume=True)
+
+
+def test_accumulated_batches_equal_one_larger_batch(tmp_path):
+    task = make_task(loss=loss)
+    optimizer = OptimizerConfig(learning_rate=0.02, schedule="constant", average=0.5)
+    large = train(task, make_run(tmp_path / "large", batch_size=8), optimizer)
+    small = train(task, make_run(tmp_path / "small", batch_size=4), replace(optimizer, accumulate=2))
+    for one, other in zip(jax.tree.leaves(nnx.state(large)), jax.tree.leaves(nnx.state(small)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_only_trainable_parameters_change_or_are_checkpointed(tmp_path):
+    task = make_task(trainable=nnx.PathContains("down"))
+    before = fresh(Net)(0, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")))
+    after = train(task, make_run(tmp_path, steps=5), replace(OPTIMIZER, average=None))
+    assert np.array_equal(before.up.kernel[...], after.up.kernel[...])
+    assert not np.array_equal(before.down.kernel[...], after.down.kernel[...])
+    metadata = (tmp_path / "checkpoints" / "5" / "state" / "_METADATA").read_text()
+    assert "down.kernel" in metadata
+    assert "up.kernel" not in metadata
+
+
+def test_the_export_is_given_the_average(tmp_path):
+    given = []
+    task = make_task(loss=loss, export=lambda model, directory: given.append((model, directory)))
+    model = train(task, make_run(tmp_path), OPTIMIZER)
+    assert given[0][1] == tmp_path / "export"
+    assert bytes_of(given[0][0]) == bytes_of(model)
+    plain = train(task, make_run(tmp_path / "plain"), replace(OPTIMIZER, average=None))
+    assert bytes_of(plain) != bytes_of(model)

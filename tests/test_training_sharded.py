@@ -1,0 +1,36 @@
+"""Whatever the mesh, the same losses; and every parameter that is worth splitting is split."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seg4diff_jax.training.loop import MeshConfig, train
+from tests.reference.mesh_layouts import losses
+from tests.reference.small_training import OPTIMIZER, make_run, make_task
+
+ROOT = Path(__file__).parents[1]
+LAYOUTS = ["8x1x1", "1x8x1", "1x1x8", "2x2x2", "1x4x2", "4x1x2"]
+
+
+def test_every_layout_of_eight_devices_gives_the_losses_of_one(tmp_path):
+    expected = losses(tmp_path / "one", MeshConfig(1, 1, 1))
+    assert len(set(expected)) == 4
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.reference.mesh_layouts", str(tmp_path), *LAYOUTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = {row["layout"]: row["losses"] for row in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == LAYOUTS
+    for layout, values in found.items():
+        np.testing.assert_allclose(values, expected, rtol=2e-5, err_msg=layout)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a mesh of 1 x 3 x 1 devices does not fit 1 devices"):
+        train(make_task(), make_run(tmp_path, mesh=MeshConfig(fsdp=3)), OPTIMIZER)
