@@ -240,7 +240,9 @@ class Pipeline:
         """Context [batch, tokens, features] and pooled vectors; what was encoded before is remembered."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]
         if new:
-            ids = tokenize(self.tokenizers, new)
+            # Filled up to a power of two, so that few programs serve batches of any length.
+            filled = new + new[:1] * (2 ** (len(new) - 1).bit_length() - len(new))
+            ids = tokenize(self.tokenizers, filled)
             with self._on_mesh():
                 encoded = _encode_text(
                     self.clip_l, self.clip_g, self.t5, ids, self.transformer.config.joint_attention_dim
