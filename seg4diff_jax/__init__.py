@@ -1,5 +1,19 @@
 """Seg4Diff in JAX: Stable Diffusion 3's joint attention as a zero-shot open-vocabulary segmenter."""
 
-from seg4diff_jax.pipeline import Pipeline, Segmentation, load
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seg4diff_jax.pipeline import Pipeline, Segmentation, load
 
 __all__ = ["Pipeline", "Segmentation", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
+    if name in __all__:
+        from seg4diff_jax import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
