@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from convert import checkpoint_command, lora_command
+from convert import checkpoint_command, lora_command, verify_command
 from convert.errors import CheckpointError
 
 
@@ -25,6 +25,9 @@ COMMANDS: dict[str, Command] = {
         checkpoint_command.arguments, checkpoint_command.run, "convert a checkpoint from PyTorch, or back"
     ),
     "lora": Command(lora_command.arguments, lora_command.run, "convert low-rank adapters, between any two formats"),
+    "verify": Command(
+        verify_command.arguments, verify_command.run, "compare PyTorch and JAX, number by number, on your weights"
+    ),
 }
 
 

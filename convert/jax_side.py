@@ -1,0 +1,282 @@
+"""JAX's side of `verify`: this package's models. The transformer and T5 stream, one block in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from convert.assemble import abstract, assemble
+from convert.components import abstract_model, parse_config
+from convert.layout import contiguous
+from convert.load import load_component
+from convert.readers import ComponentReader, Source
+from convert.verify_inputs import CLIPS, STEP, STEPS, TOKENS, Conditioning, Inputs, Sample
+from seg4diff_jax.flow import FlowSchedule, add_noise
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
+from seg4diff_jax.models.joint_block import JointBlock, StreamState
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.t5 import T5Block, T5Encoder
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
+from seg4diff_jax.text import join_states
+
+Check = Callable[[str, np.ndarray], None]
+
+
+class OneLayer(nnx.Module):
+    """A layer by itself, as `assemble` fills it."""
+
+    layer_stacks: tuple[LayerStack, ...] = ()
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+
+def _numpy(array: Shaped[Array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    return np.asarray(array.astype(jnp.float32))
+
+
+def _read(
+    component: ComponentReader, names: Iterable[str], dtype: str, rename: Callable[[str], str] = lambda name: name
+) -> Iterable[tuple[str, np.ndarray]]:
+    cast = jnp.dtype(dtype)
+    return ((rename(name), contiguous(array, cast)) for name, array in component.parameters(set(names)))
+
+
+def load_layer(component: ComponentReader, names: Iterable[str], dtype: str, prefix: str, make: Callable) -> OneLayer:
+    """One block of a model, with the parameters under `prefix`; nothing else is read.
+
+    Args:
+      names: every parameter of the component.
+      make: builds the block from its random generators.
+    """
+    own = [name for name in names if name.startswith(prefix)]
+    rename = lambda name: "layer." + name.removeprefix(prefix)
+    return assemble(abstract(lambda rngs: OneLayer(make(rngs))), _read(component, own, dtype, rename))
+
+
+def _load_rest(component: ComponentReader, names: Iterable[str], dtype: str, model: Any) -> Any:
+    """A model whose blocks have been taken out, with all other parameters."""
+    return assemble(model, _read(component, (n for n in names if not n.startswith("blocks.")), dtype))
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def vae(
+    source: Source,
+    dtype: str,
+    pixels: Float[np.ndarray, "batch height width channels"],
+    latents: Float[np.ndarray, "batch rows columns latent"],
+    check: Check,
+) -> Float[np.ndarray, "batch rows columns latent"]:
+    """Encode the pixels and decode the given latents. Returns the encoded ones."""
+    model = load_component(source, "vae", dtype=dtype)
+    assert isinstance(model, VAE)
+    compute = jnp.dtype(dtype)
+    encoded = _numpy(_encode(model, jnp.asarray(pixels, compute)))
+    check("vae: latents of the picture", encoded)
+    check("vae: decoded pixels", _numpy(_decode(model, jnp.asarray(latents, compute))))
+    return encoded
+
+
+@jax.jit
+def _encode(model: VAE, pixels: Array) -> Array:
+    return model.encode(pixels)
+
+
+@jax.jit
+def _decode(model: VAE, latents: Array) -> Array:
+    return model.decode(latents)
+
+
+def clip(source: Source, name: str, dtype: str, ids: Int[np.ndarray, "batch tokens"], check: Check) -> CLIPTextOutput:
+    model = load_component(source, name, dtype=dtype)
+    assert isinstance(model, CLIPText)
+    output = _encode_text(model, jnp.asarray(ids))
+    check(f"{name}: penultimate states", _numpy(output.penultimate))
+    check(f"{name}: pooled", _numpy(output.pooled))
+    return output
+
+
+@jax.jit
+def _encode_text(model: CLIPText, ids: Array) -> CLIPTextOutput:
+    return model(ids)
+
+
+def t5(
+    source: Source, dtype: str, ids: Int[np.ndarray, "batch tokens"], check: Check
+) -> Float[Array, "batch tokens width"]:
+    """T5Encoder's forward pass, layer by layer."""
+    name = "text_encoder_3"
+    component = source.component(name)
+    component.check()
+    names = list(component.layout())
+    compute = jnp.dtype(dtype)
+    model: Any = abstract_model(name, component.config, compute)
+    assert isinstance(model, T5Encoder)
+    del model.blocks
+    model = _load_rest(component, names, dtype, model)
+    make = lambda rngs: T5Block(model.config, dtype=compute, param_dtype=compute, rngs=rngs)
+    states = jnp.take(model.token_embedding.embedding[...], jnp.asarray(ids), axis=0).astype(jnp.float32)
+    bias = model.relative_bias(ids.shape[1])
+    for i in range(model.config.num_layers):
+        states = _t5_layer(load_layer(component, names, dtype, f"blocks.{i}.", make), states, bias)
+        states.block_until_ready()
+    states = model.final_norm(states).astype(compute)
+    check(f"{name}: states", _numpy(states))
+    return states
+
+
+@jax.jit
+def _t5_layer(block: OneLayer, states: Array, bias: Array) -> Array:
+    return block.layer(states, bias)
+
+
+def prompt(
+    clips: Sequence[CLIPTextOutput],
+    t5_states: Float[Array, "1 tokens width"] | None,
+    joint_dim: int,
+    check: Check,
+) -> Conditioning:
+    joined = join_states(clips[0], clips[1], t5_states, joint_dim=joint_dim)
+    joined = Conditioning(_numpy(joined.context), _numpy(joined.pooled))
+    check("prompt: joint context", joined.context)
+    check("prompt: pooled", joined.pooled)
+    return joined
+
+
+def noisy(
+    source: Source,
+    samples: Sequence[Float[np.ndarray, "batch rows columns channels"]],
+    noise: Float[np.ndarray, "batch rows columns channels"],
+    check: Check,
+) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
+    """Latents at the noise level of the masks, and their timestep. The first sample is checked, the last returned."""
+    schedule = FlowSchedule.from_json(source.scheduler)
+    sigmas, sigma = schedule.sigmas(STEPS), schedule.sigma_at(STEP, STEPS)
+    check("scheduler: timesteps", (schedule.num_train_timesteps * sigmas).astype(np.float32))
+    noised = [np.asarray(add_noise(jnp.asarray(latents), jnp.asarray(noise), sigma)) for latents in samples]
+    check("scheduler: noisy latents", noised[0])
+    return noised[-1], schedule.num_train_timesteps * sigma
+
+
+def transformer(
+    source: Source,
+    dtype: str,
+    samples: Sequence[Sample],
+    expert: int,
+    check: Check,
+    progress: Callable[[str], None],
+) -> Float[np.ndarray, "1 heads image tokens"]:
+    """MMDiT's forward pass, block by block, of all samples in one batch.
+
+    Only the first sample is checked. Returns the last one's image-to-text probabilities in the expert block.
+    """
+    component = source.component("transformer")
+    component.check()
+    names = list(component.layout())
+    compute = jnp.dtype(dtype)
+    config = parse_config("transformer", component.config)
+    model: Any = abstract_model("transformer", component.config, compute)
+    model.stacks = nnx.List([])
+    model = _load_rest(component, names, dtype, model)
+    latents = np.concatenate([sample.latents for sample in samples])
+    context, pooled = map(np.concatenate, zip(*(sample.conditioning for sample in samples), strict=True))
+    timesteps = np.asarray([sample.timestep for sample in samples], np.float32)
+    state, conditioning = _embed(model, latents, timesteps, context, pooled)
+    check("transformer: embedded latents", _numpy(state.image[:1]))
+    check("transformer: embedded context", _numpy(state.text[:1]))
+    check("transformer: conditioning", _numpy(conditioning[:1]))
+    request = AttentionRequest(text_tokens=(0, TOKENS))
+    for i in range(config.num_layers):
+        dual, last = i in config.dual_attention_layers, i == config.num_layers - 1
+        make = lambda rngs, dual=dual, last=last: JointBlock(
+            config, dual=dual, last=last, rngs=rngs, dtype=compute, param_dtype=compute
+        )
+        block = load_layer(component, names, dtype, f"blocks.{i}.", make)
+        state, record = _joint_block(block, state, conditioning, request)
+        del block
+        assert record.scores is not None
+        assert record.probs is not None
+        check(f"block {i}: image-to-text scores", _numpy(record.scores[:1]))
+        check(f"block {i}: image-to-text probs", _numpy(record.probs[:1]))
+        check(f"block {i}: image stream", _numpy(state.image[:1]))
+        if not last:
+            check(f"block {i}: text stream", _numpy(state.text[:1]))
+        if i == expert:
+            probs = _numpy(record.probs[-1:])
+        progress(f"transformer, block {i + 1} of {config.num_layers}")
+    check("velocity", _numpy(_velocity(model, state.image[:1], conditioning[:1], (latents.shape[1], latents.shape[2]))))
+    return probs
+
+
+@jax.jit
+def _embed(model: MMDiT, latents: Array, timesteps: Array, context: Array, pooled: Array) -> tuple[StreamState, Array]:
+    return model.embed(latents, timesteps, context, pooled)
+
+
+@partial(jax.jit, static_argnames=("request",))
+def _joint_block(
+    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest
+) -> tuple[StreamState, JointAttention | None]:
+    return block.layer(state, conditioning, request)
+
+
+@partial(jax.jit, static_argnames=("size",))
+def _velocity(model: MMDiT, image: Array, conditioning: Array, size: tuple[int, int]) -> Array:
+    return model.velocity(image, conditioning, size)
+
+
+def masks(
+    probs: Float[np.ndarray, "1 heads image tokens"],
+    averaging: Float[np.ndarray, "1 classes tokens"],
+    size: int,
+    check: Check,
+) -> None:
+    scores = class_scores(jnp.asarray(probs).mean(axis=1), jnp.asarray(averaging))[0]
+    side = math.isqrt(scores.shape[-1])
+    check("masks", np.asarray(label_map(scores.reshape(-1, side, side), (size, size))))
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, progress: Callable[[str], None]) -> None:
+    """Every component in turn, each given what PyTorch's former made, and all together from the picture to the masks.
+
+    `shared` is what PyTorch's run returned.
+    """
+    present, ids = source.configs, inputs.prompt.ids
+    latents = None
+    if "vae" in present:
+        progress("vae")
+        latents = vae(source, dtype, inputs.picture, shared.latents, check)
+    clips = []
+    for name in CLIPS:
+        if name in present:
+            progress(name)
+            clips.append(clip(source, name, dtype, ids[name], check))
+    t5_states = None
+    if "text_encoder_3" in present:
+        progress("text_encoder_3")
+        t5_states = t5(source, dtype, ids["text_encoder_3"], check)
+    conditioning = prompt(clips, t5_states, inputs.joint_dim, check) if len(clips) == len(CLIPS) else None
+    if inputs.transformer is None:
+        return
+    given = inputs.transformer
+    clean = [given.latents] if latents is None else [shared.latents, latents]
+    own = Sample(*noisy(source, clean, given.noise, check), conditioning or given.conditioning)
+    samples = [shared.sample] if latents is None and conditioning is None else [shared.sample, own]
+    probs = transformer(source, dtype, samples, given.block, check, progress)
+    masks(probs, inputs.prompt.averaging, inputs.size, check)

@@ -1,0 +1,133 @@
+"""PyTorch and JAX on one checkpoint: the same weights, the same seeded inputs, every number compared.
+
+First PyTorch runs alone and what it makes goes to the disk; then JAX runs alone and is compared. One component is in
+memory at a time, and of the transformer and of T5 one block. Each framework carries its own states through all blocks,
+so errors accumulate as they do in use. What one component hands to the next is PyTorch's, for both, so that a row says
+where an error arises. Masks are the exception: ours come from our own latents and context, from the picture and the
+prompt to the labels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from convert import jax_side
+from convert.comparison import Recording, Row, compare
+from convert.components import parse_config
+from convert.errors import CheckpointError, raise_all
+from convert.readers import Source, TorchComponent
+from convert.sources import open_source
+from convert.verify_inputs import make_inputs
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and on what."""
+
+    rows: list[Row]
+    notes: list[str]
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if not row.passed]
+
+
+def verify(
+    source: str | Path,
+    against: str | Path | None = None,
+    *,
+    size: int = 256,
+    dtype: DType = "float32",
+    components: Sequence[str] | None = None,
+    tokenizers: Path | None = None,
+    variant: str | None = None,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Report:
+    """Compare every component of a checkpoint in both frameworks.
+
+    Args:
+      source: what JAX reads: whatever `open_source` opens, converted on the fly.
+      against: the original, which PyTorch reads, if `source` is a converted directory. Default: `source`.
+      size: side of the square test picture in pixels.
+      dtype: what both compute in, weights included.
+      components, tokenizers, variant: see `open_source`.
+      progress: told what is being done.
+
+    Raises:
+      CheckpointError: a checkpoint is damaged, the two describe different models, there is no original, or PyTorch is
+        not installed.
+    """
+    torch_side = _torch_side()
+    ours = open_source(source, components=components, tokenizers=tokenizers, variant=variant)
+    original = ours if against is None else open_source(against, components=list(ours.configs), variant=variant)
+    _check_original(ours, original)
+    inputs = make_inputs(ours, size)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
+
+        def run_torch(dtype: str) -> tuple[Recording, Any]:
+            recording = Recording(Path(folder) / dtype)
+            told = lambda doing: progress(f"PyTorch, {dtype}: {doing}")
+            return recording, torch_side.run(original, inputs, dtype, recording.record, told)
+
+        exact = None if dtype == "float32" else run_torch("float32")[0]
+        theirs, shared = run_torch(dtype)
+
+        def check(what: str, array: np.ndarray) -> None:
+            rows.append(compare(what, array, theirs.take(what), exact.take(what) if exact else None))
+
+        with _exact_products(dtype):
+            jax_side.run(ours, inputs, shared, dtype, check, lambda doing: progress(f"JAX, {dtype}: {doing}"))
+        if theirs.left:
+            raise AssertionError(f"never compared: {', '.join(theirs.left)}")
+    title = f"{torch_side.VERSIONS} (cpu) beside JAX {jax.__version__} ({jax.default_backend()}), {dtype}, {size} px"
+    notes = [title, inputs.prompt.described]
+    if inputs.transformer is not None:
+        why = "the middle one: no expert block is named" if ours.expert_block is None else "the expert block"
+        notes.append(f"masks from block {inputs.transformer.block}, {why}")
+    return Report(rows, notes)
+
+
+def _torch_side() -> Any:
+    try:
+        from convert import torch_side
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in ("torch", "diffusers", "accelerate"):
+            raise
+        raise CheckpointError(
+            f"verify runs PyTorch beside JAX, and {package} is not installed: pip install 'seg4diff-jax[convert]'"
+        ) from None
+    return torch_side
+
+
+def _exact_products(dtype: DType) -> AbstractContextManager[Any]:
+    """On GPUs and TPUs fp32 products are rounded to fewer bits unless one asks."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
+
+
+def _check_original(ours: Source, original: Source) -> None:
+    for name in original.configs:
+        if not isinstance(original.component(name), TorchComponent):
+            raise CheckpointError(
+                f"{original.origin} is a converted directory, which PyTorch cannot read: give the original that it "
+                "was made from with --against"
+            )
+    raise_all(
+        [
+            f"{name}: {ours.origin} and {original.origin} describe different models"
+            for name in ours.configs
+            if parse_config(name, ours.configs[name]) != parse_config(name, original.configs[name])
+        ],
+        "the checkpoints do not belong together",
+    )

@@ -1,0 +1,97 @@
+"""`python -m convert verify SRC`: PyTorch and JAX side by side on a user's own weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from convert.comparison import BOUNDS, Row
+from convert.components import COMPONENTS
+from convert.errors import CheckpointError
+from convert.verify import Report, verify
+
+DESCRIPTION = """Run PyTorch (diffusers, transformers) and JAX side by side on the same weights and the same seeded
+inputs, and print how far apart they are: latents and pixels, prompt embeddings, both streams and the image-to-text maps
+of every transformer block, the velocity, and the masks. The exit status is 0 only if every row is within its bound."""
+WIDTH = 200
+"""Of the console where there is no terminal: more than the table needs."""
+
+
+def arguments(parser: ArgumentParser) -> None:
+    add: Any = parser.add_argument
+    parser.description = DESCRIPTION
+    add("source", type=str, help="diffusers directory, single .safetensors file, converted directory, or Hub id")
+    add("--against", type=str, help="the original, which PyTorch reads, if the source is a converted directory")
+    add("--size", type=int, default=256, help="side of the test picture in pixels")
+    add("--dtype", choices=list(BOUNDS), default="float32", help=f"what both compute in. {_bounds()}")
+    add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
+    add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]; default: random ids")
+    add("--variant", type=str, help="of the weight files, as in fp16")
+    add("--json", type=str, metavar="FILE", help="write the rows to a file as well")
+
+
+def _bounds() -> str:
+    return "Bounds: " + ". ".join(f"{name}: {bound}" for name, bound in BOUNDS.items())
+
+
+def run(options: Any) -> None:
+    """Raises CheckpointError when a row is out of bounds, after the table has been printed."""
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        report = verify(
+            options.source,
+            options.against,
+            size=options.size,
+            dtype=options.dtype,
+            components=options.components,
+            tokenizers=Path(options.tokenizers) if options.tokenizers else None,
+            variant=options.variant,
+            progress=status.update,
+        )
+    out = Console()
+    (out if out.is_terminal else Console(width=WIDTH)).print(table(options.source, report))
+    if options.json:
+        Path(options.json).write_text(to_json(options, report))
+    if report.failures:
+        raise CheckpointError(
+            f"{len(report.failures)} of {len(report.rows)} rows are out of bounds; the first is "
+            f"{report.failures[0].what!r}"
+        )
+
+
+def table(source: str, report: Report) -> Table:
+    title, *notes = report.notes
+    printed = Table(title=f"{source}\n{title}", caption="\n".join(notes))
+    printed.add_column("what", no_wrap=True)
+    for name in ("shape", "max abs", "relative", "cosine"):
+        printed.add_column(name, justify="right", no_wrap=True)
+    printed.add_column("bound", no_wrap=True)
+    printed.add_column("result", no_wrap=True)
+    for row in report.rows:
+        result = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+        printed.add_row(row.what, "x".join(map(str, row.shape)), *_numbers(row), row.bound, result)
+    return printed
+
+
+def _numbers(row: Row) -> tuple[str, str, str]:
+    if row.equal is not None:
+        return "", f"{100 * row.equal:.3f} %", ""
+    return f"{row.max_error:.2e}", f"{row.relative_error:.2e}", f"{row.cosine:.8f}"
+
+
+def to_json(options: Any, report: Report) -> str:
+    """The report; numbers that are not finite become null."""
+    rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in report.rows]
+    about = {name: getattr(options, name) for name in ("source", "against", "size", "dtype")}
+    return json.dumps({**about, "notes": report.notes, "passed": not report.failures, "rows": rows}, indent=2)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
