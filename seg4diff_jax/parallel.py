@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,7 +43,7 @@ def make_mesh(data: int | None = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def parameter_shardings(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Parameter path and shape to its sharding. An axis that does not divide is not split."""
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:

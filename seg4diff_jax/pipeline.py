@@ -377,6 +377,7 @@ def _class_scores(
 def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel):
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
     inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
-    if len(blocks) == 1:
-        return {blocks[0]: attention_at(*inputs, block=blocks[0], request=request, kernel=kernel)}
-    return transformer(*inputs[1:], capture=blocks, request=request, kernel=kernel)[1]
+    if len(blocks) > 1 and transformer.depth == transformer.config.num_layers:
+        return transformer(*inputs[1:], capture=blocks, request=request, kernel=kernel)[1]
+    # Without its last blocks the transformer has no velocity to return: each record is a pass of its own.
+    return {block: attention_at(*inputs, block=block, request=request, kernel=kernel) for block in blocks}
