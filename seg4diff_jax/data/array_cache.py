@@ -10,7 +10,7 @@ worker processes share the pages, and NumPy alone reads the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,22 @@ def write_cache(
 class ArrayCache:
     """The items of a cache. Copies that go to worker processes map the files anew.
 
+    Args:
+      identity: what the items must be made of.
+      fields: those that items have; the files of others are not read. Default: all.
+
     Raises:
       ValueError: the items were made of something else than `identity`.
     """
 
-    def __init__(self, directory: str | Path, identity: Mapping[str, Any]):
+    def __init__(self, directory: str | Path, identity: Mapping[str, Any], fields: Sequence[str] | None = None):
         self.directory = Path(directory)
         manifest = json.loads((self.directory / MANIFEST).read_text())
         made_of = manifest["identity"]
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
             listing = "; ".join(f"{key}: {made_of.get(key)!r}, not {identity.get(key)!r}" for key in different)
             raise ValueError(f"{self.directory} was made of something else ({listing}): remove it, or name another")
-        self.count, self.fields = manifest["count"], manifest["fields"]
+        self.count, self.fields = manifest["count"], list(fields or manifest["fields"])
         self._arrays: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -41,7 +41,6 @@ def training_batches(
     batch_size: int,
     seed: int,
     workers: int = 0,
-    transform: Callable[[Item], Item] | None = None,
     process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, each epoch in an order of its own.
@@ -51,8 +50,7 @@ def training_batches(
 
     Args:
       batch_size: over all hosts.
-      workers: processes that read and transform; 0: threads of this one.
-      transform: of each item, before batching.
+      workers: processes that read; 0: threads of this one.
       process: this host's number, and how many there are.
 
     Raises:
@@ -64,8 +62,6 @@ def training_batches(
     if not len(source):
         raise ValueError("the training data is empty: expected at least one item")
     items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()[index::count]
-    if transform is not None:
-        items = items.map(transform)
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
     batches = items.batch(batch_size // count, drop_remainder=True).to_iter_dataset(threads)
     if workers:

@@ -17,12 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seg4diff_jax.data.loader import Batch, evaluation_batches
+from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.scenes import SceneConfig, SceneItems, scene_name, to_model_range
+from seg4diff_jax.training.scenes import (
+    SceneConfig,
+    SceneItems,
+    scene_name,
+    to_model_range,
+    training_scenes,
+    validation_scenes,
+)
 from seg4diff_jax.training.state import fresh
 
 
@@ -67,8 +74,8 @@ def task(config: AutoencoderConfig) -> Task:
         name="autoencoder",
         init=fresh(lambda rngs: VAE(model, dtype=jnp.dtype(config.dtype), rngs=rngs)),
         loss=partial(loss, objective=config.objective),
-        source=SceneItems("train", data.train, data.size),
-        evaluate=partial(evaluate, source=SceneItems("validation", data.validation, data.size)),
+        source=training_scenes(data, ("image",)),
+        evaluate=partial(evaluate, source=validation_scenes(data, ("image",))),
         best="psnr",
         export=partial(export, config=config),
         item=scene_name("train"),
@@ -99,7 +106,7 @@ def _reconstruction_error(vae: VAE, image: Array) -> Float[Array, " batch"]:
     return jnp.square((shown - pixels) / 2).mean(axis=(1, 2, 3))
 
 
-def evaluate(vae: VAE, *, source: SceneItems, batch_size: int = 16) -> dict[str, float]:
+def evaluate(vae: VAE, *, source: Source, batch_size: int = 16) -> dict[str, float]:
     """`psnr` in dB: of the mean squared error over all pictures, from the posterior's mean."""
     errors = [
         np.asarray(_reconstruction_error(vae, batch["image"]))[:count]
@@ -111,7 +118,7 @@ def evaluate(vae: VAE, *, source: SceneItems, batch_size: int = 16) -> dict[str,
 _encode = jax.jit(lambda vae, image: vae.encode(to_model_range(image)))
 
 
-def latent_moments(vae: VAE, source: SceneItems, batch_size: int = 16) -> tuple[float, float]:
+def latent_moments(vae: VAE, source: Source, batch_size: int = 16) -> tuple[float, float]:
     """Mean and standard deviation of the latents' numbers over all channels, places and pictures."""
     total, squares, numbers = 0.0, 0.0, 0
     for batch, count in evaluation_batches(source, batch_size):
@@ -144,7 +151,7 @@ def export(vae: VAE, directory: Path, *, config: AutoencoderConfig) -> None:
     from convert.write import write_component, write_index
 
     data = config.data
-    mean, deviation = latent_moments(vae, SceneItems("train", min(config.measured, data.train), data.size))
+    mean, deviation = latent_moments(vae, SceneItems("train", min(config.measured, data.train), data.size, ("image",)))
     measured = replace(config.model, scaling_factor=round(1 / deviation, 5), shift_factor=round(mean, 5))
     with staged_directory(directory) as work:
         write_component(work, "vae", diffusers_config(measured, data.size), vae, config.export_dtype)

@@ -17,7 +17,7 @@ from seg4diff_jax.training.tasks import TASKS
 
 def make_parser(task: str) -> ArgumentParser:
     """All options of one task."""
-    parser = ArgumentParser(prog="train.py", description=f"Train the task {task}.")
+    parser = ArgumentParser(prog="train.py", description=f"Train the task {task}.", allow_abbrev=False)
     add: Any = parser.add_argument
     add("--config", action="config", help="YAML file; options given after it win")
     add("--task", type=str, choices=list(TASKS), default=task)

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seg4diff_jax.data.loader import Batch, evaluation_batches
+from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
@@ -29,9 +29,18 @@ from seg4diff_jax.text import Tokenizers, load_tokenizers
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.scenes import SceneConfig, SceneItems, scene_name, to_model_range
+from seg4diff_jax.training.scenes import (
+    SceneConfig,
+    SceneItems,
+    captioned,
+    scene_name,
+    to_model_range,
+    training_scenes,
+    validation_scenes,
+)
 from seg4diff_jax.training.state import fresh
 
+SEEN = ("image", "caption")
 HOTTEST = 100.0
 """Largest factor of cosine similarities, as in CLIP."""
 
@@ -69,7 +78,7 @@ class Towers(nnx.Module):
         self.clip_l = CLIPText(config.clip_l, dtype=dtype, rngs=rngs)
         self.clip_g = CLIPText(config.clip_g, dtype=dtype, rngs=rngs)
         self.vision = CLIPVision(config.vision, dtype=dtype, rngs=rngs)
-        self.log_scale = nnx.Param(jnp.full(2, jnp.log(1 / 0.07)))
+        self.log_scale = nnx.Param(jnp.full(2, np.log(1 / 0.07), jnp.float32))
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "batch projection"], list[Float[Array, "batch projection"]]]:
         """Unit vectors of the pictures, and of the captions by each text tower; fp32."""
@@ -94,8 +103,8 @@ def task(config: ContrastiveConfig) -> Task:
         name="contrastive",
         init=fresh(lambda rngs: Towers(config, dtype=jnp.dtype(config.dtype), rngs=rngs)),
         loss=loss,
-        source=SceneItems("train", data.train, data.size, tokenizers),
-        evaluate=partial(evaluate, source=SceneItems("validation", data.validation, data.size, tokenizers)),
+        source=captioned(training_scenes(data, SEEN), tokenizers),
+        evaluate=partial(evaluate, source=captioned(validation_scenes(data, SEEN), tokenizers)),
         best="accuracy",
         export=partial(export, config=config, tokenizers=tokenizers),
         item=scene_name("train"),
@@ -123,7 +132,7 @@ def loss(towers: Towers, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, 
 _embed = jax.jit(Towers.embed)
 
 
-def evaluate(towers: Towers, *, source: SceneItems, choices: int = 16) -> dict[str, float]:
+def evaluate(towers: Towers, *, source: Source, choices: int = 16) -> dict[str, float]:
     """How often a picture's own caption is the nearest of `choices`, for each text tower, and the mean: `accuracy`."""
     right: list[np.ndarray] = []
     for batch, count in evaluation_batches(source, choices):
@@ -198,7 +207,8 @@ def export(towers: Towers, directory: Path, *, config: ContrastiveConfig, tokeni
     from convert.write import write_component, write_index, write_model
 
     data = config.data
-    batch, _ = next(evaluation_batches(SceneItems("train", min(256, data.train), data.size, tokenizers), 256))
+    captions = captioned(SceneItems("train", min(256, data.train), data.size, ("caption",)), tokenizers)
+    batch, _ = next(evaluation_batches(captions, len(captions)))
     with staged_directory(directory) as work:
         for name, clip, ids, settings, tokenizer in (
             ("text_encoder", towers.clip_l, batch["clip_l"], config.clip_l, tokenizers.clip_l),

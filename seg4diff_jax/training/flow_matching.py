@@ -37,7 +37,14 @@ from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.scenes import SceneConfig, SceneItems, caption_ids, scene_name, to_model_range
+from seg4diff_jax.training.scenes import (
+    SceneConfig,
+    caption_ids,
+    captioned,
+    scene_name,
+    to_model_range,
+    training_scenes,
+)
 from seg4diff_jax.training.state import fresh
 
 TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
@@ -220,7 +227,7 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     from convert.load import load_component
 
     data = config.data
-    train = SceneItems("train", data.train, data.size, tokenizers)
+    train = captioned(training_scenes(data, ("image", "caption")), tokenizers)
     vae = load_component(config.vae, "vae", dtype=jnp.float32)
     seen = with_latents(vae, GroundingItems(data, tokenizers), config.evaluation.batch_size)
     validation = InMemory(

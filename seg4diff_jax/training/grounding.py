@@ -45,7 +45,7 @@ def block_confusions(
 ) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
     """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
     transformer = denoiser.transformer
-    ids = TokenIds(batch["clip_l"], batch["clip_g"])
+    ids = TokenIds(*(batch[name].astype(jnp.int32) for name in ("clip_l", "clip_g")))
     context, pooled = encode_prompts(
         denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=transformer.config.joint_attention_dim
     )

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seg4diff_jax.data.loader import Batch, Item, Source, training_batches
+from seg4diff_jax.data.loader import Batch, Source, training_batches
 from seg4diff_jax.parallel import BATCH, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
@@ -53,7 +53,6 @@ class Task:
       init: seed and mesh to the model, its parameters on the mesh (`state.fresh` makes such a function).
       loss: model, batch and random key to a scalar, the mean over the batch's items, and its parts (scalars).
       source: the training items.
-      transform: of each item on the host, before batching.
       trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
       evaluate: model to metrics. It is given the averaged parameters where there are any.
       best: the metric whose largest value marks the best checkpoint.
@@ -65,7 +64,6 @@ class Task:
     init: Callable[[int, Mesh], Any]
     loss: Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
     source: Source
-    transform: Callable[[Item], Item] | None = None
     trainable: Any = nnx.Param
     evaluate: Callable[[Any], dict[str, float]] | None = None
     best: str | None = None
@@ -168,7 +166,6 @@ def _data(task: Task, run: RunConfig) -> Any:
         batch_size=run.batch_size,
         seed=run.seed,
         workers=run.workers,
-        transform=task.transform,
         process=(jax.process_index(), jax.process_count()),
     )
 

@@ -1,16 +1,29 @@
-"""The synthetic world as training data: pictures, and token ids of their captions."""
+"""The synthetic world as training data: pictures, labels, captions, drawn when asked for or once for all."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.data.loader import Item
+from seg4diff_jax.data.array_cache import ArrayCache, write_cache
+from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.text import Tokenizers, tokenize
+
+FIELDS = ("image", "labels", "caption")
+LONGEST_CAPTION = 256
+"""Bytes that a caption is padded to."""
+CHUNK = 64
+"""Scenes drawn at a time by one process."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +33,91 @@ class SceneConfig:
     Attributes:
       size: side of the pictures in pixels.
       train, validation: number of scenes of each split.
+      cache: directory where the training scenes are kept once drawn, at 66 kB each for a side of 128; null: each is
+        drawn anew in every epoch.
     """
 
     size: int = 128
     train: int = 1_000_000
     validation: int = 256
+    cache: str | None = None
 
 
 class SceneItems:
-    """Scenes of a split: `image` uint8 [size, size, 3] and, with tokenizers, `clip_l` and `clip_g` int32 [tokens]."""
+    """Scenes of a split; fields: `image` uint8 [size, size, 3], `labels` uint8 [size, size], `caption` uint8 bytes."""
 
-    def __init__(self, split: str, count: int, size: int, tokenizers: Tokenizers | None = None):
-        self.split, self.count, self.size, self.tokenizers = split, count, size, tokenizers
+    def __init__(self, split: str, count: int, size: int, fields: tuple[str, ...] = FIELDS):
+        self.split, self.count, self.size, self.fields = split, count, size, fields
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int, /) -> Item:
         shown = scene(self.split, index, self.size)
-        if self.tokenizers is None:
-            return {"image": shown.image}
-        return {"image": shown.image, **caption_ids(self.tokenizers, shown.caption)}
+        item = {"image": shown.image, "labels": shown.labels, "caption": _padded(shown.caption)}
+        return {field: item[field] for field in self.fields}
+
+
+class Mapped:
+    """A source whose items have gone through a function, which must be picklable."""
+
+    def __init__(self, source: Source, function: Callable[[Item], Item]):
+        self.source, self.function = source, function
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Item:
+        return self.function(self.source[index])
+
+
+def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Source:
+    """The training scenes; if the configuration names a cache that is absent, all are drawn first, on all cores."""
+    source = SceneItems("train", config.train, config.size, fields)
+    if config.cache is None:
+        return source
+    identity = {"split": "train", "count": config.train, "size": config.size, "sample": _sample(config.size)}
+    if not Path(config.cache).exists():
+        write_cache(config.cache, _drawn(config), config.train, identity)
+    return ArrayCache(config.cache, identity, fields)
+
+
+def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Source:
+    return SceneItems("validation", config.validation, config.size, fields)
+
+
+def _sample(size: int) -> int:
+    """Changes when the world does: a cache of former scenes is not taken for one of these."""
+    return int(sum(scene("train", index, size).image.astype(np.int64).sum() for index in range(4)))
+
+
+def _drawn(config: SceneConfig) -> Iterator[Item]:
+    draw = partial(_draw_chunk, config)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(draw, range(0, config.train, CHUNK))
+
+
+def _draw_chunk(config: SceneConfig, start: int) -> Item:
+    source = SceneItems("train", config.train, config.size)
+    items = [source[index] for index in range(start, min(start + CHUNK, config.train))]
+    return {field: np.stack([item[field] for item in items]) for field in FIELDS}
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+def _padded(caption: str) -> UInt8[np.ndarray, " bytes"]:
+    encoded = caption.encode()
+    if len(encoded) > LONGEST_CAPTION:
+        raise ValueError(f"the caption {caption!r} has {len(encoded)} bytes; there is room for {LONGEST_CAPTION}")
+    return np.frombuffer(encoded.ljust(LONGEST_CAPTION, b"\0"), np.uint8)
+
+
+def with_token_ids(item: Item, tokenizers: Tokenizers) -> Item:
+    """An item whose `caption` has become `clip_l` and `clip_g`, int32 [tokens]."""
+    caption = bytes(item["caption"]).rstrip(b"\0").decode()
+    rest = {field: value for field, value in item.items() if field != "caption"}
+    return {**rest, **caption_ids(tokenizers, caption)}
 
 
 def caption_ids(tokenizers: Tokenizers, caption: str) -> Item:
@@ -48,10 +125,14 @@ def caption_ids(tokenizers: Tokenizers, caption: str) -> Item:
     return {"clip_l": np.asarray(ids.clip_l)[0], "clip_g": np.asarray(ids.clip_g)[0]}
 
 
+def captioned(source: Source, tokenizers: Tokenizers) -> Source:
+    return Mapped(source, partial(with_token_ids, tokenizers=tokenizers))
+
+
 def to_model_range(image: UInt8[Array, "*batch height width 3"]) -> Float[Array, "*batch height width 3"]:
     """Pixels in 0..255 to -1..1, on the device."""
     return image.astype(jnp.float32) / 127.5 - 1
 
 
-def scene_name(split: str):
+def scene_name(split: str) -> Callable[[int], str]:
     return f"{split} scene {{}}".format

@@ -97,6 +97,8 @@ def fresh(make: Callable[[nnx.Rngs], Any]) -> Callable[[int, Mesh], Any]:
 def initial_state(
     trainable: Parameters, optimizer: optax.GradientTransformation, *, average: bool, key: UInt32[Array, " words"]
 ) -> TrainState:
+    # A weakly typed parameter would not be one after the first step, and the step would be compiled again.
+    trainable = {name: array.astype(array.dtype) for name, array in trainable.items()}
     # The average is a copy: the step gives its input's memory away, and no array can be given away twice.
     copy = jax.tree.map(jnp.copy, trainable) if average else None
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), copy, key)
