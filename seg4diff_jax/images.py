@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Resize = Literal["aspect", "square", "release"]
 """How an image comes to the model's size: aspect kept, squashed to the trained square, or as the release does it."""
@@ -42,7 +42,7 @@ def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
             raise ImageError(f"{name}: no such file") from None
         except IsADirectoryError:
             raise ImageError(f"{name}: is a directory; expected an image file") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
             raise ImageError(f"{name}: cannot be read as an image: {error}") from None
     if not pixels.size:
         raise ImageError(f"the image is empty: {list(pixels.shape)}")
