@@ -44,3 +44,11 @@ def sd35_medium_checkpoint(checkpoint_factory) -> Path:
 @pytest.fixture(scope="session")
 def sd35_large_checkpoint(checkpoint_factory) -> Path:
     return checkpoint_factory(variant="sd3.5-large")
+
+
+@pytest.fixture(scope="session")
+def sd3(sd3_checkpoint):
+    """The small SD3-medium, loaded in fp32 without T5."""
+    import seg4diff_jax
+
+    return seg4diff_jax.load(sd3_checkpoint)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise, velocity_target
 from tests.reference.random_weights import relative_error
 
 SHAPE = (4, 6, 3)
+
+
+def diffusers_schedule(shift: float, steps: int) -> Any:
+    schedule = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    schedule.set_timesteps(steps)
+    return schedule
 
 
 def a_batch(seed: int, batch: int = 2) -> jax.Array:
@@ -22,8 +30,7 @@ def a_batch(seed: int, batch: int = 2) -> jax.Array:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.5])
 @pytest.mark.parametrize("steps", [1, 2, 28, 50, 1000])
 def test_sigmas_and_timesteps_are_those_of_diffusers(shift, steps):
-    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    theirs.set_timesteps(steps)
+    theirs = diffusers_schedule(shift, steps)
     sigmas = FlowSchedule(shift).sigmas(steps)
     assert relative_error(sigmas, theirs.sigmas[:-1]) <= 1e-6
     assert relative_error(1000 * sigmas, theirs.timesteps) <= 1e-6
@@ -74,8 +81,7 @@ def test_steps_outside_the_schedule_are_refused():
 
 @pytest.mark.parametrize("step", [1, 8, 28])
 def test_noised_latents_are_those_of_diffusers(step):
-    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    theirs.set_timesteps(28)
+    theirs = diffusers_schedule(3.0, 28)
     latents, noise = a_batch(0), a_batch(1)
     expected = theirs.scale_noise(
         torch.from_numpy(np.array(latents)), theirs.timesteps[-step][None], torch.from_numpy(np.array(noise))

@@ -113,6 +113,7 @@ def test_a_transparent_colour_of_an_rgb_file_is_laid_on_white(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "keyed.png"), expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of TIFF
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff", "bmp"])
 def test_a_file_cut_anywhere_is_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"photo.{suffix}"
@@ -137,6 +138,10 @@ def test_what_is_no_image_file_is_refused_by_name(tmp_path):
     notes.write_text("a cat on a sofa")
     with pytest.raises(ImageError, match=rf"{re.escape(str(notes))}: cannot be read as an image: cannot identify"):
         read_image(notes)
+    damaged = tmp_path / "photo.ppm"  # Pillow raises a bare ValueError
+    damaged.write_bytes(b"P6 4x 5 255 " + bytes(60))
+    with pytest.raises(ImageError, match=rf"{re.escape(str(damaged))}: cannot be read as an image: invalid literal"):
+        read_image(damaged)
     with pytest.raises(ImageError, match=rf"{re.escape(str(tmp_path))}: is a directory; expected an image file"):
         read_image(tmp_path)
     absent = tmp_path / "absent.png"

@@ -1,0 +1,266 @@
+"""Loading a checkpoint, what the pipeline remembers and compiles, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import seg4diff_jax as s4d
+from convert.checkpoint import convert_checkpoint
+from convert.errors import CheckpointError
+from seg4diff_jax import pipeline as module
+from seg4diff_jax.flow import add_noise, image_noise
+from seg4diff_jax.images import ImageError
+from tests.reference.inputs import BLOCK, NAMES, SIZE, SQUARE, VARIED, a_noise, an_image
+from tests.reference.random_weights import relative_error
+from tests.reference.small_tokenizers import WORDS
+
+IMAGE = an_image(*SIZE)
+LATENT = (SIZE[0] // 8, SIZE[1] // 8, 16)
+COMPILATIONS: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _count_compilations():
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            COMPILATIONS.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
+@pytest.fixture(scope="module")
+def without_tokenizers(sd3_checkpoint, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bare") / "sd3"
+    return shutil.copytree(sd3_checkpoint, directory, ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+@pytest.fixture(scope="module")
+def first_four_blocks(without_tokenizers, sd3_checkpoint) -> s4d.Pipeline:
+    return s4d.load(without_tokenizers, blocks=BLOCK + 1, tokenizers=sd3_checkpoint)
+
+
+@pytest.fixture
+def forgetful(sd3) -> s4d.Pipeline:
+    """The small SD3 that has encoded nothing yet."""
+    return dataclasses.replace(sd3, _conditioning={})
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_converted_directory_gives_the_masks_of_the_original(sd3, sd3_checkpoint, tmp_path):
+    convert_checkpoint(sd3_checkpoint, tmp_path / "native")
+    converted = s4d.load(tmp_path / "native")
+    before = len(COMPILATIONS)
+    expected = sd3.segment(IMAGE, NAMES, block=VARIED)
+    programs = len(COMPILATIONS) - before
+    found = converted.segment(IMAGE, NAMES, block=VARIED)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    assert len(COMPILATIONS) - before == programs, "a model of the same configuration shares its programs"
+
+
+def test_the_first_blocks_alone_give_the_same_masks_and_refuse_later_blocks(sd3, first_four_blocks):
+    assert first_four_blocks.transformer.depth == BLOCK + 1
+    found = first_four_blocks.segment(IMAGE, NAMES, block=BLOCK)
+    expected = sd3.segment(IMAGE, NAMES, block=BLOCK)
+    assert relative_error(found.scores, expected.scores) <= 1e-5
+    assert np.mean(found.labels != expected.labels) <= 1e-4
+    with pytest.raises(ValueError, match=r"block is 4; the loaded transformer has blocks 0\.\.3"):
+        first_four_blocks.segment(IMAGE, NAMES, block=BLOCK + 1)
+
+
+def test_more_blocks_than_there_are_is_refused(sd3_checkpoint):
+    with pytest.raises(ValueError, match="depth is 7; this model has 1 to 6 blocks"):
+        s4d.load(sd3_checkpoint, blocks=7)
+
+
+def test_a_checkpoint_without_tokenizers_is_refused(without_tokenizers):
+    message = f"{without_tokenizers} holds no tokenizers; name a directory that does with tokenizers=DIR"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        s4d.load(without_tokenizers)
+
+
+def test_t5_that_is_not_there_is_refused(checkpoint_factory):
+    checkpoint = checkpoint_factory(variant="sd3", t5=False)
+    with pytest.raises(CheckpointError, match=re.escape(f"{checkpoint} has no text_encoder_3")):
+        s4d.load(checkpoint, t5=True)
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    absent = tmp_path / "absent"
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(absent))}: no such file or directory, and not a Hub id"
+    ):
+        s4d.load(absent)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoints_expert_block_is_the_default(sd3):
+    knowing = dataclasses.replace(sd3, expert_block=BLOCK)
+    expected = sd3.segment(IMAGE, NAMES, block=BLOCK)
+    np.testing.assert_array_equal(knowing.segment(IMAGE, NAMES).scores, expected.scores)
+    with pytest.raises(
+        ValueError, match="this checkpoint does not say which block segments best: name one with block="
+    ):
+        sd3.segment(IMAGE, NAMES)
+
+
+def test_an_image_may_be_a_path_a_picture_or_an_array(sd3, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    expected = sd3.segment(IMAGE, NAMES, block=VARIED)
+    for image in (tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(IMAGE)):
+        np.testing.assert_array_equal(sd3.segment(image, NAMES, block=VARIED).scores, expected.scores)
+
+
+def test_noise_is_drawn_by_seed_and_position(sd3):
+    square = an_image(SQUARE, SQUARE)
+    listed = sd3.segment([square, IMAGE], [NAMES, NAMES], block=VARIED, seed=7)[1]
+    alone = sd3.segment(IMAGE, NAMES, block=VARIED, seed=7)
+    for mask, position in ((alone, 0), (listed, 1)):
+        noise = np.asarray(image_noise(7, [position], LATENT))
+        np.testing.assert_array_equal(mask.scores, sd3.segment(IMAGE, NAMES, block=VARIED, noise=noise[0]).scores)
+        np.testing.assert_array_equal(mask.scores, sd3.segment(IMAGE, NAMES, block=VARIED, noise=noise).scores)
+    assert not np.array_equal(listed.scores, alone.scores)
+    assert not np.array_equal(sd3.segment(IMAGE, NAMES, block=VARIED, seed=8).scores, alone.scores)
+
+
+def test_no_images_have_no_masks(sd3):
+    assert sd3.segment([], [], block=VARIED) == []
+
+
+# ---- what is compiled and what is remembered ------------------------------------------------------------------------
+
+
+def test_other_names_images_seeds_and_noise_levels_compile_nothing(sd3):
+    sd3.segment(IMAGE, ["cat", "dog"], block=VARIED)
+    before = len(COMPILATIONS)
+    sd3.segment(an_image(*SIZE, 1), ["sofa", "zebra crossing"], block=VARIED, seed=3)
+    sd3.segment(an_image(*SIZE, 2), ["sky", "giraffe", "tree", "wall", "a", "of"], block=VARIED, step=4)
+    sd3.segment(an_image(84, 108), ["bus"], block=VARIED)
+    assert len(COMPILATIONS) == before
+    sd3.segment(IMAGE, WORDS[:9], block=VARIED)
+    assert len(COMPILATIONS) > before
+
+
+def test_a_prompt_is_encoded_once(forgetful, monkeypatch):
+    encoded = []
+    encode = module._encode_text
+
+    def counted(clip_l, clip_g, t5, ids, width):
+        encoded.append(len(ids.clip_l))
+        return encode(clip_l, clip_g, t5, ids, width)
+
+    monkeypatch.setattr(module, "_encode_text", counted)
+    first = forgetful.encode_prompts(["cat"])
+    both = forgetful.encode_prompts(["dog", "cat", "dog"])
+    assert encoded == [1, 1]
+    for found, expected in zip(both, first, strict=True):
+        np.testing.assert_array_equal(found[1], expected[0])
+        np.testing.assert_array_equal(found[0], found[2])
+        assert not np.array_equal(found[0], found[1])
+    forgetful.segment(IMAGE, ["cat"], block=VARIED)
+    assert encoded == [1, 1]
+
+
+def test_prompts_encoded_together_are_those_encoded_alone(sd3, forgetful):
+    prompts = ["cat", "a dog on the grass", "sky"]
+    together = forgetful.encode_prompts(prompts)
+    for row, prompt in enumerate(prompts):
+        for found, expected in zip(together, sd3.encode_prompts([prompt]), strict=True):
+            assert relative_error(np.asarray(found[row]), np.asarray(expected[0])) <= 1e-5
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_the_models_own_record_of_every_block(sd3, first_four_blocks):
+    noise, prompt = a_noise(*SIZE), " ".join(NAMES)
+    records = sd3.attention(IMAGE, prompt, noise=noise)
+    sigma = sd3.schedule.sigma_at(8)
+    noisy = add_noise(sd3.encode_images([IMAGE], SIZE), jnp.asarray(noise[None]), sigma)
+    run = jax.jit(lambda model, *inputs: model(*inputs, capture=range(6))[1])
+    expected = run(sd3.transformer, noisy, jnp.array([1000 * sigma]), *sd3.encode_prompts([prompt]))
+    assert list(records) == list(expected) == list(range(6))
+    for block, record in expected.items():
+        assert record.probs.shape == (1, 4, 63, 77)
+        assert relative_error(np.asarray(records[block].probs), np.asarray(record.probs)) <= 1e-5
+        assert relative_error(np.asarray(records[block].scores), np.asarray(record.scores)) <= 1e-5
+    cat = sd3.segment(IMAGE, NAMES, block=BLOCK, noise=noise).scores[0]
+    assert relative_error(cat.ravel(), np.asarray(records[BLOCK].probs[0, :, :, 1].mean(0))) <= 1e-5
+    for block, record in first_four_blocks.attention(IMAGE, prompt, blocks=(1, 3), noise=noise).items():
+        assert relative_error(np.asarray(record.probs), np.asarray(expected[block].probs)) <= 1e-5
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 6}, r"block is 6; the loaded transformer has blocks 0\.\.5"),
+        ({"block": -1}, r"block is -1; the loaded transformer has blocks 0\.\.5"),
+        ({"step": 0}, r"step is 0; expected 1 \(nearly clean\) to 28"),
+        ({"step": 29}, r"step is 29; expected 1 \(nearly clean\) to 28"),
+        ({"size": (100, 128)}, "size is 100 x 128; sides must be multiples of 16, up to 384"),
+        ({"size": (128, 400)}, "size is 128 x 400; sides must be multiples of 16, up to 384"),
+        ({"size": (0, 128)}, "size is 0 x 128; sides must be multiples of 16"),
+        ({"size": (-16, 128)}, "size is -16 x 128; sides must be multiples of 16"),
+        ({"noise": np.zeros((18, 14, 16), np.float32)}, r"noise is \[18, 14, 16\]; expected \[14, 18, 16\]"),
+        ({"noise": np.zeros((14, 18, 4), np.float32)}, r"noise is \[14, 18, 4\]; expected \[14, 18, 16\]"),
+        ({"noise": np.zeros((2, *LATENT), np.float32)}, r"noise is \[2, 14, 18, 16\]; .* or \[1, 14, 18, 16\]"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(sd3, options, message):
+    with pytest.raises(ValueError, match=message):
+        sd3.segment(IMAGE, NAMES, **({"block": VARIED} | options))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "the list of class names is empty"),
+        (["cat", ""], r"class name 1 is blank \(''\)"),
+        (["cat", "dog", "cat"], "class name 'cat' is repeated"),
+        (["Cat", "cat"], "class name 'cat' is repeated: to the text encoder it is 'Cat'"),
+        ([" ".join(WORDS + WORDS)], "a prompt room for 75; shorten it"),
+    ],
+)
+def test_class_names_that_have_no_place_of_their_own_are_refused(sd3, names, message):
+    with pytest.raises(ValueError, match=message):
+        sd3.segment(IMAGE, names, block=VARIED)
+
+
+def test_images_and_lists_of_names_must_be_as_many(sd3):
+    with pytest.raises(ValueError, match="2 images and 1 lists of class names; expected one for each"):
+        sd3.segment([IMAGE, IMAGE], [NAMES], block=VARIED)
+    with pytest.raises(ValueError, match="1 images and 8 lists of class names; expected one for each"):
+        sd3.segment([IMAGE], NAMES, block=VARIED)
+
+
+def test_noise_for_another_number_of_images_is_refused(sd3):
+    noise = np.zeros((1, *LATENT), np.float32)
+    with pytest.raises(ValueError, match=r"noise is \[1, 14, 18, 16\]; expected \[14, 18, 16\] or \[2, 14, 18, 16\]"):
+        sd3.segment([IMAGE, IMAGE], [NAMES, NAMES], block=VARIED, noise=noise)
+
+
+def test_an_unreadable_image_of_a_list_is_named(sd3, tmp_path):
+    with pytest.raises(ImageError, match=rf"{re.escape(str(tmp_path / 'absent.png'))}: no such file"):
+        sd3.segment([IMAGE, tmp_path / "absent.png"], [NAMES, NAMES], block=VARIED)
+
+
+def test_attention_of_a_block_that_is_not_there_is_refused(sd3):
+    for blocks in ((6,), (0, 6)):
+        with pytest.raises(ValueError, match=r"cannot capture blocks? \[?6\]?"):
+            sd3.attention(IMAGE, "cat", blocks=blocks)
