@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from jsonargparse import ArgumentParser
+from collections.abc import Sequence
 
 from convert import checkpoint_command, lora_command, verify_command
+from convert.command_line import Command, run_command
 from convert.errors import CheckpointError
-
-
-class Command(NamedTuple):
-    """`arguments` adds a command's options to its parser; `run` takes what was parsed."""
-
-    arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Any], None]
-    help: str
-
 
 COMMANDS: dict[str, Command] = {
     "checkpoint": Command(
@@ -33,22 +22,8 @@ COMMANDS: dict[str, Command] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
-    parser = ArgumentParser(prog="python -m convert", description="PyTorch checkpoints to JAX and back.")
-    commands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        own = ArgumentParser(description=command.help)
-        command.arguments(own)
-        commands.add_subcommand(name, own, help=command.help)
-    parsed = parser.parse_args(arguments)
-    try:
-        COMMANDS[parsed.subcommand].run(parsed[parsed.subcommand])
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    description = "PyTorch checkpoints to JAX and back."
+    return run_command("python -m convert", description, COMMANDS, arguments, at_fault=(CheckpointError, OSError))
 
 
 if __name__ == "__main__":
