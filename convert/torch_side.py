@@ -109,7 +109,12 @@ def _without_numbers(make: Callable[[], nn.Module]) -> Any:
 
 
 def _numpy(tensor: torch.Tensor) -> Shaped[np.ndarray, "*shape"]:
-    return tensor.float().contiguous().numpy()
+    return _widened(tensor).contiguous().numpy()
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -207,7 +212,7 @@ def noisy(
 
 
 class MapRecorder:
-    """An attention processor: diffusers' own, after which the image-to-text map is computed by the formula, in fp32."""
+    """An attention processor: diffusers' own, and the image-to-text map beside it by the formula, in fp32 at least."""
 
     def __init__(self, processor: Any, record: Record):
         self.processor, self.record = processor, record
@@ -218,7 +223,7 @@ class MapRecorder:
         q, k, text_k = split(q), split(k), split(text_k)
         if attn.norm_q is not None:
             q, k, text_k = attn.norm_q(q), attn.norm_k(k), attn.norm_added_k(text_k)
-        q, k = q.float(), torch.cat([k, text_k], dim=2).float().transpose(-1, -2)
+        q, k = _widened(q), _widened(torch.cat([k, text_k], dim=2)).transpose(-1, -2)
         text = slice(hidden_states.shape[1], hidden_states.shape[1] + TOKENS)
         scores, probs = [], []
         for head in range(attn.heads):  # all heads at once would take gigabytes at 1024 pixels
@@ -290,7 +295,8 @@ def masks(
     record: Record,
 ) -> None:
     """The label map: mean over heads and over each class's tokens, bilinear to the picture's size, arg-max."""
-    scores = torch.from_numpy(averaging) @ torch.from_numpy(probs).mean(1).transpose(-1, -2)
+    maps = torch.from_numpy(probs).mean(1).transpose(-1, -2)
+    scores = torch.from_numpy(averaging).to(maps) @ maps
     side = round(scores.shape[-1] ** 0.5)
     grid = scores.unflatten(-1, (side, side))
     upsampled = nn.functional.interpolate(grid, size=(size, size), mode="bilinear", align_corners=False)

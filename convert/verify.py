@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from convert import jax_side
-from convert.comparison import Recording, Row, compare
+from convert.comparison import BOUNDS, Recording, Row, compare
 from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent
@@ -48,6 +48,7 @@ def verify(
     *,
     size: int = 256,
     dtype: DType = "float32",
+    float64: bool = False,
     components: Sequence[str] | None = None,
     tokenizers: Path | None = None,
     variant: str | None = None,
@@ -59,7 +60,9 @@ def verify(
       source: what JAX reads: whatever `open_source` opens, converted on the fly.
       against: the original, which PyTorch reads, if `source` is a converted directory. Default: `source`.
       size: side of the square test picture in pixels.
-      dtype: what both compute in, weights included.
+      dtype: what both compute in, weights included. In bfloat16 PyTorch runs in float32 as well, which counts as exact.
+      float64: run PyTorch in float64 as well, which then counts as exact: a row out of its fixed bound passes if
+        PyTorch's own distance from it excuses ours.
       components, tokenizers, variant: see `open_source`.
       progress: told what is being done.
 
@@ -80,11 +83,12 @@ def verify(
             told = lambda doing: progress(f"PyTorch, {dtype}: {doing}")
             return recording, torch_side.run(original, inputs, dtype, recording.record, told)
 
-        exact = None if dtype == "float32" else run_torch("float32")[0]
+        wider = "float64" if float64 else {"bfloat16": "float32"}.get(dtype)
+        exact = run_torch(wider)[0] if wider else None
         theirs, shared = run_torch(dtype)
 
         def check(what: str, array: np.ndarray) -> None:
-            rows.append(compare(what, array, theirs.take(what), exact.take(what) if exact else None))
+            rows.append(compare(what, array, theirs.take(what), exact.take(what) if exact else None, BOUNDS[dtype]))
 
         with _exact_products(dtype):
             jax_side.run(ours, inputs, shared, dtype, check, lambda doing: progress(f"JAX, {dtype}: {doing}"))
@@ -95,6 +99,8 @@ def verify(
     if inputs.transformer is not None:
         why = "the middle one: no expert block is named" if ours.expert_block is None else "the expert block"
         notes.append(f"masks from block {inputs.transformer.block}, {why}")
+    if wider:
+        notes.append(f"exact: PyTorch in {wider}")
     return Report(rows, notes)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from convert import jax_side, torch_side
 from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
-from convert.comparison import FACTOR, ROUNDING, Recording, compare
+from convert.comparison import BOUNDS, FACTOR, Recording, compare
 from convert.errors import CheckpointError
 from convert.verify import verify
 from convert.verify_inputs import draw_picture
@@ -77,7 +77,7 @@ def test_bfloat16_is_as_near_to_float32_in_jax_as_in_pytorch(sd35_medium_checkpo
         assert row.distance is not None
         assert row.reference_distance is not None
         if row.equal is None:
-            assert row.distance <= FACTOR * row.reference_distance + ROUNDING
+            assert row.distance <= FACTOR * row.reference_distance + BOUNDS["bfloat16"].rounding
     streams = [row for row in report.rows if row.what.endswith("image stream")]
     assert all(1e-3 < row.distance < 0.1 for row in streams if row.distance is not None)
     assert "seeded random context (no text encoder)" in report.notes
@@ -243,11 +243,20 @@ def test_label_maps_pass_by_the_fraction_of_equal_labels():
 def test_in_bfloat16_the_distance_of_pytorch_itself_is_the_measure():
     exact = np.ones(1000, np.float32)
     theirs = exact * np.float32(1.01)
-    assert compare("x", exact * np.float32(0.98), theirs, exact).passed
-    row = compare("x", exact * np.float32(0.97), theirs, exact)
+    assert compare("x", exact * np.float32(0.98), theirs, exact, BOUNDS["bfloat16"]).passed
+    row = compare("x", exact * np.float32(0.97), theirs, exact, BOUNDS["bfloat16"])
     assert row.distance == pytest.approx(0.03, rel=1e-5)
     assert row.reference_distance == pytest.approx(0.01, rel=1e-5)
     assert not row.passed
+
+
+def test_in_float32_the_distance_from_an_exact_array_excuses_what_the_fixed_bound_does_not():
+    exact = np.ones(1000)
+    theirs, near, far = ((exact * scale).astype(np.float32) for scale in (1.001, 0.9985, 0.997))
+    assert not compare("x", near, theirs).passed
+    assert compare("x", near, theirs, exact).passed
+    assert not compare("x", far, theirs, exact).passed
+    assert compare("x", theirs + np.float32(5e-5), theirs, theirs).passed  # the fixed bound is enough
 
 
 def test_a_recording_gives_each_array_once(tmp_path: Path):
