@@ -11,6 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import seg4diff_jax as s4d
@@ -46,9 +48,17 @@ def release(pair_of) -> Release:
 
 
 def assert_equal(ours: s4d.Segmentation, theirs: Masks | s4d.Segmentation, block: int = VARIED) -> None:
+    """Equal scores, and equal labels wherever the best class leads the second by more than scores may differ."""
     assert relative_error(ours.scores, theirs.scores) <= 1e-5
-    assert np.mean(ours.labels != theirs.labels) <= 1e-4
-    assert len(np.unique(ours.labels)) > (2 if block == VARIED else 0)
+    upsampled = F.interpolate(torch.tensor(theirs.scores)[None], theirs.labels.shape, mode="bilinear")[0]
+    best, second = upsampled.topk(2, dim=0).values.numpy()
+    decided = best - second > 2e-5 * theirs.scores.max()
+    assert np.array_equal(ours.labels[decided], theirs.labels[decided])
+    if block == VARIED:
+        assert np.mean(ours.labels != theirs.labels) <= 1e-4
+        assert len(np.unique(ours.labels)) > 2
+    else:  # scores this alike are within rounding of a tie along whole lines of pixels
+        assert np.mean(ours.labels != theirs.labels) <= 2e-3
 
 
 @pytest.mark.parametrize(
