@@ -211,6 +211,19 @@ def noisy(
     return noised, float(timestep)
 
 
+class ExactTimeFeatures(nn.Module):
+    """diffusers' `Timesteps` of SD3 in fp64. Its own is fp32 in any module, wrong by 1e-5, and would not be exact."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.half = features // 2
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        exponents = torch.arange(self.half, dtype=torch.float64) / self.half
+        angles = timesteps.double()[:, None] * 10000.0**-exponents
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class MapRecorder:
     """An attention processor: diffusers' own, and the image-to-text map beside it by the formula, in fp32 at least."""
 
@@ -248,6 +261,8 @@ def transformer(
     tensors = tensors_of(component)
     _load(module, tensors, _dtype(dtype), but=tuple(layers))
     _stream(layers, tensors, _dtype(dtype))
+    if dtype == "float64":
+        module.time_text_embed.time_proj = ExactTimeFeatures(module.time_text_embed.time_proj.num_channels)
 
     def on_output(submodule: nn.Module, see: Callable[[Any], None]) -> None:
         submodule.register_forward_hook(lambda _, __, output: see(output))
