@@ -76,13 +76,30 @@ def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, 
     return abstract(lambda rngs: make(parsed, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
 
 
+class Architecture(NamedTuple):
+    """What tells the published transformers apart."""
+
+    num_layers: int
+    width: int
+    dual_attention_layers: tuple[int, ...]
+    qk_norm: bool
+
+
+EXPERT_BLOCKS: dict[Architecture, int] = {
+    Architecture(24, 1536, (), qk_norm=False): 9,
+}
+"""The block whose attention segments best, by architecture: Seg4Diff's finding for SD3-medium, whose "9th block" is number 9
+counted from 0. The paper names none for another model."""
+
+
 def expert_block(transformer_config: dict[str, Any]) -> int | None:
-    """The block whose attention segments best: what the configuration says, 9 for SD3-medium, otherwise unknown."""
+    """The block whose attention segments best: what the configuration says, or what is known of its architecture."""
     if "expert_block" in transformer_config:
         return transformer_config["expert_block"]
     config = parse_config("transformer", transformer_config)
-    is_sd3_medium = (config.num_layers, config.width, config.dual_attention_layers) == (24, 1536, ())
-    return 9 if is_sd3_medium else None
+    return EXPERT_BLOCKS.get(
+        Architecture(config.num_layers, config.width, config.dual_attention_layers, config.qk_norm)
+    )
 
 
 def trained_size(transformer_config: dict[str, Any], vae_config: dict[str, Any] | None) -> int:

@@ -228,6 +228,7 @@ def test_the_expert_block_is_nine_for_sd3_medium_alone_and_what_a_configuration_
     medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
     assert expert_block(medium) == 9
     assert expert_block(medium | {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}) is None
+    assert expert_block(medium | {"qk_norm": "rms_norm"}) is None
     assert expert_block(medium | {"num_layers": 38}) is None
     assert expert_block(medium | {"expert_block": 4}) == 4
     assert expert_block(medium | {"expert_block": None}) is None
