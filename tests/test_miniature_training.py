@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,12 +23,19 @@ from transformers import CLIPVisionModelWithProjection
 
 import seg4diff_jax as s4d
 from convert.load import load_component
-from seg4diff_jax.data.shapes import scene
+from seg4diff_jax.data.loader import evaluation_batches
+from seg4diff_jax.data.shapes import CLASSES, scene
+from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.parallel import make_mesh
+from seg4diff_jax.segmentation.metrics import mean_iou
+from seg4diff_jax.text import TokenIds, load_tokenizers
 from seg4diff_jax.training.autoencoder import latent_moments
-from seg4diff_jax.training.command import main
+from seg4diff_jax.training.command import main, parse
 from seg4diff_jax.training.contrastive import penultimate_size, with_unit_states
-from seg4diff_jax.training.scenes import SceneConfig, SceneItems, training_scenes
+from seg4diff_jax.training.flow_matching import Denoiser, InMemory, Objective, init, loss, with_latents
+from seg4diff_jax.training.grounding import grounding, grounding_item
+from seg4diff_jax.training.scenes import SceneConfig, SceneItems, captioned, training_scenes
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "miniature"
@@ -166,10 +175,37 @@ def test_the_exported_checkpoint_segments(flow_matching):
     assert pipeline.segment(shown.image, names).labels.shape == shown.labels.shape
 
 
-def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matching, tmp_path):
-    direct = train("flow_matching", tmp_path / "direct", parts | {"cache": None})
-    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (flow_matching, direct)]
-    np.testing.assert_allclose(*losses, rtol=5e-3)  # the cache holds fp16
+def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matching):
+    config = parse(arguments("flow_matching", parts | {"cache": None, "run.out": "unused"})).config
+    denoiser = init(config, 0, make_mesh())
+    tokenizers = load_tokenizers(config.text)
+    scenes = captioned(SceneItems("train", 4, 32, ("image", "caption")), tokenizers)
+    (pixels, _), (latents,) = next(evaluation_batches(scenes, 4)), with_latents(denoiser.vae, scenes, 4)
+    empty = TokenIds(pixels["clip_l"][:1], pixels["clip_g"][:1])
+    score = jax.jit(partial(loss, objective=Objective(), empty=empty))
+    cached, direct = (float(score(denoiser, batch, jax.random.key(0))[0]) for batch in (latents, pixels))
+    assert cached == pytest.approx(direct, rel=2e-3)  # the cache holds fp16
+
+
+def test_grounding_equals_segmenting_scene_by_scene(flow_matching):
+    pipeline = s4d.load(flow_matching / "export")
+    scenes = [scene("validation", index, 32) for index in range(5)]
+    latents = np.asarray(pipeline.encode_images([shown.image for shown in scenes], (32, 32)))
+    items = [
+        {"latents": latent, **grounding_item(shown, pipeline.tokenizers)}
+        for latent, shown in zip(latents, scenes, strict=True)
+    ]
+    denoiser = Denoiser(pipeline.transformer, pipeline.clip_l, pipeline.clip_g)
+    sigma = pipeline.schedule.sigma_at(8)
+    found = grounding(denoiser, InMemory(items), sigmas=[sigma], batch_size=3)
+    noise = np.asarray(image_noise(0, range(5), latents.shape[1:]))
+    for block in range(2):
+        confusion = np.zeros((len(CLASSES), len(CLASSES)), int)
+        names = [[CLASSES[index] for index in shown.classes] for shown in scenes]
+        images = [shown.image for shown in scenes]
+        for shown, masks in zip(scenes, pipeline.segment(images, names, block=block, noise=noise), strict=True):
+            np.add.at(confusion, (shown.labels, np.array(shown.classes)[masks.labels]), 1)
+        assert found[f"miou/{block}@{sigma:g}"] == pytest.approx(100 * mean_iou(confusion), abs=0.2)
 
 
 @pytest.mark.parametrize("place", ["command line", "file"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from seg4diff_jax.training.loop import MeshConfig, train
 from tests.reference.mesh_layouts import losses
-from tests.reference.small_training import OPTIMIZER, make_run, make_task
+from tests.reference.small_training import OPTIMIZER, loss, make_run, make_task
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = ["8x1x1", "1x8x1", "1x1x8", "4x2x1", "4x1x2", "2x4x1", "2x1x4", "1x4x2", "1x2x4"]
@@ -32,6 +33,25 @@ def test_every_layout_of_eight_devices_gives_the_losses_of_one(tmp_path, layouts
     assert list(found) == layouts
     for layout, values in found.items():
         np.testing.assert_allclose(values, expected, rtol=2e-5, err_msg=layout)
+
+
+def test_two_processes_of_two_devices_share_a_run(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.reference.small_training", str(tmp_path / "two"), port]
+    both = [
+        subprocess.Popen([*command, str(number)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    one = train(make_task(loss=loss), make_run(tmp_path / "one"), OPTIMIZER)
+    found = np.frombuffer((tmp_path / "two" / "up.npy").read_bytes(), np.float32)
+    np.testing.assert_allclose(found, np.asarray(one.up.kernel).ravel(), rtol=1e-4, atol=1e-6)
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 20
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path):

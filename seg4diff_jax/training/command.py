@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import train
@@ -21,6 +23,12 @@ def make_parser(task: str) -> ArgumentParser:
     add: Any = parser.add_argument
     add("--config", action="config", help="YAML file; options given after it win")
     add("--task", type=str, choices=list(TASKS), default=task)
+    add(
+        "--distributed",
+        action="store_true",
+        help="this is one process of several: they find each other through the cluster, or through "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
     add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
     parser.add_class_arguments(TASKS[task].config, as_positional=False)
     return parser
@@ -44,28 +52,45 @@ def chosen_task(arguments: Sequence[str]) -> str:
     return found
 
 
+class Parsed(NamedTuple):
+    """What the arguments say: the task's name and configuration, and the latter as plain values, for the record."""
+
+    task: str
+    config: Any
+    record: dict[str, Any]
+    resume: bool
+    distributed: bool
+
+
+def parse(arguments: Sequence[str]) -> Parsed:
+    """Raises ValueError when no task is named; leaves with a message (SystemExit) for options that are not right."""
+    task = chosen_task(arguments)
+    parser = make_parser(task)
+    options = parser.parse_args(list(arguments))
+    flags = {name: options.pop(name) for name in ("resume", "distributed")}
+    options.pop("config", None)
+    record = yaml.safe_load(parser.dump(options, skip_none=False))
+    values = parser.instantiate(options)
+    values.pop("task")
+    return Parsed(task, TASKS[task].config(**values), record, **flags)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once a checkpoint is written."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    from seg4diff_jax.command_line.compilation import keep_compiled_programs
+
     try:
-        task = chosen_task(arguments)
-        parser = make_parser(task)
-        options = parser.parse_args(arguments)
-        return run(task, parser, options)
+        task, config, record, resume, distributed = parse(sys.argv[1:] if arguments is None else arguments)
+        keep_compiled_programs()
+        if distributed:
+            join_processes()
+        train(TASKS[task].make(config), config.run, config.optimizer, record, resume=resume)
     except (TrainingError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def run(task: str, parser: ArgumentParser, options: Namespace) -> int:
-    from seg4diff_jax.command_line.compilation import keep_compiled_programs
-
-    keep_compiled_programs()
-    resume = options.pop("resume")
-    options.pop("config", None)
-    resolved = parser.dump(options, skip_none=False)
-    parsed = parser.instantiate_classes(options)
-    parsed.pop("task")
-    config = TASKS[task].config(**parsed)
-    train(TASKS[task].make(config), config.run, config.optimizer, yaml.safe_load(resolved), resume=resume)
     return 0
+
+
+def join_processes() -> None:
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

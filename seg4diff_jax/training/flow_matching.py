@@ -41,6 +41,7 @@ from seg4diff_jax.training.scenes import (
     SceneConfig,
     caption_ids,
     captioned,
+    make_once,
     scene_name,
     to_model_range,
     training_scenes,
@@ -236,10 +237,9 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     if config.cache is None:
         return validation, train
     identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
-    directory = Path(config.cache)
-    if not directory.exists():
-        write_cache(directory, with_latents(vae, train, 64), data.train, identity)
-    return validation, ArrayCache(directory, identity)
+    write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
+    make_once(config.cache, write)
+    return validation, ArrayCache(config.cache, identity)
 
 
 def _rows(batch: dict[str, np.ndarray]) -> range:

@@ -144,10 +144,9 @@ def train(
             if start:
                 logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
             _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
-        model = trainer.averaged_model()
-        if trainer.done(run) and task.export is not None and jax.process_index() == 0:
-            checkpoints.wait()
-            task.export(model, out / "export")
+        model, finished = trainer.gathered_model(), trainer.done(run)
+    if finished and task.export is not None and jax.process_index() == 0:
+        task.export(model, out / "export")
     return model
 
 
@@ -202,6 +201,14 @@ class Trainer:
     def averaged_model(self) -> Any:
         chosen = self.state.trainable if self.state.average is None else self.state.average
         return self.structure.model(chosen, self.frozen)
+
+    def gathered_model(self) -> Any:
+        """The same on every process; with several of them, in each one's own memory."""
+        if jax.process_count() == 1:
+            return self.averaged_model()
+        state = multihost_utils.process_allgather(self.state._replace(optimizer=None), tiled=True)
+        chosen = state.trainable if state.average is None else state.average
+        return self.structure.model(chosen, multihost_utils.process_allgather(self.frozen, tiled=True))
 
     def done(self, run: RunConfig) -> bool:
         return int(self.state.batches) >= run.steps * self.optimizer.accumulate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,8 +73,9 @@ def _detectron2(rate: float, warmup: int, steps: int) -> optax.Schedule:
     cosine = optax.cosine_decay_schedule(rate, steps)
     if not warmup:
         return cosine
-    rise = optax.linear_schedule(0.01 * rate, float(cosine(warmup)), warmup)
-    return lambda count: jnp.where(count < warmup, rise(count), cosine(count))
+    meeting = 0.5 * rate * (1 + math.cos(math.pi * warmup / steps))
+    rise = optax.linear_schedule(0.01 * rate, meeting, warmup)
+    return optax.join_schedules([rise, lambda count: cosine(count + warmup)], [warmup])
 
 
 SCHEDULES: dict[ScheduleName, Callable[[float, int, int], optax.Schedule]] = {
@@ -117,8 +119,8 @@ def _scale_by_group(rates: dict[str, float]) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         return {name: factor(name) * update for name, update in updates.items()}, state
 
-    def init(parameters):
-        unused = [pattern for pattern in rates if not any(re.search(pattern, name) for name in parameters)]
+    def init(params):
+        unused = [pattern for pattern in rates if not any(re.search(pattern, name) for name in params)]
         if unused:
             raise ValueError(f"optimizer.rates: no trained parameter's name holds {', '.join(map(repr, unused))}")
         return optax.EmptyState()

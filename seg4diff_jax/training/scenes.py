@@ -10,8 +10,10 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax.data.array_cache import ArrayCache, write_cache
@@ -77,9 +79,19 @@ def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> So
     if config.cache is None:
         return source
     identity = {"split": "train", "count": config.train, "size": config.size, "sample": _sample(config.size)}
-    if not Path(config.cache).exists():
-        write_cache(config.cache, _drawn(config), config.train, identity)
+    make_once(config.cache, lambda directory: write_cache(directory, _drawn(config), config.train, identity))
     return ArrayCache(config.cache, identity, fields)
+
+
+def make_once(directory: str | Path, make: Callable[[Path], None]) -> None:
+    """Make a directory that is absent: one process does, and then those that do not see it."""
+    directory = Path(directory)
+    if jax.process_index() == 0 and not directory.exists():
+        make(directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"made {directory}")
+    if not directory.exists():
+        make(directory)
 
 
 def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Source:
