@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -63,10 +64,32 @@ def tokenizers_of(components: list[str]) -> list[str]:
 
 def parse_config(name: str, config: dict[str, Any]) -> Any:
     """The component's typed configuration. Raises CheckpointError naming the component and the key."""
+    kind = COMPONENTS[name].config
     try:
-        return COMPONENTS[name].config.from_json(config)
+        if kind is not MMDiTConfig:  # which looks at its own: some of its fields are of other types than its keys
+            _check_types(kind, config)
+        return kind.from_json(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: config.json describes a model that is not implemented: {error}") from None
+
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "float": lambda value: type(value) in (int, float),
+    "float | None": lambda value: value is None or type(value) in (int, float),
+    "str": lambda value: type(value) is str,
+    "tuple[int, ...]": lambda value: type(value) in (list, tuple) and all(type(each) is int for each in value),
+}
+"""The types of configurations' fields, and what JSON may hold for them: `true` is no integer here."""
+
+
+def _check_types(kind: type, config: dict[str, Any]) -> None:
+    """Raise ValueError naming a key of another type than the model computes with, and its value."""
+    for field in fields(kind):
+        name, expected = field.name, str(field.type)
+        if name in config and not TYPES[expected](config[name]):
+            raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
 
 
 def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> Layered:
@@ -93,9 +116,15 @@ counted from 0. The paper names none for another model."""
 
 
 def expert_block(transformer_config: dict[str, Any]) -> int | None:
-    """The block whose attention segments best: what the configuration says, or what is known of its architecture."""
+    """The block whose attention segments best: what the configuration says, or what is known of its architecture.
+
+    Raises CheckpointError when the configuration says something that is no integer.
+    """
     if "expert_block" in transformer_config:
-        return transformer_config["expert_block"]
+        block = transformer_config["expert_block"]
+        if block is not None and type(block) is not int:
+            raise CheckpointError(f"transformer: config.json: expert_block is {block!r}; expected an integer or null")
+        return block
     config = parse_config("transformer", transformer_config)
     return EXPERT_BLOCKS.get(
         Architecture(config.num_layers, config.width, config.dual_attention_layers, config.qk_norm)
@@ -104,5 +133,5 @@ def expert_block(transformer_config: dict[str, Any]) -> int | None:
 
 def trained_size(transformer_config: dict[str, Any], vae_config: dict[str, Any] | None) -> int:
     """Side, in pixels, of the square images that the transformer was trained for."""
-    halvings = len(vae_config["block_out_channels"]) - 1 if vae_config else 3
+    halvings = len(parse_config("vae", vae_config).block_out_channels) - 1 if vae_config else 3
     return parse_config("transformer", transformer_config).sample_size * 2**halvings

@@ -19,6 +19,7 @@ from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.sources import open_source
+from seg4diff_jax.models.mmdit import MMDiTConfig
 from tests.reference.checkpoints import make_checkpoint
 
 
@@ -119,6 +120,38 @@ def test_a_configuration_that_is_not_implemented_is_named(checkpoint: Path):
     message = refusal(checkpoint)
     assert "transformer" in message
     assert "qk_norm is 'layer_norm'" in message
+
+
+@pytest.mark.parametrize(
+    ("component", "key", "value"),
+    [
+        ("transformer", "num_layers", "six"),
+        ("transformer", "num_layers", None),
+        ("transformer", "num_attention_heads", True),
+        ("transformer", "patch_size", 0),
+        ("transformer", "dual_attention_layers", "0"),
+        ("transformer", "dual_attention_layers", 3),
+        ("transformer", "expert_block", "nine"),
+        ("vae", "block_out_channels", 8),
+        ("vae", "block_out_channels", "8888"),
+        ("vae", "scaling_factor", None),
+        ("vae", "latent_channels", 1.5),
+        ("text_encoder", "hidden_size", "32"),
+        ("text_encoder_3", "num_layers", [3]),
+    ],
+)
+def test_a_configuration_with_a_wrong_type_names_component_and_key(checkpoint: Path, component: str, key: str, value):
+    config = checkpoint / component / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    message = refusal(checkpoint)
+    assert component in message
+    assert f"{key} is {value!r}; expected " in message
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_layers", "six"), ("patch_size", 2.0), ("sample_size", -1)])
+def test_the_transformers_configuration_names_a_wrong_integer(key: str, value):
+    with pytest.raises(ValueError, match=re.escape(f"{key} is {value!r}; expected a positive integer")):
+        MMDiTConfig.from_json({key: value})
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])

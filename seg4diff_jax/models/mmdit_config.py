@@ -8,6 +8,11 @@ from typing import Any
 from seg4diff_jax.models.stack import LayerStack
 
 
+def _is_integer(value: Any) -> bool:
+    """JSON's true and false are integers to Python and not here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class MMDiTConfig:
     """The published configuration, under diffusers' names."""
@@ -35,9 +40,15 @@ class MMDiTConfig:
             raise ValueError(f"qk_norm is {norm!r}; null or 'rms_norm' is implemented")
         if known.get("out_channels") is None:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
-        known["dual_attention_layers"] = tuple(known.get("dual_attention_layers") or ())
+        layers = known.get("dual_attention_layers") or ()
+        if not isinstance(layers, list | tuple) or not all(_is_integer(layer) for layer in layers):
+            raise ValueError(f"dual_attention_layers is {layers!r}; expected a list of integers")
+        known["dual_attention_layers"] = tuple(layers)
         if not known.get("pos_embed_max_size", cls.pos_embed_max_size):
             raise ValueError("pos_embed_max_size is missing; SD3's positional table is cropped from one of that size")
+        for name, value in known.items():
+            if name != "dual_attention_layers" and (not _is_integer(value) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a positive integer")
         parsed = cls(**known, qk_norm=norm is not None)
         if parsed.caption_projection_dim != parsed.width:
             raise ValueError(
