@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.components import abstract_model
+from convert.components import COMPONENTS, abstract_model
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json
 from convert.layout import checksum, dtype_named
@@ -138,6 +138,7 @@ def open_native(directory: Path) -> Source:
             f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {manifest.get('format')!r} version "
             f"{manifest.get('version')}; convert the original again"
         )
+    _check_manifest(directory / MANIFEST, manifest)
     problems = []
     for name, digest in manifest["files"].items():
         path = directory / name
@@ -159,6 +160,36 @@ def open_native(directory: Path) -> Source:
         read_json(directory / "scheduler" / "scheduler_config.json"),
         manifest["model_index"],
         manifest["expert_block"],
+    )
+
+
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing what a manifest of this version lacks or has of another type than it writes."""
+    objects, again = ("files", "components", "model_index"), "it is damaged: convert the original again"
+    problems = [f"{path}: missing {key}; {again}" for key in (*objects, "expert_block") if key not in manifest]
+    problems += [
+        f"{path}: expected an object as {key}, found a {type(manifest[key]).__name__}; {again}"
+        for key in objects
+        if not isinstance(manifest.get(key, {}), dict)
+    ]
+    if not isinstance(manifest.get("expert_block"), int | None):
+        problems.append(f"{path}: expert_block is {manifest['expert_block']!r}; expected an integer or null")
+    components = manifest.get("components")
+    for name, parts in components.items() if isinstance(components, dict) else ():
+        if name not in COMPONENTS:
+            problems.append(f"{path}: no component is called {name}; {again}")
+        elif not (isinstance(parts, dict) and all(_is_part(part) for part in parts.values())):
+            problems.append(f"{path}: {name}: expected each parameter's shape, dtype and crc32; {again}")
+    raise_all(problems, f"{path} is damaged")
+
+
+def _is_part(records: Any) -> bool:
+    return isinstance(records, dict) and all(
+        isinstance(record, dict)
+        and isinstance(record.get("shape"), list)
+        and isinstance(record.get("dtype"), str)
+        and "crc32" in record
+        for record in records.values()
     )
 
 

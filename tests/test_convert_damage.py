@@ -295,6 +295,28 @@ def test_a_format_from_the_future_is_refused(native: Path):
         open_source(native)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": None}, "missing files"),
+        ({"components": None}, "missing components"),
+        ({"model_index": None}, "missing model_index"),
+        ({"expert_block": None}, "missing expert_block"),
+        ({"expert_block": "nine"}, "expert_block is 'nine'; expected an integer or null"),
+        ({"files": ["a"]}, "expected an object as files, found a list"),
+        ({"components": {"unet": {}}}, "no component is called unet"),
+        ({"components": {"vae": {"base": {"conv_in": {"shape": [3]}}}}}, "vae: expected each parameter's shape, dtype"),
+    ],
+)
+def test_a_manifest_of_the_right_version_and_wrong_content_is_refused(native: Path, change: dict, message: str):
+    """`None` takes a key away."""
+    manifest = json.loads((native / "manifest.json").read_text()) | change
+    manifest = {key: value for key, value in manifest.items() if key not in change or value is not None}
+    (native / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=re.escape(f"{native / 'manifest.json'}: {message}")):
+        open_source(native)
+
+
 def test_a_manifest_that_contradicts_its_configuration_is_refused(native: Path):
     path = native / "manifest.json"
     manifest = json.loads(path.read_text())
