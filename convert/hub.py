@@ -10,6 +10,7 @@ from typing import TypeVar
 from convert.components import COMPONENTS, tokenizers_of
 from convert.diffusers_folder import weight_files
 from convert.errors import CheckpointError
+from convert.files import read_json
 
 TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 Result = TypeVar("Result")
@@ -25,15 +26,11 @@ def fetch(repository: str, components: list[str], variant: str) -> Path:
     Without a network the files of an earlier download are used. Raises CheckpointError.
     """
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         files = _told(repository, lambda: huggingface_hub.HfApi().list_repo_files(repository))
     except CheckpointError as error:
-        try:
-            return Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise error from None
+        return _cached(repository, components, variant, error)
     if "model_index.json" not in files:
         raise CheckpointError(
             f"{repository} is not a diffusers repository (it has no model_index.json); give one that is, such as "
@@ -43,17 +40,52 @@ def fetch(repository: str, components: list[str], variant: str) -> Path:
     return Path(_told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=wanted)))
 
 
+def _cached(repository: str, components: list[str], variant: str, error: CheckpointError) -> Path:
+    """An earlier download that holds what `components` need. Raises `error`, saying what there is, if none does."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise error from None
+    lacking = ["model_index.json"]
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        named = [name for name in components if (index.get(name) or [None])[0]]
+        lacking = [name for name in named if not _is_complete(folder / name, COMPONENTS[name].weights, variant)]
+        lacking += [name for name in tokenizers_of(named) if not (folder / name).is_dir()]
+    if lacking:
+        raise CheckpointError(f"{error}; an earlier download is incomplete: it lacks {', '.join(lacking)}") from None
+    return folder
+
+
+def _is_complete(folder: Path, weights: str, variant: str) -> bool:
+    """Whether a component's configuration and weights are there; missing shards are named by whoever reads them."""
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return "config.json" in files and bool(weight_files(files, weights, variant))
+
+
 def fetch_tokenizers(components: list[str]) -> Path:
     """The published tokenizers, for checkpoints that come without. Raises CheckpointError."""
     import huggingface_hub
 
-    folders = [f"{name}/*" for name in tokenizers_of(components)]
-    return Path(
+    names = tokenizers_of(components)
+    folder = Path(
         _told(
             TOKENIZER_REPOSITORY,
-            lambda: huggingface_hub.snapshot_download(TOKENIZER_REPOSITORY, allow_patterns=folders),
+            lambda: huggingface_hub.snapshot_download(
+                TOKENIZER_REPOSITORY, allow_patterns=[f"{name}/*" for name in names]
+            ),
         )
     )
+    # Without a network the library returns whatever an earlier download left.
+    if lacking := [name for name in names if not (folder / name).is_dir()]:
+        raise CheckpointError(
+            f"{TOKENIZER_REPOSITORY}: an earlier download lacks {', '.join(lacking)}; its licence is at "
+            f"https://huggingface.co/{TOKENIZER_REPOSITORY}; connect, or give the path of a directory that holds them"
+        )
+    return folder
 
 
 def needed_files(files: list[str], components: list[str], variant: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,36 @@ def test_without_a_network_an_earlier_download_is_used(serve, tmp_path: Path):
     source = open_source(REPOSITORY)
     assert list(source.configs) == WITHOUT_T5
     source.component("transformer").check()
+
+
+@pytest.mark.parametrize(
+    ("absent", "lacks"),
+    [
+        (["model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2"], "model_index.json"),
+        (["transformer", "text_encoder"], "transformer, text_encoder"),
+        (["vae/diffusion_pytorch_model.safetensors", "tokenizer_2"], "vae, tokenizer_2"),
+    ],
+)
+def test_without_a_network_an_incomplete_download_is_explained_in_one_sentence(
+    serve, tmp_path: Path, absent: list[str], lacks: str
+):
+    folder = make_checkpoint(tmp_path / "sd3", t5=False)
+    for path in (folder / name for name in absent):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    serve(FakeHub(folder, [], ConnectionError("down")))
+    with pytest.raises(CheckpointError, match=f"an earlier download is incomplete: it lacks {lacks}$") as caught:
+        open_source(REPOSITORY)
+    assert f"https://huggingface.co/{REPOSITORY}" in str(caught.value)
+    assert "give the path of a directory that holds it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_published_tokenizers_that_were_downloaded_in_part_are_not_taken_for_whole(serve, tmp_path: Path):
+    (tmp_path / "tokenizer").mkdir()
+    serve(FakeHub(tmp_path, []))
+    assert hub.fetch_tokenizers(["vae", "text_encoder"]) == tmp_path
+    with pytest.raises(CheckpointError, match="an earlier download lacks tokenizer_2; its licence is at"):
+        hub.fetch_tokenizers(["text_encoder", "text_encoder_2"])
 
 
 def test_a_repository_in_another_layout_is_explained(serve, tmp_path: Path):
