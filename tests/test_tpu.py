@@ -18,23 +18,30 @@ PROGRAM = """
 import json
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
+from seg4diff_jax.parallel import AXES, parameter_shardings
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
-mesh = jax.sharding.Mesh(__import__("numpy").array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"),
-                         axis_types=(AxisType.Auto,) * 3)
+mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 config = MMDiTConfig(num_layers=4, num_attention_heads=8, attention_head_dim=64, caption_projection_dim=512,
                      joint_attention_dim=256, pooled_projection_dim=128, pos_embed_max_size=64, qk_norm=True,
                      dual_attention_layers=(0, 1))
 model = nnx.eval_shape(lambda: MMDiT(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-place = lambda spec: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-model = jax.tree.map(place(P()), model)
-row = lambda *shape: place(P("data"))(jax.ShapeDtypeStruct(shape, jnp.float32))
+place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+sharding = parameter_shardings(mesh)
+graph, state = nnx.split(model)
+flat = []
+for path, variable in nnx.to_flat_state(state):
+    leaf = variable.get_value()
+    flat.append((path, variable.replace(place(leaf, sharding(".".join(map(str, path)), leaf.shape)))))
+model = nnx.merge(graph, nnx.from_flat_state(flat))
+row = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
 inputs = dict(latents=row(4, 64, 64, 16), timesteps=row(4), context=row(4, 154, 256), pooled=row(4, 128))
 kernel = Kernel("splash")
 everything = AttentionRequest(quadrants=("image_to_text", "text_to_image"), mean_heads=True)

@@ -8,13 +8,13 @@ section 3). A captured map needs only one number per query beside q and k: the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.kernels import Kernel, attend, log_normalizer
+from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer
 
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
 
@@ -29,8 +29,8 @@ class AttentionRequest:
       probs: return the softmax over all keys, image and text.
       mean_heads: average maps over heads; otherwise heads are kept.
       qkv: return the joint sequence's queries, keys and values.
-      text_tokens: first and last (exclusive; None: to the end) text token of every map. Default: the CLIP tokens of
-        SD3, which stand before T5's.
+      text_tokens: first and last (exclusive; None: to the end) text token of every map, cut where the text ends.
+        Default: the CLIP tokens of SD3, which stand before T5's.
     """
 
     quadrants: tuple[Quadrant, ...] = ("image_to_text",)
@@ -39,6 +39,15 @@ class AttentionRequest:
     mean_heads: bool = False
     qkv: bool = False
     text_tokens: tuple[int, int | None] = (0, 77)
+
+    def __post_init__(self):
+        object.__setattr__(self, "quadrants", tuple(self.quadrants))
+        unknown = [name for name in self.quadrants if name not in get_args(Quadrant)]
+        if unknown:
+            raise ValueError(f"no quadrant is called {unknown[0]!r}; there are {', '.join(get_args(Quadrant))}")
+        start, stop = self.text_tokens
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"text_tokens is {self.text_tokens}; expected 0 <= first < last, or None for the end")
 
 
 IMAGE_TO_TEXT = AttentionRequest()
@@ -59,7 +68,7 @@ class AttentionMap:
 class JointAttention:
     """What one block's joint attention looked like: a pytree; parts that were not requested are None.
 
-    `scores` and `probs` are the image-to-text ones, [batch, heads, image tokens, text tokens].
+    `scores` and `probs` are the image-to-text ones, [batch, heads, image tokens, text tokens] (no heads if averaged).
     """
 
     image_to_text: AttentionMap | None = None
@@ -124,6 +133,10 @@ def _record(
 ) -> JointAttention:
     start, stop = request.text_tokens
     stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
+    if image_tokens + start >= stop:
+        raise ValueError(
+            f"text_tokens is {request.text_tokens}; this text has {joint.k.shape[1] - image_tokens} tokens"
+        )
     tokens = {"image": slice(0, image_tokens), "text": slice(image_tokens + start, stop)}
     parts: dict[str, Any] = {}
     for quadrant in request.quadrants:
@@ -136,11 +149,3 @@ def _record(
     if request.qkv:
         parts |= joint._asdict()
     return JointAttention(**parts)
-
-
-def attention_scores(
-    q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batch keys heads head_dim"]
-) -> Float[Array, "batch heads queries keys"]:
-    """q.k / sqrt(head_dim) in fp32."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    return scores * q.shape[-1] ** -0.5

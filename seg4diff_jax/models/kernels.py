@@ -1,6 +1,6 @@
 """Softmax attention and its log-normaliser, three ways behind one function.
 
-xla     plain XLA operations in chunks of queries: any backend, fp32 exact, bounded memory.
+xla     plain XLA operations in chunks of queries: any backend, bounded memory; fp32 inputs are multiplied as fp32.
 cudnn   cuDNN's flash attention: NVIDIA GPUs, bf16 and fp16.
 splash  JAX's splash attention: TPUs, bf16.
 
@@ -11,6 +11,7 @@ attention with the keys as values, and its gradient to k is what the same attent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,12 @@ class Kernel:
     name: Literal["xla", "cudnn", "splash"]
     query_chunk: int | None = None
     interpret: bool = False
+
+    def __post_init__(self):
+        if self.name not in ("xla", *FUSED):
+            raise ValueError(f"no attention kernel is called {self.name!r}; there are xla, {', '.join(FUSED)}")
+        if self.query_chunk is not None and self.query_chunk < 1:
+            raise ValueError(f"query_chunk is {self.query_chunk}; expected at least 1, or None")
 
 
 def default_kernel(dtype: DTypeLike) -> Kernel:
@@ -115,15 +122,30 @@ def _attend_xla(
 
 
 def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None):
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = attention_scores(q, k)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1)
     normalizer = jnp.log(total) + largest[..., 0]
     if v is None:
         return None, normalizer
-    output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    output = jnp.einsum(
+        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=_precision(v)
+    )
     return (output / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype), normalizer
+
+
+def attention_scores(
+    q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batch keys heads head_dim"]
+) -> Float[Array, "batch heads queries keys"]:
+    """q.k / sqrt(head_dim) in fp32."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32, precision=_precision(q))
+    return scores * q.shape[-1] ** -0.5
+
+
+def _precision(x: Tokens) -> jax.lax.Precision | None:
+    # Accelerators multiply fp32 in fewer bits unless told otherwise.
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 # ---- fused kernels --------------------------------------------------------------------------------------------------
@@ -185,13 +207,18 @@ SPLASH_BLOCK = 512
 
 
 def _splash_attention(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: bool):
-    """On a mesh: batch split over `data` and `fsdp`, heads over `tensor`, whichever axes the mesh in context has."""
+    """On a mesh: batch split over `data` and `fsdp`, heads over `tensor`, whichever axes the mesh in context has.
+
+    What does not divide is not split: each device then does all of it.
+    """
     attention = partial(_splash_local, kernel=kernel, normalizer=normalizer)
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    head_axis = "tensor" if "tensor" in mesh.axis_names else None
-    if not batch_axes and head_axis is None:
+    if not mesh.axis_names:
         return attention(q, k, v)
+    batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    if q.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes):
+        batch_axes = ()
+    head_axis = "tensor" if "tensor" in mesh.axis_names and q.shape[2] % mesh.shape["tensor"] == 0 else None
     tokens = PartitionSpec(batch_axes or None, None, head_axis, None)
     outputs = (tokens, (PartitionSpec(batch_axes or None, head_axis, None),)) if normalizer else tokens
     return jax.shard_map(attention, in_specs=(tokens,) * 3, out_specs=outputs, check_vma=False)(q, k, v)
