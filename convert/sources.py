@@ -13,6 +13,12 @@ from convert.readers import Source
 from convert.single_file import open_single_file
 from convert.staging import is_leftover
 
+MARKERS = (native.MANIFEST, "model_index.json")
+FORMS = (
+    f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
+    "diffusers does), a single .safetensors file with a transformer in it, or the Hub id of a diffusers repository"
+)
+
 
 def open_source(
     source: str | Path,
@@ -39,8 +45,7 @@ def open_source(
     if unknown:
         raise CheckpointError(f"no component is called {', '.join(unknown)}; there are {', '.join(COMPONENTS)}")
     path = Path(source).expanduser()
-    if is_leftover(path):
-        raise CheckpointError(f"{path} was left by an interrupted conversion; convert the original again")
+    _check_form(path)
     if (path / native.MANIFEST).is_file():
         opened = native.open_native(path)
     elif path.is_dir():
@@ -52,13 +57,42 @@ def open_source(
         opened = open_diffusers(hub.fetch(str(source), wanted, variant or "fp16"), variant or "fp16", str(source))
         components = components or [name for name in wanted if name in opened.configs]
     else:
-        raise CheckpointError(f"{source}: no such file or directory, and not a Hub id like organisation/name")
+        raise CheckpointError(
+            f"{source}: no such file or directory, and not a Hub id like organisation/name; give {FORMS}"
+        )
     if components is not None:
         raise_all([f"{source} has no {name}" for name in components if name not in opened.configs], str(source))
         opened = _only(opened, components)
     if tokenizers is not None:
         opened = _with_tokenizers(opened, tokenizers)
     return opened
+
+
+def _check_form(path: Path) -> None:
+    """Raise CheckpointError, naming what to give instead, for what is plainly beside or inside a checkpoint."""
+    if is_leftover(path):
+        raise CheckpointError(f"{path} was left by an interrupted conversion; convert the original again")
+    above = path.absolute().parent
+    if path.is_file() and (path.suffix == ".json" or above.name in COMPONENTS):
+        # A single file may lie beside model_index.json, as in the repositories of SD3.5.
+        if whole := next((folder for folder in (above, above.parent) if _is_marked(folder)), None):
+            raise CheckpointError(f"{path} is one file of a checkpoint: give the directory that holds it all, {whole}")
+        if path.suffix == ".json":
+            raise CheckpointError(f"{path} is no checkpoint; give {FORMS}")
+    if path.is_dir() and not _is_marked(path):
+        if _is_marked(above):
+            raise CheckpointError(f"{path} is one folder of a checkpoint: give the directory above it, {above}")
+        raise CheckpointError(f"{path} has neither {' nor '.join(MARKERS)}{_candidates(path)}; give {FORMS}")
+
+
+def _is_marked(directory: Path) -> bool:
+    return any((directory / marker).is_file() for marker in MARKERS)
+
+
+def _candidates(directory: Path) -> str:
+    """What a directory that is no checkpoint holds that may be one."""
+    found = [path.name for path in sorted(directory.iterdir()) if path.suffix == ".safetensors" or _is_marked(path)]
+    return f" (it holds {', '.join(found)}: is one of these meant?)" if found else ""
 
 
 def _only(source: Source, components: Sequence[str]) -> Source:

@@ -166,8 +166,46 @@ def test_a_folder_that_the_index_names_and_that_is_absent_is_named(checkpoint: P
 
 
 def test_a_directory_of_something_else_is_no_checkpoint(tmp_path: Path):
-    (tmp_path / "photos").mkdir()
-    assert "model_index.json: no such file" in refusal(tmp_path / "photos")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    message = refusal(photos)
+    assert f"{photos} has neither manifest.json nor model_index.json; give a directory with manifest.json" in message
+    assert "model_index.json (as diffusers does), a single .safetensors file" in message
+    (photos / "sd3.safetensors").write_bytes(b"")
+    assert "(it holds sd3.safetensors: is one of these meant?)" in refusal(photos)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("model_index.json", "file"),
+        ("vae/config.json", "file"),
+        ("vae/diffusion_pytorch_model.safetensors", "file"),
+        ("transformer", "folder"),
+        ("tokenizer", "folder"),
+    ],
+)
+def test_a_part_of_a_checkpoint_is_answered_with_the_directory_that_holds_it(checkpoint: Path, given: str, kind: str):
+    with pytest.raises(CheckpointError, match=f"{given} is one {kind} of a checkpoint: give .*, {checkpoint}$"):
+        open_source(checkpoint / given)
+
+
+def test_a_part_of_a_converted_directory_is_answered_likewise(native: Path):
+    for given in ("manifest.json", "vae", "vae/config.json"):
+        with pytest.raises(CheckpointError, match=f"{given} is one .* of a checkpoint: give .*, {native}$"):
+            open_source(native / given)
+
+
+def test_a_single_file_may_lie_beside_a_diffusers_checkpoint(checkpoint: Path):
+    save_file({"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8)}, checkpoint / "sd3.safetensors")
+    with pytest.raises(CheckpointError, match="transformer: missing tensor context_embedder"):
+        open_source(checkpoint / "sd3.safetensors")
+
+
+def test_a_lone_json_file_is_answered_with_the_forms_of_a_checkpoint(tmp_path: Path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"settings\.json is no checkpoint; give a directory with manifest\.json"):
+        open_source(tmp_path / "settings.json")
 
 
 def test_pickled_weights_are_refused_unread(checkpoint: Path):
@@ -257,7 +295,7 @@ def test_the_command_prints_one_message_and_fails(checkpoint: Path, capsys: pyte
 
 def test_a_converted_directory_without_its_manifest_is_not_loadable(native: Path):
     (native / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"model_index\.json: no such file"):
+    with pytest.raises(CheckpointError, match=r"neither manifest\.json nor model_index\.json; give"):
         load_component(native, "vae")
 
 
