@@ -124,7 +124,7 @@ def latent_moments(vae: VAE, source: Source, batch_size: int = 16) -> tuple[floa
     for batch, count in evaluation_batches(source, batch_size):
         latents = np.asarray(_encode(vae, batch["image"]), np.float64)[:count]
         total, squares, numbers = total + latents.sum(), squares + np.square(latents).sum(), numbers + latents.size
-    mean = total / numbers
+    mean = float(total / numbers)
     return mean, float(np.sqrt(squares / numbers - mean**2))
 
 
