@@ -36,6 +36,7 @@ def convert_checkpoint(
     components: Sequence[str] | None = None,
     tokenizers: Path | None = None,
     variant: str | None = None,
+    text_encoders: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -46,7 +47,7 @@ def convert_checkpoint(
       target: a directory that does not exist.
       to: our format, or diffusers' layout, which StableDiffusion3Pipeline.from_pretrained loads.
       dtype: of every parameter; default: each tensor's own.
-      components, tokenizers, variant: see `open_source`.
+      components, tokenizers, variant, text_encoders: see `open_source`.
       overwrite: replace a `target` that is a checkpoint of the same format.
       progress: told the bytes written so far and those in all.
 
@@ -55,8 +56,11 @@ def convert_checkpoint(
     """
     target = Path(target)
     check_target(target, overwrite=overwrite, marker=MARKERS[to])
-    opened = open_source(source, components=components, tokenizers=tokenizers, variant=variant)
-    _check_apart(source, target)
+    opened = open_source(
+        source, components=components, tokenizers=tokenizers, variant=variant, text_encoders=text_encoders
+    )
+    for each in (source, *([text_encoders] if text_encoders is not None else [])):
+        _check_apart(each, target)
     if missing := [name for name in tokenizers_of(list(opened.configs)) if name not in opened.tokenizers]:
         opened = _with_tokenizers(opened, missing)
     readers = _open_all(opened)

@@ -21,6 +21,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--to", choices=list(MARKERS), default="native", help="format of the target")
     add("--dtype", choices=["float16", "bfloat16", "float32"], help="of the parameters; default: as they are")
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
+    add("--text-encoders", type=str, help="where text encoders come from that the source lacks; see docs/convert.md")
     add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]: single files have none")
     add("--variant", type=str, help="of the weight files, as in fp16")
     add("--overwrite", action="store_true", help="replace a target that is a checkpoint of the same format")
@@ -40,6 +41,7 @@ def run(options: Any) -> None:
             components=options.components,
             tokenizers=Path(options.tokenizers) if options.tokenizers else None,
             variant=options.variant,
+            text_encoders=options.text_encoders,
             overwrite=options.overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from convert import hub, native
@@ -12,7 +13,9 @@ from convert.errors import CheckpointError, raise_all
 from convert.readers import Source
 from convert.single_file import open_single_file
 from convert.staging import is_leftover
+from convert.text_encoders import completed, folder_of_files, missing, open_files, remedy
 
+T5 = "text_encoder_3"
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
@@ -26,6 +29,7 @@ def open_source(
     components: Sequence[str] | None = None,
     tokenizers: Path | None = None,
     variant: str | None = None,
+    text_encoders: str | Path | None = None,
 ) -> Source:
     """Open a checkpoint for reading.
 
@@ -38,34 +42,61 @@ def open_source(
         files, which hold none.
       variant: of the weight files, as in `fp16`; default: the plain files, or else the only variant there is; from
         the Hub `fp16` where there is one.
+      text_encoders: a second source, for the text encoders that the first lacks and for their tokenizers: of any of
+        these forms, or a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
+        `t5xxl_fp16.safetensors`].
 
     Raises CheckpointError with what was expected, what was found and what to do.
     """
     unknown = [name for name in components or () if name not in COMPONENTS]
     if unknown:
         raise CheckpointError(f"no component is called {', '.join(unknown)}; there are {', '.join(COMPONENTS)}")
-    path = Path(source).expanduser()
-    _check_form(path)
-    if (path / native.MANIFEST).is_file():
-        opened = native.open_native(path)
-    elif path.is_dir():
-        opened = open_diffusers(path, variant)
-    elif path.is_file():
-        opened = open_single_file(path)
-    elif hub.is_repository_id(str(source)):
-        wanted = list(components or [name for name in COMPONENTS if name != "text_encoder_3"])
-        opened = open_diffusers(hub.fetch(str(source), wanted, variant or "fp16"), variant or "fp16", str(source))
-        components = components or [name for name in wanted if name in opened.configs]
-    else:
-        raise CheckpointError(
-            f"{source}: no such file or directory, and not a Hub id like organisation/name; give {FORMS}"
-        )
-    if components is not None:
-        raise_all([f"{source} has no {name}" for name in components if name not in opened.configs], str(source))
-        opened = _only(opened, components)
+    opened = _open(source, components, variant)
+    wanted = None if components is None else list(components)
+    absent = missing(opened, wanted)
+    if text_encoders is not None and absent:
+        opened = completed(opened, _open_text_encoders(text_encoders, absent, wanted is None, variant), absent)
+    if wanted is not None:
+        _check_complete(source, opened, wanted)
+        opened = _only(opened, wanted)
     if tokenizers is not None:
         opened = _with_tokenizers(opened, tokenizers)
     return opened
+
+
+def _open(source: str | Path, components: Sequence[str] | None, variant: str | None) -> Source:
+    """All there is of `components` or, of what is here, more. From the Hub nothing else."""
+    path = Path(source).expanduser()
+    _check_form(path)
+    if (path / native.MANIFEST).is_file():
+        return native.open_native(path)
+    if path.is_dir():
+        return open_diffusers(path, variant)
+    if path.is_file():
+        return open_single_file(path)
+    if not hub.is_repository_id(str(source)):
+        raise CheckpointError(
+            f"{source}: no such file or directory, and not a Hub id like organisation/name; give {FORMS}"
+        )
+    fetched = [name for name in COMPONENTS if (name in components if components is not None else name != T5)]
+    opened = open_diffusers(hub.fetch(str(source), fetched, variant or "fp16"), variant or "fp16", str(source))
+    return _only(opened, [name for name in fetched if name in opened.configs])
+
+
+def _open_text_encoders(source: str | Path, names: list[str], everything: bool, variant: str | None) -> Source:
+    """A second source. `everything`: nobody has named `names`, so that T5 is not worth a download."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not _is_marked(path) and (folder := folder_of_files(path)):
+        return open_files(folder, variant)
+    return _open(source, [name for name in names if not everything or name != T5], variant)
+
+
+def _check_complete(source: str | Path, opened: Source, wanted: list[str]) -> None:
+    absent = missing(opened, wanted)
+    problems = [f"{source} has no {name}" for name in wanted if name not in opened.configs and name not in absent]
+    if absent:
+        problems.append(f"{source} has no {', '.join(absent)}. {remedy(source)}")
+    raise_all(problems, str(source))
 
 
 def _check_form(path: Path) -> None:
@@ -98,13 +129,11 @@ def _candidates(directory: Path) -> str:
 def _only(source: Source, components: Sequence[str]) -> Source:
     names = [name for name in COMPONENTS if name in components]
     folders = tokenizers_of(names)
-    return Source(
-        source.origin,
-        {name: source.configs[name] for name in names},
-        source.open,
-        {name: path for name, path in source.tokenizers.items() if name in folders},
-        source.scheduler,
-        source.model_index,
+    return replace(
+        source,
+        configs={name: source.configs[name] for name in names},
+        tokenizers={name: path for name, path in source.tokenizers.items() if name in folders},
+        recorded_expert=source.recorded_expert if "transformer" in names else None,
     )
 
 

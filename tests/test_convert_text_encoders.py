@@ -1,0 +1,135 @@
+"""A checkpoint without text encoders is completed from another, of any form, and the message says how."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+
+from convert.__main__ import main
+from convert.checkpoint import convert_checkpoint
+from convert.components import COMPONENTS
+from convert.errors import CheckpointError
+from convert.sources import open_source
+from convert.text_encoders import FILES
+from tests.reference.checkpoints import make_checkpoint
+from tests.reference.single_file import make_both
+
+WITHOUT = ["transformer", "vae"]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint in all forms, and `bare` as Stability's sd3.5 files are, without text encoders."""
+    directory = tmp_path_factory.mktemp("forms")
+    layout, single = make_both(directory, dual=True)
+    tensors = load_file(single)
+    save_file({n: t for n, t in tensors.items() if not n.startswith("text_enc")}, directory / "bare.safetensors")
+    (directory / "clone" / "text_encoders").mkdir(parents=True)
+    for name, stem in FILES.items():
+        prefix = COMPONENTS[name].prefix
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        suffix = "_fp16" if stem == "t5xxl" else ""
+        save_file(own, directory / "clone" / "text_encoders" / f"{stem}{suffix}.safetensors")
+    convert_checkpoint(layout, directory / "native")
+    return {
+        "diffusers": layout,
+        "single file": single,
+        "converted": directory / "native",
+        "separate files": directory / "clone" / "text_encoders",
+        "clone with separate files": directory / "clone",
+        "bare": directory / "bare.safetensors",
+    }
+
+
+def components(directory: Path) -> dict:
+    return json.loads((directory / "manifest.json").read_text())["components"]
+
+
+@pytest.mark.parametrize(
+    "form", ["diffusers", "single file", "converted", "separate files", "clone with separate files"]
+)
+def test_text_encoders_of_every_form_complete_a_single_file(forms: dict[str, Path], tmp_path: Path, form: str):
+    convert_checkpoint(forms["bare"], tmp_path / "whole", text_encoders=forms[form], tokenizers=forms["diffusers"])
+    assert components(tmp_path / "whole") == components(forms["converted"])  # checksums of every parameter among it
+
+
+@pytest.mark.parametrize("form", ["diffusers", "converted"])
+def test_tokenizers_come_along(forms: dict[str, Path], form: str):
+    source = open_source(forms["bare"], text_encoders=forms[form])
+    assert source.tokenizers == {name: forms[form] / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
+    assert list(source.configs) == list(COMPONENTS)
+    source = open_source(forms["bare"], components=[*WITHOUT, "text_encoder"], text_encoders=forms[form])
+    assert list(source.tokenizers) == ["tokenizer"]
+    assert list(source.configs) == [*WITHOUT, "text_encoder"]
+
+
+def test_a_converted_directory_without_text_encoders_is_completed_and_diffusers_loads_it(
+    forms: dict[str, Path], tmp_path: Path
+):
+    convert_checkpoint(forms["bare"], tmp_path / "bare")
+    assert list(components(tmp_path / "bare")) == WITHOUT
+    convert_checkpoint(tmp_path / "bare", tmp_path / "whole", to="diffusers", text_encoders=forms["diffusers"])
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole", torch_dtype=torch.float16)
+    expected = load_file(forms["diffusers"] / "text_encoder_2" / "model.safetensors")
+    state = pipeline.text_encoder_2.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_source_keeps_its_own_text_encoders(forms: dict[str, Path], tmp_path: Path):
+    other = make_checkpoint(tmp_path / "other", seed=7)
+    source = open_source(forms["diffusers"], text_encoders=other)
+    assert source.configs == open_source(forms["diffusers"]).configs
+    assert source.tokenizers["tokenizer"] == forms["diffusers"] / "tokenizer"
+
+
+@pytest.mark.parametrize("form", ["single file", "converted"])
+def test_text_encoders_that_are_wanted_and_absent_are_answered_with_the_remedy(
+    forms: dict[str, Path], tmp_path: Path, form: str
+):
+    source = forms["bare"]
+    if form == "converted":
+        convert_checkpoint(source, tmp_path / "bare")
+        source = tmp_path / "bare"
+    with pytest.raises(CheckpointError) as caught:
+        open_source(source, components=[*WITHOUT, "text_encoder", "text_encoder_2"])
+    message = str(caught.value)
+    assert f"{source} has no text_encoder, text_encoder_2. Stability's sd3_medium.safetensors and sd3.5_" in message
+    assert f"text_encoders=DIR, or convert once with `python -m convert checkpoint {source} DST --text-enc" in message
+    assert "DIR is a diffusers directory, " in message
+
+
+def test_a_second_source_that_lacks_them_too_is_named(forms: dict[str, Path]):
+    with pytest.raises(CheckpointError, match=r"bare\.safetensors has no text_encoder, text_encoder_2, text_encoder_3"):
+        open_source(forms["bare"], text_encoders=forms["bare"])
+
+
+def test_text_encoders_that_do_not_fit_the_transformer_are_refused(forms: dict[str, Path], tmp_path: Path):
+    other = make_checkpoint(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"pooled states are 56 wide together, the transformer of .* takes 192"):
+        open_source(forms["bare"], text_encoders=other)
+
+
+def test_of_several_t5_files_the_variant_decides_and_then_fp16(forms: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    t5 = load_file(folder / "t5xxl_fp16.safetensors")
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5.items()}, folder / "t5xxl_fp8.safetensors")
+    for variant, dtype in (("fp8", "bfloat16"), (None, "float16"), ("fp16", "float16")):
+        layout = open_source(forms["bare"], text_encoders=folder, variant=variant).component("text_encoder_3").layout()
+        assert {str(found) for _, found in layout.values()} == {dtype}
+    (folder / "t5xxl_fp16.safetensors").rename(folder / "t5xxl_bf16.safetensors")
+    with pytest.raises(CheckpointError, match=r"which of t5xxl_bf16, t5xxl_fp8\? Name what follows t5xxl_"):
+        open_source(forms["bare"], text_encoders=folder)
+
+
+def test_the_command_takes_text_encoders(forms: dict[str, Path], tmp_path: Path):
+    target = tmp_path / "whole"
+    arguments = [str(forms["bare"]), str(target), "--text-encoders", str(forms["diffusers"])]
+    assert main(["checkpoint", *arguments]) == 0
+    assert components(target) == components(forms["converted"])
+    assert sorted(path.name for path in target.glob("tokenizer*")) == ["tokenizer", "tokenizer_2", "tokenizer_3"]
