@@ -111,8 +111,8 @@ class Architecture(NamedTuple):
 EXPERT_BLOCKS: dict[Architecture, int] = {
     Architecture(24, 1536, (), qk_norm=False): 9,
 }
-"""The block whose attention segments best, by architecture: Seg4Diff's finding for SD3-medium, whose "9th block" is number 9
-counted from 0. The paper names none for another model."""
+"""The block whose attention segments best, by architecture: Seg4Diff's finding for SD3-medium, whose "9th block" is
+number 9 counted from 0. The paper names none for another model."""
 
 
 def expert_block(transformer_config: dict[str, Any]) -> int | None:
