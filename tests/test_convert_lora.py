@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import sys
 from pathlib import Path
 
 import jax
@@ -22,43 +18,21 @@ from convert.load import load_component
 from convert.lora import attach_lora, convert_lora, load_lora, read_lora, save_lora
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, Adapter, LoRAConfig, lora_state
 from seg4diff_jax.models.mmdit import MMDiT
+from tests.reference.adapters import (
+    BLOCKS,
+    RANK,
+    SUFFIX,
+    TARGETS,
+    factors,
+    mask_head,
+    release_names,
+    write_release,
+)
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.random_weights import relative_error
 from tests.test_mmdit import forward, make_inputs, run_torch
 
-RANK, WIDTH, BLOCKS = 3, 64, 6
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-PREFIX = "backbone.transformer."
-NATIVE_KEY, DIFFUSERS_KEY = "lora", "lora_adapter_metadata"
 INPUTS = {"in_channels": 16, "joint_attention_dim": JOINT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}
-SUFFIX = {"native": ".safetensors", "diffusers": ".safetensors", "peft": "", "release": ".pth"}
-
-
-def factors(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random A and B of every block's image attention, under diffusers' own names."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for block, module in itertools.product(range(BLOCKS), TARGETS):
-        for side, shape in (("A", (RANK, WIDTH)), ("B", (WIDTH, RANK))):
-            noise = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-            tensors[f"transformer_blocks.{block}.attn.{module}.lora_{side}.weight"] = (0.5 * noise).to(dtype)
-    return tensors
-
-
-def mask_head(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    channels = {0: (64, 1), 2: (64, 64), 4: (1, 64)}
-    head = {f"attn_mlp.attn_score_layer.{i}.weight": torch.randn(*shape, 3, 3) for i, shape in channels.items()}
-    head |= {f"attn_mlp.attn_score_layer.{i}.bias": torch.randn(shape[0]) for i, shape in channels.items()}
-    return {name: tensor.to(dtype) for name, tensor in head.items()}
-
-
-def release_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {PREFIX + name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
-
-
-def write_release(path: Path, tensors: dict, **beside) -> Path:
-    torch.save({"model": tensors, **beside}, path)
-    return path
 
 
 @pytest.fixture
@@ -251,114 +225,6 @@ def test_adapters_of_a_model_are_saved_and_loaded_unchanged(tmp_path, base, bare
         save_lora(tmp_path / "trained.safetensors", config, state)
 
 
-class Malicious:
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
-    witness = tmp_path / "witness"
-    tensors = release_names(factors())
-    for number, beside in enumerate(
-        ({"hook": Malicious(f"touch {witness}")}, {"model": Malicious(f"touch {witness}")})
-    ):
-        path = tmp_path / f"{number}.pth"
-        torch.save({"model": tensors} | beside, path)
-        with pytest.raises(
-            CheckpointError, match=r"refused: it refers to \w+\.system, and loading that could run code"
-        ):
-            load_lora(path)
-        assert main(["lora", str(path), str(tmp_path / "out.safetensors")]) == 1
-        assert "refused" in capsys.readouterr().err
-    assert not witness.exists()
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-OFFENDERS = {
-    "transformer_blocks.0.attn.to_q.lora_A.weight": None,
-    "transformer_blocks.1.attn.to_q.lora_A.weight": (RANK + 1, WIDTH),
-    "transformer_blocks.1.attn.to_q.lora_B.weight": (WIDTH, RANK + 1),
-    "transformer_blocks.2.attn.to_k.lora_A.weight": (RANK + 2, WIDTH),
-    "transformer_blocks.3.attn.to_v.lora_A.weight": (RANK, WIDTH + 4),
-    "transformer_blocks.4.attn.to_v.lora_A.weight": None,
-    "transformer_blocks.4.attn.to_v.lora_B.weight": None,
-    "transformer_blocks.5.attn.to_k.lora_B.weight": (WIDTH, RANK, 1),
-    "transformer_blocks.0.attn.to_w.lora_A.weight": (RANK, WIDTH),
-    "transformer_blocks.0.attn.to_q.lora_C.weight": (RANK, WIDTH),
-}
-FOUND = (
-    "transformer_blocks.0.attn.to_q.lora_B{}.weight: its A is missing",
-    "transformer_blocks.1.attn.to_q.lora_A{}.weight: expected rank 3, found 4",
-    "transformer_blocks.2.attn.to_k.lora_A{}.weight: A and B have different ranks, 5 and 3",
-    "transformer_blocks.3.attn.to_v.lora_A{}.weight: the layer has (68, 64) inputs and outputs, in other blocks (64, ",
-    "missing: an adapter of blocks.4.image.attention.v",
-    "transformer_blocks.5.attn.to_k.lora_B{}.weight: expected a matrix of floating-point numbers",
-    "transformer_blocks.0.attn.to_w.lora_A{}.weight is not a tensor of an adapter",
-    "transformer_blocks.0.attn.to_q.lora_C{}.weight is not a tensor of an adapter",
-)
-
-
-@pytest.mark.parametrize("form", ["release", "diffusers", "peft"])
-def test_every_unknown_incomplete_or_misshapen_tensor_is_listed(tmp_path, form):
-    tensors = factors()
-    for name, shape in OFFENDERS.items():
-        tensors.pop(name, None)
-        if shape is not None:
-            tensors[name] = torch.zeros(shape)
-    path = tmp_path / f"lora{SUFFIX[form]}"
-    if form == "release":
-        write_release(path, release_names(tensors) | {PREFIX + "pos_embed.proj.weight": torch.zeros(3)})
-    elif form == "diffusers":
-        save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, path)
-    else:
-        path.mkdir()
-        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "target_modules": TARGETS}
-        (path / "adapter_config.json").write_text(json.dumps(settings))
-        save_file({f"base_model.model.{n}": t for n, t in tensors.items()}, path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError) as error:
-        load_lora(path)
-    problems = FOUND + (("pos_embed.proj.weight is not a tensor of an adapter",) if form == "release" else ())
-    for problem in problems:
-        assert problem.format(".default" if form == "release" else "") in str(error.value)
-    assert f"({len(problems)} problems)" in str(error.value)
-    assert str(path) in str(error.value)
-
-
-def test_text_encoders_adapters_are_not_ignored(tmp_path):
-    tensors = {f"transformer.{name}": tensor for name, tensor in factors().items()}
-    other = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file(tensors | {other: torch.zeros(3, 4)}, tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match=f"surplus: {other}"):
-        load_lora(tmp_path / "lora.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_rslora": True}, "use_rslora is True; it is not implemented"),
-        ({"use_dora": True}, "use_dora is True"),
-        ({"rank_pattern": {"to_q": 4}}, "rank_pattern is {'to_q': 4}"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'; 'none' is implemented"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"r": 4}, "expected rank 4, found 3"),
-        ({"r": None}, "expected numbers as r and lora_alpha, found None and 3"),
-        ({"target_modules": [*TARGETS, "add_q_proj"]}, "there is no adapter of add_q_proj, one of target_modules"),
-        ({"target_modules": TARGETS[:3]}, "transformer_blocks.5.attn.to_out.0 is not among target_modules"),
-        ({"target_modules": r".*\.attn\.to_[qkv]"}, "transformer_blocks.5.attn.to_out.0 is not among target_modules"),
-    ],
-)
-def test_settings_of_peft_that_are_not_implemented_or_not_met_are_refused(tmp_path, change, message):
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "target_modules": TARGETS} | change
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    save_file({f"base_model.model.{n}": t for n, t in factors().items()}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError) as error:
-        load_lora(tmp_path)
-    assert message in str(error.value)
-
-
 def test_alpha_is_the_files_own_and_asked_for_only_where_there_is_none(tmp_path, bare_release):
     native = tmp_path / "native.safetensors"
     assert convert_lora(bare_release, native, alpha=4.0).config.alpha == 4.0
@@ -367,65 +233,6 @@ def test_alpha_is_the_files_own_and_asked_for_only_where_there_is_none(tmp_path,
         load_lora(native, alpha=16.0)
     with pytest.raises(CheckpointError, match="does not hold alpha, its code takes 16, these adapters have 4"):
         convert_lora(native, tmp_path / "back.pth", to="release")
-
-
-def test_adapters_that_do_not_fit_the_model_name_file_and_layers(tmp_path, base):
-    wide = {n: torch.zeros(RANK, 96) if ".lora_A" in n else torch.zeros(96, RANK) for n in factors()}
-    path = write_release(tmp_path / "wide.pth", release_names(wide))
-    with pytest.raises(CheckpointError, match=r"wide\.pth: adapters do not match the model") as error:
-        attach_lora(base, path)
-    assert str(error.value).count("wrong shape: blocks.") == 4 * BLOCKS
-    deep = factors() | {
-        n.replace(".5.", ".6."): t for n, t in factors().items() if n.startswith("transformer_blocks.5.")
-    }
-    path = write_release(tmp_path / "deep.pth", release_names(deep))
-    with pytest.raises(CheckpointError, match=r"deep\.pth: cannot adapt blocks \[6\]: the model holds blocks 0\.\.5"):
-        attach_lora(base, path)
-    assert len(lora_state(attach_lora(base, path, drop_absent_blocks=True))) == 4 * BLOCKS
-
-
-def test_files_that_are_not_adapters_are_named(tmp_path, bare_release):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
-    (tmp_path / "cut.pth").write_bytes(bare_release.read_bytes()[:5000])
-    convert_lora(bare_release, tmp_path / "whole.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-8])
-    for name, message in {
-        "absent.pth": "no such file or directory",
-        "empty": "no adapters: it has neither adapter_config.json nor pytorch_lora_weights.safetensors",
-        "other.safetensors": "adapters of an unknown format.*found weight",
-        "other.pth": "no adapters: expected a `model` with names like",
-        "cut.pth": r"truncated, or not a file of torch\.save",
-        "cut.safetensors": "truncated",
-    }.items():
-        with pytest.raises(CheckpointError, match=f"{name}: {message}"):
-            load_lora(tmp_path / name)
-
-
-def test_a_native_file_whose_header_disagrees_with_its_tensors_is_refused(tmp_path, bare_release):
-    path = tmp_path / "native.safetensors"
-    convert_lora(bare_release, path)
-    tensors = load_file(path)
-    stated = {"version": 1, "rank": RANK, "alpha": 16.0, "targets": IMAGE_ATTENTION, "blocks": [0, 1], "others": []}
-    for change, message in (
-        ({}, r"in blocks \(0, 1\), its tensors are of"),
-        ({"version": 9}, "expected version 1, found 9"),
-        ({"rank": 4}, "expected rank 4, found 3"),
-        ({"others": ["head"]}, "missing: head"),
-        ({"rank": None}, "its header does not describe its adapters"),
-    ):
-        metadata = {"format": "seg4diff-jax lora", NATIVE_KEY: json.dumps(stated | change)}
-        save_file(tensors, path, metadata)
-        with pytest.raises(CheckpointError, match=message):
-            load_lora(path)
-
-
-def test_without_pytorch_one_sentence_names_the_extra(release, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(CheckpointError, match=r"need PyTorch: install seg4diff-jax\[convert\]"):
-        load_lora(release)
 
 
 def test_the_command_reports_what_it_kept_and_left_out(tmp_path, release, capsys):
