@@ -8,6 +8,7 @@ RUN/checkpoints/<step>/config    the resolved configuration
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,12 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
             self.wait()
-            self._manager.close()
         except TrainingError:
             if error is None:
                 raise
+        finally:
+            with suppress(Exception):  # what went wrong with the last checkpoint has been said
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
