@@ -13,10 +13,21 @@ from convert.readers import SCHEDULER, Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
 
 
-def open_diffusers(directory: Path, variant: str | None, origin: str | None = None) -> Source:
+def open_diffusers(
+    directory: Path, variant: str | None, origin: str | None = None, components: Collection[str] | None = None
+) -> Source:
+    """Open a directory in diffusers' layout.
+
+    Args:
+      origin: where it comes from, if it is a download: then what was not fetched may be absent.
+      components: what will be read. Others may be absent though the index names them: many copies lack T5's folder.
+        Default: all that the index names.
+    """
     index = read_json(directory / "model_index.json", "it marks a diffusers checkpoint")
     present = [name for name in COMPONENTS if (directory / name).is_dir() and index.get(name, [None])[0]]
     absent = [name for name in COMPONENTS if index.get(name, [None])[0] and name not in present]
+    if components is not None:
+        absent = [name for name in absent if name in components]
     if absent and origin is None:
         raise CheckpointError(f"{directory}: model_index.json names {', '.join(absent)}, which it has no folder for")
     configs = {name: read_json(directory / name / "config.json") for name in present}

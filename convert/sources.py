@@ -71,7 +71,7 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
     if (path / native.MANIFEST).is_file():
         return native.open_native(path)
     if path.is_dir():
-        return open_diffusers(path, variant)
+        return open_diffusers(path, variant, components=components)
     if path.is_file():
         return open_single_file(path)
     if not hub.is_repository_id(str(source)):

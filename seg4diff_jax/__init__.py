@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seg4diff_jax.pipeline import Pipeline, Segmentation, load
+    from seg4diff_jax.loading import load
+    from seg4diff_jax.pipeline import Pipeline, Segmentation
 
 __all__ = ["Pipeline", "Segmentation", "load"]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
+    if name == "load":
+        from seg4diff_jax.loading import load
+
+        return load
     if name in __all__:
         from seg4diff_jax import pipeline
 

@@ -66,8 +66,8 @@ class FlowSchedule:
 
     def sigma_at(self, step: int = 8, steps: int = 28) -> float:
         """The noise level that the paper calls t = `step`: the `step`-th of `steps`, counted from the clean end."""
-        if not 1 <= step <= steps:
-            raise ValueError(f"step is {step}; expected 1 (nearly clean) to {steps} (pure noise)")
+        if not isinstance(step, int) or not 1 <= step <= steps:
+            raise ValueError(f"step is {step!r}; expected a whole number, 1 (nearly clean) to {steps} (pure noise)")
         return float(self.sigmas(steps)[-step])
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise
@@ -26,7 +24,7 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, attention_at
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
-from seg4diff_jax.parallel import BATCH, parameter_shardings
+from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, padded_rows, upsampled_labels
 from seg4diff_jax.text import (
     ClassPrompts,
@@ -35,7 +33,6 @@ from seg4diff_jax.text import (
     Tokenizers,
     class_prompts,
     encode_prompts,
-    load_tokenizers,
     tokenize,
 )
 
@@ -57,63 +54,13 @@ class Segmentation:
     prompts: tuple[str, ...]
 
 
-def load(
-    model: str | PathLike,
-    *,
-    dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-    t5: bool = False,
-    blocks: int | None = None,
-    tokenizers: str | PathLike | None = None,
-    variant: str | None = None,
-) -> Pipeline:
-    """Load a checkpoint in any form that `python -m convert checkpoint` takes, converted on the fly.
-
-    Args:
-      model: converted directory, diffusers directory, single safetensors file, or Hub id.
-      dtype: of parameters and computation. Default: float32 on a CPU, bfloat16 elsewhere.
-      mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
-      t5: also load T5-XXL. Masks do not need it: the paper's were made without.
-      blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
-      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], for single files.
-      variant: of a diffusers directory's weight files, as in "fp16".
-
-    Raises:
-      CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
-    """
-    # Not at the top: the converter knows the models, and a model in memory needs no converter.
-    from convert.errors import CheckpointError
-    from convert.load import load_component
-    from convert.sources import open_source
-
-    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
-    folder = Path(tokenizers).expanduser() if tokenizers else None
-    source = open_source(str(model), components=names, tokenizers=folder, variant=variant)
-    if "tokenizer" not in source.tokenizers:
-        raise CheckpointError(f"{model} holds no tokenizers; name a directory that does with tokenizers=DIR")
-    options: dict[str, Any] = {"dtype": dtype, "shardings": parameter_shardings(mesh) if mesh else None}
-
-    def part(name: str, **more: Any) -> Any:
-        return load_component(source, name, **options, **more)
-
-    return Pipeline(
-        transformer=part("transformer", depth=blocks),
-        vae=part("vae"),
-        clip_l=part("text_encoder"),
-        clip_g=part("text_encoder_2"),
-        t5=part("text_encoder_3") if t5 else None,
-        tokenizers=load_tokenizers(source.tokenizers["tokenizer"].parent, t5=t5),
-        schedule=FlowSchedule.from_json(source.scheduler),
-        expert_block=source.expert_block,
-        trained_size=source.trained_size,
-        mesh=mesh,
-    )
+REMEMBERED = 256
+"""Prompts whose encoding a pipeline keeps: about 2.5 MB each at SD3's sizes in fp32."""
 
 
 @dataclass
 class Pipeline:
-    """Stable Diffusion 3 in memory. `load` makes one; `segment` is what it is for.
+    """Stable Diffusion 3 in memory. `seg4diff_jax.load` makes one; `segment` is what it is for.
 
     Attributes:
       expert_block: the block whose attention segments best, if known.
@@ -170,7 +117,8 @@ class Pipeline:
 
         Raises:
           ImageError: an image cannot be read.
-          ValueError: class names, block, step, size or noise are not usable; the message says why.
+          ValueError: class names, block, step, size, resize or noise are not usable; the message says why.
+          FloatingPointError: the model gave scores that are not finite: damaged weights.
         """
         single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
         images: list[Any] = [image] if single else list(image)  # pyright: ignore
@@ -190,6 +138,8 @@ class Pipeline:
             batch = self._pixels([pixels[i] for i in members], wanted, resize)
             eps = self._noise(noise, members, len(images), wanted, seed)
             scores = self._scores(batch, [prompts[i] for i in members], eps, sigma, block, kernel)
+            if not all(np.isfinite(grid).all() for grid in scores):
+                raise FloatingPointError(f"scores of block {block} are not finite: the weights are damaged")
             for i, grid in zip(members, scores, strict=True):
                 labels = upsampled_labels(grid, pixels[i].shape[:2])
                 results[i] = Segmentation(labels, grid, prompts[i].classes, prompts[i].prompts)
@@ -221,7 +171,7 @@ class Pipeline:
         wanted = self._model_size(pixels.shape[:2], size, resize)
         eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
-        with self._on_mesh():
+        with self._settings():
             return _attention(
                 self.transformer, self.vae, *inputs, self.schedule.sigma_at(step), tuple(blocks), request, kernel
             )
@@ -233,23 +183,31 @@ class Pipeline:
     ) -> Float[Array, "batch rows columns channels"]:
         """Clean latents of images, each resampled to `size` (height, width)."""
         wanted = self._model_size((0, 0), size, resize)
-        with self._on_mesh():
+        with self._settings():
             return _encode_images(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
-        """Context [batch, tokens, features] and pooled vectors; what was encoded before is remembered."""
+        """Context [batch, tokens, features] and pooled vectors; the last `REMEMBERED` prompts are not encoded again.
+
+        Raises ValueError when there is no prompt.
+        """
+        if not prompts:
+            raise ValueError('expected at least one prompt, found none; for no text write [""]')
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]
         if new:
             # Filled up to a power of two, so that few programs serve batches of any length.
             filled = new + new[:1] * (2 ** (len(new) - 1).bit_length() - len(new))
             ids = tokenize(self.tokenizers, filled)
-            with self._on_mesh():
+            with self._settings():
                 encoded = _encode_text(
                     self.clip_l, self.clip_g, self.t5, ids, self.transformer.config.joint_attention_dim
                 )
             for i, prompt in enumerate(new):
                 self._conditioning[prompt] = jax.tree.map(lambda leaf, i=i: leaf[i], encoded)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._conditioning[prompt] for prompt in prompts))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._conditioning[prompt] for prompt in prompts))
+        for prompt in list(self._conditioning)[:-REMEMBERED]:
+            del self._conditioning[prompt]
+        return stacked
 
     def _scores(
         self,
@@ -267,7 +225,7 @@ class Pipeline:
         conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
         rows = self._spread((conditioning, image_of_row, averaging))
         images = self._spread((pixels, noise))
-        with self._on_mesh():
+        with self._settings():
             scores = _class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
@@ -280,15 +238,20 @@ class Pipeline:
         place = lambda array: NamedSharding(mesh, BATCH if len(array) % devices == 0 else PartitionSpec())
         return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
 
-    def _on_mesh(self):
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
+        exact = self.transformer.context_embed.dtype == jnp.float32
+        mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with mesh, jax.default_matmul_precision("highest" if exact else None):
+            yield
 
     def _block(self, block: int | None) -> int:
         chosen = self.expert_block if block is None else block
         if chosen is None:
             raise ValueError("this checkpoint does not say which block segments best: name one with block=")
-        if not 0 <= chosen < self.transformer.depth:
-            raise ValueError(f"block is {chosen}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
+        if not isinstance(chosen, int | np.integer) or not 0 <= chosen < self.transformer.depth:
+            raise ValueError(f"block is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
         return chosen
 
     @property
@@ -296,9 +259,13 @@ class Pipeline:
         return self.vae.config.downsampling * self.transformer.config.patch_size
 
     def _model_size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
+        if how not in get_args(Resize):
+            raise ValueError(f"resize is {how!r}; expected one of {', '.join(get_args(Resize))}")
         multiple, largest = self._multiple, self._multiple * self.transformer.config.pos_embed_max_size
         if size is None and how == "aspect":
             return model_size(*image, trained=self.trained_size, multiple=multiple, largest=largest)
+        if np.shape(size or (0, 0)) != (2,):
+            raise ValueError(f"size is {size!r}; expected (height, width)")
         height, width = size or (self.trained_size, self.trained_size)
         if height % multiple or width % multiple or not 0 < min(height, width) <= max(height, width) <= largest:
             raise ValueError(f"size is {height} x {width}; sides must be multiples of {multiple}, up to {largest}")
@@ -322,6 +289,7 @@ class Pipeline:
         shape = (size[0] // factor, size[1] // factor, self.vae.config.latent_channels)
         if noise is None:
             return image_noise(seed, members, shape)
+        noise = np.asarray(noise)
         if noise.shape not in (shape, (images, *shape)):
             raise ValueError(f"noise is {list(noise.shape)}; expected {list(shape)} or {[images, *shape]}")
         return jnp.broadcast_to(jnp.asarray(noise, jnp.float32), (images, *shape))[np.asarray(members)]

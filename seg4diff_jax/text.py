@@ -251,6 +251,8 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str]) -> ClassPrompts:
       ValueError: there is no name; one is blank, repeated, longer than a prompt, holds a special token, is split
         otherwise beside other names than alone, or has not the same number of tokens for both CLIP tokenizers.
     """
+    if not isinstance(names, str | Sequence):
+        raise TypeError(f"expected a list of class names, in order, found a {type(names).__name__}")
     counts = [len(ids) for ids in _name_ids(tokenizers.clip_l, names)]
     length = tokenizers.clip_l.model_max_length
     room = length - 2  # the start and the end token
@@ -331,6 +333,9 @@ def _name_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[list[int]]:
         raise TypeError(f"expected a list of class names, found the string {names!r}; write [{names!r}]")
     if not names:
         raise ValueError("the list of class names is empty: expected at least one name")
+    other = [name for name in names if not isinstance(name, str)]
+    if other:
+        raise TypeError(f"expected class names that are strings, found {other[0]!r}")
     rows = tokenizer(list(names), add_special_tokens=False, verbose=False).input_ids
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     seen: dict[tuple[int, ...], str] = {}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import seg4diff_jax as s4d
@@ -85,7 +87,7 @@ def test_more_blocks_than_there_are_is_refused(sd3_checkpoint):
 
 
 def test_a_checkpoint_without_tokenizers_is_refused(without_tokenizers):
-    message = f"{without_tokenizers} holds no tokenizers; name a directory that does with tokenizers=DIR"
+    message = f"{without_tokenizers} comes without tokenizers: name a directory that holds folders tokenizer and"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         s4d.load(without_tokenizers)
 
@@ -264,3 +266,71 @@ def test_attention_of_a_block_that_is_not_there_is_refused(sd3):
     for blocks in ((6,), (0, 6)):
         with pytest.raises(ValueError, match=r"cannot capture blocks? \[?6\]?"):
             sd3.attention(IMAGE, "cat", blocks=blocks)
+
+
+# ---- what is of no use is refused, with the way out ------------------------------------------------------------------
+
+
+def test_a_copy_without_t5_loads_though_its_index_names_it(sd3_checkpoint, tmp_path):
+    copy = shutil.copytree(sd3_checkpoint, tmp_path / "sd3", ignore=shutil.ignore_patterns("text_encoder_3"))
+    assert s4d.load(copy, blocks=1).t5 is None
+    with pytest.raises(CheckpointError, match="text_encoder_3, which it has no folder for"):
+        s4d.load(copy, blocks=1, t5=True)
+
+
+def test_text_encoders_come_from_elsewhere_when_a_checkpoint_has_none(sd3, sd3_checkpoint, tmp_path):
+    bare = tmp_path / "bare"
+    convert_checkpoint(sd3_checkpoint, bare, components=["transformer", "vae"])
+    with pytest.raises(CheckpointError, match="text_encoders="):
+        s4d.load(bare)
+    pipe = s4d.load(bare, blocks=BLOCK + 1, text_encoders=sd3_checkpoint)
+    expected = sd3.segment(IMAGE, NAMES, block=BLOCK, size=SIZE)
+    np.testing.assert_array_equal(pipe.segment(IMAGE, NAMES, block=BLOCK, size=SIZE).labels, expected.labels)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "flaot32"])
+def test_a_dtype_that_the_models_do_not_compute_in_is_refused(sd3_checkpoint, dtype):
+    with pytest.raises(ValueError, match=f"dtype is '{dtype}'; expected float32 or bfloat16"):
+        s4d.load(sd3_checkpoint, dtype=dtype)
+
+
+def test_a_mesh_with_other_axes_is_refused(sd3_checkpoint):
+    with pytest.raises(ValueError, match="make_mesh"):
+        s4d.load(sd3_checkpoint, mesh=jax.make_mesh((1,), ("batch",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": "squash"}, "resize is 'squash'; expected one of aspect, square, release"),
+        ({"size": 128}, r"size is 128; expected \(height, width\)"),
+        ({"step": 8.5}, "step is 8.5; expected a whole number"),
+        ({"block": "3"}, "block is '3'; the loaded transformer has blocks"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users: types are checked in tests only
+    with pytest.raises(ValueError, match=message):
+        sd3.segment(IMAGE, NAMES, **{"block": BLOCK} | options)
+
+
+def test_scores_that_are_not_finite_are_no_masks(sd3):
+    graph, state = nnx.split(sd3.vae)
+    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        dataclasses.replace(sd3, vae=damaged).segment(IMAGE, NAMES, block=BLOCK, size=SIZE)
+
+
+def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    first = forgetful.encode_prompts(["a", "b", "c", "d"])
+    assert list(forgetful._conditioning) == ["b", "c", "d"]
+    again = forgetful.encode_prompts(["a", "b", "c", "d"])
+    np.testing.assert_allclose(first.context, again.context, atol=1e-5)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        forgetful.encode_prompts([])
+
+
+def test_float32_is_multiplied_as_float32_on_accelerators(sd3):
+    with sd3._settings():
+        assert jax.config.jax_default_matmul_precision == "highest"

@@ -50,6 +50,7 @@ def quickstart(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "random weights: masks made with it mean nothing" in done.stdout
+    assert "PyTorch" not in done.stderr
     return directory
 
 

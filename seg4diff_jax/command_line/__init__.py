@@ -14,6 +14,8 @@ COMMANDS: dict[str, Command] = {
     # Listed here; run by `main`, for its options are its own.
     "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),
 }
+AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
+"""Errors whose messages are for the user; CheckpointError and ImageError are ValueErrors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,5 +25,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from convert.__main__ import main as convert
 
         return convert(arguments[1:])
-    # CheckpointError and ImageError are ValueErrors.
-    return run_command("seg4diff", DESCRIPTION, COMMANDS, arguments, at_fault=(ValueError, OSError, MemoryError))
+    return run_command("seg4diff", DESCRIPTION, COMMANDS, arguments, at_fault=AT_FAULT)

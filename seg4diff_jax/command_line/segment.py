@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import time
@@ -21,16 +22,15 @@ from rich.text import Text
 
 from convert.components import parse_config
 from convert.readers import Source
-from convert.sources import open_source
 from seg4diff_jax.command_line.compilation import CompilationClock, keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.images import Resize, read_image
-from seg4diff_jax.pipeline import Pipeline, Segmentation, load
+from seg4diff_jax.loading import DTYPES, load, open_for_masks
+from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
-from seg4diff_jax.text import class_prompts, load_tokenizers
+from seg4diff_jax.text import class_prompts
 
-DTYPES = ("float32", "bfloat16")
 LIBRARIES = ("seg4diff-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "pillow")
 
 
@@ -48,12 +48,14 @@ def arguments(parser: ArgumentParser) -> None:
     add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
     add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
     add("--t5", action="store_true", help="load T5 too; default: as in the paper, without")
+    add("--text-encoders", type=str, metavar="MODEL", help="where to take them from: some single files have none")
     add("--tokenizers", type=str, metavar="DIR", help="with tokenizer and tokenizer_2: single files have none")
     add("--variant", type=str, help="of a diffusers directory's weight files, as in fp16")
 
 
 def run(options: Any) -> None:
     keep_compiled_programs()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     # Whatever can be wrong is looked at before gigabytes are read.
     out = output_directory(options.out, options.image, options.overwrite)
@@ -63,7 +65,7 @@ def run(options: Any) -> None:
 
     with console.status(f"loading {options.model}"):
         start = time.perf_counter()
-        pipe = load_for(options, block)
+        pipe = load(options.model, dtype=options.dtype, blocks=block + 1, **where(options))
         loading = time.perf_counter() - start
     depth, dtype = pipe.transformer.config.num_layers, str(jnp.dtype(pipe.transformer.context_embed.dtype))
     console.print(f"loaded {options.model} in {loading:.1f} s: blocks 0..{block} of 0..{depth - 1}, {dtype}")
@@ -99,15 +101,13 @@ def examine(options: Any) -> tuple[int, float]:
 
     Configurations and tokenizers are read; weights are not.
     """
-    names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if options.t5 else [])]
-    folder = Path(options.tokenizers).expanduser() if options.tokenizers else None
-    source = open_source(options.model, components=names, tokenizers=folder, variant=options.variant)
-    if "tokenizer" not in source.tokenizers:
-        raise ValueError(
-            f"{options.model} comes without tokenizers: name a directory that holds them, --tokenizers DIR"
-        )
-    class_prompts(load_tokenizers(source.tokenizers["tokenizer"].parent), options.classes)
+    source, tokenizers = open_for_masks(options.model, **where(options))
+    class_prompts(tokenizers, options.classes)
     return block_to_read(source, options.block), FlowSchedule.from_json(source.scheduler).sigma_at(options.step)
+
+
+def where(options: Any) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("t5", "text_encoders", "tokenizers", "variant")}
 
 
 def block_to_read(source: Source, block: int | None) -> int:
@@ -118,17 +118,6 @@ def block_to_read(source: Source, block: int | None) -> int:
     if not 0 <= chosen < depth:
         raise ValueError(f"--block is {chosen}: {source.origin} has blocks 0..{depth - 1}")
     return chosen
-
-
-def load_for(options: Any, block: int) -> Pipeline:
-    return load(
-        options.model,
-        dtype=options.dtype and jnp.dtype(options.dtype),
-        t5=options.t5,
-        blocks=block + 1,
-        tokenizers=options.tokenizers,
-        variant=options.variant,
-    )
 
 
 def segment(

@@ -1,0 +1,115 @@
+"""A checkpoint in any form becomes a pipeline in memory."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from convert.errors import CheckpointError
+from convert.load import load_component
+from convert.readers import Source
+from convert.sources import open_source
+from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.parallel import AXES, parameter_shardings
+from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.text import Tokenizers, load_tokenizers
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(
+    model: str | PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    t5: bool = False,
+    blocks: int | None = None,
+    text_encoders: str | PathLike | None = None,
+    tokenizers: str | PathLike | None = None,
+    variant: str | None = None,
+) -> Pipeline:
+    """Load a checkpoint in any form that `python -m convert checkpoint` takes, converted on the fly.
+
+    Args:
+      model: converted directory, diffusers directory, single safetensors file, or Hub id.
+      dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
+        float32 on a CPU, bfloat16 elsewhere.
+      mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
+      t5: also load T5-XXL. Masks do not need it: the paper's were made without.
+      blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
+      text_encoders: where to take the text encoders from, for single files that hold none.
+      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], for single files.
+      variant: of a diffusers directory's weight files, as in "fp16".
+
+    Raises:
+      CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
+      ValueError: the dtype or the mesh is of no use here.
+    """
+    kind = parameter_dtype(dtype)
+    if mesh is not None and tuple(mesh.axis_names) != AXES:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
+    source, words = open_for_masks(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
+    options: dict[str, Any] = {"dtype": kind, "shardings": parameter_shardings(mesh) if mesh else None}
+
+    def part(name: str, **more: Any) -> Any:
+        return load_component(source, name, **options, **more)
+
+    return Pipeline(
+        transformer=part("transformer", depth=blocks),
+        vae=part("vae"),
+        clip_l=part("text_encoder"),
+        clip_g=part("text_encoder_2"),
+        t5=part("text_encoder_3") if t5 else None,
+        tokenizers=words,
+        schedule=FlowSchedule.from_json(source.scheduler),
+        expert_block=source.expert_block,
+        trained_size=source.trained_size,
+        mesh=mesh,
+    )
+
+
+def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype to load in; None chooses by backend. Raises ValueError for one that the models do not compute in."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or kind.name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
+    return kind
+
+
+def open_for_masks(
+    model: str | PathLike,
+    *,
+    t5: bool = False,
+    text_encoders: str | PathLike | None = None,
+    tokenizers: str | PathLike | None = None,
+    variant: str | None = None,
+) -> tuple[Source, Tokenizers]:
+    """What masks need of a checkpoint, opened: configurations and tokenizers are read, weights are not.
+
+    Raises:
+      CheckpointError: something is missing or cannot be read.
+    """
+    names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
+    folder = Path(tokenizers).expanduser() if tokenizers else None
+    second = str(text_encoders) if text_encoders else None
+    source = open_source(str(model), components=names, tokenizers=folder, variant=variant, text_encoders=second)
+    if "tokenizer" not in source.tokenizers:
+        raise CheckpointError(
+            f"{model} comes without tokenizers: name a directory that holds folders tokenizer and tokenizer_2 "
+            "(tokenizers=, --tokenizers DIR)"
+        )
+    try:
+        return source, load_tokenizers(source.tokenizers["tokenizer"].parent, t5=t5)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
