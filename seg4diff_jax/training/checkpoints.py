@@ -7,6 +7,7 @@ RUN/checkpoints/<step>/config    the resolved configuration
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,11 +37,14 @@ class Checkpoints:
         if best is not None:
             metric = lambda metrics: float(metrics[best])
             kept.append(policies.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
+        if jax.process_index() == 0:
+            # Halves left by a run that was cut off. What cannot be removed now is when its step is written again.
+            for half in self.directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(half, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
         )
