@@ -216,10 +216,10 @@ class ExactTimeFeatures(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        self.half = features // 2
+        self.frequencies = features // 2
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        exponents = torch.arange(self.half, dtype=torch.float64) / self.half
+        exponents = torch.arange(self.frequencies, dtype=torch.float64) / self.frequencies
         angles = timesteps.double()[:, None] * 10000.0**-exponents
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -23,7 +23,7 @@ from convert import jax_side
 from convert.comparison import BOUNDS, Recording, Row, compare
 from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
-from convert.readers import Source, TorchComponent
+from convert.readers import Source, TorchComponent, usual_dtype
 from convert.sources import open_source
 from convert.verify_inputs import make_inputs
 
@@ -101,7 +101,14 @@ def verify(
         notes.append(f"masks from block {inputs.transformer.block}, {why}")
     if wider:
         notes.append(f"exact: PyTorch in {wider}")
+    if recast := [name for name in ours.configs if _usual(ours, name) != _usual(original, name)]:
+        dtypes = f"{_usual(ours, recast[0])}, in the original {_usual(original, recast[0])}"
+        notes.append(f"the weights' own rounding is in these errors: {', '.join(recast)} in {dtypes}")
     return Report(rows, notes)
+
+
+def _usual(source: Source, name: str) -> np.dtype:
+    return usual_dtype(source.component(name))
 
 
 def _torch_side() -> Any:
