@@ -72,7 +72,8 @@ def test_a_schedule_of_another_kind_is_refused_by_name_and_value(option):
 def test_steps_outside_the_schedule_are_refused():
     schedule = FlowSchedule()
     for step, steps in ((0, 28), (29, 28), (-8, 28)):
-        with pytest.raises(ValueError, match=rf"step is {step}; expected 1 \(nearly clean\) to {steps} \(pure noise\)"):
+        message = rf"step is {step}; expected a whole number, 1 \(nearly clean\) to {steps} \(pure noise\)"
+        with pytest.raises(ValueError, match=message):
             schedule.sigma_at(step, steps)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"steps is {steps}; expected 1 to 1000"):

@@ -213,8 +213,8 @@ def test_attention_is_the_models_own_record_of_every_block(sd3, first_four_block
     [
         ({"block": 6}, r"block is 6; the loaded transformer has blocks 0\.\.5"),
         ({"block": -1}, r"block is -1; the loaded transformer has blocks 0\.\.5"),
-        ({"step": 0}, r"step is 0; expected 1 \(nearly clean\) to 28"),
-        ({"step": 29}, r"step is 29; expected 1 \(nearly clean\) to 28"),
+        ({"step": 0}, r"step is 0; expected a whole number, 1 \(nearly clean\) to 28"),
+        ({"step": 29}, r"step is 29; expected a whole number, 1 \(nearly clean\) to 28"),
         ({"size": (100, 128)}, "size is 100 x 128; sides must be multiples of 16, up to 384"),
         ({"size": (128, 400)}, "size is 128 x 400; sides must be multiples of 16, up to 384"),
         ({"size": (0, 128)}, "size is 0 x 128; sides must be multiples of 16"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,18 +49,17 @@ def release(pair_of) -> Release:
     return pair_of("sd3_checkpoint")[1]
 
 
-def assert_equal(ours: s4d.Segmentation, theirs: Masks | s4d.Segmentation, block: int = VARIED) -> None:
-    """Equal scores, and equal labels wherever the best class leads the second by more than scores may differ."""
+def assert_equal(ours: s4d.Segmentation, theirs: Masks | s4d.Segmentation, differing: float = 1e-4) -> None:
+    """Equal scores, and equal labels on all but a share `differing` of the pixels.
+
+    However few: where the best class leads the second by more than scores may differ, labels are the same.
+    """
     assert relative_error(ours.scores, theirs.scores) <= 1e-5
     upsampled = F.interpolate(torch.tensor(theirs.scores)[None], theirs.labels.shape, mode="bilinear")[0]
     best, second = upsampled.topk(2, dim=0).values.numpy()
     decided = best - second > 2e-5 * theirs.scores.max()
     assert np.array_equal(ours.labels[decided], theirs.labels[decided])
-    if block == VARIED:
-        assert np.mean(ours.labels != theirs.labels) <= 1e-4
-        assert len(np.unique(ours.labels)) > 2
-    else:  # scores this alike are within rounding of a tie along whole lines of pixels
-        assert np.mean(ours.labels != theirs.labels) <= 2e-3
+    assert np.mean(ours.labels != theirs.labels) <= differing
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,23 @@ def test_masks_are_the_releases_for_every_model_and_block(checkpoint, block, pai
     pipe, release = pair_of(checkpoint)
     image, noise = an_image(*SIZE), a_noise(*SIZE)
     ours = pipe.segment(image, NAMES, block=block, noise=noise, size=SIZE)
-    assert_equal(ours, release.segment(as_they_are(image), NAMES, noise, block=block, label_size=SIZE), block)
+    assert_equal(ours, release.segment(as_they_are(image), NAMES, noise, block=block, label_size=SIZE))
+    # Deeper blocks of random weights make image tokens alike, and one class may win everywhere.
+    assert block != VARIED or len(np.unique(ours.labels)) > 2
     assert ours.classes == tuple(NAMES)
     assert ours.prompts == (" ".join(NAMES),)
     assert ours.labels.dtype == np.int32
     assert ours.scores.shape == (8, 7, 9)
+
+
+def test_masks_of_24_blocks_are_read_at_the_expert_block_that_the_checkpoint_names(checkpoint_factory, tmp_path):
+    checkpoint = shutil.copytree(checkpoint_factory(variant="sd3, 24 blocks", t5=False), tmp_path / "sd3")
+    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+    assert config["num_layers"] == 24
+    (checkpoint / "transformer" / "config.json").write_text(json.dumps(config | {"expert_block": 9}))
+    image, noise = an_image(*SIZE), a_noise(*SIZE)
+    ours = s4d.load(checkpoint).segment(image, NAMES, noise=noise, size=SIZE)
+    assert_equal(ours, Release(checkpoint).segment(as_they_are(image), NAMES, noise, block=9, label_size=SIZE))
 
 
 def test_masks_of_a_square_image_are_the_releases(sd3, release):
@@ -101,7 +114,7 @@ def test_other_noise_levels_are_the_releases(sd3, release, step):
     image, noise = an_image(*SIZE), a_noise(*SIZE)
     ours = sd3.segment(image, NAMES, block=BLOCK, noise=noise, size=SIZE, step=step)
     theirs = release.segment(as_they_are(image), NAMES, noise, block=BLOCK, label_size=SIZE, step=step)
-    assert_equal(ours, theirs, BLOCK)
+    assert_equal(ours, theirs)
 
 
 def test_a_list_that_needs_two_prompts_has_their_scores_side_by_side(sd3, release):
@@ -109,7 +122,7 @@ def test_a_list_that_needs_two_prompts_has_their_scores_side_by_side(sd3, releas
     ours = sd3.segment(image, MANY_NAMES, block=BLOCK, noise=noise, size=SIZE)
     assert len(ours.prompts) == 2
     assert " ".join(ours.prompts) == " ".join(MANY_NAMES)
-    assert_equal(ours, release.segment(as_they_are(image), MANY_NAMES, noise, block=BLOCK, label_size=SIZE), BLOCK)
+    assert_equal(ours, release.segment(as_they_are(image), MANY_NAMES, noise, block=BLOCK, label_size=SIZE))
 
 
 def test_a_batch_of_many_sizes_and_class_counts_gives_the_masks_of_each_image_alone(sd3, release):
@@ -123,9 +136,9 @@ def test_a_batch_of_many_sizes_and_class_counts_gives_the_masks_of_each_image_al
         label_size = image.shape[:2]
         assert ours.labels.shape == label_size
         noise = np.asarray(image_noise(5, [index], (height // 8, width // 8, 16)))[0]
-        assert_equal(ours, sd3.segment(image, names, block=BLOCK, noise=noise), BLOCK)
+        assert_equal(ours, sd3.segment(image, names, block=BLOCK, noise=noise))
         seen = as_they_are(np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)))
-        assert_equal(ours, release.segment(seen, names, noise, block=BLOCK, label_size=label_size), BLOCK)
+        assert_equal(ours, release.segment(seen, names, noise, block=BLOCK, label_size=label_size))
 
 
 def test_bfloat16_scores_are_within_two_hundredths(sd3, sd3_checkpoint):
@@ -166,4 +179,5 @@ def test_a_mesh_of_eight_devices_gives_the_masks_of_one(sd3, sd3_checkpoint, tmp
     noises = image_noise(5, range(4), (SIZE[0] // 8, SIZE[1] // 8, 16))
     for image, noise, labels, scores in zip(images, noises, spread["labels"], spread["scores"], strict=True):
         alone = sd3.segment(image, NAMES, block=BLOCK, noise=np.asarray(noise), size=SIZE)
-        assert_equal(s4d.Segmentation(labels, scores, alone.classes, alone.prompts), alone, BLOCK)
+        # Scores of random weights are alike: along whole lines of pixels two classes tie but for the order of sums.
+        assert_equal(s4d.Segmentation(labels, scores, alone.classes, alone.prompts), alone, differing=2e-3)

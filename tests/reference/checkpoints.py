@@ -18,13 +18,14 @@ from tests.reference.small_tokenizers import (
     write_t5_tokenizer,
 )
 
-Variant = Literal["sd3", "sd3.5-medium", "sd3.5-large"]
+Variant = Literal["sd3", "sd3, 24 blocks", "sd3.5-medium", "sd3.5-large"]
 
 JOINT_WIDTH = 96
 """Width of T5's states, and what the two CLIPs' states (32 and 48 wide) are zero-padded to."""
 POOLED_WIDTH = 24 + 32
 TRANSFORMERS: dict[Variant, dict] = {
     "sd3": {"num_layers": 6, "num_attention_heads": 4},
+    "sd3, 24 blocks": {"num_layers": 24, "num_attention_heads": 4},
     "sd3.5-medium": {
         "num_layers": 5,
         "num_attention_heads": 4,
