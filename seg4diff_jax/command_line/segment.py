@@ -57,7 +57,7 @@ def run(options: Any) -> None:
     keep_compiled_programs()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    # Whatever can be wrong is looked at before gigabytes are read.
+    # Names, block, noise level and class names are looked at before gigabytes are read.
     out = output_directory(options.out, options.image, options.overwrite)
     size = parse_size(options.size)
     pixels = read_image(options.image)
