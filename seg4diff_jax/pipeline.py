@@ -173,7 +173,7 @@ class Pipeline:
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         with self._settings():
             return _attention(
-                self.transformer, self.vae, *inputs, self.schedule.sigma_at(step), tuple(blocks), request, kernel
+                self.transformer, self.vae, *inputs, self.schedule.sigma_at(step), tuple(blocks), request, kernel, self._zero_tokens
             )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -226,7 +226,9 @@ class Pipeline:
         rows = self._spread((conditioning, image_of_row, averaging))
         images = self._spread((pixels, noise))
         with self._settings():
-            scores = _class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
+            scores = _class_scores(
+                self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self._zero_tokens
+            )
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def _spread(self, arrays: Any) -> Any:
@@ -253,6 +255,11 @@ class Pipeline:
         if not isinstance(chosen, int | np.integer) or not 0 <= chosen < self.transformer.depth:
             raise ValueError(f"block is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
         return chosen
+
+    @property
+    def _zero_tokens(self) -> int:
+        """How many equal tokens end every context: the zeros that stand for an absent T5, as many as a prompt has."""
+        return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 
     @property
     def _multiple(self) -> int:
@@ -312,7 +319,7 @@ def _encode_images(
     return vae.encode(pixels)
 
 
-@partial(jax.jit, static_argnames=("block", "kernel"))
+@partial(jax.jit, static_argnames=("block", "kernel", "equal_tail"))
 def _class_scores(
     transformer: MMDiT,
     vae: VAE,
@@ -321,6 +328,7 @@ def _class_scores(
     sigma: Float[Array, ""],
     block: int,
     kernel: Kernel | None,
+    equal_tail: int,
 ) -> Float[Array, "images classes grid_rows grid_columns"]:
     """Images and noise, and for each prompt its conditioning, its image and its averaging weights, to class scores."""
     pixels, noise = images
@@ -334,6 +342,7 @@ def _class_scores(
         block=block,
         request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
         kernel=kernel,
+        equal_tail=equal_tail,
     )
     assert record.probs is not None
     scores = combine_prompts(class_scores(record.probs, averaging), image_of_prompt, len(pixels))
@@ -341,11 +350,12 @@ def _class_scores(
     return scores.reshape(*scores.shape[:2], noise.shape[1] // patch, noise.shape[2] // patch)
 
 
-@partial(jax.jit, static_argnames=("blocks", "request", "kernel"))
-def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel):
+@partial(jax.jit, static_argnames=("blocks", "request", "kernel", "equal_tail"))
+def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel, equal_tail):
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
     inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
+    options = {"request": request, "kernel": kernel, "equal_tail": equal_tail}
     if len(blocks) > 1 and transformer.depth == transformer.config.num_layers:
-        return transformer(*inputs[1:], capture=blocks, request=request, kernel=kernel)[1]
+        return transformer(*inputs[1:], capture=blocks, **options)[1]
     # Without its last blocks the transformer has no velocity to return: each record is a pass of its own.
-    return {block: attention_at(*inputs, block=block, request=request, kernel=kernel) for block in blocks}
+    return {block: attention_at(*inputs, block=block, **options) for block in blocks}

@@ -214,3 +214,20 @@ def test_splash_on_a_mesh_is_the_same_whether_or_not_batch_and_heads_divide():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_a_last_key_that_stands_for_several_equals_them(kernel):
+    q, k, v = draw(2, 100, 3, 16), draw(2, 150, 3, 16, seed=1), draw(2, 150, 3, 16, seed=2)
+
+    def loss(spread: bool, q, k, v):
+        if spread:
+            k, v = (jnp.concatenate([x, *[x[:, -1:]] * 29], axis=1) for x in (k, v))
+        output, normalizer = attend(q, k, v, kernel=kernel, normalizer=True, last_key_count=1 if spread else 30)
+        alone = log_normalizer(q, k, kernel=kernel, last_key_count=1 if spread else 30)
+        return jnp.square(output).sum() + jnp.square(normalizer).sum(), (output, normalizer, alone)
+
+    run = lambda spread: jax.jit(jax.value_and_grad(functools.partial(loss, spread), (0, 1, 2), has_aux=True))(q, k, v)
+    ((_, values), gradients), ((_, expected_values), expected_gradients) = run(False), run(True)
+    expected = jax.tree.leaves((expected_values, expected_gradients))
+    for mine, theirs in zip(jax.tree.leaves((values, gradients)), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))

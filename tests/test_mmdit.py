@@ -168,6 +168,48 @@ def test_attention_at_needs_no_parameter_after_q_and_k_of_its_block(pair, varian
     assert f"blocks.{block + 1}.image.attention.q.kernel" not in shapes
 
 
+def test_equal_context_tokens_computed_once_change_nothing(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant], text=12)
+    inputs["context"] = inputs["context"].at[:, 5:].set(0)
+    request = AttentionRequest(quadrants=QUADRANTS, qkv=True, text_tokens=(0, None))
+
+    def run(inputs, equal_tail):
+        return ours(**inputs, capture=range(ours.depth), request=request, equal_tail=equal_tail)
+
+    (velocity, records), (velocity_once, records_once) = (jax.jit(functools.partial(run, equal_tail=n))(inputs) for n in (1, 7))
+    assert relative_error(velocity_once, velocity) <= 1e-5
+    for mine, expected in zip(jax.tree.leaves(records_once), jax.tree.leaves(records), strict=True):
+        assert mine.shape == expected.shape
+        assert relative_error(mine, expected) <= 1e-5
+    at_block = attention_at(ours, **inputs, block=1, request=request, equal_tail=7)
+    for mine, expected in zip(jax.tree.leaves(at_block), jax.tree.leaves(records[1]), strict=True):
+        assert relative_error(mine, expected) <= 1e-5
+
+
+def test_gradients_do_not_depend_on_how_equal_tokens_are_computed(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant], text=12)
+    inputs["context"] = inputs["context"].at[:, 5:].set(0)
+
+    def loss(model, equal_tail):
+        velocity, records = model(**inputs, capture=(1,), equal_tail=equal_tail)
+        return jnp.square(velocity).mean() + records[1].probs.std()
+
+    plain, once = (jax.jit(jax.grad(functools.partial(loss, equal_tail=n)))(ours) for n in (1, 7))
+    # Without q/k norm a softmax does not see the keys' biases: their gradients are rounding of the others.
+    rounding = 1e-7 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    for mine, expected in zip(jax.tree.leaves(once), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-5 * float(jnp.abs(expected).max()) + rounding)
+
+
+@pytest.mark.parametrize("equal_tail", [0, 10])
+def test_a_count_of_equal_tokens_beyond_the_context_is_refused(equal_tail):
+    _, ours = make_pair(SMALL)
+    with pytest.raises(ValueError, match=f"equal_tail is {equal_tail}; expected 1 to the context's 9 tokens"):
+        ours(**make_inputs(SMALL), equal_tail=equal_tail)
+
+
 def test_averaged_heads_are_the_mean_of_the_heads(pair, variant):
     _, ours = pair
     inputs = make_inputs(VARIANTS[variant])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer
+from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer, repeat_last
 
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
 
@@ -101,19 +101,29 @@ def join(image: QKV, text: QKV) -> QKV:
 
 
 def joint_attention(
-    image: QKV, text: QKV, request: AttentionRequest | None = None, kernel: Kernel | None = None
+    image: QKV,
+    text: QKV,
+    request: AttentionRequest | None = None,
+    kernel: Kernel | None = None,
+    equal_tail: int = 1,
 ) -> tuple[
     Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointAttention | None
 ]:
-    """Attention over both streams' tokens: the output of each stream, and the record if one is requested."""
+    """Attention over both streams' tokens: the output of each stream, and the record if one is requested.
+
+    The last text token stands for `equal_tail` equal ones; the record shows them all.
+    """
     joint = join(image, text)
     image_tokens = image.q.shape[1]
-    output, normalizer = attend(*joint, kernel=kernel, normalizer=request is not None and request.probs)
-    record = None if request is None else _record(joint, image_tokens, normalizer, request)
+    normalizer_wanted = request is not None and request.probs
+    output, normalizer = attend(*joint, kernel=kernel, normalizer=normalizer_wanted, last_key_count=equal_tail)
+    record = None if request is None else _record(joint, image_tokens, normalizer, request, equal_tail)
     return output[:, :image_tokens], output[:, image_tokens:], record
 
 
-def attention_record(image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None) -> JointAttention:
+def attention_record(
+    image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None, equal_tail: int = 1
+) -> JointAttention:
     """The record alone: nothing after q and k is computed (values are returned if requested, but not used)."""
     joint = join(image, text)
     image_tokens = image.q.shape[1]
@@ -121,8 +131,8 @@ def attention_record(image: QKV, text: QKV, request: AttentionRequest, kernel: K
     if request.probs:
         only_image_rows = not any(quadrant.startswith("text") for quadrant in request.quadrants)
         queries = image.q if only_image_rows else joint.q
-        normalizer = log_normalizer(queries, joint.k, kernel=kernel)
-    return _record(joint, image_tokens, normalizer, request)
+        normalizer = log_normalizer(queries, joint.k, kernel=kernel, last_key_count=equal_tail)
+    return _record(joint, image_tokens, normalizer, request, equal_tail)
 
 
 def _record(
@@ -130,7 +140,11 @@ def _record(
     image_tokens: int,
     normalizer: Float[Array, "batch heads queries"] | None,
     request: AttentionRequest,
+    equal_tail: int,
 ) -> JointAttention:
+    joint = QKV(*(repeat_last(x, equal_tail, axis=1) for x in joint))
+    if normalizer is not None and normalizer.shape[2] > image_tokens:
+        normalizer = repeat_last(normalizer, equal_tail, axis=2)
     start, stop = request.text_tokens
     stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
     if image_tokens + start >= stop:

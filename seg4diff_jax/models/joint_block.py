@@ -131,9 +131,10 @@ class JointBlock(nnx.Module):
         conditioning: Float[Array, "batch dim"],
         request: AttentionRequest | None = None,
         kernel: Kernel | None = None,
+        equal_tail: int = 1,
     ) -> tuple[StreamState, JointAttention | None]:
         image_mod, text_mod = modulations = self.modulations(conditioning)
-        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), request, kernel)
+        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), request, kernel, equal_tail)
         attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
         if self.image.dual_attention is not None:
             shift, scale, gate = image_mod[6:]

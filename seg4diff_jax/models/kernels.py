@@ -71,16 +71,19 @@ def attend(
     *,
     kernel: Kernel | None = None,
     normalizer: bool = False,
+    last_key_count: int = 1,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"] | None]:
     """softmax(q k^T / sqrt(head_dim)) v, and on request the fp32 log of each softmax's normaliser.
 
     Both outputs have exact gradients to q, k and v. The normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)).
+    The last key and value stand for `last_key_count` equal ones.
     """
     kernel = kernel or default_kernel(q.dtype)
     if kernel.name == "xla":
-        output, log_total = _attend_xla(q, k, v, kernel.query_chunk)
+        output, log_total = _attend_xla(q, k, v, kernel.query_chunk, last_key_count)
         assert output is not None
         return output, log_total
+    k, v = (repeat_last(x, last_key_count, axis=1) for x in (k, v))
     if not normalizer:
         return FUSED[kernel.name](q, k, v, kernel)[0], None
     return _attend_fused(q, k, v, kernel)
@@ -91,38 +94,49 @@ def log_normalizer(
     k: Float[Array, "batch keys heads head_dim"],
     *,
     kernel: Kernel | None = None,
+    last_key_count: int = 1,
 ) -> Float[Array, "batch heads queries"]:
-    """log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values."""
+    """log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values; keys as in `attend`."""
     kernel = kernel or default_kernel(q.dtype)
     if kernel.name == "xla":
-        return _attend_xla(q, k, None, kernel.query_chunk)[1]
+        return _attend_xla(q, k, None, kernel.query_chunk, last_key_count)[1]
+    k = repeat_last(k, last_key_count, axis=1)
     fused: Any = _attend_fused(q, k, k, kernel)
     return fused[1]
+
+
+def repeat_last(x: Float[Array, "*shape"], count: int, axis: int) -> Float[Array, "*longer"]:
+    """The last entry along an axis made `count` entries."""
+    last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+    return jnp.concatenate([x, *[last] * (count - 1)], axis=axis) if count > 1 else x
 
 
 # ---- xla ------------------------------------------------------------------------------------------------------------
 
 
 def _attend_xla(
-    q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None
+    q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None, last_key_count: int
 ) -> tuple[Tokens | None, Float[Array, "batch heads queries"]]:
     batch, queries, heads, head_dim = q.shape
     if query_chunk is None:
         query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
     chunks = -(-queries // query_chunk)
     if chunks == 1:
-        return _softmax_chunk(q, k, v)
+        return _softmax_chunk(q, k, v, last_key_count)
     size = -(-queries // chunks)
     padded = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
     pieces = jnp.moveaxis(padded.reshape(batch, chunks, size, heads, head_dim), 1, 0)
-    output, normalizer = jax.lax.map(jax.checkpoint(lambda piece: _softmax_chunk(piece, k, v)), pieces)
+    output, normalizer = jax.lax.map(jax.checkpoint(lambda piece: _softmax_chunk(piece, k, v, last_key_count)), pieces)
     if output is not None:
         output = jnp.moveaxis(output, 0, 1).reshape(batch, chunks * size, heads, -1)[:, :queries]
     return output, jnp.moveaxis(normalizer, 0, 2).reshape(batch, heads, chunks * size)[:, :, :queries]
 
 
-def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None):
+def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
     scores = attention_scores(q, k)
+    if last_key_count > 1:
+        # n equal keys weigh n times as much as one; their values' average is the value.
+        scores += jnp.where(jnp.arange(k.shape[1]) == k.shape[1] - 1, math.log(last_key_count), 0.0)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1)

@@ -121,6 +121,7 @@ class MMDiT(nnx.Module):
         request: AttentionRequest = IMAGE_TO_TEXT,
         kernel: Kernel | None = None,
         remat: bool | Callable = False,
+        equal_tail: int = 1,
     ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
         """Velocity at noisy latents, and the attention records of the blocks in `capture`.
 
@@ -133,6 +134,9 @@ class MMDiT(nnx.Module):
           request: what each record holds.
           kernel: attention kernel; default by backend and dtype.
           remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
+          equal_tail: how many of the last context tokens are equal, such as the zeros that stand for an absent T5.
+            Text carries no positions, so they stay equal in every block: one is computed for all, and all are
+            attended to. Records show every token, as without.
 
         Raises:
           ValueError: a captured block does not exist, latents do not fit, or the model lacks its last blocks.
@@ -145,10 +149,11 @@ class MMDiT(nnx.Module):
         missing = sorted(set(capture) - set(range(self.depth)))
         if missing:
             raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
-        state, conditioning = self.embed(latents, timesteps, context, pooled)
+        state, conditioning = self.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
         records: dict[int, JointAttention] = {}
         for run in self._runs(capture):
-            state, stacked = self._scan(run, state, conditioning, request if run.captured else None, kernel, remat)
+            wanted = request if run.captured else None
+            state, stacked = self._scan(run, state, conditioning, wanted, kernel, remat, equal_tail)
             if run.captured:
                 rows = range(run.stop - run.start)
                 records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
@@ -210,9 +215,10 @@ class MMDiT(nnx.Module):
         request: AttentionRequest | None,
         kernel: Kernel | None,
         remat: bool | Callable = False,
+        equal_tail: int = 1,
     ) -> tuple[StreamState, JointAttention | None]:
         def step(state: StreamState, block: JointBlock) -> tuple[StreamState, JointAttention | None]:
-            return block(state, conditioning, request, kernel)
+            return block(state, conditioning, request, kernel, equal_tail)
 
         if remat:
             step = jax.checkpoint(step, policy=None if remat is True else remat)
@@ -229,6 +235,7 @@ def attention_at(
     block: int,
     request: AttentionRequest = IMAGE_TO_TEXT,
     kernel: Kernel | None = None,
+    equal_tail: int = 1,
 ) -> JointAttention:
     """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.
 
@@ -239,9 +246,17 @@ def attention_at(
     """
     if not 0 <= block < mmdit.depth:
         raise ValueError(f"cannot capture block {block}: the model holds blocks 0..{mmdit.depth - 1}")
-    state, conditioning = mmdit.embed(latents, timesteps, context, pooled)
+    state, conditioning = mmdit.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
     for run in mmdit._runs((), stop=block):
-        state, _ = mmdit._scan(run, state, conditioning, None, kernel)
+        state, _ = mmdit._scan(run, state, conditioning, None, kernel, equal_tail=equal_tail)
     run = next(run for run in mmdit._runs((block,)) if run.captured)
     expert = take_layer(mmdit.stacks[run.stack], run.start)
-    return attention_record(*expert.qkv(state, expert.modulations(conditioning)), request, kernel)
+    return attention_record(*expert.qkv(state, expert.modulations(conditioning)), request, kernel, equal_tail)
+
+
+def _one_of_equals(
+    context: Float[Array, "batch text joint_dim"], equal_tail: int
+) -> Float[Array, "batch fewer joint_dim"]:
+    if not 1 <= equal_tail <= context.shape[1]:
+        raise ValueError(f"equal_tail is {equal_tail}; expected 1 to the context's {context.shape[1]} tokens")
+    return context[:, : context.shape[1] - equal_tail + 1]
