@@ -28,11 +28,13 @@ from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.flow import add_noise, logit_normal_sigmas, velocity_loss, velocity_target
 from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
 from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers
+from seg4diff_jax.training.windows import Window, Windows
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -82,7 +84,10 @@ class FlowMatchingConfig:
 
     Attributes:
       vae, text: directories that the autoencoder's and the contrastive task's runs have exported.
+      start: directory of a checkpoint whose transformer training goes on from; null: from random weights.
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
+      windows: train on windows of the cached scenes instead of whole ones; null: whole scenes.
+      kernel: of attention; null: by backend and dtype.
       inference_shift: of the schedule that the exported checkpoint names.
       dtype: of the computation; trained parameters are fp32.
       export_dtype: of the written weights.
@@ -92,7 +97,10 @@ class FlowMatchingConfig:
     model: MMDiTConfig
     vae: str
     text: str
+    start: str | None = None
     cache: str | None = None
+    windows: Window | None = None
+    kernel: Kernel | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SceneConfig = field(default_factory=SceneConfig)
     objective: Objective = field(default_factory=Objective)
@@ -100,6 +108,10 @@ class FlowMatchingConfig:
     inference_shift: float = 3.0
     dtype: Dtype = "float32"
     export_dtype: Dtype = "float16"
+
+    def __post_init__(self):
+        if self.windows is not None and self.cache is None:
+            raise ValueError("windows are cut out of cached latents: give cache a directory, or leave windows out")
 
 
 class Denoiser(nnx.Module):
@@ -125,7 +137,12 @@ def task(config: FlowMatchingConfig) -> Task:
     return Task(
         name="flow matching",
         init=partial(init, config),
-        loss=partial(loss, objective=config.objective, empty=TokenIds(empty["clip_l"][None], empty["clip_g"][None])),
+        loss=partial(
+            loss,
+            objective=config.objective,
+            empty=TokenIds(empty["clip_l"][None], empty["clip_g"][None]),
+            kernel=config.kernel,
+        ),
         source=source,
         trainable=TRAINABLE,
         evaluate=partial(
@@ -142,8 +159,12 @@ def init(config: FlowMatchingConfig, seed: int, mesh: Mesh) -> Denoiser:
 
     dtype = jnp.dtype(config.dtype)
     load = partial(load_component, dtype=dtype, shardings=parameter_shardings(mesh))
+    transformer = fresh(partial(new_transformer, config.model, dtype=dtype))(seed, mesh)
+    if config.start is not None:
+        former = load_component(config.start, "transformer", dtype=jnp.float32, shardings=parameter_shardings(mesh))
+        nnx.update(transformer, nnx.state(former))
     return Denoiser(
-        fresh(partial(new_transformer, config.model, dtype=dtype))(seed, mesh),
+        transformer,
         load(config.text, "text_encoder"),
         load(config.text, "text_encoder_2"),
         load(config.vae, "vae") if config.cache is None else None,
@@ -164,7 +185,13 @@ def new_transformer(config: MMDiTConfig, rngs: nnx.Rngs, *, dtype: Any = jnp.flo
 
 
 def loss(
-    denoiser: Denoiser, batch: Batch, key: PRNGKeyArray, *, objective: Objective, empty: TokenIds
+    denoiser: Denoiser,
+    batch: Batch,
+    key: PRNGKeyArray,
+    *,
+    objective: Objective,
+    empty: TokenIds,
+    kernel: Kernel | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean squared error of the velocity. `batch` holds `latents`, or `image`, and `clip_l` and `clip_g`."""
     for_noise, for_sigma, for_caption, for_pooled = jax.random.split(key, 4)
@@ -180,7 +207,10 @@ def loss(
     pooled = jnp.where(jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1)), 0, pooled)
     noise = jax.random.normal(for_noise, latents.shape)
     sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
-    velocity, _ = denoiser.transformer(add_noise(latents, noise, sigma), 1000 * sigma, context, pooled)
+    zeros = context.shape[1] - ids.clip_l.shape[1]
+    velocity, _ = denoiser.transformer(
+        add_noise(latents, noise, sigma), 1000 * sigma, context, pooled, kernel=kernel, equal_tail=zeros
+    )
     return velocity_loss(velocity, velocity_target(latents, noise)).mean(), {}
 
 
@@ -228,7 +258,7 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     from convert.load import load_component
 
     data = config.data
-    train = captioned(training_scenes(data, ("image", "caption")), tokenizers)
+    train = captioned(training_scenes(data), tokenizers)
     vae = load_component(config.vae, "vae", dtype=jnp.float32)
     seen = with_latents(vae, GroundingItems(data, tokenizers), config.evaluation.batch_size)
     validation = InMemory(
@@ -239,7 +269,8 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
     write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
     make_once(config.cache, write)
-    return validation, ArrayCache(config.cache, identity)
+    cached = ArrayCache(config.cache, identity)
+    return validation, cached if config.windows is None else Windows(cached, config.windows, tokenizers)
 
 
 def _rows(batch: dict[str, np.ndarray]) -> range:

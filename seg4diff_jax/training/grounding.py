@@ -57,6 +57,7 @@ def block_confusions(
         context,
         pooled,
         capture=range(transformer.depth),
+        equal_tail=context.shape[1] - ids.clip_l.shape[1],
         request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
     )
     patch = transformer.config.patch_size

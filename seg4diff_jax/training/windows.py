@@ -1,0 +1,52 @@
+"""Windows of cached scenes, as a cheap first stage of flow matching: few tokens, few classes.
+
+A window's caption is the bare names of the classes in it, in any order; the full scenes' sentences come later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.shapes import CLASSES
+from seg4diff_jax.text import Tokenizers
+from seg4diff_jax.training.scenes import caption_ids
+
+SMALLEST_SHARE = 0.03
+"""Of a window's pixels: what shows less of itself is not named."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which windows: their `side` in latents, and how many are taken `per_scene`."""
+
+    side: int
+    per_scene: int = 8
+
+
+class Windows:
+    """Windows at random places, each a function of its number alone.
+
+    Args:
+      scenes: items with `latents` [rows, columns, channels] and `labels` [height, width].
+    """
+
+    def __init__(self, scenes: Source, window: Window, tokenizers: Tokenizers):
+        self.scenes, self.window, self.tokenizers = scenes, window, tokenizers
+
+    def __len__(self) -> int:
+        return len(self.scenes) * self.window.per_scene
+
+    def __getitem__(self, index: int, /) -> Item:
+        scene, side = self.scenes[index // self.window.per_scene], self.window.side
+        latents, labels = scene["latents"], scene["labels"]
+        random = np.random.default_rng(index)
+        top, left = (int(random.integers(size - side + 1)) for size in latents.shape[:2])
+        factor = len(labels) // len(latents)
+        shown = labels[top * factor : (top + side) * factor, left * factor : (left + side) * factor]
+        counts = np.bincount(shown.ravel(), minlength=len(CLASSES))
+        present = random.permutation(np.flatnonzero(counts >= SMALLEST_SHARE * shown.size))
+        caption = " ".join(CLASSES[number] for number in present)
+        return {"latents": latents[top : top + side, left : left + side], **caption_ids(self.tokenizers, caption)}
