@@ -25,13 +25,14 @@ class ImageError(ValueError):
 def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
     """A file, a PIL image or an array as RGB pixels; EXIF rotation is applied, transparency laid on white.
 
+    An array is uint8 [height, width] (gray) or [height, width, channels]: 1 gray, 2 gray and opacity, 3 RGB, 4 RGB and
+    opacity, each treated as a file of that kind.
+
     Raises:
-      ImageError: the file is missing or no image, or the array is not uint8 [height, width, 3] or [height, width].
+      ImageError: the file is missing or no image, or the array is not of one of these kinds.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-            raise ImageError(f"the array is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
-        pixels = image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+        pixels = _array_to_rgb(image)
     else:
         given = isinstance(image, Image.Image)
         name = (getattr(image, "filename", "") or "the PIL image") if given else image
@@ -47,6 +48,18 @@ def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
     if not pixels.size:
         raise ImageError(f"the image is empty: {list(pixels.shape)}")
     return pixels
+
+
+def _array_to_rgb(array: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
+    channels = 1 if array.ndim == 2 else array.shape[-1]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 2, 3, 4):
+        raise ImageError(
+            f"the array is {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3], or gray [height, "
+            "width], or with opacity [height, width, 4]"
+        )
+    if channels == 1 or not array.size:
+        return np.repeat(array.reshape(*array.shape[:2], channels)[:, :, :1], 3, axis=2)
+    return array if channels == 3 else np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(array))))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

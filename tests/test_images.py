@@ -97,6 +97,15 @@ def test_transparency_is_laid_on_white(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), [[(0, 0, 0), WHITE, (204, 204, 204)]])
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 1), (3, 4, 2), (3, 4, 3), (3, 4, 4)])
+def test_an_array_is_read_as_a_file_of_its_kind_is(tmp_path, shape):
+    array = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    Image.fromarray(array.squeeze()).save(tmp_path / "same.png")
+    np.testing.assert_array_equal(read_image(array), read_image(tmp_path / "same.png"))
+    strided = np.flip(np.flip(array, 1).copy(), 1)  # as after a mirroring: not contiguous
+    np.testing.assert_array_equal(read_image(strided), read_image(tmp_path / "same.png"))
+
+
 def test_a_transparent_colour_of_a_palette_is_laid_on_white(tmp_path):
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode=None).convert("P")
     palette.putdata([0, 1, 2])
@@ -160,7 +169,8 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     [
         (np.zeros((4, 5, 3), np.float32), r"float32 \[4, 5, 3\]"),
         (np.zeros((4, 5, 3), np.int64), r"int64 \[4, 5, 3\]"),
-        (np.zeros((4, 5, 4), np.uint8), r"uint8 \[4, 5, 4\]"),
+        (np.zeros((4, 5, 5), np.uint8), r"uint8 \[4, 5, 5\]"),
+        (np.zeros((4, 5, 4), np.float32), r"float32 \[4, 5, 4\]"),
         (np.zeros((2, 4, 5, 3), np.uint8), r"uint8 \[2, 4, 5, 3\]"),
     ],
 )
