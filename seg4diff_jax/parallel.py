@@ -31,16 +31,32 @@ RULES: tuple[tuple[str, P], ...] = (
 """Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
 
 
-def make_mesh(data: int | None = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over data x fsdp x tensor devices; `data` None takes all that the other axes leave.
+def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over data x fsdp x tensor devices: all that JAX has. `data` None takes what the other axes leave.
 
-    Raises ValueError when that is not the number of devices.
+    Raises:
+      ValueError: an axis is no positive whole number, or the axes do not make up the number of devices.
     """
     devices = jax.device_count()
-    data = max(1, devices // (fsdp * tensor)) if data is None else data
+    for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
+        if not (size is None and name == "data") and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} is {size!r}; expected a whole number of devices, at least 1")
+    if data is None and devices % (fsdp * tensor):
+        raise ValueError(
+            f"fsdp x tensor is {fsdp} x {tensor} = {fsdp * tensor}, which does not divide the {devices} devices that "
+            "JAX has"
+        )
+    data = devices // (fsdp * tensor) if data is None else data
     if data * fsdp * tensor != devices:
-        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} devices does not fit {devices} devices")
+        raise ValueError(
+            f"data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor}, and JAX has {devices} "
+            f"devices: the product must be that number{_remedy(devices, fsdp * tensor)}"
+        )
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _remedy(devices: int, model: int) -> str:
+    return "" if devices % model else f"; leave data out to have it {devices // model}"
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

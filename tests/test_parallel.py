@@ -84,11 +84,46 @@ def test_an_axis_that_does_not_divide_is_not_split(mesh, path, shape, spec):
     assert parameter_shardings(mesh_of(*mesh))(path, shape).spec == spec
 
 
-def test_a_mesh_takes_all_devices_or_is_refused():
-    mesh = make_mesh(data=jax.device_count())
-    assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
-    too_many = jax.device_count() + 1
-    with pytest.raises(
-        ValueError, match=rf"a mesh of 1 x {too_many} x 1 devices does not fit {jax.device_count()} dev"
-    ):
-        make_mesh(fsdp=too_many)
+def test_a_mesh_takes_all_devices_unless_told_otherwise():
+    for mesh in (make_mesh(), make_mesh(data=jax.device_count())):
+        assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture
+def of_eight(monkeypatch):
+    """`make_mesh` as on a host with eight devices, up to what JAX would make: the sizes of the axes."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, axis_types: sizes)
+    return make_mesh.__wrapped__ if hasattr(make_mesh, "__wrapped__") else make_mesh
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": None, "tensor": 8}, (1, 1, 8)),
+        ({"data": 4, "fsdp": 2}, (4, 2, 1)),
+    ],
+)
+def test_data_takes_the_devices_that_the_other_axes_leave(of_eight, given, sizes):
+    assert of_eight(**given) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fsdp": 3}, "fsdp x tensor is 3 x 1 = 3, which does not divide the 8 devices that JAX has"),
+        ({"fsdp": 16}, "fsdp x tensor is 16 x 1 = 16, which does not divide the 8 devices"),
+        ({"data": 1}, "is 1 x 1 x 1 = 1, and JAX has 8 devices: the product must be that number; leave data out to "),
+        ({"data": 2, "fsdp": 2}, "leave data out to have it 4"),
+        ({"data": 3, "fsdp": 3}, "is 3 x 3 x 1 = 9, and JAX has 8 devices: the product must be that number$"),
+        ({"fsdp": 0}, "fsdp is 0; expected a whole number of devices, at least 1"),
+        ({"data": -8, "tensor": -1}, "data is -8; expected a whole number"),
+        ({"tensor": True}, "tensor is True; expected a whole number"),
+    ],
+)
+def test_axes_that_do_not_fit_the_devices_are_refused(of_eight, given, message):
+    with pytest.raises(ValueError, match=message):
+        of_eight(**given)

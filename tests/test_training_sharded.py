@@ -55,5 +55,5 @@ def test_two_processes_of_two_devices_share_a_run(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a mesh of 1 x 3 x 1 devices does not fit 1 devices"):
+    with pytest.raises(ValueError, match="fsdp x tensor is 3 x 1 = 3, which does not divide the 1 devices"):
         train(make_task(), make_run(tmp_path, mesh=MeshConfig(fsdp=3)), OPTIMIZER)
