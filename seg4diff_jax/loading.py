@@ -15,6 +15,7 @@ from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.readers import Source
 from convert.sources import open_source
+from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.parallel import AXES, parameter_shardings
 from seg4diff_jax.pipeline import Pipeline
@@ -36,6 +37,9 @@ def load(
 ) -> Pipeline:
     """Load a checkpoint in any form that `python -m convert checkpoint` takes, converted on the fly.
 
+    Compiled programs are kept between processes, in JAX's compilation cache directory if one is configured, otherwise
+    in the user's cache; `jax.config.update("jax_enable_compilation_cache", False)` beforehand keeps none.
+
     Args:
       model: converted directory, diffusers directory, single safetensors file, or Hub id.
       dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
@@ -52,6 +56,7 @@ def load(
       ValueError: the dtype or the mesh is of no use here.
     """
     kind = parameter_dtype(dtype)
+    keep_compiled_programs()
     if mesh is not None and tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
     source, words = open_for_masks(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)

@@ -8,27 +8,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import seg4diff_jax as s4d
 from seg4diff_jax import command_line
-from seg4diff_jax.command_line import main, segment
-from seg4diff_jax.command_line.compilation import CompilationClock, keep_compiled_programs
+from seg4diff_jax.command_line import main
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
 
 CLASSES = ["cat", "dog", "sky"]
 BLOCK = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_not_kept():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segment, "keep_compiled_programs", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -210,29 +201,3 @@ def test_seg4diff_convert_is_python_m_convert(monkeypatch):
     monkeypatch.setattr("convert.__main__.main", lambda arguments: told.append(arguments) or 7)
     assert main(["convert", "checkpoint", "a", "b", "--to", "diffusers"]) == 7
     assert told == [["checkpoint", "a", "b", "--to", "diffusers"]]
-
-
-def test_programs_are_kept_in_the_users_cache_unless_jax_was_told_a_place(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_compiled_programs()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "seg4diff-jax" / "compiled")
-        jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        keep_compiled_programs()
-        assert jax.config.jax_compilation_cache_dir == "elsewhere"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_the_clock_counts_compilation_once_and_running_not_at_all():
-    function = jax.jit(lambda x: jnp.sin(jnp.linalg.inv(x)))
-    with CompilationClock() as first:
-        function(jnp.eye(3)).block_until_ready()
-    with CompilationClock() as second:
-        function(jnp.eye(3)).block_until_ready()
-    assert first.seconds > 10 * second.seconds
-    clock = CompilationClock()
-    clock._spans = [(5.0, 9.0), (6.0, 7.0), (8.0, 10.0), (20.0, 21.0)]
-    assert clock.seconds == pytest.approx(6.0)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from convert.components import parse_config
 from convert.readers import Source
-from seg4diff_jax.command_line.compilation import CompilationClock, keep_compiled_programs
+from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.images import Resize, read_image
 from seg4diff_jax.loading import DTYPES, load, open_for_masks
@@ -54,7 +54,6 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    keep_compiled_programs()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     # Names, block, noise level and class names are looked at before gigabytes are read.

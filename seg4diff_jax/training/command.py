@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once a checkpoint is written."""
-    from seg4diff_jax.command_line.compilation import keep_compiled_programs
+    from seg4diff_jax.compilation import keep_compiled_programs
 
     try:
         task, config, record, resume, distributed = parse(sys.argv[1:] if arguments is None else arguments)

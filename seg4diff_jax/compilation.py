@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def keep_compiled_programs() -> None:
-    """Keep them in the user's cache, unless JAX has been told a place (JAX_COMPILATION_CACHE_DIR) or to keep none."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+    """Keep them in the user's cache, so that the next process need not compile them again.
+
+    A place that JAX has been told (JAX_COMPILATION_CACHE_DIR, `jax_compilation_cache_dir`) is left alone, and nothing
+    is kept when it has been told to keep none: JAX_ENABLE_COMPILATION_CACHE=false in the environment, or
+    `jax.config.update("jax_enable_compilation_cache", False)`.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+        return
+    try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "seg4diff-jax" / "compiled"))
+    except RuntimeError:  # a user without a home, as in some containers
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "seg4diff-jax" / "compiled"))
+    compilation_cache.reset_cache()  # if anything has been compiled, JAX would stay with having no place
 
 
 class CompilationClock:
