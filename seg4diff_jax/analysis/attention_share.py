@@ -1,0 +1,54 @@
+"""How much of each block's attention goes from the image to the text.
+
+In a joint softmax every image token divides its attention between the image and the words. The block that aligns the
+two best gives the words more than others do (Seg4Diff, section 3), so that it can be found without a single label.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.mmdit import MMDiT
+
+ALL_TEXT = AttentionRequest(scores=False, text_tokens=(0, None))
+
+
+@partial(jax.jit, static_argnames=("kernel", "equal_tail"))
+def text_shares(
+    transformer: MMDiT,
+    noisy: Float[Array, "batch rows columns channels"],
+    timesteps: Float[Array, " batch"],
+    context: Float[Array, "batch text joint_dim"],
+    pooled: Float[Array, "batch pooled_dim"],
+    *,
+    kernel: Kernel | None = None,
+    equal_tail: int = 1,
+) -> Float[Array, "batch blocks heads"]:
+    """Share of the image tokens' attention that is on text, 0 to 1, the mean over image tokens.
+
+    Arguments as for `MMDiT.__call__`; the transformer holds all its blocks.
+    """
+    _, records = transformer(
+        noisy,
+        timesteps,
+        context,
+        pooled,
+        capture=range(transformer.depth),
+        request=ALL_TEXT,
+        kernel=kernel,
+        equal_tail=equal_tail,
+    )
+    # Reduced inside the program, which then keeps no map.
+    shares = [records[block].probs.sum(axis=-1).mean(axis=-1) for block in range(transformer.depth)]  # pyright: ignore
+    return jnp.stack(shares, axis=1)
+
+
+def uniform_share(image_tokens: int, text_tokens: int) -> float:
+    """The share that attention without any preference would put on text."""
+    return text_tokens / (image_tokens + text_tokens)
