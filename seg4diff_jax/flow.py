@@ -107,13 +107,26 @@ def logit_normal_sigmas(
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+LARGEST_SEED = 2**32 - 1
+"""JAX takes larger ones too and, without 64-bit integers, drops their upper bits: equal noise for unlike seeds."""
+
+
+def check_seed(seed: int) -> int:
+    """A seed that has noise of its own. Raises ValueError for any other."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed is {seed!r}; expected a whole number, 0 to {LARGEST_SEED}")
+    return int(seed)
+
+
 def image_noise(
     seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, int, int]
 ) -> Float[Array, "batch rows columns channels"]:
     """Standard normal noise for images by their index in the set, fp32 [batch, *shape].
 
     An image's noise depends on the seed and on its index alone: not on batch size, order, device or process.
+
+    Raises ValueError for a seed outside 0..2^32 - 1.
     """
-    key = jax.random.key(seed)
+    key = jax.random.key(check_seed(seed))
     draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
     return jax.vmap(draw)(jnp.asarray(indices, jnp.uint32))

@@ -86,6 +86,19 @@ def model_size(height: int, width: int, *, trained: int, multiple: int, largest:
     return nearest(height), nearest(width)
 
 
+def check_size(size: tuple[int, int], *, multiple: int, largest: int) -> tuple[int, int]:
+    """Height and width that the model can see. `multiple`, `largest`: as for `model_size`.
+
+    Raises ValueError for any other.
+    """
+    if np.shape(size) != (2,) or not all(isinstance(side, int | np.integer) for side in size):
+        raise ValueError(f"size is {size!r}; expected (height, width) in whole pixels")
+    height, width = size
+    if height % multiple or width % multiple or not 0 < min(height, width) <= max(height, width) <= largest:
+        raise ValueError(f"size is {height} x {width}; sides must be multiples of {multiple}, up to {largest}")
+    return height, width
+
+
 def resize(
     pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], how: Resize = "square"
 ) -> Shaped[np.ndarray, "rows columns 3"]:

@@ -17,13 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise
-from seg4diff_jax.images import ImageInput, Resize, model_size, read_image, resize, to_model_range
+from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, attention_at
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
-from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, padded_rows, upsampled_labels
 from seg4diff_jax.text import (
@@ -52,6 +53,12 @@ class Segmentation:
     scores: Float[np.ndarray, "classes rows columns"]
     classes: tuple[str, ...]
     prompts: tuple[str, ...]
+
+
+def size_limits(transformer: MMDiTConfig, vae: VAEConfig) -> dict[str, int]:
+    """What the sides of an image must be a `multiple` of, in pixels, and the `largest` that the positions reach."""
+    multiple = vae.downsampling * transformer.patch_size
+    return {"multiple": multiple, "largest": multiple * transformer.pos_embed_max_size}
 
 
 REMEMBERED = 256
@@ -104,11 +111,12 @@ class Pipeline:
         """Zero-shot open-vocabulary masks from one forward pass on each noised image (Seg4Diff, section 3).
 
         Args:
-          image: a path, a PIL image or a uint8 array [height, width, 3]; or a list of them, of any sizes.
+          image: a path, a PIL image or a uint8 array [height, width, 3] (see `images.read_image`); or a list of them,
+            of any sizes.
           classes: class names, in any number; or one list of names for each image.
           block: block to read. Default: the checkpoint's expert block.
           step: noise level, counted from the clean end of 28 (the paper's t).
-          seed: of the noise; each image of a list has noise of its own, by its position.
+          seed: of the noise, 0 to 2^32 - 1; each image of a list has noise of its own, by its position.
           noise: float32 [latent rows, latent columns, channels] to use instead, or with a leading axis of images.
           size: height and width that the model sees. Default: by `resize`.
           resize: "aspect" keeps the image's, at about the trained number of pixels; "square" squashes it to the
@@ -117,7 +125,7 @@ class Pipeline:
 
         Raises:
           ImageError: an image cannot be read.
-          ValueError: class names, block, step, size, resize or noise are not usable; the message says why.
+          ValueError: class names, block, step, seed, size, resize or noise are not usable; the message says why.
           FloatingPointError: the model gave scores that are not finite: damaged weights.
         """
         single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
@@ -173,7 +181,14 @@ class Pipeline:
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         with self._settings():
             return _attention(
-                self.transformer, self.vae, *inputs, self.schedule.sigma_at(step), tuple(blocks), request, kernel, self._zero_tokens
+                self.transformer,
+                self.vae,
+                *inputs,
+                self.schedule.sigma_at(step),
+                tuple(blocks),
+                request,
+                kernel,
+                self._zero_tokens,
             )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -261,22 +276,13 @@ class Pipeline:
         """How many equal tokens end every context: the zeros that stand for an absent T5, as many as a prompt has."""
         return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 
-    @property
-    def _multiple(self) -> int:
-        return self.vae.config.downsampling * self.transformer.config.patch_size
-
     def _model_size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
         if how not in get_args(Resize):
             raise ValueError(f"resize is {how!r}; expected one of {', '.join(get_args(Resize))}")
-        multiple, largest = self._multiple, self._multiple * self.transformer.config.pos_embed_max_size
+        limits = size_limits(self.transformer.config, self.vae.config)
         if size is None and how == "aspect":
-            return model_size(*image, trained=self.trained_size, multiple=multiple, largest=largest)
-        if np.shape(size or (0, 0)) != (2,):
-            raise ValueError(f"size is {size!r}; expected (height, width)")
-        height, width = size or (self.trained_size, self.trained_size)
-        if height % multiple or width % multiple or not 0 < min(height, width) <= max(height, width) <= largest:
-            raise ValueError(f"size is {height} x {width}; sides must be multiples of {multiple}, up to {largest}")
-        return height, width
+            return model_size(*image, trained=self.trained_size, **limits)
+        return check_size((self.trained_size, self.trained_size) if size is None else size, **limits)
 
     def _pixels(
         self, images: list[np.ndarray], size: tuple[int, int], how: Resize

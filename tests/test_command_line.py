@@ -14,7 +14,7 @@ from PIL import Image
 
 import seg4diff_jax as s4d
 from seg4diff_jax import command_line
-from seg4diff_jax.command_line import main
+from seg4diff_jax.command_line import main, segment
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
 
@@ -123,12 +123,18 @@ def test_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, p
         ({"step": "29"}, "step is 29"),
         ({"size": "64"}, "--size is '64': expected height x width"),
         ({"size": "64x90"}, "multiples of 16"),
+        ({"size": "16x99984"}, "sides must be multiples of 16, up to "),
+        ({"seed": "4294967296"}, "seed is 4294967296; expected a whole number, 0 to 4294967295"),
+        ({"seed": "-1"}, "seed is -1"),
         ({"classes": ["cat", "cat"]}, "'cat' is repeated"),
         ({"classes": ["cat " * 76]}, "shorten it"),
         ({"tokenizers": "absent"}, "absent has no folder tokenizer"),
     ],
 )
-def test_bad_input_is_one_message_and_status_1(tmp_path, image, sd3_checkpoint, capsys, changed, message):
+def test_bad_input_is_one_message_and_status_1_before_weights_are_read(
+    tmp_path, image, sd3_checkpoint, capsys, monkeypatch, changed, message
+):
+    monkeypatch.setattr(segment, "load", lambda *_, **__: pytest.fail("weights were read"))
     options = {"image": str(image), "classes": ["cat"], "model": str(sd3_checkpoint), "block": "1", **changed}
     options["out"] = str(tmp_path / "out")
     named = [f"--{name}={value}" for name, value in options.items() if name not in ("image", "classes") and value]
@@ -146,6 +152,28 @@ def test_a_directory_with_something_in_it_is_not_written_to_unasked(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         output_directory(str(tmp_path / "precious.txt"), "cat.png", overwrite=True)
     assert output_directory(str(tmp_path), "cat.png", overwrite=True) == tmp_path
+
+
+@pytest.mark.parametrize("below", ["", "new/deeper"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, below):
+    def refuse(dir):
+        assert dir == tmp_path
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(segment, "TemporaryFile", refuse)  # root, who may run the tests, may write anywhere
+    with pytest.raises(ValueError, match=rf"--out {tmp_path}.*: cannot write to {tmp_path} \(Permission denied\)"):
+        output_directory(str(tmp_path / below), "cat.png", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Permission denied"):
+        output_directory(None, "cat.png", overwrite=False)
+
+
+def test_a_place_below_a_file_is_refused_and_one_that_can_be_written_left_as_it_was(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"cannot write to {tmp_path / 'file'}"):
+        output_directory(str(tmp_path / "file" / "out"), "cat.png", overwrite=False)
+    output_directory(str(tmp_path / "out"), "cat.png", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_results_go_by_default_where_no_earlier_ones_are():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -121,3 +122,13 @@ def test_noise_is_standard_normal_and_independent_between_images():
     assert abs(first.mean()) < 0.05
     assert abs(first.std() - 1) < 0.05
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
+
+
+def test_every_seed_in_range_has_noise_of_its_own_and_others_are_refused():
+    seeds = (0, 1, 2**31, 2**31 + 1, 2**32 - 1)
+    noises = [np.asarray(image_noise(seed, [0], SHAPE)) for seed in seeds]
+    for first, second in itertools.combinations(noises, 2):
+        assert not np.array_equal(first, second)
+    for seed in (-1, 2**32, 2**64, 2**100):
+        with pytest.raises(ValueError, match=f"seed is {seed}; expected a whole number, 0 to 4294967295"):
+            image_noise(seed, [0], SHAPE)

@@ -304,6 +304,12 @@ def test_a_mesh_with_other_axes_is_refused(sd3_checkpoint):
     [
         ({"resize": "squash"}, "resize is 'squash'; expected one of aspect, square, release"),
         ({"size": 128}, r"size is 128; expected \(height, width\)"),
+        ({"size": ()}, r"size is \(\); expected \(height, width\)"),
+        ({"size": (64.0, 96)}, r"size is \(64.0, 96\); expected \(height, width\) in whole pixels"),
+        ({"size": (64, 90)}, "size is 64 x 90; sides must be multiples of 16, up to"),
+        ({"size": (0, 64)}, "size is 0 x 64; sides must be multiples of 16"),
+        ({"seed": 2**32}, "seed is 4294967296; expected a whole number, 0 to 4294967295"),
+        ({"seed": 0.5}, "seed is 0.5; expected a whole number"),
         ({"step": 8.5}, "step is 8.5; expected a whole number"),
         ({"block": "3"}, "block is '3'; the loaded transformer has blocks"),
     ],

@@ -9,6 +9,7 @@ import time
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, get_args
 
 import jax
@@ -23,10 +24,10 @@ from rich.text import Text
 from convert.components import parse_config
 from convert.readers import Source
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.flow import FlowSchedule
-from seg4diff_jax.images import Resize, read_image
+from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_seed
+from seg4diff_jax.images import Resize, check_size, read_image
 from seg4diff_jax.loading import DTYPES, load, open_for_masks
-from seg4diff_jax.pipeline import Pipeline, Segmentation
+from seg4diff_jax.pipeline import Pipeline, Segmentation, size_limits
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
 from seg4diff_jax.text import class_prompts
@@ -43,7 +44,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
     add("--step", type=int, default=8, help="noise level: 1 (nearly clean) to 28 (pure noise)")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     add("--size", type=str, metavar="HxW", help="height x width that the model sees, as in 768x1024")
     add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
     add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
@@ -56,11 +57,12 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    # Names, block, noise level and class names are looked at before gigabytes are read.
+    # Names, block, noise level, size, seed and class names are looked at before gigabytes are read.
     out = output_directory(options.out, options.image, options.overwrite)
     size = parse_size(options.size)
+    check_seed(options.seed)
     pixels = read_image(options.image)
-    block, sigma = examine(options)
+    block, sigma = examine(options, size)
 
     with console.status(f"loading {options.model}"):
         start = time.perf_counter()
@@ -95,13 +97,15 @@ def run(options: Any) -> None:
     console.print(f"wrote {out}: {', '.join(FILES)}")
 
 
-def examine(options: Any) -> tuple[int, float]:
+def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, float]:
     """The block to read and the noise level. Raises ValueError for options or class names that do not suit the model.
 
     Configurations and tokenizers are read; weights are not.
     """
     source, tokenizers = open_for_masks(options.model, **where(options))
     class_prompts(tokenizers, options.classes)
+    if size is not None:
+        check_size(size, **size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae"))))
     return block_to_read(source, options.block), FlowSchedule.from_json(source.scheduler).sigma_at(options.step)
 
 
@@ -134,9 +138,11 @@ def segment(
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
-    """Where results go. Raises ValueError when something else is there."""
+    """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
     if out is None:
-        return Path("runs") / "segment" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        directory = Path("runs") / "segment" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        check_writable(directory)
+        return directory
     directory = Path(out).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--out {out} is a file: expected a directory")
@@ -144,7 +150,20 @@ def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
         raise ValueError(
             f"--out {out} is not empty: name another, or give --overwrite to replace an earlier run's files"
         )
+    check_writable(directory)
     return directory
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ValueError unless files can be made in `directory` or, if it is not there yet, where it will be made."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {directory}: cannot write to {existing} ({error.strerror}): name a directory that can be written"
+        ) from None
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -160,7 +179,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def size_seen(pipe: Pipeline, segmentation: Segmentation) -> tuple[int, int]:
     """Height and width in pixels of what the transformer saw."""
     rows, columns = segmentation.scores.shape[1:]
-    multiple = pipe.vae.config.downsampling * pipe.transformer.config.patch_size
+    multiple = size_limits(pipe.transformer.config, pipe.vae.config)["multiple"]
     return rows * multiple, columns * multiple
 
 
