@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert import hub, native
+from convert import native
 from convert.components import COMPONENTS, abstract_model, parse_config, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign_back
 from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
 from convert.safetensors_stream import write_safetensors
-from convert.sources import open_source
+from convert.sources import open_source, with_published_tokenizers
 from convert.staging import check_target, staged_directory
 
 Format = Literal["native", "diffusers"]
@@ -61,8 +61,7 @@ def convert_checkpoint(
     )
     for each in (source, *([text_encoders] if text_encoders is not None else [])):
         _check_apart(each, target)
-    if missing := [name for name in tokenizers_of(list(opened.configs)) if name not in opened.tokenizers]:
-        opened = _with_tokenizers(opened, missing)
+    opened = with_published_tokenizers(opened)
     readers = _open_all(opened)
     cast = None if dtype is None else np.dtype(dtype)
     total = sum(nbytes(reader, cast) for reader in readers)
@@ -97,17 +96,6 @@ def _check_apart(source: str | Path, target: Path) -> None:
     here, there = Path(source).expanduser().resolve(), target.resolve()
     if here.exists() and (here == there or here in there.parents or there in here.parents):
         raise CheckpointError(f"{target} and its source {source} lie one inside the other: choose another name")
-
-
-def _with_tokenizers(source: Source, missing: list[str]) -> Source:
-    try:
-        folder = hub.fetch_tokenizers(list(source.configs))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{source.origin} comes without {', '.join(missing)}: give --tokenizers a directory with these folders "
-            f"(those published were tried: {error})"
-        ) from None
-    return replace(source, tokenizers={**{name: folder / name for name in missing}, **source.tokenizers})
 
 
 def _open_all(source: Source) -> list[ComponentReader]:

@@ -137,6 +137,24 @@ def _only(source: Source, components: Sequence[str]) -> Source:
     )
 
 
+def with_published_tokenizers(source: Source) -> Source:
+    """The source with the tokenizers that its text encoders need and it lacks, as SD3 was published with on the Hub.
+
+    Raises CheckpointError when some are lacking and cannot be fetched.
+    """
+    missing = [name for name in tokenizers_of(list(source.configs)) if name not in source.tokenizers]
+    if not missing:
+        return source
+    try:
+        folder = hub.fetch_tokenizers(list(source.configs))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{source.origin} comes without {', '.join(missing)}: name a directory that holds these folders "
+            f"(tokenizers=DIR, --tokenizers DIR). Those published were tried: {error}"
+        ) from None
+    return replace(source, tokenizers={**{name: folder / name for name in missing}, **source.tokenizers})
+
+
 def _with_tokenizers(source: Source, directory: Path) -> Source:
     folders = tokenizers_of(list(source.configs))
     raise_all(

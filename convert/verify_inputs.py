@@ -135,7 +135,7 @@ def make_prompt(source: Source) -> Prompt:
         return Prompt(ids, averaging, described)
     t5 = "text_encoder_3" in encoders and "tokenizer_3" in source.tokenizers
     try:
-        tokenizers = load_tokenizers(source.tokenizers["tokenizer"].parent, t5=t5)
+        tokenizers = load_tokenizers(source.tokenizers, t5=t5)
         prompts = class_prompts(tokenizers, CLASSES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source.origin}: {error}") from None

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.readers import Source
-from convert.sources import open_source
+from convert.sources import open_source, with_published_tokenizers
 from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.parallel import AXES, parameter_shardings
@@ -48,7 +48,8 @@ def load(
       t5: also load T5-XXL. Masks do not need it: the paper's were made without.
       blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
       text_encoders: where to take the text encoders from, for single files that hold none.
-      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], for single files.
+      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
+        Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
       variant: of a diffusers directory's weight files, as in "fp16".
 
     Raises:
@@ -108,13 +109,10 @@ def open_for_masks(
     names = ["transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if t5 else [])]
     folder = Path(tokenizers).expanduser() if tokenizers else None
     second = str(text_encoders) if text_encoders else None
-    source = open_source(str(model), components=names, tokenizers=folder, variant=variant, text_encoders=second)
-    if "tokenizer" not in source.tokenizers:
-        raise CheckpointError(
-            f"{model} comes without tokenizers: name a directory that holds folders tokenizer and tokenizer_2 "
-            "(tokenizers=, --tokenizers DIR)"
-        )
+    source = with_published_tokenizers(
+        open_source(str(model), components=names, tokenizers=folder, variant=variant, text_encoders=second)
+    )
     try:
-        return source, load_tokenizers(source.tokenizers["tokenizer"].parent, t5=t5)
+        return source, load_tokenizers(source.tokenizers, t5=t5)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error

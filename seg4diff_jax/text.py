@@ -7,7 +7,7 @@ a checkpoint, on the host. The rest is arrays.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,8 +55,11 @@ class TokenSpan(NamedTuple):
     stop: int
 
 
-def load_tokenizers(directory: str | Path, *, t5: bool = False) -> Tokenizers:
+def load_tokenizers(place: str | Path | Mapping[str, Path], *, t5: bool = False) -> Tokenizers:
     """The tokenizers of a checkpoint in diffusers' layout: `tokenizer`, `tokenizer_2` and, if `t5`, `tokenizer_3`.
+
+    Args:
+      place: the directory that holds folders of these names, or each name's folder.
 
     Raises:
       FileNotFoundError: a directory or a vocabulary is absent.
@@ -65,24 +68,25 @@ def load_tokenizers(directory: str | Path, *, t5: bool = False) -> Tokenizers:
     import transformers
 
     clip_files = ("tokenizer.json",), ("vocab.json", "merges.txt")
-    directory = Path(directory)
-    clip_l = _load_tokenizer(transformers.CLIPTokenizer, directory / "tokenizer", clip_files)
-    clip_g = _load_tokenizer(transformers.CLIPTokenizer, directory / "tokenizer_2", clip_files)
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    folders = place if isinstance(place, Mapping) else {name: Path(place) / name for name in names}
+    clip_l = _load_tokenizer(transformers.CLIPTokenizer, folders["tokenizer"], clip_files)
+    clip_g = _load_tokenizer(transformers.CLIPTokenizer, folders["tokenizer_2"], clip_files)
     for name, tokenizer in (("tokenizer", clip_l), ("tokenizer_2", clip_g)):
         if tokenizer.model_max_length > 10**6:  # transformers' stand-in for an absent value is 1e30
             raise ValueError(
-                f"{directory / name}/tokenizer_config.json names no model_max_length: expected the number of positions "
+                f"{folders[name]}/tokenizer_config.json names no model_max_length: expected the number of positions "
                 "of the text encoder (77 for SD3); add it to the file"
             )
     if clip_l.model_max_length != clip_g.model_max_length:
         raise ValueError(
-            f"{directory}: expected tokenizer and tokenizer_2 with one model_max_length, found "
+            f"{folders['tokenizer']} and {folders['tokenizer_2']}: expected one model_max_length, found "
             f"{clip_l.model_max_length} and {clip_g.model_max_length}; correct their tokenizer_config.json"
         )
     if not t5:
         return Tokenizers(clip_l, clip_g)
     t5_files = ("tokenizer.json",), ("spiece.model",)
-    return Tokenizers(clip_l, clip_g, _load_tokenizer(transformers.T5Tokenizer, directory / "tokenizer_3", t5_files))
+    return Tokenizers(clip_l, clip_g, _load_tokenizer(transformers.T5Tokenizer, folders["tokenizer_3"], t5_files))
 
 
 def _load_tokenizer(cls: Any, directory: Path, choices: tuple[tuple[str, ...], ...]) -> Any:

@@ -259,6 +259,6 @@ def test_the_command_converts_there_and_back(original: Path, tmp_path: Path, cap
 
 
 def test_a_single_file_without_tokenizers_says_what_to_give(both: tuple[Path, Path], tmp_path: Path):
-    with pytest.raises(CheckpointError, match="without tokenizer, tokenizer_2, tokenizer_3: give --tokenizers"):
+    with pytest.raises(CheckpointError, match="without tokenizer, tokenizer_2, tokenizer_3: name a directory"):
         convert_checkpoint(both[1], tmp_path / "native")
     assert not (tmp_path / "native").exists()

@@ -16,6 +16,7 @@ from flax import nnx
 from PIL import Image
 
 import seg4diff_jax as s4d
+from convert import hub
 from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
 from seg4diff_jax import pipeline as module
@@ -86,10 +87,23 @@ def test_more_blocks_than_there_are_is_refused(sd3_checkpoint):
         s4d.load(sd3_checkpoint, blocks=7)
 
 
-def test_a_checkpoint_without_tokenizers_is_refused(without_tokenizers):
-    message = f"{without_tokenizers} comes without tokenizers: name a directory that holds folders tokenizer and"
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        s4d.load(without_tokenizers)
+def test_a_checkpoint_without_tokenizers_is_refused_when_the_published_ones_cannot_be_fetched(without_tokenizers):
+    message = f"{without_tokenizers} comes without tokenizer, tokenizer_2: name a directory that holds these folders "
+    with pytest.raises(CheckpointError, match=re.escape(message + "(tokenizers=DIR, --tokenizers DIR). Those publ")):
+        s4d.load(without_tokenizers)  # tests are offline
+
+
+def test_a_checkpoint_without_tokenizers_has_the_published_ones(
+    sd3, sd3_checkpoint, without_tokenizers, monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.setattr(hub, "fetch_tokenizers", lambda components: asked.append(components) or sd3_checkpoint)
+    pipe = s4d.load(without_tokenizers, blocks=1)
+    assert asked == [["transformer", "vae", "text_encoder", "text_encoder_2"]]
+    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, sd3.encode_prompts(["a cat"]).context)
+    partly = shutil.copytree(sd3_checkpoint, tmp_path / "partly", ignore=shutil.ignore_patterns("tokenizer_2"))
+    pipe = s4d.load(partly, blocks=1)  # one of its own, one published
+    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, sd3.encode_prompts(["a cat"]).context)
 
 
 def test_t5_that_is_not_there_is_refused(checkpoint_factory):

@@ -50,7 +50,12 @@ def arguments(parser: ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
     add("--t5", action="store_true", help="load T5 too; default: as in the paper, without")
     add("--text-encoders", type=str, metavar="MODEL", help="where to take them from: some single files have none")
-    add("--tokenizers", type=str, metavar="DIR", help="with tokenizer and tokenizer_2: single files have none")
+    add(
+        "--tokenizers",
+        type=str,
+        metavar="DIR",
+        help="with tokenizer and tokenizer_2, for single files; default: the Hub's",
+    )
     add("--variant", type=str, help="of a diffusers directory's weight files, as in fp16")
 
 
