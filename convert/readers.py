@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from convert.components import COMPONENTS, Naming, abstract_model, expert_block, parse_config, trained_size
+from convert.components import COMPONENTS, Naming, abstract_model, expert_block, expert_step, parse_config, trained_size
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
@@ -84,6 +84,11 @@ class Source:
         return expert_block(self.configs["transformer"])
 
     @property
+    def expert_step(self) -> int:
+        """The noise level at which that block segments best, counted from the clean end of 28."""
+        return expert_step(self.configs.get("transformer", {}))
+
+    @property
     def trained_size(self) -> int:
         """Side, in pixels, of the square images that the transformer was trained for."""
         return trained_size(self.configs["transformer"], self.configs.get("vae"))
@@ -105,7 +110,8 @@ class Source:
 class TorchComponent:
     """A component whose tensors lie in safetensors files under PyTorch names.
 
-    `where` names the files in messages; `once` says that they will not be read again soon.
+    `where` names the files in messages, and `prefix` is what stands in them before each tensor's name; `once` says that
+    they will not be read again soon.
     """
 
     name: str
@@ -113,6 +119,7 @@ class TorchComponent:
     naming: Naming
     tensors: Mapping[str, TensorInfo]
     where: str
+    prefix: str = ""
     once: bool = False
     _assignments: list[Assignment] | None = None
 

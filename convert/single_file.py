@@ -62,7 +62,11 @@ def open_single_file(path: Path) -> Source:
         if name in tensors
     }
     return Source(
-        str(path), configs, lambda name: TorchComponent(name, configs[name], "stability", tensors[name], str(path))
+        str(path),
+        configs,
+        lambda name: TorchComponent(
+            name, configs[name], "stability", tensors[name], str(path), COMPONENTS[name].prefix
+        ),
     )
 
 

@@ -55,11 +55,11 @@ def _read(info: TensorInfo) -> torch.Tensor:
 
 
 def _converted(component: TorchComponent) -> dict[str, torch.Tensor]:
-    """A single file's tensors, mapped, under diffusers' names by diffusers' own functions."""
+    """A single file's tensors, mapped, under diffusers' names by diffusers' own functions, which want the prefix."""
     name, prefix = component.name, COMPONENTS[component.name].prefix
     (file,) = {info.file for info in component.tensors.values()}
     with safe_open(file, "pt") as opened:
-        tensors = {prefix + key: opened.get_tensor(prefix + key) for key in component.tensors}
+        tensors = {prefix + key: opened.get_tensor(component.prefix + key) for key in component.tensors}
     if name == "transformer":
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
     if name == "vae":

@@ -52,6 +52,7 @@ def verify(
     components: Sequence[str] | None = None,
     tokenizers: Path | None = None,
     variant: str | None = None,
+    text_encoders: str | Path | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Report:
     """Compare every component of a checkpoint in both frameworks.
@@ -64,6 +65,7 @@ def verify(
       float64: run PyTorch in float64 as well, which then counts as exact: a row out of its fixed bound passes if
         PyTorch's own distance from it excuses ours.
       components, tokenizers, variant: see `open_source`.
+      text_encoders: see `open_source`; a second source for those that `source` or `against` lacks.
       progress: told what is being done.
 
     Raises:
@@ -71,8 +73,9 @@ def verify(
         not installed.
     """
     torch_side = _torch_side()
-    ours = open_source(source, components=components, tokenizers=tokenizers, variant=variant)
-    original = ours if against is None else open_source(against, components=list(ours.configs), variant=variant)
+    also: dict[str, Any] = {"variant": variant, "text_encoders": text_encoders}
+    ours = open_source(source, components=components, tokenizers=tokenizers, **also)
+    original = ours if against is None else open_source(against, components=list(ours.configs), **also)
     _check_original(ours, original)
     inputs = make_inputs(ours, size)
     rows: list[Row] = []
@@ -130,12 +133,17 @@ def _exact_products(dtype: DType) -> AbstractContextManager[Any]:
 
 
 def _check_original(ours: Source, original: Source) -> None:
-    for name in original.configs:
-        if not isinstance(original.component(name), TorchComponent):
-            raise CheckpointError(
-                f"{original.origin} is a converted directory, which PyTorch cannot read: give the original that it "
-                "was made from with --against"
-            )
+    converted = [name for name in original.configs if not isinstance(original.component(name), TorchComponent)]
+    if converted == list(original.configs):
+        raise CheckpointError(
+            f"{original.origin} is a converted directory, which PyTorch cannot read: give the original that it was "
+            "made from with --against"
+        )
+    if converted:
+        raise CheckpointError(
+            f"{original.origin}: {', '.join(converted)} in converted form, which PyTorch cannot read: give text "
+            "encoders in their original form with --text-encoders"
+        )
     raise_all(
         [
             f"{name}: {ours.origin} and {original.origin} describe different models"

@@ -47,6 +47,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--float64", action="store_true", help="run PyTorch in float64 as well, and judge by both distances from it")
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
     add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]; default: random ids")
+    add("--text-encoders", type=str, help="where text encoders come from that the source lacks; see docs/convert.md")
     add("--variant", type=str, help="of the weight files, as in fp16")
     add("--json", type=str, metavar="FILE", help="write the rows to a file as well")
 
@@ -64,6 +65,7 @@ def run(options: Any) -> None:
             components=options.components,
             tokenizers=Path(options.tokenizers) if options.tokenizers else None,
             variant=options.variant,
+            text_encoders=options.text_encoders,
             progress=status.update,
         )
     out = Console()
@@ -101,7 +103,7 @@ def _numbers(row: Row) -> tuple[str, str, str]:
 def to_json(options: Any, report: Report) -> str:
     """The report; numbers that are not finite become null."""
     rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in report.rows]
-    about = {name: getattr(options, name) for name in ("source", "against", "size", "dtype")}
+    about = {name: getattr(options, name) for name in ("source", "against", "text_encoders", "size", "dtype")}
     return json.dumps({**about, "notes": report.notes, "passed": not report.failures, "rows": rows}, indent=2)
 
 

@@ -133,3 +133,18 @@ def test_the_command_takes_text_encoders(forms: dict[str, Path], tmp_path: Path)
     assert main(["checkpoint", *arguments]) == 0
     assert components(target) == components(forms["converted"])
     assert sorted(path.name for path in target.glob("tokenizer*")) == ["tokenizer", "tokenizer_2", "tokenizer_3"]
+
+
+def test_verify_takes_text_encoders_for_a_source_and_for_an_original_that_lack_them(
+    forms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    convert_checkpoint(forms["bare"], tmp_path / "whole", text_encoders=forms["diffusers"])
+    also = ["--size", "64", "--text-encoders", str(forms["separate files"]), "--components", "text_encoder", "vae"]
+    for pair in ([str(forms["bare"])], [str(tmp_path / "whole"), "--against", str(forms["bare"])]):
+        assert main(["verify", *pair, *also, "--json", str(tmp_path / "rows.json")]) == 0
+        report = json.loads((tmp_path / "rows.json").read_text())
+        assert "text_encoder: pooled" in [row["what"] for row in report["rows"]]
+        assert report["text_encoders"] == str(forms["separate files"])
+    arguments = [str(forms["bare"]), "--components", "text_encoder", "vae", "--text-encoders", str(forms["converted"])]
+    assert main(["verify", *arguments]) == 1
+    assert "text_encoder in converted form, which PyTorch cannot read: give text encod" in capsys.readouterr().err
