@@ -6,7 +6,7 @@ The schedule is diffusers' FlowMatchEulerDiscreteScheduler with SD3's shift.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,8 +59,8 @@ class FlowSchedule:
 
         As in diffusers the shift is applied twice: to the smallest level, then to the levels spread evenly above it.
         """
-        if not 1 <= steps <= self.num_train_timesteps:
-            raise ValueError(f"steps is {steps}; expected 1 to {self.num_train_timesteps}")
+        if not isinstance(steps, int | np.integer) or not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"steps is {steps}; expected a whole number, 1 to {self.num_train_timesteps}")
         smallest = self._shifted(1 / self.num_train_timesteps)
         return self._shifted(np.linspace(1.0, smallest, steps))
 
@@ -94,6 +94,43 @@ def velocity_loss(
 ) -> Float[Array, " batch"]:
     """Mean squared error of each image's velocity, fp32."""
     return jnp.square(predicted.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+
+
+def euler(
+    velocity: Callable[
+        [Float[Array, "batch height width channels"], Float[Array, ""]], Float[Array, "batch height width channels"]
+    ],
+    noise: Float[Array, "batch height width channels"],
+    sigmas: Float[Array, " steps"],
+) -> Float[Array, "batch height width channels"]:
+    """Follow the velocity from noise to clean latents in straight steps, one scan; latents are fp32.
+
+    Args:
+      velocity: of latents at a noise level.
+      sigmas: the levels, falling; the last step leads from the last of them to 0.
+    """
+
+    def step(latents: Array, levels: tuple[Array, Array]) -> tuple[Array, None]:
+        sigma, following = levels
+        return latents + (following - sigma) * velocity(latents, sigma), None
+
+    sigmas = sigmas.astype(jnp.float32)
+    latents, _ = jax.lax.scan(step, noise.astype(jnp.float32), (sigmas, jnp.append(sigmas[1:], 0.0)))
+    return latents
+
+
+def guided(
+    towards: Float[Array, "*shape"], away: Float[Array, "*shape"], scale: Float[Array, ""] | float
+) -> Float[Array, "*shape"]:
+    """Classifier-free guidance: from the velocity under the negative prompt, `scale` times the way to the prompt's."""
+    return away + scale * (towards - away)
+
+
+def check_guidance(scale: float) -> float:
+    """A finite number. Raises ValueError for anything else."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+        raise ValueError(f"guidance is {scale!r}; expected a number: 7 is usual, 1 is none")
+    return float(scale)
 
 
 def logit_normal_sigmas(

@@ -1,4 +1,4 @@
-"""One loaded SD3: from image files and class names to masks."""
+"""One loaded SD3: from image files and class names to masks, and from prompts to pictures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise
+from seg4diff_jax.flow import FlowSchedule, add_noise, check_guidance, image_noise
+from seg4diff_jax.generation import decode_pictures, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
@@ -26,7 +27,13 @@ from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import BATCH
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, padded_rows, upsampled_labels
+from seg4diff_jax.segmentation.open_vocabulary import (
+    Segmentation,
+    class_scores,
+    combine_prompts,
+    padded_rows,
+    upsampled_labels,
+)
 from seg4diff_jax.text import (
     ClassPrompts,
     TextConditioning,
@@ -36,23 +43,6 @@ from seg4diff_jax.text import (
     encode_prompts,
     tokenize,
 )
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Where each class is in one image.
-
-    Attributes:
-      labels: int32 [height, width] of the input image: index into `classes`.
-      scores: float32 [classes, rows, columns]: mean attention of each image token to the class's words.
-      classes: the class names, as given.
-      prompts: what the model was told; more than one when the names do not fit a prompt.
-    """
-
-    labels: Int[np.ndarray, "height width"]
-    scores: Float[np.ndarray, "classes rows columns"]
-    classes: tuple[str, ...]
-    prompts: tuple[str, ...]
 
 
 def size_limits(transformer: MMDiTConfig, vae: VAEConfig) -> dict[str, int]:
@@ -179,17 +169,57 @@ class Pipeline:
         wanted = self._model_size(pixels.shape[:2], size, resize)
         eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
+        sigma, how = self.schedule.sigma_at(step), (tuple(blocks), request, kernel, self._zero_tokens)
         with self._settings():
-            return _attention(
-                self.transformer,
-                self.vae,
-                *inputs,
-                self.schedule.sigma_at(step),
-                tuple(blocks),
-                request,
-                kernel,
-                self._zero_tokens,
-            )
+            return _attention(self.transformer, self.vae, *inputs, sigma, *how)
+
+    # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 28,
+        guidance: float = 7.0,
+        seed: int = 0,
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
+        size: tuple[int, int] | None = None,
+        images_per_prompt: int = 1,
+        kernel: Kernel | None = None,
+    ) -> UInt8[np.ndarray, "height width 3"] | list[UInt8[np.ndarray, "height width 3"]]:
+        """Pictures of prompts, uint8 [height, width, 3]: one for one prompt, otherwise a list, made in one batch.
+
+        Args:
+          prompt: one, or a list. With several `images_per_prompt`, those of the first prompt come first.
+          negative_prompt: what guidance leads away from.
+          guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
+          seed, noise, size, kernel: as for `segment`; the default size is the trained square.
+
+        Raises:
+          ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
+          FloatingPointError: the model gave pixels that are not finite: damaged weights.
+        """
+        if self.transformer.depth < self.transformer.config.num_layers:
+            loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
+            raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
+        if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt is {images_per_prompt!r}; expected a whole number, at least 1")
+        prompts = np.repeat([prompt] if isinstance(prompt, str) else list(prompt), images_per_prompt).tolist()
+        wanted = self._model_size((0, 0), size, "square")
+        eps = self._noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
+        levels = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
+        if not prompts:
+            return []
+        negative = self.encode_prompts([negative_prompt]) if guidance > 1 else None
+        images = self._spread((eps, self.encode_prompts(prompts)))
+        with self._settings():
+            latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self._zero_tokens)
+            pictures, finite = decode_pictures(self.vae, latents)
+        if not finite:
+            raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")
+        listed = list(np.asarray(pictures))
+        return listed[0] if isinstance(prompt, str) and images_per_prompt == 1 else listed
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

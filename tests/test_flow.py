@@ -77,7 +77,7 @@ def test_steps_outside_the_schedule_are_refused():
         with pytest.raises(ValueError, match=message):
             schedule.sigma_at(step, steps)
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match=f"steps is {steps}; expected 1 to 1000"):
+        with pytest.raises(ValueError, match=f"steps is {steps}; expected a whole number, 1 to 1000"):
             schedule.sigmas(steps)
 
 

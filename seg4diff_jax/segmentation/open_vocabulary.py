@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Where each class is in one image.
+
+    Attributes:
+      labels: int32 [height, width] of the input image: index into `classes`.
+      scores: float32 [classes, rows, columns]: mean attention of each image token to the class's words.
+      classes: the class names, as given.
+      prompts: what the model was told; more than one when the names do not fit a prompt.
+    """
+
+    labels: Int[np.ndarray, "height width"]
+    scores: Float[np.ndarray, "classes rows columns"]
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...]
 
 
 def class_scores(

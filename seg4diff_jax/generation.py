@@ -1,0 +1,71 @@
+"""Pictures from prompts: the programs that take noise to latents, and latents to pictures."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt8
+
+from seg4diff_jax.flow import euler, guided
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.text import TextConditioning
+
+
+@partial(jax.jit, static_argnames=("kernel", "equal_tail"))
+def sample_latents(
+    transformer: MMDiT,
+    noise: Float[Array, "images rows columns channels"],
+    prompts: TextConditioning,
+    negative: TextConditioning | None,
+    sigmas: Float[Array, " steps"],
+    guidance: Float[Array, ""],
+    kernel: Kernel | None = None,
+    equal_tail: int = 1,
+) -> Float[Array, "images rows columns channels"]:
+    """Clean latents from noise, fp32 between the steps, in one program whatever the number of steps.
+
+    Args:
+      prompts: conditioning of each image.
+      negative: conditioning to lead away from, of each image or one row for all; None takes one forward pass per
+        image and step instead of two, and the velocity as it is.
+      sigmas: noise levels, falling; the clean end is left out (`FlowSchedule.sigmas`).
+      guidance: scale of the way from `negative` to `prompts`; 1 leads to `prompts` exactly.
+      kernel, equal_tail: as for `MMDiT.__call__`.
+
+    Raises:
+      ValueError: the transformer lacks its last blocks, or latents do not fit it.
+    """
+    conditioning = prompts if negative is None else jax.tree.map(_side_by_side, prompts, negative)
+
+    def velocity(
+        latents: Float[Array, "images rows columns channels"], sigma: Float[Array, ""]
+    ) -> Float[Array, "images rows columns channels"]:
+        seen = latents if negative is None else _side_by_side(latents, latents)
+        timesteps = jnp.full(len(seen), 1000 * sigma)
+        predicted, _ = transformer(seen, timesteps, *conditioning, kernel=kernel, equal_tail=equal_tail)
+        predicted = predicted.astype(jnp.float32)
+        if negative is None:
+            return predicted
+        pairs = predicted.reshape(-1, 2, *predicted.shape[1:])
+        return guided(pairs[:, 0], pairs[:, 1], guidance)
+
+    return euler(velocity, noise, sigmas)
+
+
+def _side_by_side(first: Float[Array, "rows ..."], second: Float[Array, "_ ..."]) -> Float[Array, "both ..."]:
+    """Row by row in turn, so that both rows of an image lie on its device; `second` may be one row for all."""
+    return jnp.stack([first, jnp.broadcast_to(second, first.shape)], axis=1).reshape(-1, *first.shape[1:])
+
+
+@jax.jit
+def decode_pictures(
+    vae: VAE, latents: Float[Array, "images rows columns channels"]
+) -> tuple[UInt8[Array, "images height width 3"], Bool[Array, ""]]:
+    """Latents to pixels 0..255, rounded, and whether all of them were finite."""
+    pixels = vae.decode(latents).astype(jnp.float32)
+    levels = jnp.round(255 * jnp.clip(pixels / 2 + 0.5, 0, 1))
+    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()

@@ -1,0 +1,229 @@
+"""Pictures from prompts are those of diffusers' StableDiffusion3Pipeline, given the same initial latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from flax import nnx
+
+import seg4diff_jax as s4d
+from seg4diff_jax.flow import FlowSchedule, euler, guided, image_noise
+from seg4diff_jax.generation import decode_pictures, sample_latents
+from tests.reference.inputs import SIZE, SQUARE, a_noise
+from tests.reference.random_weights import relative_error
+
+PROMPTS = ["a photo of a cat on the grass", "two red buses"]
+NEGATIVE = "a small dog in the water"
+STEPS = 5
+
+
+@dataclasses.dataclass
+class Pair:
+    """Ours and diffusers' pipeline of one checkpoint. `length`: how many tokens T5, or its zeros, have."""
+
+    ours: s4d.Pipeline
+    theirs: Any
+    length: int
+
+    def make_theirs(self, noise: np.ndarray, prompts: list[str], output: str, **options) -> np.ndarray:
+        made = self.theirs(
+            prompts,
+            height=8 * noise.shape[1],
+            width=8 * noise.shape[2],
+            latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+            num_inference_steps=STEPS,
+            max_sequence_length=self.length,
+            output_type=output,
+            **options,
+        ).images
+        return made.permute(0, 2, 3, 1).numpy() if output == "latent" else made
+
+    def latents(self, noise: np.ndarray, prompts: list[str], negative: str, guidance: float) -> np.ndarray:
+        ours = self.ours
+        conditioning = ours.encode_prompts(prompts), ours.encode_prompts([negative]) if guidance > 1 else None
+        levels = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32), jnp.float32(guidance)
+        tail = ours._zero_tokens
+        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), *conditioning, *levels, None, tail))
+
+
+@pytest.fixture(scope="module")
+def pair_of(request) -> Callable[[str, bool], Pair]:
+    """Ours and diffusers' from the checkpoint of that fixture, with T5 or without."""
+    made: dict[tuple[str, bool], Pair] = {}
+
+    def make(fixture: str, t5: bool) -> Pair:
+        if (fixture, t5) not in made:
+            checkpoint = request.getfixturevalue(fixture)
+            absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+            theirs = StableDiffusion3Pipeline.from_pretrained(checkpoint, **absent)
+            theirs.set_progress_bar_config(disable=True)
+            made[fixture, t5] = Pair(s4d.load(checkpoint, t5=t5), theirs, 256 if t5 else 77)
+        return made[fixture, t5]
+
+    return make
+
+
+def noise_of(count: int, size: tuple[int, int]) -> np.ndarray:
+    return np.stack([a_noise(*size, seed) for seed in range(count)])
+
+
+# ---- the same as diffusers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fixture", "t5", "guidance"),
+    [
+        ("sd3_checkpoint", False, 7.0),
+        ("sd3_checkpoint", False, 1.0),
+        ("sd3_checkpoint", True, 4.5),
+        ("sd35_medium_checkpoint", False, 7.0),
+        ("sd35_large_checkpoint", False, 1.0),
+    ],
+)
+def test_latents_and_pictures_are_those_of_diffusers(pair_of, fixture, t5, guidance):
+    pair, noise = pair_of(fixture, t5), noise_of(2, SIZE)
+    options = {"negative_prompt": [NEGATIVE] * 2, "guidance_scale": guidance}
+    expected = pair.make_theirs(noise, PROMPTS, "latent", **options)
+    found = pair.latents(noise, PROMPTS, NEGATIVE, guidance)
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(found[::-1], expected) > 0.1, "each prompt has its own picture"
+
+    pixels = pair.make_theirs(noise, PROMPTS, "np", **options)
+    pictures = pair.ours.generate(
+        PROMPTS, negative_prompt=NEGATIVE, steps=STEPS, guidance=guidance, noise=noise, size=SIZE
+    )
+    apart = np.abs(np.stack(pictures) / 255.0 - pixels).max()
+    assert all(picture.dtype == np.uint8 and picture.shape == (*SIZE, 3) for picture in pictures)
+    assert np.abs(np.stack(pictures).astype(int) - np.round(255 * pixels)).max() <= 1
+    assert 255 * apart <= 0.51
+    assert np.std(pixels) > 0.05
+
+
+def test_one_prompt_at_the_trained_size_without_options_is_diffusers_own_default(pair_of):
+    pair, noise = pair_of("sd3_checkpoint", False), noise_of(1, (SQUARE, SQUARE))
+    expected = pair.theirs(
+        PROMPTS[0], latents=torch.from_numpy(noise).permute(0, 3, 1, 2), max_sequence_length=77, output_type="np"
+    ).images
+    picture = pair.ours.generate(PROMPTS[0], noise=noise[0])
+    assert picture.shape == (SQUARE, SQUARE, 3)
+    assert np.abs(picture.astype(int) - np.round(255 * expected[0])).max() <= 1
+
+
+# ---- steps and guidance ---------------------------------------------------------------------------------------------
+
+
+def test_euler_follows_a_straight_path_to_its_end_in_any_number_of_steps():
+    noise, clean = jnp.asarray(noise_of(2, SIZE))
+    for steps in (1, 7):
+        sigmas = jnp.asarray(FlowSchedule().sigmas(steps))
+        ends = euler(lambda latents, sigma: (noise - clean)[None], noise[None], sigmas)
+        np.testing.assert_allclose(ends[0], clean, atol=1e-5)
+
+
+def test_euler_takes_the_steps_of_a_loop_written_out():
+    sigmas = FlowSchedule().sigmas(6)
+    field = lambda latents, sigma: jnp.sin(3 * latents) + sigma
+    expected = np.array(noise_of(1, (16, 16)), np.float64)
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        expected += (following - sigma) * (np.sin(3 * expected) + sigma)
+    found = euler(field, jnp.asarray(noise_of(1, (16, 16))), jnp.asarray(sigmas))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_guidance_runs_from_the_negative_prompt_through_the_prompt():
+    towards, away = jnp.asarray(noise_of(2, SIZE))
+    np.testing.assert_array_equal(guided(towards, away, 0.0), away)
+    np.testing.assert_allclose(guided(towards, away, 1.0), towards, atol=1e-6)
+    np.testing.assert_allclose(guided(towards, away, 3.0), 3 * towards - 2 * away, atol=1e-5)
+
+
+def test_one_program_serves_every_guidance_prompt_and_seed_and_no_guidance_costs_half(sd3):
+    inputs = jnp.zeros((1, 4, 4, 16)), sd3.encode_prompts(["cat"])
+    levels = jnp.asarray(sd3.schedule.sigmas(3), jnp.float32), jnp.float32(7)
+
+    def cost(negative) -> float:
+        analysis = sample_latents.lower(sd3.transformer, *inputs, negative, *levels).compile().cost_analysis()
+        return analysis["flops"]
+
+    assert cost(sd3.encode_prompts([""])) / cost(None) == pytest.approx(2, rel=0.05)
+
+    sd3.generate("cat", steps=2, size=(32, 48), guidance=7.0)
+    programs = sample_latents._cache_size()
+    sd3.generate("a dog", steps=2, size=(32, 48), guidance=2.5, negative_prompt="sky", seed=4)
+    assert sample_latents._cache_size() == programs
+    sd3.generate("a dog", steps=2, size=(32, 48), guidance=1.0)
+    sd3.generate("a dog", steps=2, size=(32, 48), guidance=0.0)
+    assert sample_latents._cache_size() == programs + 1
+
+
+# ---- lists, noise ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_a_list_are_those_made_alone_with_the_noise_of_their_place(sd3):
+    options: dict[str, Any] = {"steps": 3, "size": SIZE, "seed": 5}
+    listed = sd3.generate(PROMPTS, images_per_prompt=2, **options)
+    assert len(listed) == 4
+    noise = np.asarray(image_noise(5, range(4), (SIZE[0] // 8, SIZE[1] // 8, 16)))
+    for place, picture in enumerate(listed):
+        alone = sd3.generate(PROMPTS[place // 2], noise=noise[place], **options)
+        assert np.abs(alone.astype(int) - picture).max() <= 1
+    assert np.abs(listed[0].astype(int) - listed[1]).max() > 10
+    assert isinstance(sd3.generate(PROMPTS[:1], **options), list)
+    assert len(sd3.generate(PROMPTS[0], images_per_prompt=2, **options)) == 2
+    assert sd3.generate([]) == []
+
+
+def test_decoded_pixels_are_rounded_and_clipped(sd3):
+    latents = jnp.asarray(4 * noise_of(1, SIZE))
+    with sd3._settings():
+        pictures, finite = decode_pictures(sd3.vae, latents)
+        pixels = np.asarray(jax.jit(lambda vae, latents: vae.decode(latents))(sd3.vae, latents))
+    expected = np.round(127.5 * pixels.clip(-1, 1) + 127.5)
+    assert (pixels > 1).any()
+    assert finite
+    assert np.abs(np.asarray(pictures) - expected).max() <= 1
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_transformer_without_its_last_blocks_makes_no_pictures(sd3_checkpoint):
+    with pytest.raises(
+        ValueError, match=r"blocks 0\.\.1 of 0\.\.5 are loaded; pictures need all: load without blocks="
+    ):
+        s4d.load(sd3_checkpoint, blocks=2).generate("cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; expected a whole number, 1 to 1000"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number, 1 to 1000"),
+        ({"guidance": float("nan")}, "guidance is nan; expected a number"),
+        ({"guidance": "7"}, "guidance is '7'; expected a number"),
+        ({"images_per_prompt": 0}, "images_per_prompt is 0; expected a whole number, at least 1"),
+        ({"size": (100, 128)}, "size is 100 x 128; sides must be multiples of 16, up to 384"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"noise": np.zeros((18, 14, 16), np.float32)}, r"noise is \[18, 14, 16\]; expected \[16, 16, 16\]"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users: types are checked in tests only
+    with pytest.raises(ValueError, match=message):
+        sd3.generate("cat", **options)
+
+
+def test_pixels_that_are_not_finite_are_no_picture(sd3):
+    graph, state = nnx.split(sd3.vae)
+    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        dataclasses.replace(sd3, vae=damaged).generate("cat", steps=1, size=(32, 32))
