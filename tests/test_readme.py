@@ -43,7 +43,8 @@ def quickstart(tmp_path_factory) -> Path:
     install, *commands = blocks("README.md", "bash")[0].splitlines()
     assert install == "pip install -e ."
     environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        environment.pop(name, None)
     program = WITHOUT_TORCH.format(commands=commands, root=str(ROOT))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=directory, env=environment, capture_output=True, text=True, check=False
