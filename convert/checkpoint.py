@@ -17,6 +17,7 @@ from convert.components import COMPONENTS, abstract_model, parse_config, tokeniz
 from convert.errors import CheckpointError, raise_all
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign_back
+from convert.progress import Told, counter
 from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
 from convert.safetensors_stream import write_safetensors
 from convert.sources import open_source, with_published_tokenizers
@@ -38,7 +39,7 @@ def convert_checkpoint(
     variant: str | None = None,
     text_encoders: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Told = lambda done, total: None,
 ) -> None:
     """Convert a checkpoint; everything is checked before anything is written, and `target` appears complete or not.
 
@@ -66,7 +67,7 @@ def convert_checkpoint(
     cast = None if dtype is None else np.dtype(dtype)
     total = sum(nbytes(reader, cast) for reader in readers)
     _check_space(target, total)
-    report = _counter(progress, total)
+    report = counter(progress, total)
     with staged_directory(target) as work:
         if to == "native":
             _write_native(work, opened, readers, cast, report)
@@ -78,18 +79,6 @@ def _check_space(target: Path, needed: int) -> None:
     folder = next(path for path in target.absolute().parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(f"{target} needs {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB of free space")
-
-
-def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    advance(0)
-    return advance
 
 
 def _check_apart(source: str | Path, target: Path) -> None:

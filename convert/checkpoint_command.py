@@ -8,10 +8,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert.checkpoint import MARKERS, convert_checkpoint
 from convert.components import COMPONENTS
+from convert.progress import shown
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -30,9 +30,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at each save that it does not write OCDBT
     console = Console(stderr=True)
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
+    with shown(console, f"converting {options.source}") as progress:
         convert_checkpoint(
             options.source,
             options.target,
@@ -43,6 +41,6 @@ def run(options: Any) -> None:
             variant=options.variant,
             text_encoders=options.text_encoders,
             overwrite=options.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     console.print(f"wrote {options.target}")

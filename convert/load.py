@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert.assemble import assemble
 from convert.components import abstract_model
 from convert.layout import contiguous
 from convert.names import parameter_shapes
-from convert.readers import Source, usual_dtype
+from convert.readers import ComponentReader, Source, usual_dtype
 from convert.sources import open_source
+
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""Parameter path and shape to its sharding."""
+
+
+@dataclass(frozen=True)
+class Unfilled:
+    """A component that has been found sound, and the model without numbers that it fills; no weights have been read."""
+
+    component: ComponentReader
+    model: Any
+    dtype: jnp.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the parameters in memory."""
+        return self.dtype.itemsize * sum(math.prod(shape) for shape in parameter_shapes(self.model).values())
+
+    def fill(self, *, shardings: Shardings | None = None, read: Callable[[int], None] = lambda count: None) -> Any:
+        """The model with its parameters. `read`: told the bytes, as in `nbytes`, of each one."""
+
+        def tensors() -> Iterator[tuple[str, np.ndarray]]:
+            for name, array in self.component.parameters(parameter_shapes(self.model)):
+                yield name, contiguous(array, self.dtype)
+                read(array.size * self.dtype.itemsize)
+
+        return assemble(self.model, tensors(), dtype=self.dtype, shardings=shardings)
+
+
+def open_component(source: Source, name: str, *, dtype: Any = None, depth: int | None = None) -> Unfilled:
+    """A component, checked. Arguments and errors as for `load_component`."""
+    component = source.component(name)
+    component.check()
+    kind = jnp.dtype(usual_dtype(component) if dtype is None else dtype)
+    return Unfilled(component, abstract_model(name, component.config, kind, depth), kind)
 
 
 def load_component(
@@ -23,7 +61,7 @@ def load_component(
     *,
     dtype: Any = None,
     depth: int | None = None,
-    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    shardings: Shardings | None = None,
 ) -> Any:
     """A component with its parameters.
 
@@ -39,10 +77,4 @@ def load_component(
       CheckpointError: the checkpoint is damaged, lacks the component or does not match its own configuration.
     """
     opened = source if isinstance(source, Source) else open_source(source, components=[name])
-    component = opened.component(name)
-    component.check()
-    cast = usual_dtype(component) if dtype is None else jnp.dtype(dtype)
-    model = abstract_model(name, component.config, cast, depth)
-    wanted = parameter_shapes(model)
-    tensors = ((name, contiguous(array, cast)) for name, array in component.parameters(wanted))
-    return assemble(model, tensors, dtype=cast, shardings=shardings)
+    return open_component(opened, name, dtype=dtype, depth=depth).fill(shardings=shardings)

@@ -60,7 +60,8 @@ def load_lora(
     if checkpoint.others and not adapters_only:
         raise CheckpointError(
             f"{path}: tensors that are no adapters and would go unused: {', '.join(checkpoint.others)}; "
-            "say adapters_only=True to leave them out"
+            f"say adapters_only=True to leave them out, or leave them out for good with `python -m convert lora {path} "
+            "DST --adapters-only`"
         )
     return checkpoint.config, checkpoint.adapters
 

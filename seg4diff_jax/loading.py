@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError
-from convert.load import load_component
+from convert.load import Shardings, open_component
+from convert.lora import attach_lora
+from convert.progress import Told, counter
 from convert.readers import Source
 from convert.sources import open_source, with_published_tokenizers
 from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.models.lora import LoRA
+from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.parallel import AXES, parameter_shardings
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import Tokenizers, load_tokenizers
@@ -34,6 +38,8 @@ def load(
     text_encoders: str | PathLike | None = None,
     tokenizers: str | PathLike | None = None,
     variant: str | None = None,
+    lora: str | PathLike | None = None,
+    progress: Told = lambda done, total: None,
 ) -> Pipeline:
     """Load a checkpoint in any form that `python -m convert checkpoint` takes, converted on the fly.
 
@@ -51,9 +57,13 @@ def load(
       tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
         Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
       variant: of a diffusers directory's weight files, as in "fp16".
+      lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert lora`
+        reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Those of blocks that are not
+        loaded are left out; anything else that would go unused is an error.
+      progress: told the bytes of parameters loaded so far and those in all.
 
     Raises:
-      CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
+      CheckpointError: the checkpoint or the adapters cannot be found, read or understood; the message says what to do.
       ValueError: the dtype or the mesh is of no use here.
     """
     kind = parameter_dtype(dtype)
@@ -61,23 +71,41 @@ def load(
     if mesh is not None and tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
     source, words = open_for_masks(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
-    options: dict[str, Any] = {"dtype": kind, "shardings": parameter_shardings(mesh) if mesh else None}
-
-    def part(name: str, **more: Any) -> Any:
-        return load_component(source, name, **options, **more)
-
+    parts = {
+        name: open_component(source, name, dtype=kind, depth=blocks if name == "transformer" else None)
+        for name in source.configs
+    }
+    adapted = lambda transformer: attach_lora(transformer, str(lora), drop_absent_blocks=True)
+    if lora is not None:  # whether they fit is seen before gigabytes are read
+        nnx.eval_shape(adapted, parts["transformer"].model)
+    shardings = parameter_shardings(mesh) if mesh else None
+    read = counter(progress, sum(part.nbytes for part in parts.values()))
+    models = {name: part.fill(shardings=shardings, read=read) for name, part in parts.items()}
+    if lora is not None:
+        models["transformer"] = _adapters_placed(adapted(models["transformer"]), shardings)
     return Pipeline(
-        transformer=part("transformer", depth=blocks),
-        vae=part("vae"),
-        clip_l=part("text_encoder"),
-        clip_g=part("text_encoder_2"),
-        t5=part("text_encoder_3") if t5 else None,
+        transformer=models["transformer"],
+        vae=models["vae"],
+        clip_l=models["text_encoder"],
+        clip_g=models["text_encoder_2"],
+        t5=models.get("text_encoder_3"),
         tokenizers=words,
         schedule=FlowSchedule.from_json(source.scheduler),
         expert_block=source.expert_block,
         trained_size=source.trained_size,
         mesh=mesh,
     )
+
+
+def _adapters_placed(transformer: MMDiT, shardings: Shardings | None) -> MMDiT:
+    """Adapters where the mesh's rules have them, beside the base's parameters, which are there already."""
+    if shardings is not None:
+        state = nnx.state(transformer, LoRA)
+        for path, variable in nnx.to_flat_state(state):
+            value = variable.get_value()
+            variable.set_value(jax.device_put(value, shardings(".".join(map(str, path)), value.shape)))
+        nnx.update(transformer, state)
+    return transformer
 
 
 def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from convert.components import parse_config
+from convert.progress import shown
 from convert.readers import Source
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_seed
@@ -40,6 +41,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
     add("--model", type=str, required=True, help="converted or diffusers directory, .safetensors file, or Hub id")
+    add("--lora", type=str, metavar="FILE_OR_DIR", help="adapters for the transformer, of any format of convert lora")
     add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
@@ -69,12 +71,14 @@ def run(options: Any) -> None:
     pixels = read_image(options.image)
     block, sigma = examine(options, size)
 
-    with console.status(f"loading {options.model}"):
+    with shown(console, f"loading {options.model}") as progress:
         start = time.perf_counter()
-        pipe = load(options.model, dtype=options.dtype, blocks=block + 1, **where(options))
+        weights: dict[str, Any] = {"dtype": options.dtype, "blocks": block + 1, "lora": options.lora}
+        pipe = load(options.model, **weights, **where(options), progress=progress)
         loading = time.perf_counter() - start
     depth, dtype = pipe.transformer.config.num_layers, str(jnp.dtype(pipe.transformer.context_embed.dtype))
-    console.print(f"loaded {options.model} in {loading:.1f} s: blocks 0..{block} of 0..{depth - 1}, {dtype}")
+    adapters = f", adapters of {options.lora}" if options.lora else ""
+    console.print(f"loaded {options.model} in {loading:.1f} s: blocks 0..{block} of 0..{depth - 1}, {dtype}{adapters}")
 
     with console.status("compiling and segmenting"), CompilationClock() as compilation:
         start = time.perf_counter()
