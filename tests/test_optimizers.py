@@ -1,4 +1,4 @@
-"""AdamW and its schedules against PyTorch and closed forms."""
+"""AdamW, Muon and their schedules against PyTorch and closed forms."""
 
 from __future__ import annotations
 
@@ -50,6 +50,40 @@ def test_updates_equal_pytorch_adamw_with_clipping_and_decay_of_matrices_only():
 def rates(**settings) -> np.ndarray:
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **settings), STEPS)
     return np.array([float(schedule(step)) for step in range(STEPS)])
+
+
+def nearly_orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """Muon's five steps by Newton and Schulz, seen on the singular values: each goes through one polynomial."""
+    left, singular, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    singular /= np.linalg.norm(singular)
+    for _ in range(5):
+        singular = 3.4445 * singular - 4.775 * singular**3 + 2.0315 * singular**5
+    return left * singular @ right
+
+
+def test_muon_orthogonalises_every_matrix_of_a_stack_and_adam_keeps_the_rest():
+    rate, steps = 0.05, 4
+    rng = np.random.default_rng(0)
+    shapes = {"blocks.kernel": (2, 6, 10), "blocks.bias": (2, 10), "head.kernel": (4, 3)}
+    gradient = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    parameters = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(OptimizerConfig(rate, "constant", clip=None, muon="blocks.*kernel"), steps)
+    plain = make_optimizer(OptimizerConfig(rate, "constant", clip=None), steps)
+    state, plain_state = optimizer.init(parameters), plain.init(parameters)
+    expected = np.stack([-rate * 0.2 * math.sqrt(10) * nearly_orthogonal(each) for each in gradient["blocks.kernel"]])
+    for _ in range(steps):  # the momentum of one and the same gradient is along it
+        updates, state = optimizer.update(gradient, state, parameters)
+        adam, plain_state = plain.update(gradient, plain_state, parameters)
+        np.testing.assert_array_equal(updates["head.kernel"], adam["head.kernel"])
+        np.testing.assert_array_equal(updates["blocks.bias"], adam["blocks.bias"])
+        np.testing.assert_allclose(updates["blocks.kernel"], expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "bias"])
+def test_muon_refuses_what_is_no_matrix(pattern):
+    optimizer = make_optimizer(OptimizerConfig(muon=pattern), STEPS)
+    with pytest.raises(ValueError, match="expected to match matrices and nothing else"):
+        optimizer.init({"a.kernel": jnp.zeros((3, 2)), "a.bias": jnp.zeros(2)})
 
 
 def test_schedules_have_their_closed_forms():

@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seg4diff_jax.analysis.clip_score import unit_vectors
 from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
@@ -84,12 +85,7 @@ class Towers(nnx.Module):
         """Unit vectors of the pictures, and of the captions by each text tower; fp32."""
         pixels = to_model_range(batch["image"])
         texts = [self.clip_l(batch["clip_l"]).pooled, self.clip_g(batch["clip_g"]).pooled]
-        return _unit(self.vision(pixels)), [_unit(text) for text in texts]
-
-
-def _unit(x: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
+        return unit_vectors(self.vision(pixels)), [unit_vectors(text) for text in texts]
 
 
 def task(config: ContrastiveConfig) -> Task:

@@ -34,7 +34,6 @@ from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
 from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers
-from seg4diff_jax.training.windows import Window, Windows
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -49,6 +48,7 @@ from seg4diff_jax.training.scenes import (
     training_scenes,
 )
 from seg4diff_jax.training.state import fresh
+from seg4diff_jax.training.windows import Window, Windows
 
 TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
 
@@ -196,18 +196,17 @@ def loss(
     """Mean squared error of the velocity. `batch` holds `latents`, or `image`, and `clip_l` and `clip_g`."""
     for_noise, for_sigma, for_caption, for_pooled = jax.random.split(key, 4)
     latents = clean_latents(denoiser, batch)
-    count = len(latents)
+    count, tokens, zeros = len(latents), batch["clip_l"].shape[1], empty.clip_l.shape[1]
     dropped = jax.random.bernoulli(for_caption, objective.caption_dropout, (count,))
     ids = TokenIds(
-        jnp.where(dropped[:, None], empty.clip_l, batch["clip_l"].astype(jnp.int32)),
-        jnp.where(dropped[:, None], empty.clip_g, batch["clip_g"].astype(jnp.int32)),
+        jnp.where(dropped[:, None], empty.clip_l[:, :tokens], batch["clip_l"].astype(jnp.int32)),
+        jnp.where(dropped[:, None], empty.clip_g[:, :tokens], batch["clip_g"].astype(jnp.int32)),
     )
     joint_dim = denoiser.transformer.config.joint_attention_dim
-    context, pooled = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim)
+    context, pooled = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim, t5_length=zeros)
     pooled = jnp.where(jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1)), 0, pooled)
     noise = jax.random.normal(for_noise, latents.shape)
     sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
-    zeros = context.shape[1] - ids.clip_l.shape[1]
     velocity, _ = denoiser.transformer(
         add_noise(latents, noise, sigma), 1000 * sigma, context, pooled, kernel=kernel, equal_tail=zeros
     )

@@ -1,4 +1,4 @@
-"""AdamW as every task uses it: clipping, schedule, decay, rates per group of parameters, accumulation."""
+"""AdamW as every task uses it, Muon for matrices on request: clipping, schedule, decay, rates per group, accumulation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int
 
 ScheduleName = Literal["constant", "cosine", "last_quarter", "detectron2"]
@@ -26,6 +28,8 @@ class OptimizerConfig:
       warmup: updates over which the rate rises linearly.
       weight_decay: decoupled; of matrices and convolutions, not of biases, norms, embeddings and tables.
       betas, epsilon: Adam's.
+      muon: regular expression of the names of matrices that Muon updates instead of Adam: by their momentum's nearest
+        orthogonal matrix, at a root mean square of `MUON_SIZE` times the rate. Stacked matrices count one by one.
       clip: largest global norm of a gradient; None: not clipped.
       accumulate: batches whose gradients are averaged into one update.
       average: decay of the moving average of the parameters, which is what is evaluated and exported; None: none. It
@@ -39,6 +43,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    muon: str | None = None
     clip: float | None = 1.0
     accumulate: int = 1
     average: float | None = None
@@ -97,7 +102,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """AdamW over a flat dictionary of parameters by name, for a run of `steps` updates."""
     chain = optax.chain(
         optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(*config.betas, eps=config.epsilon),
+        _scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
         _scale_by_group(config.rates),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
@@ -106,6 +111,35 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return optax.with_extra_args_support(chain)
     multi = optax.MultiSteps(chain, config.accumulate)
     return optax.GradientTransformationExtraArgs(multi.init, multi.update)  # pyright: ignore[reportArgumentType]
+
+
+MUON_SIZE = 0.2
+"""About the root mean square of Adam's updates at a rate of 1, so that both take one learning rate."""
+
+
+def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(*config.betas, eps=config.epsilon)
+    pattern = config.muon
+    if pattern is None:
+        return adam
+
+    def kind(parameters: dict[str, Any]) -> dict[str, str]:
+        kinds = {name: "muon" if re.search(pattern, name) else "adam" for name in parameters}
+        chosen = [name for name in parameters if kinds[name] == "muon"]
+        if not chosen or any(parameters[name].ndim < 2 for name in chosen):
+            raise ValueError(f"optimizer.muon is {pattern!r}; expected to match matrices and nothing else")
+        return kinds
+
+    def matrices(parameters: dict[str, Any]) -> dict[str, Any]:
+        is_array = lambda value: hasattr(value, "ndim")
+        place = lambda value: optax.contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1)
+        return jax.tree.map(lambda value: place(value) if is_array(value) else None, parameters)
+
+    def resize(updates, params=None):
+        return jax.tree.map(lambda update: MUON_SIZE * math.sqrt(max(update.shape[-2:])) * update, updates)
+
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=matrices), optax.stateless(resize))
+    return optax.partition({"adam": adam, "muon": muon}, kind)
 
 
 def _decayed(parameters: dict[str, Any]) -> dict[str, bool]:

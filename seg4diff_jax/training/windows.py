@@ -20,10 +20,17 @@ SMALLEST_SHARE = 0.03
 
 @dataclass(frozen=True)
 class Window:
-    """Which windows: their `side` in latents, and how many are taken `per_scene`."""
+    """Which windows.
+
+    Attributes:
+      side: in latents.
+      per_scene: how many are taken of each scene.
+      text_tokens: how many tokens of a prompt are kept: captions are short, and the rest would be padding.
+    """
 
     side: int
     per_scene: int = 8
+    text_tokens: int = 16
 
 
 class Windows:
@@ -49,4 +56,7 @@ class Windows:
         counts = np.bincount(shown.ravel(), minlength=len(CLASSES))
         present = random.permutation(np.flatnonzero(counts >= SMALLEST_SHARE * shown.size))
         caption = " ".join(CLASSES[number] for number in present)
-        return {"latents": latents[top : top + side, left : left + side], **caption_ids(self.tokenizers, caption)}
+        ids = {
+            name: tokens[: self.window.text_tokens] for name, tokens in caption_ids(self.tokenizers, caption).items()
+        }
+        return {"latents": latents[top : top + side, left : left + side], **ids}
