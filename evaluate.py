@@ -1,0 +1,11 @@
+"""Zero-shot open-vocabulary segmentation, scored: `python evaluate.py [--model MODEL] [--data.root DIR] [--help]`.
+
+Without arguments: the miniature on 500 held-out synthetic scenes.
+"""
+
+import sys
+
+from seg4diff_jax.evaluation.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""From labelled images to arrays of few shapes, on the host: reading ahead, prompts, canvases.
+
+Label maps of any sizes lie on canvases whose sides are powers of two, surrounded by the ignored label; classes stand in
+a power of two of rows; the last batch is filled up. So the compiled programs are few whatever a data set holds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from seg4diff_jax.data.folder import FolderError
+from seg4diff_jax.data.loader import Source
+from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.images import ImageError, resize, to_model_range
+from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
+
+CANVAS = 64
+"""Least side of a canvas."""
+CLASS_ROWS = 8
+"""Least number of class rows."""
+READERS = 4
+"""Threads that decode images: Pillow lets others run meanwhile."""
+
+
+class Example(NamedTuple):
+    """One image as the model sees it, its labels as they are, and how many pixels of it each class has."""
+
+    index: int
+    name: str
+    pixels: Float[np.ndarray, "rows columns 3"]
+    labels: UInt8[np.ndarray, "height width"]
+    histogram: Int[np.ndarray, " classes"]
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Classes that the label holds, ascending."""
+        return tuple(np.flatnonzero(self.histogram).tolist())
+
+
+class PromptRows(NamedTuple):
+    """As many prompts as one pass of the transformer takes.
+
+    Attributes:
+      texts: the prompts; the last is repeated to fill up.
+      image_of_row: which image of the batch each is for.
+      averaging: weights of each class's tokens, 0 for what fills up.
+    """
+
+    texts: tuple[str, ...]
+    image_of_row: Int[np.ndarray, " rows"]
+    averaging: Float[np.ndarray, "rows classes tokens"]
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Images with their prompts and labels; rows past the number of `examples` fill up and count for nothing.
+
+    Attributes:
+      indices: each image's number in the data set, of which its noise is made.
+      truth: labels at the images' own sizes on one canvas, `IGNORED` around them.
+      class_of_row: for each image the class that each row of scores stands for, `IGNORED` for none.
+    """
+
+    examples: tuple[Example, ...]
+    indices: Int[np.ndarray, " images"]
+    pixels: Float[np.ndarray, "images rows columns 3"]
+    truth: UInt8[np.ndarray, "images height width"]
+    sizes: Int[np.ndarray, "images 2"]
+    class_of_row: Int[np.ndarray, "images classes"]
+    prompts: tuple[PromptRows, ...]
+
+
+class Reader:
+    """The examples of a benchmark, in order; a few threads read ahead.
+
+    Attributes, complete once all have been read:
+      skipped: why images were left out.
+      unlabelled: names of images without a labelled pixel, which are left out too: nothing could be asked of them.
+    """
+
+    def __init__(self, benchmark: Benchmark, size: tuple[int, int], *, skip_unreadable: bool = False, ahead: int = 64):
+        self.benchmark, self.size, self.skip_unreadable, self.ahead = benchmark, size, skip_unreadable, ahead
+        self.skipped: list[str] = []
+        self.unlabelled: list[str] = []
+
+    def example(self, index: int) -> Example:
+        """Raises ImageError or FolderError when the image or its label is not usable."""
+        item = self.benchmark.source[index]
+        pixels = to_model_range(resize(item["image"], self.size, "square"))
+        histogram = np.bincount(item["labels"].ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
+        return Example(index, item["name"], pixels, item["labels"], histogram)
+
+    def __iter__(self) -> Iterator[Example]:
+        for number, future in ahead_of(self.benchmark.source, self.example, self.ahead):
+            try:
+                example = future.result()
+            except (ImageError, FolderError) as error:
+                if not self.skip_unreadable:
+                    hint = "repair or remove the file, or give --skip-unreadable to leave such images out"
+                    raise type(error)(f"image {number + 1} of {len(self.benchmark.source)}: {error} ({hint})") from None
+                self.skipped.append(str(error))
+                continue
+            if example.present:
+                yield example
+            else:
+                self.unlabelled.append(example.name)
+
+
+def ahead_of(source: Source, read: Callable[[int], Example], ahead: int) -> Iterator[tuple[int, Future[Example]]]:
+    """What `read` makes of every number of the source, in order, with up to `ahead` of them under way."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque[tuple[int, Future[Example]]] = deque()
+        try:
+            for number in range(len(source)):
+                waiting.append((number, pool.submit(read, number)))
+                if len(waiting) > ahead:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class PresentClasses:
+    """The paper's protocol: an image is asked for the names of the classes that its label holds, and no others."""
+
+    name = "present"
+
+    def __init__(self, tokenizers: Tokenizers, classes: Sequence[str]):
+        self._prompts = lru_cache(4096)(
+            lambda present: class_prompts(tokenizers, [classes[index] for index in present])
+        )
+
+    def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
+        """The classes that are asked for, ascending, and their prompts."""
+        return example.present, self._prompts(example.present)
+
+
+def batches(
+    examples: Iterator[Example] | Reader,
+    batch_size: int,
+    asked: Callable[[Example], tuple[tuple[int, ...], ClassPrompts]],
+) -> Iterator[EvaluationBatch]:
+    """All examples in batches of `batch_size` images, and of as many prompts a pass.
+
+    Raises ValueError when class names do not make prompts; the message says why.
+    """
+    group: list[Example] = []
+    for example in examples:
+        group.append(example)
+        if len(group) == batch_size:
+            yield assemble(group, batch_size, asked)
+            group = []
+    if group:
+        yield assemble(group, batch_size, asked)
+
+
+def assemble(
+    group: Sequence[Example], images: int, asked: Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
+) -> EvaluationBatch:
+    questions = [asked(example) for example in group]
+    rows = _power_of_two(max(len(classes) for classes, _ in questions), CLASS_ROWS)
+    height, width = (_power_of_two(max(example.labels.shape[axis] for example in group), CANVAS) for axis in (0, 1))
+    truth = np.full((images, height, width), IGNORED, np.uint8)
+    sizes = np.ones((images, 2), np.int32)
+    class_of_row = np.full((images, rows), IGNORED, np.int32)
+    for place, (example, (classes, _)) in enumerate(zip(group, questions, strict=True)):
+        sizes[place] = example.labels.shape
+        truth[place, : sizes[place, 0], : sizes[place, 1]] = example.labels
+        class_of_row[place, : len(classes)] = classes
+    return EvaluationBatch(
+        tuple(group),
+        _filled(np.array([example.index for example in group], np.int32), images),
+        _filled(np.stack([example.pixels for example in group]), images),
+        truth,
+        sizes,
+        class_of_row,
+        tuple(_prompt_rows([prompts for _, prompts in questions], images, rows)),
+    )
+
+
+def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> Iterator[PromptRows]:
+    texts = [text for each in prompts for text in each.prompts]
+    image_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), [len(each.prompts) for each in prompts])
+    averaging = np.concatenate([each.averaging(classes) for each in prompts])
+    for start in range(0, len(texts), count):
+        some = slice(start, start + count)
+        own = texts[some]
+        yield PromptRows(
+            (*own, *own[-1:] * (count - len(own))), _filled(image_of_row[some], count), _filled(averaging[some], count)
+        )
+
+
+def _filled(array: np.ndarray, count: int) -> np.ndarray:
+    """With zeros, to `count` rows."""
+    return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())

@@ -1,0 +1,116 @@
+"""Options of `evaluate.py`, and what lists of numbers mean."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+Numbers = int | str | list[int]
+"""A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
+STEPS = range(1, 29)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images."""
+
+    root: str | None = None
+    scenes: int = 500
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where results go."""
+
+    model: str = "miniature"
+    data: Data = field(default_factory=Data)
+    blocks: Numbers = "expert"
+    steps: Numbers = 8
+    seeds: Numbers = "0,1,2"
+    batch_size: int = 50
+    dtype: Literal["float32", "bfloat16"] | None = None
+    skip_unreadable: bool = False
+    pictures: int = 12
+    out: str | None = None
+    overwrite: bool = False
+
+
+HELP = {
+    "model": "a shipped model's name, a converted or diffusers directory, a single file, or a Hub id",
+    "data.root": "folder with images/, labels/ and classes.txt; default: held-out synthetic scenes",
+    "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
+    "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
+    "steps": "noise levels from 1 (nearly clean) to 28 (pure noise): 8, 2,4,8 or all; a pass each",
+    "seeds": "of the noise; a pass each, averaged in the tables",
+    "batch_size": "images, and prompts, that the device takes at a time",
+    "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
+    "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
+    "pictures": "images on the page, from best to worst",
+    "out": "directory for results; default: runs/evaluate/TIME",
+    "overwrite": "replace the results of an earlier run in --out",
+}
+
+
+def make_parser() -> ArgumentParser:
+    """Dashes on the command line, underscores in a configuration file; unknown names are refused in both."""
+    parser = ArgumentParser(
+        prog="evaluate.py",
+        description="Score zero-shot open-vocabulary segmentation on a set of labelled images.",
+        allow_abbrev=False,
+    )
+    add: Any = parser.add_argument
+    add("--config", action="config", help="YAML file, such as an earlier run's config.yaml; options after it win")
+    for prefix, options in (("", Options), ("data.", Data)):
+        types = get_type_hints(options)
+        for one in fields(options):
+            if one.name == "data":
+                continue
+            kind = {"action": "store_true"} if types[one.name] is bool else {"type": types[one.name]}
+            name = prefix + one.name
+            add(f"--{name.replace('_', '-')}", default=one.default, help=HELP[name], **kind)
+    return parser
+
+
+def parse(arguments: list[str]) -> Options:
+    """Leaves with a message (SystemExit) for options that are not right."""
+    values = make_parser().parse_args(arguments).as_dict()
+    values.pop("config", None)
+    return Options(**values | {"data": Data(**values["data"])})
+
+
+def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = True) -> tuple[int, ...]:
+    """The numbers that an option lists, in order.
+
+    Args:
+      allowed: what each must be in; also what `all` stands for.
+
+    Raises:
+      ValueError: the option lists something else, nothing, or a number twice.
+    """
+    if all_allowed and value == "all":
+        return tuple(allowed)
+    found: list[int] = []
+    for part in value if isinstance(value, list) else str(value).split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", str(part))
+        if span is None:
+            everything = ", or all" if all_allowed else ""
+            raise ValueError(f"{name} is {value!r}: expected numbers, as in 8 or 2,4,8 or 0..23{everything}")
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    wrong = [number for number in found if number not in allowed]
+    if wrong:
+        raise ValueError(f"{name} is {value!r}: {wrong[0]} is not one of {allowed[0]}..{allowed[-1]}")
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name} is {value!r}: expected at least one number, and each once")
+    return tuple(found)
+
+
+def chosen_blocks(value: Numbers, depth: int, expert: int | None, model: str) -> tuple[int, ...]:
+    """Raises ValueError when the model has no such blocks, or no block of its own where that is asked for."""
+    if value != "expert":
+        return numbers(value, "--blocks", range(depth))
+    if expert is None:
+        raise ValueError(f"{model} does not say which block segments best: give --blocks all, or of 0..{depth - 1}")
+    return (expert,)

@@ -1,0 +1,100 @@
+"""From confusion matrices to the numbers that are reported, in percent, and what guessing would score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_accuracy
+
+Row = dict[str, Any]
+METRICS = ("miou", "pixel_accuracy")
+
+
+def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchmark) -> Row:
+    """`miou`, `pixel_accuracy`, the mean IoU of each of the benchmark's groups, and `iou` by class, in percent.
+
+    None where nothing was there to be scored.
+    """
+    iou = zip(benchmark.classes, iou_per_class(confusion).tolist(), strict=True)
+    return {
+        "miou": _percent(mean_iou(confusion)),
+        "pixel_accuracy": _percent(pixel_accuracy(confusion)),
+        **{name: _percent(mean_iou(confusion, classes)) for name, classes in groups(benchmark).items()},
+        "iou": {name: _percent(score) for name, score in iou},
+    }
+
+
+def groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
+    """Classes that are reported apart; `things` and `stuffs` are always named, without classes where unknown."""
+    return {"things": (), "stuffs": (), **benchmark.groups}
+
+
+def _percent(share: float) -> float | None:
+    return None if np.isnan(share) else round(100 * share, 4)
+
+
+def constant_choices(histograms: Int[np.ndarray, "images classes"]) -> dict[str, Int[np.ndarray, "classes classes"]]:
+    """Confusion matrices of two guessers that do not look: each image is wholly the first of its classes in one order.
+
+    The orders are read off the same images' labels: by pixels in the whole set (`commonest`), and by the mean share of
+    the images that a class is in (`largest`).
+    """
+    present = histograms > 0
+    shares = histograms / np.maximum(histograms.sum(axis=1, keepdims=True), 1)
+    ranks = {
+        "commonest": histograms.sum(axis=0).astype(np.float64),
+        "largest": shares.sum(axis=0) / np.maximum(present.sum(axis=0), 1),
+    }
+    found = {}
+    for name, rank in ranks.items():
+        chosen = np.where(present, rank, -1.0).argmax(axis=1)
+        confusion = np.zeros((histograms.shape[1],) * 2, np.int64)
+        np.add.at(confusion.T, chosen, histograms)
+        found[name] = confusion
+    return found
+
+
+def best_constant(histograms: Int[np.ndarray, "images classes"]) -> tuple[str, Int[np.ndarray, "classes classes"]]:
+    """The better of `constant_choices` by mean IoU, and its name."""
+    choices = constant_choices(histograms)
+    name = max(choices, key=lambda name: mean_iou(choices[name]))
+    return name, choices[name]
+
+
+def averaged(rows: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[float, float] | None]:
+    """Mean over seeds and how far they spread (the standard deviation of a sample; 0 for one seed), for each metric."""
+    found: dict[str, tuple[float, float] | None] = {}
+    for name in names:
+        values = [row[name] for row in rows if row[name] is not None]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        found[name] = (float(np.mean(values)), spread) if values else None
+    return found
+
+
+def by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
+    """Rows of one block and step together, in the order in which they come: one for each seed."""
+    settings: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        settings.setdefault((row["block"], row["step"]), []).append(row)
+    return settings
+
+
+def best_setting(rows: Sequence[Row]) -> tuple[int, int]:
+    """Block and step of the highest mean IoU, averaged over seeds."""
+    mean = lambda some: np.mean([row["miou"] if row["miou"] is not None else -1 for row in some])
+    settings: Mapping[tuple[int, int], list[Row]] = by_setting(rows)
+    return max(settings, key=lambda setting: mean(settings[setting]))
+
+
+def guesses(baselines: Sequence[Row], best: tuple[int, int]) -> dict[str, list[Row]]:
+    """Rows of each baseline, one for each seed; of permuted maps those of the best block."""
+    named: dict[str, list[Row]] = {"random": [], "constant": [], "permuted": []}
+    for row in baselines:
+        if row["block"] in (None, best[0]):
+            named[row["baseline"]].append(row)
+    return named
