@@ -1,4 +1,4 @@
-"""AdamW as every task uses it, Muon for matrices on request: clipping, schedule, decay, rates per group, accumulation."""
+"""AdamW, with Muon for matrices on request, as every task uses it: clipping, schedule, decay, rates, accumulation."""
 
 from __future__ import annotations
 
