@@ -29,15 +29,9 @@ def run_command(
     Returns the exit status: 1, after one message on stderr, when the command raises an error of `at_fault`, whose
     messages say what is wrong with its input; 130 when it is interrupted. Exits with 2 on arguments that it lacks.
     """
-    parser = ArgumentParser(prog=prog, description=description)
-    subcommands = parser.add_subcommands()
-    for name, command in commands.items():
-        own = ArgumentParser(description=command.help)
-        command.arguments(own)
-        subcommands.add_subcommand(name, own, help=command.help)
-    parsed = parser.parse_args(arguments)
+    name, options = _parsed(prog, description, commands, list(sys.argv[1:] if arguments is None else arguments))
     try:
-        commands[parsed.subcommand].run(parsed[parsed.subcommand])
+        commands[name].run(options)
     except at_fault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,3 +39,17 @@ def run_command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parsed(prog: str, description: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[str, Any]:
+    """The command's name and its options."""
+    whole = ArgumentParser(prog=prog, description=description)
+    subcommands = whole.add_subcommands()
+    for name, command in commands.items():
+        own = ArgumentParser(prog=f"{prog} {name}", description=command.help)
+        command.arguments(own)
+        if arguments[:1] == [name]:  # by its own parser, which tells of `source` and not of `checkpoint.source`
+            return name, own.parse_args(arguments[1:])
+        subcommands.add_subcommand(name, own, help=command.help)
+    parsed = whole.parse_args(arguments)
+    return parsed.subcommand, parsed[parsed.subcommand]

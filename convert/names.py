@@ -7,7 +7,6 @@ Our names are per layer (`blocks.7.image.mlp.up.kernel`), whether or not the mod
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,44 +123,74 @@ def parameter_shapes(model: Layered) -> dict[str, Shape]:
 
 
 def assign(
-    rules: Iterable[Rule], sources: Mapping[str, Shape], expected: Mapping[str, Shape], what: str = "checkpoint"
+    rules: Iterable[Rule],
+    sources: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    what: str = "checkpoint",
+    prefix: str = "",
 ) -> list[Assignment]:
     """Match every tensor of a checkpoint with the parameters it fills, in the checkpoint's order.
 
+    Args:
+      what: the checkpoint, in messages.
+      prefix: what stands before every tensor's name in the checkpoint's files: messages have it, `sources` do not.
+
     Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
-    or when a shape is wrong; everything wrong is listed at once.
+    or when a shape is wrong; everything wrong is listed at once, under the checkpoint's own names.
     """
+    rules = list(rules)
     compiled = [(_regex(name), rank, rule) for rule in rules for rank, name in enumerate(rule.source_names)]
     ranked: list[tuple[int, Assignment]] = []
     problems: list[str] = []
     for source, shape in sources.items():
         matches = [(found, rank, rule) for regex, rank, rule in compiled if (found := regex.fullmatch(source))]
         if len(matches) != 1:
-            problems.append(f"surplus tensor {source} {list(shape)}: {len(matches)} rows of the name table match it")
+            kind = (
+                f"{len(matches)} rows of the name table match it" if matches else "no tensor of the model has its name"
+            )
+            problems.append(f"surplus tensor {prefix}{source} {list(shape)}: {kind}")
             continue
         found, rank, rule = matches[0]
         targets = tuple(name.format(**found.groupdict()) for name in rule.target_names)
         if not targets:
             continue
-        unknown = [name for name in targets if name not in expected]
-        if unknown:
-            problems.append(f"surplus tensor {source} {list(shape)}: the model has no {', '.join(unknown)}")
+        if not all(name in expected for name in targets):
+            problems.append(f"surplus tensor {prefix}{source} {list(shape)}: the configured model has no such part")
             continue
         wanted = tuple(expected[name] for name in targets)
         if rule.transform.shapes(shape) != wanted:
-            torch_shape = list(rule.transform.to_torch([np.broadcast_to(np.float32(0), s) for s in wanted]).shape)
-            problems.append(f"wrong shape of {source}: expected {torch_shape}, found {list(shape)}")
+            torch_shape = _torch_shape(rule.transform, wanted)
+            problems.append(f"wrong shape of {prefix}{source}: expected {torch_shape}, found {list(shape)}")
         ranked.append((rank, Assignment(source, targets, rule.transform)))
     # Of several names for one tensor the lowest rank present wins: it comes last here.
     best = {a.targets: rank for rank, a in sorted(ranked, key=lambda pair: -pair[0])}
     assignments = [a for rank, a in ranked if rank == best[a.targets]]
-    filled = Counter(target for assignment in assignments for target in assignment.targets)
-    problems += [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
-    problems += [f"missing tensor for {name} {list(expected[name])}" for name in expected if name not in filled]
+    filling: dict[str, list[str]] = {}
+    for assignment in assignments:
+        for target in assignment.targets:
+            filling.setdefault(target, []).append(prefix + assignment.source)
+    twice = dict.fromkeys(tuple(names) for names in filling.values() if len(names) > 1)
+    problems += [f"one tensor under {len(names)} names: {', '.join(names)}" for names in twice]
+    problems += _missing(rules, {name: shape for name, shape in expected.items() if name not in filling}, prefix)
     if problems:
         listing = "\n  ".join(problems)
         raise NameTableError(f"{what} does not match the model ({len(problems)} problems):\n  {listing}")
     return assignments
+
+
+def _missing(rules: Iterable[Rule], unfilled: Mapping[str, Shape], prefix: str) -> list[str]:
+    """What is to be said of parameters that no tensor fills: the tensors that would, or ours where no row has one."""
+    rows, uncovered = _rows_back(rules, unfilled)
+    # Of parameters that share a tensor with one that is filled, only our own names can be told.
+    lines = [
+        f"missing tensor {prefix}{row.source} {_torch_shape(row.transform, [unfilled[name] for name in row.targets])}"
+        for row in rows
+    ]
+    return lines + [f"missing tensor for {name} {list(unfilled[name])}" for name in uncovered]
+
+
+def _torch_shape(transform: Transform, shapes: Iterable[Shape]) -> list[int]:
+    return list(transform.to_torch([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape)
 
 
 def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]:
@@ -169,6 +198,14 @@ def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]
 
     Raises NameTableError listing every name that no row covers.
     """
+    assignments, left = _rows_back(rules, names)
+    if left:
+        raise NameTableError("no row of the name table covers:\n  " + "\n  ".join(left))
+    return assignments
+
+
+def _rows_back(rules: Iterable[Rule], names: Iterable[str]) -> tuple[list[Assignment], list[str]]:
+    """The PyTorch tensors that hold our parameters `names`, each in one, and the names that no row covers."""
     left = dict.fromkeys(names)
     assignments: list[Assignment] = []
     for rule in rules:
@@ -182,6 +219,4 @@ def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]
                 assignments.append(Assignment(rule.source_names[0].format(**numbers), targets, rule.transform))
                 for target in targets:
                     del left[target]
-    if left:
-        raise NameTableError("no row of the name table covers:\n  " + "\n  ".join(left))
-    return assignments
+    return assignments, list(left)

@@ -134,7 +134,7 @@ class TorchComponent:
             expected = parameter_shapes(model)
             shapes: dict[str, Shape] = {name: info.shape for name, info in self.tensors.items()}
             try:
-                found = assign(rules, shapes, expected, what=f"{self.name} ({self.where})")
+                found = assign(rules, shapes, expected, what=f"{self.name} ({self.where})", prefix=self.prefix)
             except NameTableError as error:
                 raise CheckpointError(str(error)) from None
             part = part_of(model)

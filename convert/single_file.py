@@ -57,7 +57,7 @@ def open_single_file(path: Path) -> Source:
     if surplus:
         raise CheckpointError(f"{path}: {len(surplus)} surplus tensors of no component:\n  " + "\n  ".join(surplus))
     configs = {
-        name: infer_config(name, {key: info.shape for key, info in tensors[name].items()})
+        name: infer_config(name, {key: info.shape for key, info in tensors[name].items()}, COMPONENTS[name].prefix)
         for name in COMPONENTS
         if name in tensors
     }
@@ -70,19 +70,22 @@ def open_single_file(path: Path) -> Source:
     )
 
 
-def infer_config(name: str, shapes: Shapes) -> dict[str, Any]:
+def infer_config(name: str, shapes: Shapes, prefix: str = "") -> dict[str, Any]:
     """The `config.json` of a component.
 
     Args:
       name: as in diffusers' layout.
       shapes: of the component's tensors, without their common prefix.
+      prefix: that prefix, for messages.
 
     Raises CheckpointError naming a tensor that is needed and absent.
     """
     try:
         return _INFER[name](_Known(shapes))
     except _Missing as error:
-        raise CheckpointError(f"{name}: missing tensor {error.args[0]}, from which its configuration follows") from None
+        raise CheckpointError(
+            f"{name}: missing tensor {prefix}{error.args[0]}, from which its configuration follows"
+        ) from None
 
 
 def _numbers(shapes: Shapes, pattern: str) -> list[int]:

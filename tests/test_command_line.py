@@ -221,6 +221,17 @@ def test_an_unknown_option_is_refused(capsys):
     assert "--blok" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "lacking"),
+    [(["segment"], "image, classes, model"), (["convert", "checkpoint"], "source, target")],
+)
+def test_arguments_that_are_lacking_are_told_by_their_own_names(capsys, arguments, lacking):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert f"arguments are required: {lacking}\n" in capsys.readouterr().err
+
+
 # ---- the rest -------------------------------------------------------------------------------------------------------
 
 

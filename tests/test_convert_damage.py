@@ -21,6 +21,7 @@ from convert.load import load_component
 from convert.sources import open_source
 from seg4diff_jax.models.mmdit import MMDiTConfig
 from tests.reference.checkpoints import make_checkpoint
+from tests.reference.single_file import make_both
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,34 @@ def test_two_faults_in_two_components_are_both_listed(checkpoint: Path):
     edit(vae_file(checkpoint), lambda state: state.pop("decoder.conv_out.bias"))
     edit(clip_file(checkpoint), lambda state: state.update({"text_model.unheard_of.weight": torch.zeros(3)}))
     message = refusal(checkpoint)
-    assert "missing tensor for decoder.conv_out.bias" in message
+    assert "missing tensor decoder.conv_out.bias [3]" in message
     assert "surplus tensor text_model.unheard_of.weight [3]" in message
+
+
+def test_missing_tensors_and_surplus_layers_have_their_names_in_the_file(checkpoint: Path):
+    index = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    listing = json.loads(index.read_text())
+    lost, kept = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
+    file = checkpoint / "transformer" / listing["weight_map"].pop(lost)
+    edit(file, lambda state: state.update({"transformer_blocks.99.attn.to_q.weight": state.pop(lost)}))
+    listing["weight_map"]["transformer_blocks.99.attn.to_q.weight"] = file.name
+    index.write_text(json.dumps(listing))
+    message = refusal(checkpoint)
+    assert f"missing tensor {lost} [64, 64]" in message
+    assert "surplus tensor transformer_blocks.99.attn.to_q.weight [64, 64]: the configured model has no" in message
+    assert kept not in message
+    assert "blocks.0.image" not in message  # our own name for it
+    assert "blocks.99.image" not in message
+
+
+def test_a_missing_tensor_of_a_single_file_has_its_whole_name_and_is_told_once_though_it_fills_three(tmp_path: Path):
+    layout, single = make_both(tmp_path, dual=False)
+    lost = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
+    edit(single, lambda state: (state.pop(lost), state.pop("first_stage_model.decoder.conv_out.bias")))
+    message = refusal(single, tokenizers=layout)
+    assert message.count("missing tensor") == 2
+    assert f"missing tensor {lost} [384, 128]" in message
+    assert "missing tensor first_stage_model.decoder.conv_out.bias [3]" in message
 
 
 def test_a_configuration_that_is_not_implemented_is_named(checkpoint: Path):
@@ -198,7 +225,7 @@ def test_a_part_of_a_converted_directory_is_answered_likewise(native: Path):
 
 def test_a_single_file_may_lie_beside_a_diffusers_checkpoint(checkpoint: Path):
     save_file({"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8)}, checkpoint / "sd3.safetensors")
-    with pytest.raises(CheckpointError, match="transformer: missing tensor context_embedder"):
+    with pytest.raises(CheckpointError, match=r"transformer: missing tensor model\.diffusion_model\.context_em"):
         open_source(checkpoint / "sd3.safetensors")
 
 
@@ -247,7 +274,9 @@ def test_a_single_file_with_tensors_of_no_component_lists_them(tmp_path: Path):
 
 def test_a_single_file_lacking_what_tells_its_size_names_the_tensor(tmp_path: Path):
     save_file({"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8)}, tmp_path / "sd3.safetensors")
-    assert "transformer: missing tensor context_embedder.weight" in refusal(tmp_path / "sd3.safetensors")
+    assert "transformer: missing tensor model.diffusion_model.context_embedder.weight" in refusal(
+        tmp_path / "sd3.safetensors"
+    )
 
 
 def test_components_and_sources_that_do_not_exist_are_named(checkpoint: Path):
