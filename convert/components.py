@@ -131,6 +131,21 @@ def expert_block(transformer_config: dict[str, Any]) -> int | None:
     )
 
 
+EXPERT_STEP = 8
+"""The noise level at which Seg4Diff found SD3-medium's attention to segment best, counted from the clean end of 28."""
+
+
+def expert_step(transformer_config: dict[str, Any]) -> int:
+    """The noise level at which the expert block segments best: what the configuration says, or the paper's.
+
+    Raises CheckpointError when the configuration says something that is no step.
+    """
+    step = transformer_config.get("expert_step", EXPERT_STEP)
+    if type(step) is not int or not 1 <= step <= 28:
+        raise CheckpointError(f"transformer: config.json: expert_step is {step!r}; expected an integer from 1 to 28")
+    return step
+
+
 def trained_size(transformer_config: dict[str, Any], vae_config: dict[str, Any] | None) -> int:
     """Side, in pixels, of the square images that the transformer was trained for."""
     halvings = len(parse_config("vae", vae_config).block_out_channels) - 1 if vae_config else 3
