@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +42,6 @@ def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
-    add("--model", type=str, required=True, help="converted or diffusers directory, .safetensors file, or Hub id")
-    add("--lora", type=str, metavar="FILE_OR_DIR", help="adapters for the transformer, of any format of convert lora")
     add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
@@ -49,6 +49,14 @@ def arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     add("--size", type=str, metavar="HxW", help="height x width that the model sees, as in 768x1024")
     add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
+    model_arguments(parser)
+
+
+def model_arguments(parser: ArgumentParser) -> None:
+    """What is loaded, and how."""
+    add: Any = parser.add_argument
+    add("--model", type=str, required=True, help="converted or diffusers directory, .safetensors file, or Hub id")
+    add("--lora", type=str, metavar="FILE_OR_DIR", help="adapters for the transformer, of any format of convert lora")
     add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
     add("--t5", action="store_true", help="load T5 too; default: as in the paper, without")
     add("--text-encoders", type=str, metavar="MODEL", help="where to take them from: some single files have none")
@@ -71,14 +79,7 @@ def run(options: Any) -> None:
     pixels = read_image(options.image)
     block, sigma = examine(options, size)
 
-    with shown(console, f"loading {options.model}") as progress:
-        start = time.perf_counter()
-        weights: dict[str, Any] = {"dtype": options.dtype, "blocks": block + 1, "lora": options.lora}
-        pipe = load(options.model, **weights, **where(options), progress=progress)
-        loading = time.perf_counter() - start
-    depth, dtype = pipe.transformer.config.num_layers, str(jnp.dtype(pipe.transformer.context_embed.dtype))
-    adapters = f", adapters of {options.lora}" if options.lora else ""
-    console.print(f"loaded {options.model} in {loading:.1f} s: blocks 0..{block} of 0..{depth - 1}, {dtype}{adapters}")
+    pipe, dtype, loading = load_shown(console, options, blocks=block + 1)
 
     with console.status("compiling and segmenting"), CompilationClock() as compilation:
         start = time.perf_counter()
@@ -104,6 +105,20 @@ def run(options: Any) -> None:
         shares = write_segmentation(out, pixels, segmentation, record)
     console.print(area_table(shares))
     console.print(f"wrote {out}: {', '.join(FILES)}")
+
+
+def load_shown(console: Console, options: Any, blocks: int | None = None) -> tuple[Pipeline, str, float]:
+    """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
+    with shown(console, f"loading {options.model}") as progress:
+        start = time.perf_counter()
+        weights: dict[str, Any] = {"dtype": options.dtype, "blocks": blocks, "lora": options.lora}
+        pipe = load(options.model, **weights, **where(options), progress=progress)
+        seconds = time.perf_counter() - start
+    held, last = pipe.transformer.depth - 1, pipe.transformer.config.num_layers - 1
+    dtype = str(jnp.dtype(pipe.transformer.context_embed.dtype))
+    adapters = f", adapters of {options.lora}" if options.lora else ""
+    console.print(f"loaded {options.model} in {seconds:.1f} s: blocks 0..{held} of 0..{last}, {dtype}{adapters}")
+    return pipe, dtype, seconds
 
 
 def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, float]:
@@ -135,11 +150,17 @@ def block_to_read(source: Source, block: int | None) -> int:
 def segment(
     pipe: Pipeline, pixels: UInt8[np.ndarray, "height width 3"], options: Any, block: int, size: tuple[int, int] | None
 ) -> Segmentation:
-    """Raises MemoryError when the device's memory is full."""
-    try:
+    with memory_told():
         return pipe.segment(
             pixels, options.classes, block=block, step=options.step, seed=options.seed, size=size, resize=options.resize
         )
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Raise MemoryError, with what to do, when the device's memory is full."""
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,0 +1,177 @@
+"""`seg4diff generate PROMPT... --model MODEL`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from jsonargparse import ArgumentParser
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convert.components import parse_config
+from seg4diff_jax.command_line.segment import (
+    load_shown,
+    memory_told,
+    model_arguments,
+    output_directory,
+    parse_size,
+    versions,
+    where,
+)
+from seg4diff_jax.compilation import CompilationClock
+from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_guidance, check_seed, image_noise
+from seg4diff_jax.images import check_size
+from seg4diff_jax.loading import open_for_masks
+from seg4diff_jax.pipeline import Pipeline, size_limits
+from seg4diff_jax.reporting.overlays import contact_sheet
+from seg4diff_jax.reporting.segmentation_files import file_name
+
+RECORD, GRID = "generation.json", "grid.png"
+"""The record is written last: a directory that has it is complete."""
+CELL = 256, 512
+"""Shortest and longest side of a picture in the grid."""
+
+
+def arguments(parser: ArgumentParser) -> None:
+    add: Any = parser.add_argument
+    add("prompts", type=str, nargs="+", metavar="PROMPT", help='what to picture, such as: "a cat on a sofa"')
+    add("--out", type=str, help="directory for the pictures; default: runs/generate/<first prompt>-<time>")
+    add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
+    add("--negative", type=str, default="", metavar="PROMPT", help="what guidance leads away from")
+    add("--steps", type=int, default=28, help="Euler steps from noise to picture")
+    add("--guidance", type=float, default=7.0, help="scale; at 1 or less there is none, and a step costs half")
+    add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
+    add("--count", type=int, default=1, help="pictures of each prompt")
+    add("--batch", type=int, default=1, help="pictures made at once; more need more memory and change none")
+    add("--size", type=str, metavar="HxW", help="height x width of the pictures, as in 768x1024; default: as trained")
+    model_arguments(parser)
+
+
+def run(options: Any) -> None:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = output_directory(options.out or str(default), "", options.overwrite)
+    size = examine(options)
+    pipe, dtype, loading = load_shown(console, options)
+
+    out.mkdir(parents=True, exist_ok=True)
+    remove_former(out)
+    names, pictures = file_names(options.prompts, options.count), []
+    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, CompilationClock() as compilation, memory_told():
+        start = time.perf_counter()
+        for name, picture in zip(bar.track(names), generated(pipe, options, size), strict=True):
+            Image.fromarray(picture).save(out / name)
+            pictures.append(picture)
+        total = time.perf_counter() - start
+    seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
+    console.print(
+        f"generated {len(pictures)} of {size[0]} x {size[1]} pixels in {total:.1f} s: compiling "
+        f"{seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
+    )
+
+    each = [prompt for prompt in options.prompts for _ in range(options.count)]
+    if len(pictures) > 1:
+        grid(each, options.count, pictures).save(out / GRID)
+    record = {
+        **options.as_dict(),
+        "out": str(out),
+        "dtype": dtype,
+        "size": list(size),
+        "device": jax.devices()[0].device_kind,
+        "seconds": seconds,
+        "versions": versions(),
+        "pictures": [{"file": name, "prompt": prompt} for name, prompt in zip(names, each, strict=True)],
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    wrote = [*names, GRID, RECORD] if len(pictures) > 1 else [*names, RECORD]
+    console.print(f"wrote {out}: {', '.join(wrote if len(wrote) < 9 else [*wrote[:3], '...', *wrote[-3:]])}")
+
+
+def remove_former(out: Path) -> None:
+    """Remove an earlier run's files: those that its record names, and nothing else."""
+    try:
+        former = [Path(picture["file"]).name for picture in json.loads((out / RECORD).read_text("utf-8"))["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in (RECORD, GRID, *former):
+        (out / name).unlink(missing_ok=True)
+
+
+def examine(options: Any) -> tuple[int, int]:
+    """Height and width of the pictures. Raises ValueError for options that mean nothing or do not suit the model.
+
+    Configurations and tokenizers are read; weights are not.
+    """
+    size = parse_size(options.size)
+    check_seed(options.seed)
+    check_guidance(options.guidance)
+    for name in ("count", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
+    source, _ = open_for_masks(options.model, **where(options))
+    FlowSchedule.from_json(source.scheduler).sigmas(options.steps)
+    limits = size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae")))
+    return check_size((source.trained_size, source.trained_size) if size is None else size, **limits)
+
+
+def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """The pictures that `pipe.generate` makes of all prompts, `--batch` of them at a time."""
+    prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
+    batch, factor = min(options.batch, len(prompts)), pipe.vae.config.downsampling
+    latents = size[0] // factor, size[1] // factor, pipe.vae.config.latent_channels
+    for start in range(0, len(prompts), batch):
+        places = range(start, min(start + batch, len(prompts)))
+        # The last batch is filled up with its last picture, so that one program serves all.
+        filled = [*places, *[places[-1]] * (batch - len(places))]
+        yield from pipe.generate(
+            [prompts[place] for place in filled],
+            negative_prompt=options.negative,
+            steps=options.steps,
+            guidance=options.guidance,
+            noise=np.asarray(image_noise(options.seed, filled, latents)),
+            size=size,
+        )[: len(places)]
+
+
+def readable(prompt: str) -> str:
+    return file_name(prompt) if re.search(r"\w", prompt) else "picture"
+
+
+def file_names(prompts: list[str], count: int) -> list[str]:
+    """As in 00_a_cat.png; with several pictures of each prompt 00_a_cat_1.png."""
+    digits, own = max(2, len(str(len(prompts) - 1))), len(str(count))
+    numbers = [""] if count == 1 else [f"_{number:0{own}}" for number in range(1, count + 1)]
+    return [
+        f"{index:0{digits}}_{readable(prompt)}{number}.png"
+        for index, prompt in enumerate(prompts)
+        for number in numbers
+    ]
+
+
+def grid(prompts: list[str], count: int, pictures: list[UInt8[np.ndarray, "height width 3"]]) -> Image.Image:
+    """All pictures under their prompts, small ones enlarged and large ones reduced."""
+    height, width = pictures[0].shape[:2]
+    scale = max(1.0, CELL[0] / min(height, width))
+    scale = min(scale, CELL[1] / max(height, width))
+    cell = max(1, round(scale * width)), max(1, round(scale * height))
+    numbers = [f"{index % count + 1} of {count}" if count > 1 else "" for index in range(len(pictures))]
+    return contact_sheet(
+        [
+            (prompt, number, Image.fromarray(picture).resize(cell, Image.Resampling.LANCZOS))
+            for prompt, number, picture in zip(prompts, numbers, pictures, strict=True)
+        ]
+    )

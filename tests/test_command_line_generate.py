@@ -1,0 +1,154 @@
+"""`seg4diff generate` at the terminal: the pictures it writes, what it prints, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import seg4diff_jax as s4d
+from seg4diff_jax.command_line import main, segment
+from seg4diff_jax.command_line.generate import file_names, grid
+from tests.reference.inputs import an_image
+
+PROMPTS = ["a cat on the grass", "two red buses, at night"]
+FILES = [
+    "00_a_cat_on_the_grass_1.png",
+    "00_a_cat_on_the_grass_2.png",
+    "01_two_red_buses_at_night_1.png",
+    "01_two_red_buses_at_night_2.png",
+]
+OPTIONS = ["--negative", "sky", "--steps", "3", "--guidance", "5", "--seed", "3", "--size", "64x96"]
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What the run of `result` wrote to the terminal."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, sd3_checkpoint, printed) -> Path:
+    out = tmp_path_factory.mktemp("out") / "new" / "result"
+    model = ["--model", str(sd3_checkpoint), "--out", str(out)]
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        assert main(["generate", *PROMPTS, *OPTIONS, "--count", "2", "--batch", "3", *model]) == 0
+    printed |= {"stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
+    return out
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def test_the_pictures_are_the_pipelines_whatever_the_batch(result, sd3):
+    expected = sd3.generate(
+        PROMPTS, images_per_prompt=2, negative_prompt="sky", steps=3, guidance=5.0, seed=3, size=(64, 96)
+    )
+    for name, picture in zip(FILES, expected, strict=True):
+        found = np.asarray(Image.open(result / name))
+        assert found.shape == (64, 96, 3)
+        assert np.abs(found.astype(int) - picture).max() <= 1
+
+
+def test_there_is_nothing_but_the_pictures_a_grid_of_them_and_the_record(result):
+    assert sorted(path.name for path in result.iterdir()) == sorted([*FILES, "grid.png", "generation.json"])
+    assert min(Image.open(result / "grid.png").size) > 500
+
+
+def test_the_record_says_how_the_pictures_were_made(result, sd3_checkpoint):
+    record = json.loads((result / "generation.json").read_text())
+    wanted = {
+        "prompts": PROMPTS,
+        "negative": "sky",
+        "model": str(sd3_checkpoint),
+        "steps": 3,
+        "guidance": 5.0,
+        "seed": 3,
+        "count": 2,
+        "size": [64, 96],
+        "dtype": "float32",
+        "t5": False,
+        "out": str(result),
+        "pictures": [{"file": name, "prompt": PROMPTS[index // 2]} for index, name in enumerate(FILES)],
+    }
+    assert {key: record[key] for key in wanted} == wanted
+    assert {"python", "jax", "flax", "numpy"} <= record["versions"].keys()
+    assert all(record["seconds"][stage] > 0 for stage in ("loading", "compiling", "running"))
+
+
+def test_progress_goes_to_stderr(result, printed):
+    assert printed["stdout"] == ""
+    for part in ("blocks 0..5 of 0..5, float32", "generated 4 of 64 x 96 pixels in", "compiling", "wrote", FILES[0]):
+        assert part in printed["stderr"]
+
+
+def test_one_picture_has_the_trained_size_and_no_grid_and_replaces_an_earlier_run_when_told(
+    tmp_path, sd3_checkpoint, capsys
+):
+    record = {"pictures": [{"file": "00_former_1.png"}, {"file": "00_former_2.png"}]}
+    (tmp_path / "generation.json").write_text(json.dumps(record))
+    for name in ("00_former_1.png", "00_former_2.png", "grid.png", "2024_mine.png"):
+        (tmp_path / name).touch()
+    arguments = ["generate", "sofa", "--steps", "1", "--guidance", "1", "--model", str(sd3_checkpoint)]
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path), "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00_sofa.png", "2024_mine.png", "generation.json"]
+    assert Image.open(tmp_path / "00_sofa.png").size == (128, 128)
+
+
+def test_files_are_named_by_prompt_and_number():
+    assert file_names(["a cat", ""], 1) == ["00_a_cat.png", "01_picture.png"]
+    assert file_names(["a/b: c?"], 2) == ["00_a_b_c_1.png", "00_a_b_c_2.png"]
+    assert len(set(file_names(["same", "same"] * 60, 11))) == 1320
+    assert all(len(name) < 80 for name in file_names(["long words " * 100], 2))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (1024, 512)])
+def test_the_grid_shows_small_pictures_enlarged_and_large_ones_reduced(size):
+    sheet = grid(["a cat"] * 2, 2, [an_image(*size)] * 2)
+    assert 256 < min(sheet.size) <= max(sheet.size) < 1200
+
+
+# ---- what is wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "absent"}, "absent: no such file or directory"),
+        ({"steps": "0"}, "steps is 0; expected a whole number, 1 to 1000"),
+        ({"count": "0"}, "--count is 0: expected at least 1"),
+        ({"batch": "-1"}, "--batch is -1: expected at least 1"),
+        ({"size": "64"}, "--size is '64': expected height x width"),
+        ({"size": "64x90"}, "multiples of 16"),
+        ({"seed": "-1"}, "seed is -1"),
+        ({"t5": "true", "tokenizers": "absent"}, "absent has no folder tokenizer"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_1_before_weights_are_read(
+    tmp_path, sd3_checkpoint, capsys, monkeypatch, changed, message
+):
+    monkeypatch.setattr(segment, "load", lambda *_, **__: pytest.fail("weights were read"))
+    options = {"model": str(sd3_checkpoint), "out": str(tmp_path / "out"), **changed}
+    flags = ["--t5"] if options.pop("t5", None) else []
+    assert main(["generate", "a cat", *flags, *(f"--{name}={value}" for name, value in options.items())]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed[printed.index("error: ") :]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_device_is_told_with_what_to_do(monkeypatch, tmp_path, sd3_checkpoint, capsys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(s4d.Pipeline, "generate", fail)
+    assert main(["generate", "a cat", "--model", str(sd3_checkpoint), "--out", str(tmp_path / "out")]) == 1
+    assert "error: the device's memory is full: choose a smaller --size" in capsys.readouterr().err
