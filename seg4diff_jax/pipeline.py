@@ -22,7 +22,7 @@ from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, attention_at
+from seg4diff_jax.models.mmdit import MMDiT, attention_at, attentions_at
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
@@ -61,6 +61,7 @@ class Pipeline:
 
     Attributes:
       expert_block: the block whose attention segments best, if known.
+      expert_step: the noise level at which it does, counted from the clean end of 28.
       trained_size: side in pixels of the squares that the transformer was trained on.
       mesh: the devices that parameters and batches are spread over, or None for one device.
     """
@@ -74,6 +75,7 @@ class Pipeline:
     schedule: FlowSchedule
     expert_block: int | None
     trained_size: int
+    expert_step: int = 8
     mesh: Mesh | None = None
     _conditioning: dict[str, TextConditioning] = field(default_factory=dict, repr=False)
 
@@ -91,7 +93,7 @@ class Pipeline:
         classes: Sequence[str] | Sequence[Sequence[str]],
         *,
         block: int | None = None,
-        step: int = 8,
+        step: int | None = None,
         seed: int = 0,
         noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
@@ -105,7 +107,8 @@ class Pipeline:
             of any sizes.
           classes: class names, in any number; or one list of names for each image.
           block: block to read. Default: the checkpoint's expert block.
-          step: noise level, counted from the clean end of 28 (the paper's t).
+          step: noise level, counted from the clean end of 28 (the paper's t). Default: the checkpoint's own, or the
+            paper's, 8.
           seed: of the noise, 0 to 2^32 - 1; each image of a list has noise of its own, by its position.
           noise: float32 [latent rows, latent columns, channels] to use instead, or with a leading axis of images.
           size: height and width that the model sees. Default: by `resize`.
@@ -124,7 +127,7 @@ class Pipeline:
         if len(images) != len(lists):
             raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
         block = self._block(block)
-        sigma = self.schedule.sigma_at(step)
+        sigma = self._sigma(step)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         pixels = [read_image(item) for item in images]
         sizes = [self._model_size(item.shape[:2], size, resize) for item in pixels]
@@ -149,8 +152,8 @@ class Pipeline:
         image: ImageInput,
         prompt: str,
         *,
-        blocks: Collection[int] | None = None,
-        step: int = 8,
+        blocks: int | Collection[int] | None = None,
+        step: int | None = None,
         seed: int = 0,
         noise: Float[np.ndarray, "rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
@@ -161,15 +164,15 @@ class Pipeline:
         """Joint attention of any blocks on a noised image under a prompt; arguments as for `segment`.
 
         Args:
-          blocks: default: all that are loaded.
+          blocks: one number or several, all read in one pass that ends in the last of them. Default: all that are
+            loaded.
           request: which maps, scores or probabilities, heads kept or averaged (`AttentionRequest`).
         """
-        blocks = range(self.transformer.depth) if blocks is None else blocks
         pixels = read_image(image)
         wanted = self._model_size(pixels.shape[:2], size, resize)
         eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
-        sigma, how = self.schedule.sigma_at(step), (tuple(blocks), request, kernel, self._zero_tokens)
+        sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self._zero_tokens)
         with self._settings():
             return _attention(self.transformer, self.vae, *inputs, sigma, *how)
 
@@ -293,13 +296,22 @@ class Pipeline:
         with mesh, jax.default_matmul_precision("highest" if exact else None):
             yield
 
+    def _sigma(self, step: int | None) -> float:
+        return self.schedule.sigma_at(self.expert_step if step is None else step)
+
     def _block(self, block: int | None) -> int:
         chosen = self.expert_block if block is None else block
         if chosen is None:
             raise ValueError("this checkpoint does not say which block segments best: name one with block=")
         if not isinstance(chosen, int | np.integer) or not 0 <= chosen < self.transformer.depth:
             raise ValueError(f"block is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
-        return chosen
+        return int(chosen)
+
+    def _blocks(self, blocks: int | Collection[int] | None) -> tuple[int, ...]:
+        if blocks is None:
+            return tuple(range(self.transformer.depth))
+        several = (blocks,) if isinstance(blocks, int | np.integer) else blocks
+        return tuple(sorted({self._block(block) for block in several}))
 
     @property
     def _zero_tokens(self) -> int:
@@ -390,8 +402,4 @@ def _class_scores(
 def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel, equal_tail):
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
     inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
-    options = {"request": request, "kernel": kernel, "equal_tail": equal_tail}
-    if len(blocks) > 1 and transformer.depth == transformer.config.num_layers:
-        return transformer(*inputs[1:], capture=blocks, **options)[1]
-    # Without its last blocks the transformer has no velocity to return: each record is a pass of its own.
-    return {block: attention_at(*inputs, block=block, **options) for block in blocks}
+    return attentions_at(*inputs, blocks=blocks, request=request, kernel=kernel, equal_tail=equal_tail)

@@ -16,7 +16,7 @@ from convert.assemble import abstract, from_state_dict
 from convert.names import parameter_shapes
 from convert.tables import mmdit as table
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at, sincos_table
+from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at, attentions_at, sincos_table
 from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
 
@@ -151,12 +151,27 @@ def test_attention_at_returns_the_record_of_a_whole_forward_pass(pair, variant):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), record, records[block])
 
 
-def test_attention_at_needs_no_parameter_after_q_and_k_of_its_block(pair, variant):
+def test_records_of_several_blocks_come_from_one_pass_that_ends_in_the_last(pair, variant, monkeypatch):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    _, everything = forward(ours, inputs, range(ours.depth))
+    shallow = nnx.clone(ours)
+    monkeypatch.setattr(MMDiT, "velocity", None)  # whole models have an output head too: it must not be called
+    for blocks in [(0, 2), (2, 0, 1), range(ours.depth), [1]]:
+        records = jax.jit(lambda x, blocks=blocks: attentions_at(shallow, **x, blocks=blocks))(inputs)
+        assert set(records) == set(blocks)
+        for block, record in records.items():
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), record, everything[block])
+
+
+@pytest.mark.parametrize("earlier", [(), (0,), (0, 1)])
+def test_attention_at_needs_no_parameter_after_q_and_k_of_its_last_block(pair, variant, earlier):
     _, ours = pair
     inputs = make_inputs(VARIANTS[variant])
     block = 2
-    jaxpr = jax.make_jaxpr(lambda m, x: attention_at(m, **x, block=block).probs)(ours, inputs)
-    used, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr.jaxpr, [True])
+    records = lambda m, x: attentions_at(m, **x, blocks=(*earlier, block)) if earlier else attention_at(m, **x, block=2)
+    jaxpr = jax.make_jaxpr(lambda m, x: jax.tree.map(lambda leaf: leaf, records(m, x)))(ours, inputs)
+    used, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
     matmuls = [eqn for eqn in used.eqns if eqn.primitive.name == "dot_general"]
     # Outside the scan over earlier blocks: time (2), pooled (2), context, both modulations, q and k of both streams,
     # the normaliser's scores and the map's own.
@@ -177,7 +192,9 @@ def test_equal_context_tokens_computed_once_change_nothing(pair, variant):
     def run(inputs, equal_tail):
         return ours(**inputs, capture=range(ours.depth), request=request, equal_tail=equal_tail)
 
-    (velocity, records), (velocity_once, records_once) = (jax.jit(functools.partial(run, equal_tail=n))(inputs) for n in (1, 7))
+    (velocity, records), (velocity_once, records_once) = (
+        jax.jit(functools.partial(run, equal_tail=n))(inputs) for n in (1, 7)
+    )
     assert relative_error(velocity_once, velocity) <= 1e-5
     for mine, expected in zip(jax.tree.leaves(records_once), jax.tree.leaves(records), strict=True):
         assert mine.shape == expected.shape
@@ -306,6 +323,10 @@ def test_latents_that_do_not_fit_and_blocks_that_do_not_exist_are_refused(pair, 
         ours(**make_inputs(VARIANTS[variant]), capture=(40,))
     with pytest.raises(ValueError, match="cannot capture block 40"):
         attention_at(ours, **make_inputs(VARIANTS[variant]), block=40)
+    with pytest.raises(ValueError, match=r"cannot capture blocks \[-1, 40\]: the model holds blocks 0\.\."):
+        attentions_at(ours, **make_inputs(VARIANTS[variant]), blocks=(-1, 0, 40))
+    with pytest.raises(ValueError, match="no block is named"):
+        attentions_at(ours, **make_inputs(VARIANTS[variant]), blocks=())
     shallow = MMDiT(ours.config, depth=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"holds blocks 0..1 of \d and has no output head"):
         shallow(**make_inputs(VARIANTS[variant]))

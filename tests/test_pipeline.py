@@ -22,6 +22,8 @@ from convert.errors import CheckpointError
 from seg4diff_jax import pipeline as module
 from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.images import ImageError
+from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.mmdit import MMDiT
 from tests.reference.inputs import BLOCK, NAMES, SIZE, SQUARE, VARIED, a_noise, an_image
 from tests.reference.random_weights import relative_error
 from tests.reference.small_tokenizers import WORDS
@@ -215,8 +217,18 @@ def test_attention_is_the_models_own_record_of_every_block(sd3, first_four_block
         assert relative_error(np.asarray(records[block].scores), np.asarray(record.scores)) <= 1e-5
     cat = sd3.segment(IMAGE, NAMES, block=BLOCK, noise=noise).scores[0]
     assert relative_error(cat.ravel(), np.asarray(records[BLOCK].probs[0, :, :, 1].mean(0))) <= 1e-5
-    for block, record in first_four_blocks.attention(IMAGE, prompt, blocks=(1, 3), noise=noise).items():
-        assert relative_error(np.asarray(record.probs), np.asarray(expected[block].probs)) <= 1e-5
+    for blocks in ((1, 3), 2):
+        found = first_four_blocks.attention(IMAGE, prompt, blocks=blocks, noise=noise)
+        assert list(found) == list(np.atleast_1d(blocks))
+        for block, record in found.items():
+            assert relative_error(np.asarray(record.probs), np.asarray(expected[block].probs)) <= 1e-5
+
+
+def test_attention_of_all_blocks_of_a_part_of_a_model_is_one_pass(first_four_blocks, monkeypatch):
+    embed, calls = MMDiT.embed, []
+    monkeypatch.setattr(MMDiT, "embed", lambda self, *inputs: calls.append(0) or embed(self, *inputs))
+    assert list(first_four_blocks.attention(IMAGE, "cat", request=AttentionRequest(scores=False))) == [0, 1, 2, 3]
+    assert len(calls) == 1
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -277,9 +289,11 @@ def test_an_unreadable_image_of_a_list_is_named(sd3, tmp_path):
 
 
 def test_attention_of_a_block_that_is_not_there_is_refused(sd3):
-    for blocks in ((6,), (0, 6)):
-        with pytest.raises(ValueError, match=r"cannot capture blocks? \[?6\]?"):
+    for blocks in (6, (6,), (0, 6)):
+        with pytest.raises(ValueError, match=r"block is 6; the loaded transformer has blocks 0\.\.5"):
             sd3.attention(IMAGE, "cat", blocks=blocks)
+    with pytest.raises(ValueError, match="no block is named"):
+        sd3.attention(IMAGE, "cat", blocks=())
 
 
 # ---- what is of no use is refused, with the way out ------------------------------------------------------------------

@@ -69,7 +69,7 @@ class MMDiT(nnx.Module):
     Args:
       config: the published configuration.
       depth: number of blocks to hold, from the first; with fewer than the config's there is no output head and only
-        `attention_at` works. Default: all.
+        `attention_at` and `attentions_at` work. Default: all.
       dtype: of the computation. Softmax, norms and log-normalisers are fp32 whatever it is.
       param_dtype: of the parameters at initialisation.
     """
@@ -144,19 +144,13 @@ class MMDiT(nnx.Module):
         if self.depth < self.config.num_layers:
             raise ValueError(
                 f"this model holds blocks 0..{self.depth - 1} of {self.config.num_layers} and has no output head; "
-                "load all blocks, or use attention_at"
+                "load all blocks, or use attention_at or attentions_at"
             )
         missing = sorted(set(capture) - set(range(self.depth)))
         if missing:
             raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
         state, conditioning = self.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
-        records: dict[int, JointAttention] = {}
-        for run in self._runs(capture):
-            wanted = request if run.captured else None
-            state, stacked = self._scan(run, state, conditioning, wanted, kernel, remat, equal_tail)
-            if run.captured:
-                rows = range(run.stop - run.start)
-                records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
+        state, records = self._through(state, conditioning, self.depth, capture, request, kernel, remat, equal_tail)
         height, width = latents.shape[1:3]
         return self.velocity(state.image, conditioning, (height, width)), records
 
@@ -197,9 +191,29 @@ class MMDiT(nnx.Module):
         grid = patches.reshape(-1, height // patch, width // patch, patch, patch, channels)
         return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
-    def _runs(self, capture: Collection[int], stop: int | None = None) -> Iterator[Run]:
+    def _through(
+        self,
+        state: StreamState,
+        conditioning: Float[Array, "batch dim"],
+        stop: int,
+        capture: Collection[int],
+        request: AttentionRequest,
+        kernel: Kernel | None,
+        remat: bool | Callable = False,
+        equal_tail: int = 1,
+    ) -> tuple[StreamState, dict[int, JointAttention]]:
+        """Blocks 0 to `stop`: the state behind them, and the records of those in `capture`."""
+        records: dict[int, JointAttention] = {}
+        for run in self._runs(capture, stop):
+            wanted = request if run.captured else None
+            state, stacked = self._scan(run, state, conditioning, wanted, kernel, remat, equal_tail)
+            if run.captured:
+                rows = range(run.stop - run.start)
+                records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
+        return state, records
+
+    def _runs(self, capture: Collection[int], stop: int) -> Iterator[Run]:
         """Blocks 0 to `stop` in runs that one scan can take: all in one stack, all captured or none."""
-        stop = self.depth if stop is None else stop
         for number, stack in enumerate(self.layer_stacks):
             blocks = range(stack.start, min(stack.stop, stop))
             for captured, group in itertools.groupby(blocks, key=lambda block: block in capture):
@@ -244,14 +258,39 @@ def attention_at(
     Raises:
       ValueError: the model does not hold that block.
     """
-    if not 0 <= block < mmdit.depth:
-        raise ValueError(f"cannot capture block {block}: the model holds blocks 0..{mmdit.depth - 1}")
+    inputs = mmdit, latents, timesteps, context, pooled
+    return attentions_at(*inputs, blocks=(block,), request=request, kernel=kernel, equal_tail=equal_tail)[block]
+
+
+def attentions_at(
+    mmdit: MMDiT,
+    latents: Float[Array, "batch height width channels"],
+    timesteps: Float[Array, " batch"],
+    context: Float[Array, "batch text joint_dim"],
+    pooled: Float[Array, "batch pooled_dim"],
+    *,
+    blocks: Collection[int],
+    request: AttentionRequest = IMAGE_TO_TEXT,
+    kernel: Kernel | None = None,
+    equal_tail: int = 1,
+) -> dict[int, JointAttention]:
+    """The attention records of several blocks from one pass that ends, as `attention_at` does, in the last of them.
+
+    Raises:
+      ValueError: there are no blocks, or the model does not hold one of them.
+    """
+    if not blocks:
+        raise ValueError("no block is named: expected at least one whose attention is to be recorded")
+    if absent := [block for block in blocks if not 0 <= block < mmdit.depth]:
+        which = f"block {absent[0]}" if len(absent) == 1 else f"blocks {absent}"
+        raise ValueError(f"cannot capture {which}: the model holds blocks 0..{mmdit.depth - 1}")
+    last = max(blocks)
     state, conditioning = mmdit.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
-    for run in mmdit._runs((), stop=block):
-        state, _ = mmdit._scan(run, state, conditioning, None, kernel, equal_tail=equal_tail)
-    run = next(run for run in mmdit._runs((block,)) if run.captured)
-    expert = take_layer(mmdit.stacks[run.stack], run.start)
-    return attention_record(*expert.qkv(state, expert.modulations(conditioning)), request, kernel, equal_tail)
+    state, records = mmdit._through(state, conditioning, last, blocks, request, kernel, equal_tail=equal_tail)
+    number, stack = next((number, stack) for number, stack in enumerate(mmdit.layer_stacks) if last < stack.stop)
+    block = take_layer(mmdit.stacks[number], last - stack.start)
+    queries_and_keys = block.qkv(state, block.modulations(conditioning))
+    return records | {last: attention_record(*queries_and_keys, request, kernel, equal_tail)}
 
 
 def _one_of_equals(
