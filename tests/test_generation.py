@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +28,7 @@ from tests.reference.random_weights import relative_error
 PROMPTS = ["a photo of a cat on the grass", "two red buses"]
 NEGATIVE = "a small dog in the water"
 STEPS = 5
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass
@@ -191,6 +196,31 @@ def test_decoded_pixels_are_rounded_and_clipped(sd3):
     assert (pixels > 1).any()
     assert finite
     assert np.abs(np.asarray(pictures) - expected).max() <= 1
+
+
+ON_EIGHT_DEVICES = f"""
+import sys
+import numpy as np
+import seg4diff_jax as s4d
+from seg4diff_jax.parallel import make_mesh
+
+checkpoint, target = sys.argv[1:]
+pipe = s4d.load(checkpoint, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+options = {{"images_per_prompt": 2, "steps": 2, "size": {SIZE}, "seed": 5}}
+np.save(target, [pipe.generate({PROMPTS!r}, guidance=guidance, **options) for guidance in (1.0, 5.0)])
+"""
+
+
+def test_a_mesh_of_eight_devices_makes_the_pictures_of_one(sd3, sd3_checkpoint, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(sd3_checkpoint), str(tmp_path / "pictures.npy")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    options: dict[str, Any] = {"images_per_prompt": 2, "steps": 2, "size": SIZE, "seed": 5}
+    for guidance, spread in zip((1.0, 5.0), np.load(tmp_path / "pictures.npy"), strict=True):
+        alone = np.stack(sd3.generate(PROMPTS, guidance=guidance, **options))
+        assert np.abs(spread.astype(int) - alone).max() <= 1
 
 
 # ---- what is wrong --------------------------------------------------------------------------------------------------
