@@ -14,6 +14,7 @@ from convert.readers import Source
 from convert.single_file import open_single_file
 from convert.staging import is_leftover
 from convert.text_encoders import completed, folder_of_files, missing, open_files, remedy
+from seg4diff_jax.miniature import CHECKPOINT as MINIATURE
 
 T5 = "text_encoder_3"
 MARKERS = (native.MANIFEST, "model_index.json")
@@ -35,7 +36,7 @@ def open_source(
 
     Args:
       source: a directory that `python -m convert checkpoint` wrote, a diffusers directory, a single safetensors file
-        as Stability publishes them, or a Hub id `organisation/name` of a diffusers repository.
+        as Stability publishes them, a Hub id `organisation/name` of a diffusers repository, or "miniature".
       components: what will be read, so that nothing else is fetched. Default: all there is; from the Hub all but
         `text_encoder_3`, whose T5-XXL is two thirds of the bytes.
       tokenizers: a directory with folders `tokenizer`, `tokenizer_2` and, for T5, `tokenizer_3`; needed for single
@@ -66,7 +67,7 @@ def open_source(
 
 def _open(source: str | Path, components: Sequence[str] | None, variant: str | None) -> Source:
     """All there is of `components` or, of what is here, more. From the Hub nothing else."""
-    path = Path(source).expanduser()
+    path = MINIATURE if str(source) == "miniature" else Path(source).expanduser()
     _check_form(path)
     if (path / native.MANIFEST).is_file():
         return native.open_native(path)

@@ -47,7 +47,8 @@ def load(
     in the user's cache; `jax.config.update("jax_enable_compilation_cache", False)` beforehand keeps none.
 
     Args:
-      model: converted directory, diffusers directory, single safetensors file, or Hub id.
+      model: converted directory, diffusers directory, single safetensors file, or Hub id; or "miniature", the small
+        SD3 that comes with this package.
       dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
         float32 on a CPU, bfloat16 elsewhere.
       mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
@@ -92,6 +93,7 @@ def load(
         tokenizers=words,
         schedule=FlowSchedule.from_json(source.scheduler),
         expert_block=source.expert_block,
+        expert_step=source.expert_step,
         trained_size=source.trained_size,
         mesh=mesh,
     )

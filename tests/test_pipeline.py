@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -368,3 +369,25 @@ def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
 def test_float32_is_multiplied_as_float32_on_accelerators(sd3):
     with sd3._settings():
         assert jax.config.jax_default_matmul_precision == "highest"
+
+
+def test_the_checkpoints_own_noise_level_is_the_default(sd3_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
+    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+    (checkpoint / "transformer" / "config.json").write_text(json.dumps(config | {"expert_step": 5}))
+    pipe = s4d.load(checkpoint)
+    by_default, named, papers = (
+        pipe.segment(IMAGE, NAMES, block=BLOCK, **step) for step in ({}, {"step": 5}, {"step": 8})
+    )
+    np.testing.assert_array_equal(by_default.scores, named.scores)
+    assert relative_error(by_default.scores, papers.scores) > 1e-3
+    assert s4d.load(sd3_checkpoint).expert_step == 8
+
+
+@pytest.mark.parametrize("step", [0, 29, "8", None])
+def test_a_noise_level_that_does_not_exist_is_refused_on_loading(sd3_checkpoint, tmp_path, step):
+    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
+    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+    (checkpoint / "transformer" / "config.json").write_text(json.dumps(config | {"expert_step": step}))
+    with pytest.raises(CheckpointError, match=f"expert_step is {step!r}; expected an integer from 1 to 28"):
+        s4d.load(checkpoint)
