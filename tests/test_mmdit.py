@@ -256,10 +256,42 @@ def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, rem
     tensors = {name: tensor.numpy() for name, tensor in (tensors | dict(theirs.named_buffers())).items()}
     make = lambda rngs: MMDiT(ours.config, rngs=rngs)
     expected = from_state_dict(abstract(make), table.diffusers(ours.config), tensors)
-    expected.pos_embed.set_value(gradients.pos_embed.get_value())
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    error = lambda a, b: float(jnp.abs(a - b).max()) / max(float(jnp.abs(b).max()), 1e-3 * scale)
-    assert max(jax.tree.leaves(jax.tree.map(error, gradients, expected))) <= 1e-4
+    found, expected = by_layer(gradients), by_layer(expected)
+    scale = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert np.abs(found[name] - gradient).max() <= gradient_bound(name, variant, gradient, scale), name
+
+
+def by_layer(model: MMDiT) -> dict[str, np.ndarray]:
+    """Every parameter by its per-layer name; the positional table, which is not trained, left out."""
+    arrays: dict[str, np.ndarray] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name, array = ".".join(map(str, path)), np.asarray(variable.get_value())
+        for stack in model.layer_stacks:
+            if name.startswith(stack.path + "."):
+                rest = name.removeprefix(stack.path)
+                arrays |= {f"{stack.layers}.{stack.start + row}{rest}": layer for row, layer in enumerate(array)}
+                break
+        else:
+            arrays[name] = array
+    return arrays
+
+
+def gradient_bound(name: str, variant: str, expected: np.ndarray, scale: float) -> float:
+    """How far a gradient in fp32 may be from autograd's.
+
+    Against float64 PyTorch's own error is up to 4e-6 of a gradient's largest value, ours up to 1.2e-5; between the two
+    it is up to 1.5e-5, with two exceptions (all measured).
+    """
+    if name == "time_embed.up.kernel":
+        # A product with cosines and sines of angles up to 900, which fp32 rounds by up to 2^-24 x 900 = 5e-5, each
+        # framework in its own way. Measured: 3e-5.
+        return 6e-5 * np.abs(expected).max()
+    if name.endswith("dual_attention.k.bias") and "qk_norm" not in VARIANTS[variant]:
+        # One vector added to all keys of a softmax changes nothing: in float64 the gradient is 1e-17 of the largest,
+        # in fp32 what rounding leaves of it. Measured: 1.6e-8 of the largest.
+        return 2**-24 * scale
+    return 2e-5 * np.abs(expected).max()
 
 
 def test_the_program_does_not_grow_with_depth():
