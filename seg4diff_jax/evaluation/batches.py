@@ -136,9 +136,11 @@ class PresentClasses:
     name = "present"
 
     def __init__(self, tokenizers: Tokenizers, classes: Sequence[str]):
-        self._prompts = lru_cache(4096)(
-            lambda present: class_prompts(tokenizers, [classes[index] for index in present])
-        )
+        @lru_cache(4096)
+        def prompts(present: tuple[int, ...]) -> ClassPrompts:
+            return class_prompts(tokenizers, [classes[index] for index in present])
+
+        self._prompts = prompts
 
     def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
         """The classes that are asked for, ascending, and their prompts."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from seg4diff_jax.evaluation.options import STEPS, Options, chosen_blocks, numbers, parse
+from seg4diff_jax.evaluation.options import BATCH_TOKENS, STEPS, Options, chosen_blocks, numbers, parse
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.benchmarks import Benchmark
@@ -29,6 +29,8 @@ RESULTS, CONFIG = "results.json", "config.yaml"
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
+LINE_EVERY = 30
+"""Seconds between lines of progress where there is no terminal."""
 MOST_NAMED = 5
 """Left-out images that are named on the terminal; `results.json` has all."""
 
@@ -54,10 +56,6 @@ def run(options: Options) -> None:
     with console.status("starting"):  # importing JAX takes seconds
         from seg4diff_jax.command_line.segment import output_directory
         from seg4diff_jax.evaluation.run import evaluate
-    for name in ("batch_size", "pictures"):
-        least, value = int(name == "batch_size"), getattr(options, name)
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected at least {least}")
     out = output_directory(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}", "", options.overwrite)
     with console.status(f"loading {options.model}"):
         pipe, benchmark, settings = prepare(options)
@@ -67,10 +65,11 @@ def run(options: Options) -> None:
         f"{options.model} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
         f"{counted(len(settings.steps), 'noise level')}, {counted(len(settings.seeds), 'seed')}"
     )
-    with progress(console, images, passes) as advance:
+    with progress(console, images, passes) as advance, full_memory_told():
         evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance)
-    lists: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
-    resolved = replace(options, **lists, out=str(out), dtype=pipe.transformer.pos_embed.get_value().dtype.name)
+    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
+    known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
+    resolved = replace(options, out=str(out), **known)
     seconds = {"loading": loading, **evaluation.seconds}
     with console.status("drawing"):
         write(out, evaluation, benchmark, asdict(resolved), seconds)
@@ -89,20 +88,27 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
     from seg4diff_jax.evaluation.run import Settings
     from seg4diff_jax.loading import load, open_for_masks
 
+    for name, value, least in (
+        ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
+        ("pictures", options.pictures, 0),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} is {value}: expected at least {least}")
     source, _ = open_for_masks(options.model)
-    depth = parse_config("transformer", source.configs["transformer"]).num_layers
+    transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
+    tokens = (source.trained_size // (vae.downsampling * transformer.patch_size)) ** 2
+    best = source.expert_step if options.steps == "expert" else options.steps
     settings = Settings(
-        blocks=chosen_blocks(options.blocks, depth, source.expert_block, options.model),
-        steps=numbers(options.steps, "--steps", STEPS),
+        blocks=chosen_blocks(options.blocks, transformer.num_layers, source.expert_block, options.model),
+        steps=numbers(best, "--steps", STEPS),
         seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or max(1, BATCH_TOKENS // tokens),
         skip_unreadable=options.skip_unreadable,
     )
     data, size = options.data, source.trained_size
     benchmark = folder_benchmark(data.root) if data.root else scenes_benchmark(data.scenes, size)
-    # One block is read with nothing after it; several come out of a whole pass.
-    needed = settings.blocks[0] + 1 if len(settings.blocks) == 1 else None
-    return load(options.model, dtype=options.dtype, blocks=needed), benchmark, settings
+    pipe = load(options.model, dtype=options.dtype, blocks=max(settings.blocks) + 1)
+    return pipe, benchmark, settings
 
 
 def counted(number: int, what: str) -> str:
@@ -110,8 +116,21 @@ def counted(number: int, what: str) -> str:
 
 
 @contextmanager
+def full_memory_told() -> Iterator[None]:
+    """Raise MemoryError where JAX says that the device's memory is full."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError("the device's memory is full: give a smaller --batch-size, or --dtype bfloat16") from None
+
+
+@contextmanager
 def progress(console: Console, images: int, passes: int) -> Iterator[Callable[[int], None]]:
-    """A bar of images, and how many pass through the transformer in a second."""
+    """A bar of images, or now and then a line; and how many pass through the transformer in a second."""
     columns = (
         TextColumn("[bold]evaluating"),
         BarColumn(),
@@ -119,17 +138,21 @@ def progress(console: Console, images: int, passes: int) -> Iterator[Callable[[i
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    start, first = time.perf_counter(), 0
+    start = told = time.perf_counter()
+    first = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
         bar = shown.add_task("", total=images, rate="compiling")
 
         def advance(done: int) -> None:
-            nonlocal start, first
+            nonlocal start, first, told
             now = time.perf_counter()
             rate = f"{passes * (done - first) / (now - start):.1f} images/s" if first else "compiling"
             if not first:  # compiling is what the first batch waits for
                 start, first = now, done
             shown.update(bar, completed=done, rate=rate)
+            if shown.disable and now - told > LINE_EVERY:
+                told = now
+                console.print(f"{done} of {images} images, {rate}")
 
         yield advance
 

@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser
 Numbers = int | str | list[int]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 STEPS = range(1, 29)
+BATCH_TOKENS = 16384
+"""Image tokens in a batch: 4 images of SD3's 1024 x 1024 pixels."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Options:
     model: str = "miniature"
     data: Data = field(default_factory=Data)
     blocks: Numbers = "expert"
-    steps: Numbers = 8
+    steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
-    batch_size: int = 50
+    batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     skip_unreadable: bool = False
     pictures: int = 12
@@ -43,9 +45,9 @@ HELP = {
     "data.root": "folder with images/, labels/ and classes.txt; default: held-out synthetic scenes",
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
-    "steps": "noise levels from 1 (nearly clean) to 28 (pure noise): 8, 2,4,8 or all; a pass each",
+    "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
     "seeds": "of the noise; a pass each, averaged in the tables",
-    "batch_size": "images, and prompts, that the device takes at a time",
+    "batch_size": "images, and prompts, that the device takes at a time; default: as many as have 16384 image tokens",
     "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
     "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
     "pictures": "images on the page, from best to worst",
@@ -76,9 +78,10 @@ def make_parser() -> ArgumentParser:
 
 def parse(arguments: list[str]) -> Options:
     """Leaves with a message (SystemExit) for options that are not right."""
-    values = make_parser().parse_args(arguments).as_dict()
+    values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
-    return Options(**values | {"data": Data(**values["data"])})
+    values["data"] = Data(**values["data"])
+    return Options(**values)
 
 
 def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = True) -> tuple[int, ...]:

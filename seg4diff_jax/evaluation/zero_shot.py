@@ -21,7 +21,7 @@ from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.clip import CLIPText
-from seg4diff_jax.models.mmdit import MMDiT, attention_at
+from seg4diff_jax.models.mmdit import MMDiT, attentions_at
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.pipeline import Pipeline
@@ -143,10 +143,11 @@ class ZeroShot:
         conditioning: list[TextConditioning],
         one: Pass,
     ) -> tuple[Float[Array, "blocks images classes tokens"], tuple[int, int]]:
-        noise = image_noise(one.seed, batch.indices, latents.shape[1:])
+        images, height, width, channels = latents.shape
+        noise = image_noise(one.seed, batch.indices, (height, width, channels))
         patch = self.pipe.transformer.config.patch_size
-        grid = (latents.shape[1] // patch, latents.shape[2] // patch)
-        shape = (len(self.blocks), len(latents), batch.class_of_row.shape[1], grid[0] * grid[1])
+        grid = (height // patch, width // patch)
+        shape = (len(self.blocks), images, batch.class_of_row.shape[1], grid[0] * grid[1])
         scores = jnp.zeros(shape, jnp.float32)
         for rows, texts in zip(batch.prompts, conditioning, strict=True):
             maps = attention_maps(
@@ -215,16 +216,13 @@ def attention_maps(
 
     Args:
       images: clean latents, noise, and which image each row is about.
-      blocks: one is read with nothing computed after it; several come out of one whole pass.
+      blocks: all come out of one pass, which ends in the last of them.
     """
     latents, noise, image_of_row = images
     noisy = add_noise(latents, noise, sigma)[image_of_row]
     inputs = noisy, jnp.full(len(noisy), 1000 * sigma), *texts
     request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, columns))
-    if len(blocks) == 1:
-        record = attention_at(transformer, *inputs, block=blocks[0], request=request, equal_tail=equal_tail)
-        return jnp.stack([record.probs])  # pyright: ignore
-    _, records = transformer(*inputs, capture=blocks, request=request, equal_tail=equal_tail)
+    records = attentions_at(transformer, *inputs, blocks=blocks, request=request, equal_tail=equal_tail)
     return jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
 
 

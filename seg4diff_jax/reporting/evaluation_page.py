@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,16 +183,17 @@ def _card(folder: Path, stem: str, shown: Shown, classes: Sequence[str], colors:
         "predicted": displayed(painted(shown.predicted, colors), Image.Resampling.NEAREST),
     }
     figures = [_figure(folder, f"{stem}_{name}.png", picture, name, large=True) for name, picture in pictures.items()]
-    for index, scores in zip(shown.classes, shown.scores, strict=True):
-        heat = heat_picture(shown.image, scores, LONGEST)
-        figures.append(_figure(folder, f"{stem}_heat_{index:02d}.png", heat, classes[index]))
-    legend = list(shown.classes)
-    names = "".join(f"<span>{_swatch(colors[index])} {escape(classes[index])}</span>" for index in legend)
+    heat = [
+        _figure(folder, f"{stem}_heat_{index:02d}.png", heat_picture(shown.image, scores, LONGEST), classes[index])
+        for index, scores in zip(shown.classes, shown.scores, strict=True)
+    ]
+    names = "".join(f"<span>{_swatch(colors[index])} {escape(classes[index])}</span>" for index in shown.classes)
     ignored = f"<span>{_swatch(IGNORED_COLOR)} not labelled</span>" if (labels >= len(classes)).any() else ""
+    strip = f"<div class=strip>{''.join(figures)}<div class=heat>{''.join(heat)}</div></div>"
     return (
         f"<div class='panel image'><header><span>{escape(shown.example.name)}</span>"
         f"<span class=faint>{shown.accuracy:.1f} % of pixels right</span></header>"
-        f"<div class=strip>{''.join(figures)}</div><div class=legend>{names}{ignored}</div></div>"
+        f"{strip}<div class=legend>{names}{ignored}</div></div>"
     )
 
 
@@ -221,5 +222,5 @@ def displayed(picture: Image.Image, resampling: Image.Resampling) -> Image.Image
     return picture.resize((picture.width * times, picture.height * times), resampling)
 
 
-def _swatch(color: Iterable[int]) -> str:
+def _swatch(color: UInt8[np.ndarray, 3] | tuple[int, int, int]) -> str:
     return '<i class=swatch style="background:#{:02x}{:02x}{:02x}"></i>'.format(*color)

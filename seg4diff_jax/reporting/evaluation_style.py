@@ -49,9 +49,11 @@ td.wide { width: 40% }
 
 .image { margin-bottom: 14px }
 .image header { display: flex; justify-content: space-between; margin-bottom: 8px }
-.strip { display: flex; flex-wrap: wrap; gap: 10px }
-figure { margin: 0; width: 128px }
-figure.large { width: 176px }
+.strip { display: flex; gap: 10px; align-items: flex-start }
+.heat { display: flex; flex-wrap: wrap; gap: 6px 10px; flex: 1 }
+@media (max-width: 900px) { .strip { flex-wrap: wrap } }
+figure { margin: 0; width: 98px }
+figure.large { width: 176px; flex: none }
 figure img { width: 100%; display: block; border-radius: 5px }
 figcaption { font-size: 12.5px; color: var(--faint); margin-top: 3px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 10px; font-size: 13.5px }

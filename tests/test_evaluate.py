@@ -1,0 +1,351 @@
+"""Evaluation through compiled batches gives the scores of images segmented and counted one by one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import seg4diff_jax as s4d
+from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS
+from seg4diff_jax.evaluation import zero_shot
+from seg4diff_jax.evaluation.batches import PresentClasses, Reader, batches
+from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
+from seg4diff_jax.evaluation.command import main
+from seg4diff_jax.evaluation.options import numbers
+from seg4diff_jax.evaluation.run import Evaluation, Settings, evaluate
+from seg4diff_jax.evaluation.scores import constant_choices, metrics
+from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, without_images
+from seg4diff_jax.flow import image_noise
+from tests.reference.inputs import SQUARE, an_image
+from tests.reference.random_weights import relative_error
+from tests.reference.small_tokenizers import WORDS
+
+NAMES = (*dict.fromkeys(WORDS), "zebra crossing", "giraffe")
+"""Too many for one prompt."""
+SIZES = [(40, 60), (100, 70), (64, 64), (33, 129), (90, 120), (128, 50), (57, 58)]
+CROWDED = 4
+"""The image that has all classes."""
+COMPILATIONS: list[str] = []
+SETTINGS = Settings(blocks=(0, 3), steps=(8, 2), seeds=(5,), batch_size=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _count_compilations() -> Iterator[None]:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            COMPILATIONS.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def write_images(root: Path, sizes: list[tuple[int, int]], crowded: int | None = None, seed: int = 0) -> Path:
+    """Images of noise whose labels are stripes of a few classes under a border of ignored pixels."""
+    draw = np.random.default_rng(seed)
+    for name in ("images", "labels"):
+        (root / name).mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    for index, (height, width) in enumerate(sizes):
+        some = np.arange(len(NAMES)) if index == crowded else draw.choice(len(NAMES), 1 + index % 6, replace=False)
+        labels = np.broadcast_to(some[np.arange(width) * len(some) // width], (height, width)).astype(np.uint8)
+        labels = labels.copy()
+        labels[:3] = 255
+        Image.fromarray(an_image(height, width, seed + index)).save(root / "images" / f"{index}.png")
+        Image.fromarray(labels).save(root / "labels" / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("set") / "varied", SIZES, CROWDED)
+
+
+@pytest.fixture(scope="module")
+def benchmark(root) -> Benchmark:
+    return folder_benchmark(root)
+
+
+@pytest.fixture(scope="module")
+def evaluation(sd3, benchmark) -> Evaluation:
+    return evaluate(sd3, benchmark, SETTINGS, shown=4)
+
+
+def asked_one_by_one(pipe: s4d.Pipeline, benchmark: Benchmark, block: int, step: int, seed: int) -> np.ndarray:
+    """True and predicted class of every labelled pixel of the set: int [pixels, 2]."""
+    pairs = []
+    for index in range(len(benchmark.source)):
+        item = benchmark.source[index]
+        present = [label for label in np.unique(item["labels"]).tolist() if label != 255]
+        noise = np.asarray(image_noise(seed, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+        names = [benchmark.classes[label] for label in present]
+        found = pipe.segment(item["image"], names, block=block, step=step, noise=noise, size=(SQUARE, SQUARE))
+        labelled = item["labels"] != 255
+        pairs.append(np.stack([item["labels"][labelled], np.array(present)[found.labels][labelled]], axis=-1))
+    return np.concatenate(pairs)
+
+
+def scored(pairs: np.ndarray, classes: int) -> tuple[float, float]:
+    """Mean IoU over the classes that occur and pixel accuracy, in percent, by sets of pixels."""
+    truth, predicted = pairs.T
+    scores = []
+    for label in range(classes):
+        if (truth == label).any():
+            both = np.sum((truth == label) & (predicted == label))
+            scores.append(both / np.sum((truth == label) | (predicted == label)))
+    return 100 * float(np.mean(scores)), 100 * float(np.mean(truth == predicted))
+
+
+# ---- the compiled path ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", SETTINGS.blocks)
+@pytest.mark.parametrize("step", SETTINGS.steps)
+def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(sd3, benchmark, evaluation, block, step):
+    miou, accuracy = scored(asked_one_by_one(sd3, benchmark, block, step, 5), len(NAMES))
+    (row,) = [row for row in evaluation.rows if (row["block"], row["step"]) == (block, step)]
+    # Where two classes tie but for the order of sums, a pixel may go to either.
+    assert row["pixel_accuracy"] == pytest.approx(accuracy, abs=0.02)
+    assert row["miou"] == pytest.approx(miou, abs=0.05)
+    assert (row["images"], row["seed"], row["prompts"]) == (len(SIZES), 5, "present")
+    assert set(row["iou"]) == set(NAMES)
+
+
+def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several_prompts(sd3, benchmark):
+    reader = Reader(benchmark, (SQUARE, SQUARE))
+    asked = PresentClasses(sd3.tokenizers, benchmark.classes)
+    (batch,) = batches(reader, len(SIZES), asked)
+    assert len(asked(batch.examples[CROWDED])[1].prompts) > 1
+    assert len(batch.prompts) == 2, "more prompts than images: two passes of the transformer"
+    together = ZeroShot(sd3, len(NAMES), blocks=(0, 3), steps=[8], seeds=[5]).scores(batch, Pass(8, 5))
+    for place, example in enumerate(batch.examples):
+        classes, _ = asked(example)
+        image, noise = benchmark.source[place]["image"], np.asarray(image_noise(5, [place], (16, 16, 16)))[0]
+        for row, block in enumerate((0, 3)):
+            names = [NAMES[label] for label in classes]
+            alone = sd3.segment(image, names, block=block, noise=noise, size=(SQUARE, SQUARE))
+            assert relative_error(together[row, place, : len(classes)], alone.scores) <= 1e-5
+        assert not together[:, place, len(classes) :].any()
+
+
+def test_one_block_is_scored_as_in_a_pass_that_records_several(sd3_checkpoint, benchmark, evaluation):
+    pipe = s4d.load(sd3_checkpoint, blocks=4)
+    alone = evaluate(pipe, benchmark, Settings(blocks=(3,), steps=(8,), seeds=(5,), batch_size=3))
+    (expected,) = [row for row in evaluation.rows if (row["block"], row["step"]) == (3, 8)]
+    assert alone.rows[0]["pixel_accuracy"] == pytest.approx(expected["pixel_accuracy"], abs=0.02)
+
+
+def test_neither_batch_size_nor_images_left_out_before_it_change_an_images_noise(
+    sd3, evaluation, root, benchmark, tmp_path
+):
+    other = evaluate(sd3, benchmark, Settings(blocks=(0,), steps=(8,), seeds=(5,), batch_size=4))
+    expected = [row["pixel_accuracy"] for row in evaluation.rows if (row["block"], row["step"]) == (0, 8)]
+    assert [row["pixel_accuracy"] for row in other.rows] == pytest.approx(expected, abs=0.02)
+    assert other.baselines[1]["pixel_accuracy"] == pytest.approx(evaluation.baselines[1]["pixel_accuracy"], abs=1e-3)
+    write_images(tmp_path / "set", SIZES, CROWDED)
+    (tmp_path / "set" / "images" / "0.png").write_bytes(b"")
+    examples = list(Reader(folder_benchmark(tmp_path / "set"), (SQUARE, SQUARE), skip_unreadable=True))
+    assert [example.index for example in examples] == [1, 2, 3, 4, 5, 6]
+
+
+def test_images_of_other_sizes_classes_and_number_are_scored_by_the_same_programs(sd3, tmp_path):
+    settings = Settings(blocks=(0,), steps=(8,), seeds=(0,), batch_size=4)
+    first = write_images(tmp_path / "first", [(100, 120), (70, 65), (128, 128), (90, 90)])
+    evaluate(sd3, folder_benchmark(first), settings)
+    before = len(COMPILATIONS)
+    # Six, so that the last batch is short.
+    second = write_images(tmp_path / "second", [(66, 80), (127, 65), (99, 100), (80, 128), (65, 66), (128, 70)], seed=9)
+    evaluate(sd3, folder_benchmark(second), Settings(blocks=(0,), steps=(2,), seeds=(7, 8), batch_size=4))
+    assert len(COMPILATIONS) == before
+    third = write_images(tmp_path / "third", [(200, 100), (300, 310), (65, 500), (20, 30)], crowded=1)
+    evaluate(sd3, folder_benchmark(third), settings)
+    # A canvas and more rows of classes: adding, counting and the guessers, none of it the models.
+    assert len(COMPILATIONS) - before <= 8
+
+
+def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd3, benchmark, monkeypatch):
+    (batch,) = batches(Reader(benchmark, (SQUARE, SQUARE)), 8, PresentClasses(sd3.tokenizers, NAMES))
+    scores = jax.random.uniform(jax.random.key(0), (1, 8, batch.class_of_row.shape[1], 16))
+    once = Tally(1, len(NAMES))
+    once.count(scores, (4, 4), batch)
+    monkeypatch.setattr(zero_shot, "MOST_COUNTED", batch.truth.size + 1)
+    thrice = Tally(1, len(NAMES))
+    for _ in range(3):
+        thrice.count(scores, (4, 4), batch)
+    assert thrice._host.any(), "nothing was summed up before the end"
+    np.testing.assert_array_equal(thrice.total(), 3 * once.total())
+    assert thrice.total().dtype == np.int64
+
+
+def test_scores_that_are_not_finite_are_an_error_and_no_result(sd3, benchmark):
+    (batch,) = batches(Reader(benchmark, (SQUARE, SQUARE)), 8, PresentClasses(sd3.tokenizers, NAMES))
+    counting = ZeroShot(sd3, len(NAMES), blocks=(0,), steps=[8], seeds=[0])
+    scores = jnp.zeros((1, 8, batch.class_of_row.shape[1], 16)).at[0, 2, 0, 3].set(jnp.nan)
+    right = counting.tallies[Pass(8, 0)].count(scores, (4, 4), batch)
+    assert np.flatnonzero(np.asarray(right)[0] < 0).tolist() == [2]
+    with pytest.raises(FloatingPointError, match="step 8 are not finite"):
+        counting._keep([(Pass(8, 0), 7, right)])
+
+
+# ---- what guessing scores -------------------------------------------------------------------------------------------
+
+
+def test_random_scores_give_each_class_present_an_equal_part_of_every_class():
+    images, rows, classes, side = 256, 8, 4, 32
+    truth = np.tile(np.repeat(np.arange(classes), side // classes).astype(np.uint8), (images, side, 1))
+    class_of_row = np.full((images, rows), 255, np.int32)
+    class_of_row[:, :classes] = np.arange(classes)
+    _, random = without_images(jnp.zeros((2, images, rows, 64)), np.arange(images, dtype=np.int32), 3)
+    sizes = np.full((images, 2), side, np.int32)
+    confusion, _ = count(jnp.zeros((1, classes, classes), jnp.int32), random, truth, sizes, class_of_row, grid=(8, 8))
+    np.testing.assert_allclose(np.asarray(confusion)[0] / (images * side**2 / classes), 1 / classes, atol=0.03)
+
+
+def test_permuted_scores_are_the_same_numbers_elsewhere_and_the_same_for_all_classes_of_an_image():
+    scores = jax.random.uniform(jax.random.key(1), (2, 3, 8, 64))
+    permuted, _ = (np.asarray(each) for each in without_images(scores, np.arange(3, dtype=np.int32), 0))
+    for image in range(3):
+        order = [int(np.flatnonzero(np.asarray(scores)[0, image, 0] == value)[0]) for value in permuted[0, image, 0]]
+        assert order != sorted(order)
+        np.testing.assert_array_equal(permuted[:, image], np.asarray(scores)[:, image][..., order])
+    assert not np.array_equal(permuted[0, 0].argsort(-1), permuted[0, 1].argsort(-1))
+
+
+def test_a_constant_choice_is_counted_as_if_every_image_were_of_one_class():
+    draw = np.random.default_rng(0)
+    histograms = draw.integers(1, 50, (30, 5)) * (draw.random((30, 5)) < 0.6)
+    histograms[:, 4] += histograms.sum(axis=1) == 0
+    commonest = histograms.sum(axis=0)
+    expected = np.zeros((5, 5), np.int64)
+    for histogram in histograms:
+        chosen = max(np.flatnonzero(histogram), key=lambda label: commonest[label])
+        for label in range(5):
+            expected[label, chosen] += histogram[label]
+    np.testing.assert_array_equal(constant_choices(histograms)["commonest"], expected)
+
+
+def test_every_baseline_is_measured_on_the_same_pixels(evaluation, benchmark):
+    names = [row["baseline"] for row in evaluation.baselines]
+    assert names == ["constant", "random", "permuted", "permuted"]
+    for row in evaluation.baselines:
+        assert row["images"] == len(SIZES)
+        scored = {name for name, score in row["iou"].items() if score is not None}
+        assert scored == {name for name, score in evaluation.rows[0]["iou"].items() if score is not None}
+
+
+# ---- scenes, and the command ----------------------------------------------------------------------------------------
+
+
+def test_synthetic_scenes_are_written_once_and_tell_things_from_stuffs(tmp_path):
+    benchmark = scenes_benchmark(3, 48, tmp_path)
+    assert len(benchmark.source) == 3
+    assert benchmark.classes == CLASSES
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    scenes_benchmark(3, 48, tmp_path)
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    confusion = np.zeros((len(CLASSES),) * 2, np.int64)
+    np.fill_diagonal(confusion[: len(THINGS)], 1)
+    confusion[len(THINGS) :, 0] = 1
+    row = metrics(confusion, benchmark)
+    things = (len(THINGS) - 1 + 1 / (1 + len(STUFFS))) / len(THINGS)
+    assert (row["things"], row["stuffs"]) == pytest.approx((100 * things, 0), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def results(sd3_checkpoint, root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results") / "out"
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0,2..3", "--steps", "4"]
+    assert main([*options, "--seeds", "0,1", "--batch-size", "4", "--pictures", "3", "--out", str(out)]) == 0
+    return out
+
+
+def test_results_have_a_row_for_each_block_step_and_seed(results):
+    contents = json.loads((results / "results.json").read_text())
+    settings = [(row["block"], row["step"], row["seed"]) for row in contents["rows"]]
+    assert sorted(settings) == [(block, 4, seed) for block in (0, 2, 3) for seed in (0, 1)]
+    wanted = {"dataset", "protocol", "prompts", "block", "step", "seed", "images", "miou", "pixel_accuracy"}
+    wanted |= {"things", "stuffs", "seconds", "images_per_second"}
+    assert all(wanted <= set(row) for row in contents["rows"])
+    assert {row["dataset"] for row in contents["rows"]} == {"varied"}
+    assert contents["rows"][0]["things"] is None, "nobody said which of these classes are things"
+
+
+def test_the_page_shows_the_pictures_that_lie_beside_it(results):
+    page = (results / "index.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert {results / file for file in shown} == set((results / "pictures").iterdir())
+    assert next(file for file in shown if file.endswith("scene.png")).startswith("pictures/00_")
+    for what in ("scene", "truth", "predicted"):
+        assert len([file for file in shown if file.endswith(f"_{what}.png")]) == 3
+
+
+def test_the_saved_configuration_is_resolved_and_runs_again_to_the_same_scores(results, tmp_path, capsys):
+    config = yaml.safe_load((results / "config.yaml").read_text())
+    assert (config["blocks"], config["steps"], config["dtype"]) == ([0, 2, 3], [4], "float32")
+    assert main(["--config", str(results / "config.yaml"), "--out", str(tmp_path / "again"), "--pictures", "0"]) == 0
+    scores = [
+        [row["miou"] for row in json.loads((directory / "results.json").read_text())["rows"]]
+        for directory in (results, tmp_path / "again")
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    table = capsys.readouterr().out
+    assert "block 3, noise level 4" in table
+    assert "random (chance)" in table
+
+
+def test_unusable_images_stop_the_run_by_name_or_are_skipped_and_counted(sd3_checkpoint, tmp_path, capsys):
+    root = write_images(tmp_path / "set", SIZES[:4])
+    (root / "images" / "1.png").write_bytes(b"")
+    (root / "labels" / "2.png").unlink()
+    Image.new("L", SIZES[3][::-1], 255).save(root / "labels" / "3.png")
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--seeds", "0"]
+    options += ["--batch-size", "4", "--out", str(tmp_path / "out")]
+    assert main(options) == 1
+    assert re.search(
+        r"error: image 2 of 4: .*images/1\.png: cannot be read .*--skip-unreadable", capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert main([*options, "--skip-unreadable"]) == 0
+    told = capsys.readouterr().err
+    assert "2 images skipped:" in told
+    assert "1 image without a labelled pixel:" in told
+    contents = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert contents["rows"][0]["images"] == 1
+    assert [Path(message.split(":")[0]).name for message in contents["skipped"]] == ["1.png", "2.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", "6"], r"--blocks is 6: 6 is not one of 0\.\.5"),
+        (["--blocks", "expert"], "does not say which block segments best: give --blocks all"),
+        (["--steps", "0"], r"--steps is 0: 0 is not one of 1\.\.28"),
+        (["--seeds", "all"], "--seeds is 'all': expected numbers"),
+        (["--batch-size", "0"], "--batch-size is 0: expected at least 1"),
+        (["--data.root", "absent"], "absent: no such directory"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_weights_are_read(sd3_checkpoint, root, options, message, capsys):
+    usual = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0"]
+    assert main([*usual, *options]) == 1
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+
+
+def test_lists_of_numbers_are_read_as_they_are_written():
+    assert numbers("0..3", "--blocks", range(24)) == (0, 1, 2, 3)
+    assert numbers("2,4,8..10", "--steps", range(1, 29)) == (2, 4, 8, 9, 10)
+    assert numbers(8, "--steps", range(1, 29)) == (8,)
+    assert numbers([2, 4], "--steps", range(1, 29)) == (2, 4)
+    assert numbers("all", "--steps", range(1, 29)) == tuple(range(1, 29))
+    for wrong in ("", "8,8", "3..1", "x", "-1"):
+        with pytest.raises(ValueError, match="--steps is"):
+            numbers(wrong, "--steps", range(1, 29))
