@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from seg4diff_jax.flow import euler, guided
@@ -69,3 +71,23 @@ def decode_pictures(
     pixels = vae.decode(latents).astype(jnp.float32)
     levels = jnp.round(255 * jnp.clip(pixels / 2 + 0.5, 0, 1))
     return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
+
+
+def finite_pictures(
+    vae: VAE, latents: Float[Array, "images rows columns channels"]
+) -> list[UInt8[np.ndarray, "height width 3"]]:
+    """Decoded, on the host. Raises FloatingPointError for pixels that are not finite."""
+    pictures, finite = decode_pictures(vae, latents)
+    if not finite:
+        raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")
+    return list(np.asarray(pictures))
+
+
+def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:
+    """The prompt of each image, those of the first prompt first.
+
+    Raises ValueError unless `images_per_prompt` is a whole number, at least 1.
+    """
+    if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt is {images_per_prompt!r}; expected a whole number, at least 1")
+    return [prompt for prompt in prompts for _ in range(images_per_prompt)]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from seg4diff_jax.flow import FlowSchedule, add_noise, check_guidance, image_noise
-from seg4diff_jax.generation import decode_pictures, sample_latents
+from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
@@ -206,9 +206,7 @@ class Pipeline:
         if self.transformer.depth < self.transformer.config.num_layers:
             loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
             raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
-        if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt is {images_per_prompt!r}; expected a whole number, at least 1")
-        prompts = np.repeat([prompt] if isinstance(prompt, str) else list(prompt), images_per_prompt).tolist()
+        prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
         wanted = self._model_size((0, 0), size, "square")
         eps = self._noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
         levels = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
@@ -218,11 +216,8 @@ class Pipeline:
         images = self._spread((eps, self.encode_prompts(prompts)))
         with self._settings():
             latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self._zero_tokens)
-            pictures, finite = decode_pictures(self.vae, latents)
-        if not finite:
-            raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")
-        listed = list(np.asarray(pictures))
-        return listed[0] if isinstance(prompt, str) and images_per_prompt == 1 else listed
+            pictures = finite_pictures(self.vae, latents)
+        return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

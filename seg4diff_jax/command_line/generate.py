@@ -31,6 +31,7 @@ from seg4diff_jax.command_line.segment import (
 )
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_guidance, check_seed, image_noise
+from seg4diff_jax.generation import one_for_each
 from seg4diff_jax.images import check_size
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.pipeline import Pipeline, size_limits
@@ -83,7 +84,7 @@ def run(options: Any) -> None:
         f"{seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
     )
 
-    each = [prompt for prompt in options.prompts for _ in range(options.count)]
+    each = one_for_each(options.prompts, options.count)
     if len(pictures) > 1:
         grid(each, options.count, pictures).save(out / GRID)
     record = {
@@ -130,7 +131,7 @@ def examine(options: Any) -> tuple[int, int]:
 
 def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """The pictures that `pipe.generate` makes of all prompts, `--batch` of them at a time."""
-    prompts = [prompt for prompt in options.prompts for _ in range(options.count)]
+    prompts = one_for_each(options.prompts, options.count)
     batch, factor = min(options.batch, len(prompts)), pipe.vae.config.downsampling
     latents = size[0] // factor, size[1] // factor, pipe.vae.config.latent_channels
     for start in range(0, len(prompts), batch):
