@@ -130,7 +130,7 @@ def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
             raise ValueError(f"optimizer.muon is {pattern!r}; expected to match matrices and nothing else")
         return kinds
 
-    def matrices(parameters: dict[str, Any]) -> dict[str, Any]:
+    def matrices(parameters: Any) -> Any:
         is_array = lambda value: hasattr(value, "ndim")
         place = lambda value: optax.contrib.MuonDimensionNumbers(value.ndim - 2, value.ndim - 1)
         return jax.tree.map(lambda value: place(value) if is_array(value) else None, parameters)
