@@ -172,8 +172,8 @@ class Pipeline:
         wanted = self._model_size(pixels.shape[:2], size, resize)
         eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
-        sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self._zero_tokens)
-        with self._settings():
+        sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self.zero_tokens)
+        with self.settings():
             return _attention(self.transformer, self.vae, *inputs, sigma, *how)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ class Pipeline:
             return []
         negative = self.encode_prompts([negative_prompt]) if guidance > 1 else None
         images = self._spread((eps, self.encode_prompts(prompts)))
-        with self._settings():
-            latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self._zero_tokens)
+        with self.settings():
+            latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self.zero_tokens)
             pictures = finite_pictures(self.vae, latents)
         return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
 
@@ -226,7 +226,7 @@ class Pipeline:
     ) -> Float[Array, "batch rows columns channels"]:
         """Clean latents of images, each resampled to `size` (height, width)."""
         wanted = self._model_size((0, 0), size, resize)
-        with self._settings():
+        with self.settings():
             return _encode_images(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
@@ -241,7 +241,7 @@ class Pipeline:
             # Filled up to a power of two, so that few programs serve batches of any length.
             filled = new + new[:1] * (2 ** (len(new) - 1).bit_length() - len(new))
             ids = tokenize(self.tokenizers, filled)
-            with self._settings():
+            with self.settings():
                 encoded = _encode_text(
                     self.clip_l, self.clip_g, self.t5, ids, self.transformer.config.joint_attention_dim
                 )
@@ -268,9 +268,9 @@ class Pipeline:
         conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
         rows = self._spread((conditioning, image_of_row, averaging))
         images = self._spread((pixels, noise))
-        with self._settings():
+        with self.settings():
             scores = _class_scores(
-                self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self._zero_tokens
+                self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self.zero_tokens
             )
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
@@ -284,7 +284,7 @@ class Pipeline:
         return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
 
     @contextmanager
-    def _settings(self) -> Iterator[None]:
+    def settings(self) -> Iterator[None]:
         """The mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
         exact = self.transformer.context_embed.dtype == jnp.float32
         mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -309,7 +309,7 @@ class Pipeline:
         return tuple(sorted({self._block(block) for block in several}))
 
     @property
-    def _zero_tokens(self) -> int:
+    def zero_tokens(self) -> int:
         """How many equal tokens end every context: the zeros that stand for an absent T5, as many as a prompt has."""
         return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 

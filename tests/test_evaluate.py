@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 
 import seg4diff_jax as s4d
-from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS
+from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene
 from seg4diff_jax.evaluation import zero_shot
 from seg4diff_jax.evaluation.batches import PresentClasses, Reader, batches
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
@@ -246,11 +247,11 @@ def test_every_baseline_is_measured_on_the_same_pixels(evaluation, benchmark):
 
 
 def test_synthetic_scenes_are_written_once_and_tell_things_from_stuffs(tmp_path):
-    benchmark = scenes_benchmark(3, 48, tmp_path)
+    benchmark = scenes_benchmark(3, 48, cache=tmp_path)
     assert len(benchmark.source) == 3
     assert benchmark.classes == CLASSES
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    scenes_benchmark(3, 48, tmp_path)
+    scenes_benchmark(3, 48, cache=tmp_path)
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     confusion = np.zeros((len(CLASSES),) * 2, np.int64)
     np.fill_diagonal(confusion[: len(THINGS)], 1)
@@ -321,6 +322,26 @@ def test_unusable_images_stop_the_run_by_name_or_are_skipped_and_counted(sd3_che
     contents = json.loads((tmp_path / "out" / "results.json").read_text())
     assert contents["rows"][0]["images"] == 1
     assert [Path(message.split(":")[0]).name for message in contents["skipped"]] == ["1.png", "2.png"]
+
+
+def test_the_best_block_and_noise_level_become_the_checkpoints_own(sd3_checkpoint, root, tmp_path):
+    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
+    options = ["--model", str(checkpoint), "--data.root", str(root), "--seeds", "0", "--pictures", "0"]
+    out = tmp_path / "out"
+    assert main([*options, "--blocks", "1,3", "--steps", "2,8", "--name-expert", "--out", str(out)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    best = max(rows, key=lambda row: row["miou"])
+    pipe = s4d.load(checkpoint)
+    assert (pipe.expert_block, pipe.expert_step) == (best["block"], best["step"])
+    assert main([*options, "--out", str(tmp_path / "again")]) == 0
+    (row,) = json.loads((tmp_path / "again" / "results.json").read_text())["rows"]
+    assert row["miou"] == pytest.approx(best["miou"], abs=1e-3)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_scenes_are_those_of_their_split(tmp_path, split):
+    item = scenes_benchmark(1, 48, split, cache=tmp_path).source[0]
+    np.testing.assert_array_equal(item["image"], scene(split, 0, 48).image)
 
 
 @pytest.mark.parametrize(

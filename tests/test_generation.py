@@ -56,7 +56,7 @@ class Pair:
         ours = self.ours
         conditioning = ours.encode_prompts(prompts), ours.encode_prompts([negative]) if guidance > 1 else None
         levels = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32), jnp.float32(guidance)
-        tail = ours._zero_tokens
+        tail = ours.zero_tokens
         return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), *conditioning, *levels, None, tail))
 
 
@@ -189,7 +189,7 @@ def test_pictures_of_a_list_are_those_made_alone_with_the_noise_of_their_place(s
 
 def test_decoded_pixels_are_rounded_and_clipped(sd3):
     latents = jnp.asarray(4 * noise_of(1, SIZE))
-    with sd3._settings():
+    with sd3.settings():
         pictures, finite = decode_pictures(sd3.vae, latents)
         pixels = np.asarray(jax.jit(lambda vae, latents: vae.decode(latents))(sd3.vae, latents))
     expected = np.round(127.5 * pixels.clip(-1, 1) + 127.5)

@@ -367,7 +367,7 @@ def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
 
 
 def test_float32_is_multiplied_as_float32_on_accelerators(sd3):
-    with sd3._settings():
+    with sd3.settings():
         assert jax.config.jax_default_matmul_precision == "highest"
 
 

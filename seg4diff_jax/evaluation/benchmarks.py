@@ -44,8 +44,8 @@ def folder_benchmark(root: str | Path, name: str | None = None) -> Benchmark:
     return Benchmark(name or source.root.resolve().name, source.classes, source, groups, str(source.root))
 
 
-def scenes_benchmark(count: int, size: int, cache: Path | None = None) -> Benchmark:
-    """Synthetic scenes of the test split, as a folder on the disk that is written first if it is absent.
+def scenes_benchmark(count: int, size: int, split: str = "test", cache: Path | None = None) -> Benchmark:
+    """Synthetic scenes of a split, as a folder on the disk that is written first if it is absent.
 
     Args:
       size: side of the pictures in pixels.
@@ -56,11 +56,11 @@ def scenes_benchmark(count: int, size: int, cache: Path | None = None) -> Benchm
     if count < 1:
         raise ValueError(f"--data.scenes is {count}: expected at least 1")
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seg4diff-jax" / "scenes"
-    root = cache / f"test-{count}-of-{size}-pixels-{_world(size)}"
+    root = cache / f"{split}-{count}-of-{size}-pixels-{_world(size)}"
     if not root.is_dir():
         with staged_directory(root) as work:
-            write_folder(work, (scene("test", index, size) for index in range(count)))
-    return folder_benchmark(root, f"synthetic scenes ({size} px)")
+            write_folder(work, (scene(split, index, size) for index in range(count)))
+    return folder_benchmark(root, f"synthetic {split} scenes ({size} px)")
 
 
 def _world(size: int) -> str:

@@ -55,6 +55,7 @@ def run(options: Options) -> None:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("starting"):  # importing JAX takes seconds
         from seg4diff_jax.command_line.segment import output_directory
+        from seg4diff_jax.evaluation.expert import name_expert
         from seg4diff_jax.evaluation.run import evaluate
     out = output_directory(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}", "", options.overwrite)
     with console.status(f"loading {options.model}"):
@@ -74,6 +75,11 @@ def run(options: Options) -> None:
     with console.status("drawing"):
         write(out, evaluation, benchmark, asdict(resolved), seconds)
     tell(console, evaluation)
+    if options.name_expert:
+        name_expert(options.model, *evaluation.best)
+        console.print(
+            f"{options.model}: block {evaluation.best[0]} and noise level {evaluation.best[1]} are its own now"
+        )
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and pictures: {out / 'index.html'}")
 
@@ -85,6 +91,7 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
     """
     from convert.components import parse_config
     from seg4diff_jax.evaluation.benchmarks import folder_benchmark, scenes_benchmark
+    from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.run import Settings
     from seg4diff_jax.loading import load, open_for_masks
 
@@ -95,6 +102,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
         if value < least:
             raise ValueError(f"--{name} is {value}: expected at least {least}")
     source, _ = open_for_masks(options.model)
+    if options.name_expert:
+        configuration(options.model)
     transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
     tokens = (source.trained_size // (vae.downsampling * transformer.patch_size)) ** 2
     best = source.expert_step if options.steps == "expert" else options.steps
@@ -106,7 +115,7 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
         skip_unreadable=options.skip_unreadable,
     )
     data, size = options.data, source.trained_size
-    benchmark = folder_benchmark(data.root) if data.root else scenes_benchmark(data.scenes, size)
+    benchmark = folder_benchmark(data.root) if data.root else scenes_benchmark(data.scenes, size, data.split)
     pipe = load(options.model, dtype=options.dtype, blocks=max(settings.blocks) + 1)
     return pipe, benchmark, settings
 

@@ -21,6 +21,7 @@ class Data:
 
     root: str | None = None
     scenes: int = 500
+    split: Literal["train", "validation", "test"] = "test"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Options:
     pictures: int = 12
     out: str | None = None
     overwrite: bool = False
+    name_expert: bool = False
 
 
 HELP = {
     "model": "a shipped model's name, a converted or diffusers directory, a single file, or a Hub id",
     "data.root": "folder with images/, labels/ and classes.txt; default: held-out synthetic scenes",
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
+    "data.split": "of the synthetic scenes; they share none",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
     "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
     "seeds": "of the noise; a pass each, averaged in the tables",
@@ -53,6 +56,7 @@ HELP = {
     "pictures": "images on the page, from best to worst",
     "out": "directory for results; default: runs/evaluate/TIME",
     "overwrite": "replace the results of an earlier run in --out",
+    "name_expert": "write the best block and noise level into the checkpoint's configuration, as its own from then on",
 }
 
 

@@ -103,7 +103,7 @@ class ZeroShot:
         Raises FloatingPointError when scores are not finite: the weights are damaged.
         """
         before, self._pending = self._pending, []
-        with self.pipe._settings():
+        with self.pipe.settings():
             latents = encode_images(self.pipe.vae, batch.pixels)
             conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
             for one in self.passes:
@@ -123,7 +123,7 @@ class ZeroShot:
 
     def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "blocks images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
-        with self.pipe._settings():
+        with self.pipe.settings():
             latents = encode_images(self.pipe.vae, batch.pixels)
             conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
             scores, grid = self._scores(batch, latents, conditioning, one)
@@ -157,7 +157,7 @@ class ZeroShot:
                 self._sigmas[one.step],
                 blocks=self.blocks,
                 columns=rows.averaging.shape[-1],
-                equal_tail=self.pipe._zero_tokens,
+                equal_tail=self.pipe.zero_tokens,
             )
             scores = add_scores(scores, maps, rows.averaging, rows.image_of_row)
         return scores, grid

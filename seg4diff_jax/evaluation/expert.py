@@ -1,0 +1,27 @@
+"""A checkpoint told which of its blocks segments best, and at which noise level."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from seg4diff_jax.miniature import CHECKPOINT
+
+
+def name_expert(model: str, block: int, step: int) -> None:
+    """Write `expert_block` and `expert_step` into the transformer's configuration; raises as `configuration` does."""
+    path = configuration(model)
+    named = json.loads(path.read_text(encoding="utf-8")) | {"expert_block": block, "expert_step": step}
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    os.replace(written, path)
+
+
+def configuration(model: str) -> Path:
+    """Where a checkpoint keeps them. Raises ValueError for one that is no directory in diffusers' layout."""
+    directory = CHECKPOINT if model == "miniature" else Path(model).expanduser()
+    path = directory / "transformer" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--name-expert writes into DIR/transformer/config.json, and {model} has no such file")
+    return path
