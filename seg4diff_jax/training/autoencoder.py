@@ -114,7 +114,7 @@ def distance_error(
 
     They should be, for each channel of a latent, those of the pixels under it, for each number in them.
     """
-    batch, rows, columns, channels = latents.shape
+    batch, rows, columns, _ = latents.shape
     factor = pixels.shape[1] // rows
     pieces = pixels.reshape(batch, rows, factor, columns, factor, 3).transpose(0, 1, 3, 2, 4, 5)
     order = jax.random.permutation(key, batch * rows * columns)
