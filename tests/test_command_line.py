@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_the_scores_are_the_pipelines(result, expected):
     with np.load(result / "scores.npz") as saved:
         np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-5)
         assert saved["classes"].tolist() == CLASSES
+
+
+def test_without_a_noise_level_the_checkpoints_own_is_taken(image, sd3_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
+    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+    named = config | {"expert_block": BLOCK, "expert_step": 5}
+    (checkpoint / "transformer" / "config.json").write_text(json.dumps(named))
+    out = tmp_path / "out"
+    assert main(["segment", str(image), *CLASSES, "--model", str(checkpoint), "--out", str(out)]) == 0
+    record = json.loads((out / "segmentation.json").read_text())
+    assert (record["block"], record["step"], record["sigma"]) == (BLOCK, 5, FlowSchedule().sigma_at(5))
+    by_hand = s4d.load(checkpoint).segment(image, CLASSES, block=BLOCK, step=5)
+    with np.load(out / "scores.npz") as saved:
+        np.testing.assert_allclose(saved["scores"], by_hand.scores, rtol=1e-5)
 
 
 def test_the_record_says_how_the_result_was_made(result, expected, image, sd3_checkpoint):

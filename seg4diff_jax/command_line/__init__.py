@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import Command, run_command
-from seg4diff_jax.command_line import generate, segment
+from seg4diff_jax.command_line import analyze, generate, segment
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
 COMMANDS: dict[str, Command] = {
     "segment": Command(segment.arguments, segment.run, "find where in an image each class is"),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
+    "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
     # Listed here; run by `main`, for its options are its own.
     "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),
 }

@@ -30,7 +30,7 @@ from seg4diff_jax.command_line.segment import (
     where,
 )
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_guidance, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, check_guidance, check_seed, image_noise
 from seg4diff_jax.generation import one_for_each
 from seg4diff_jax.images import check_size
 from seg4diff_jax.loading import open_for_masks
@@ -124,7 +124,7 @@ def examine(options: Any) -> tuple[int, int]:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
     source, _ = open_for_masks(options.model, **where(options))
-    FlowSchedule.from_json(source.scheduler).sigmas(options.steps)
+    source.schedule.sigmas(options.steps)
     limits = size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae")))
     return check_size((source.trained_size, source.trained_size) if size is None else size, **limits)
 

@@ -45,7 +45,9 @@ def arguments(parser: ArgumentParser) -> None:
     add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
-    add("--step", type=int, default=8, help="noise level: 1 (nearly clean) to 28 (pure noise)")
+    add(
+        "--step", type=int, help="noise level: 1 (nearly clean) to 28 (pure noise); default: the checkpoint's own, or 8"
+    )
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     add("--size", type=str, metavar="HxW", help="height x width that the model sees, as in 768x1024")
     add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
@@ -77,13 +79,13 @@ def run(options: Any) -> None:
     size = parse_size(options.size)
     check_seed(options.seed)
     pixels = read_image(options.image)
-    block, sigma = examine(options, size)
+    block, step, sigma = examine(options, size)
 
     pipe, dtype, loading = load_shown(console, options, blocks=block + 1)
 
     with console.status("compiling and segmenting"), CompilationClock() as compilation:
         start = time.perf_counter()
-        segmentation = segment(pipe, pixels, options, block, size)
+        segmentation = segment(pipe, pixels, options, block, step, size)
         total = time.perf_counter() - start
     seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
     seen = size_seen(pipe, segmentation)
@@ -92,9 +94,10 @@ def run(options: Any) -> None:
         f"compiling {seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
     )
 
-    resolved = options.as_dict() | {"out": str(out), "block": block, "dtype": dtype, "size": list(seen)}
+    resolved = options.as_dict() | {"out": str(out), "block": block, "step": step, "dtype": dtype}
     record = {
         **resolved,
+        "size": list(seen),
         "sigma": sigma,
         "input_size": list(pixels.shape[:2]),
         "device": jax.devices()[0].device_kind,
@@ -121,16 +124,18 @@ def load_shown(console: Console, options: Any, blocks: int | None = None) -> tup
     return pipe, dtype, seconds
 
 
-def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, float]:
-    """The block to read and the noise level. Raises ValueError for options or class names that do not suit the model.
+def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, int, float]:
+    """The block to read, and the noise level as a step and as a number.
 
-    Configurations and tokenizers are read; weights are not.
+    Configurations and tokenizers are read; weights are not. Raises ValueError for options or class names that do not
+    suit the model.
     """
     source, tokenizers = open_for_masks(options.model, **where(options))
     class_prompts(tokenizers, options.classes)
     if size is not None:
         check_size(size, **size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae"))))
-    return block_to_read(source, options.block), FlowSchedule.from_json(source.scheduler).sigma_at(options.step)
+    step = source.expert_step if options.step is None else options.step
+    return block_to_read(source, options.block), step, FlowSchedule.from_json(source.scheduler).sigma_at(step)
 
 
 def where(options: Any) -> dict[str, Any]:
@@ -148,11 +153,16 @@ def block_to_read(source: Source, block: int | None) -> int:
 
 
 def segment(
-    pipe: Pipeline, pixels: UInt8[np.ndarray, "height width 3"], options: Any, block: int, size: tuple[int, int] | None
+    pipe: Pipeline,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    options: Any,
+    block: int,
+    step: int,
+    size: tuple[int, int] | None,
 ) -> Segmentation:
     with memory_told():
         return pipe.segment(
-            pixels, options.classes, block=block, step=options.step, seed=options.seed, size=size, resize=options.resize
+            pixels, options.classes, block=block, step=step, seed=options.seed, size=size, resize=options.resize
         )
 
 
