@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,18 +14,51 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from convert.assemble import abstract
+from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
+from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import AXES, make_mesh, parameter_shardings
 
-PUBLISHED = {
+Shape = tuple[int, ...]
+RMS = {"qk_norm": "rms_norm"}
+TRANSFORMERS = {
     "sd3-medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
-    "sd3.5-large": {
-        "num_layers": 38,
-        "num_attention_heads": 38,
-        "caption_projection_dim": 2432,
-        "qk_norm": "rms_norm",
+    "sd3.5-medium": RMS
+    | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+    | {"dual_attention_layers": list(range(13))},
+    "sd3.5-large": RMS | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+}
+AUTOENCODER = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
+CLIPS = {
+    "clip-l": CLIP
+    | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"projection_dim": 768, "hidden_act": "quick_gelu"},
+    "clip-g": CLIP
+    | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    | {"projection_dim": 1280, "hidden_act": "gelu"},
+}
+XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+MODELS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    **{
+        name: lambda rngs, config=config: MMDiT(MMDiTConfig.from_json({"pos_embed_max_size": 192} | config), rngs=rngs)
+        for name, config in TRANSFORMERS.items()
     },
+    **{
+        name: lambda rngs, config=config: CLIPText(CLIPTextConfig.from_json(config), rngs=rngs)
+        for name, config in CLIPS.items()
+    },
+    "vae": lambda rngs: VAE(VAEConfig.from_json(AUTOENCODER), rngs=rngs),
+    "t5-xxl": lambda rngs: T5Encoder(T5Config.from_json(XXL), rngs=rngs),
 }
 LARGE = 1_000_000
 
@@ -33,55 +67,57 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), AXES)
 
 
-def shardings_of(model: nnx.Module, mesh: AbstractMesh) -> Iterator[tuple[str, tuple[int, ...], NamedSharding]]:
-    place = parameter_shardings(mesh)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, shape = ".".join(map(str, path)), variable.get_value().shape
-        yield name, shape, place(name, shape)
+@functools.cache
+def shapes_of(model: str) -> dict[str, Shape]:
+    """Every parameter of a published model, by the path that it has in memory."""
+    flat = nnx.to_flat_state(nnx.state(abstract(MODELS[model])))
+    return {".".join(map(str, path)): variable.get_value().shape for path, variable in flat}
 
 
 def axes_of(sharding: NamedSharding) -> set[Any]:
     return set(sharding.spec) - {None}
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_every_large_parameter_is_split_over_both_model_axes(model):
-    config = MMDiTConfig.from_json({"pos_embed_max_size": 192} | PUBLISHED[model])
-    transformer = abstract(lambda rngs: MMDiT(config, rngs=rngs))
-    held, total = 0, 0
-    for name, shape, sharding in shardings_of(transformer, mesh_of(2, 4, 2)):
+@pytest.mark.parametrize("model", MODELS)
+def test_every_large_parameter_is_split_over_both_model_axes_but_for_embeddings_and_convolutions(model):
+    place = parameter_shardings(mesh_of(2, 4, 2))
+    for name, shape in shapes_of(model).items():
         if math.prod(shape) > LARGE:
-            assert axes_of(sharding) == {"fsdp", "tensor"}, name
-        held += math.prod(sharding.shard_shape(shape))
-        total += math.prod(shape)
-    assert held < 1.01 * total / 8
-
-
-def test_t5_is_split_too():
-    published = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    config = T5Config.from_json(published | {"feed_forward_proj": "gated-gelu"})
-    encoder = abstract(lambda rngs: T5Encoder(config, rngs=rngs))
-    for name, shape, sharding in shardings_of(encoder, mesh_of(1, 4, 2)):
-        if math.prod(shape) > LARGE and "embedding" not in name:
-            assert axes_of(sharding) == {"fsdp", "tensor"}, name
-        elif math.prod(shape) > LARGE:
-            assert axes_of(sharding) == {"fsdp"}, name
+            one_axis = name.endswith(".embedding") or (model == "vae" and len(shape) == 4)
+            assert axes_of(place(name, shape)) == ({"fsdp"} if one_axis else {"fsdp", "tensor"}), name
 
 
 @pytest.mark.parametrize(
-    ("mesh", "path", "shape", "spec"),
+    ("model", "share"),
+    [(model, 1.01 / 8) for model in TRANSFORMERS]
+    # Embeddings and convolutions are split over four of the eight.
+    + [("t5-xxl", 1.03 / 8), ("clip-g", 1.1 / 8), ("clip-l", 1.32 / 8), ("vae", 1.1 / 4)],
+)
+def test_a_device_of_eight_holds_little_more_than_an_eighth(model, share):
+    place, shapes = parameter_shardings(mesh_of(2, 4, 2)), shapes_of(model)
+    held = sum(math.prod(place(name, shape).shard_shape(shape)) for name, shape in shapes.items())
+    assert held < share * sum(map(math.prod, shapes.values()))
+
+
+UP, DOWN = "stacks.0.image.mlp.up.kernel", "stacks.0.image.mlp.down.kernel"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "path", "spec"),
     [
-        ((1, 4, 2), "stacks.0.image.mlp.up.kernel", (23, 1536, 6144), P(None, "fsdp", "tensor")),
-        ((1, 5, 2), "stacks.0.image.mlp.up.kernel", (23, 1536, 6144), P(None, None, "tensor")),
-        ((1, 4, 7), "stacks.0.image.mlp.up.kernel", (23, 1536, 6144), P(None, "fsdp", None)),
-        ((1, 5, 7), "stacks.0.image.mlp.down.kernel", (23, 6144, 1536), P(None, None, None)),
-        ((1, 4, 2), "stacks.0.image.mlp.down.kernel", (23, 6144, 1536), P(None, "tensor", "fsdp")),
-        ((1, 4, 2), "stacks.0.image.attention.q.bias", (23, 1536), P(None, "tensor")),
-        ((1, 4, 2), "stacks.0.image.attention.norm_q.scale", (23, 64), P()),
+        ((1, 4, 2), "sd3-medium", UP, P(None, "fsdp", "tensor")),
+        ((1, 5, 2), "sd3-medium", UP, P(None, None, "tensor")),
+        ((1, 4, 7), "sd3-medium", UP, P(None, "fsdp", None)),
+        ((1, 5, 7), "sd3-medium", DOWN, P(None, None, None)),
+        ((1, 4, 2), "sd3-medium", DOWN, P(None, "tensor", "fsdp")),
+        ((1, 4, 2), "sd3-medium", "stacks.0.image.attention.q.bias", P(None, "tensor")),
+        ((1, 4, 2), "sd3.5-large", "stacks.0.image.attention.q_norm.scale", P()),
+        ((1, 4, 2), "sd3.5-medium", "stacks.0.image.dual_attention.out.kernel", P(None, "tensor", "fsdp")),
+        ((1, 4, 2), "vae", "decoder.middle.before.conv1.kernel", P(None, None, None, "fsdp")),
     ],
 )
-def test_an_axis_that_does_not_divide_is_not_split(mesh, path, shape, spec):
-    assert parameter_shardings(mesh_of(*mesh))(path, shape).spec == spec
+def test_an_axis_that_does_not_divide_is_not_split(mesh, model, path, spec):
+    assert parameter_shardings(mesh_of(*mesh))(path, shapes_of(model)[path]).spec == spec
 
 
 def test_a_mesh_takes_all_devices_unless_told_otherwise():
