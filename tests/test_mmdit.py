@@ -312,18 +312,25 @@ def test_maps_under_vmap_equal_maps_of_a_batch(pair, variant):
     np.testing.assert_allclose(mapped, record_at(ours, inputs, 1).probs, atol=1e-6)
 
 
-def test_bfloat16_stays_near_float32_and_returns_float32_maps(pair, variant):
+def test_bfloat16_stays_near_float32_and_its_maps_are_exact_softmaxes_in_float32(pair, variant):
+    """Measured over three draws of inputs and all blocks: velocity 0.023, scores 0.040, probabilities 0.045."""
     theirs, ours = pair
     inputs = make_inputs(VARIANTS[variant])
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     make = lambda rngs: MMDiT(ours.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
     half = from_state_dict(abstract(make), table.diffusers(ours.config), tensors, dtype=jnp.bfloat16)
-    velocity, records = forward(half, inputs, (1,))
-    exact, exact_records = forward(ours, inputs, (1,))
+    request = AttentionRequest(quadrants=("image_to_image", "image_to_text"))
+    velocity, records = forward(half, inputs, range(ours.depth), request)
+    exact, exact_records = forward(ours, inputs, range(ours.depth), request)
     assert velocity.dtype == jnp.bfloat16
-    assert records[1].probs.dtype == records[1].scores.dtype == jnp.float32
-    assert relative_error(velocity.astype(np.float32), np.asarray(exact)) <= 0.04
-    np.testing.assert_allclose(records[1].probs.sum(-1), exact_records[1].probs.sum(-1), atol=0.06)
+    assert relative_error(velocity.astype(np.float32), np.asarray(exact)) <= 0.03
+    for block, record in records.items():
+        assert record.probs.dtype == record.scores.dtype == jnp.float32
+        assert relative_error(record.scores, exact_records[block].scores) <= 0.05
+        assert relative_error(record.probs, exact_records[block].probs) <= 0.06
+        both = record.image_to_image, record.image_to_text
+        scores, probs = (jnp.concatenate([getattr(part, name) for part in both], -1) for name in ("scores", "probs"))
+        np.testing.assert_allclose(probs, jax.nn.softmax(scores, -1), atol=1e-6)
 
 
 def test_the_positional_table_is_the_published_one():
