@@ -64,6 +64,7 @@ def convert_checkpoint(
         _check_apart(each, target)
     opened = with_published_tokenizers(opened)
     readers = _open_all(opened)
+    _ = opened.expert_block  # goes into the manifest, the last file: what is wrong with it is said first
     cast = None if dtype is None else np.dtype(dtype)
     total = sum(nbytes(reader, cast) for reader in readers)
     _check_space(target, total)

@@ -118,16 +118,22 @@ number 9 counted from 0. The paper names none for another model."""
 def expert_block(transformer_config: dict[str, Any]) -> int | None:
     """The block whose attention segments best: what the configuration says, or what is known of its architecture.
 
-    Raises CheckpointError when the configuration says something that is no integer.
+    Raises CheckpointError when the configuration says something that is no block of it.
     """
-    if "expert_block" in transformer_config:
-        block = transformer_config["expert_block"]
-        if block is not None and type(block) is not int:
-            raise CheckpointError(f"transformer: config.json: expert_block is {block!r}; expected an integer or null")
-        return block
     config = parse_config("transformer", transformer_config)
+    if "expert_block" in transformer_config:
+        return checked_block(transformer_config["expert_block"], config.num_layers, "transformer: config.json")
     return EXPERT_BLOCKS.get(
         Architecture(config.num_layers, config.width, config.dual_attention_layers, config.qk_norm)
+    )
+
+
+def checked_block(block: Any, num_layers: int, where: str) -> int | None:
+    """The block that a file calls the expert. Raises CheckpointError, naming the file, when there is no such block."""
+    if block is None or (type(block) is int and 0 <= block < num_layers):
+        return block
+    raise CheckpointError(
+        f"{where}: expert_block is {block!r}; expected an integer from 0 to {num_layers - 1}, or null"
     )
 
 

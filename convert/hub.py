@@ -16,8 +16,13 @@ TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 Result = TypeVar("Result")
 
 
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
+
+
 def is_repository_id(text: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith(".")
+    """Whether a path that is not there may be a Hub id: not if it is a file's, or begins with a directory that is."""
+    written = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith(".")
+    return written and not text.endswith(FILES) and not Path(text.split("/")[0]).exists()
 
 
 def fetch(repository: str, components: list[str], variant: str) -> Path:
@@ -25,6 +30,13 @@ def fetch(repository: str, components: list[str], variant: str) -> Path:
 
     Without a network the files of an earlier download are used. Raises CheckpointError.
     """
+    try:
+        return _fetched(repository, components, variant)
+    except CheckpointError as error:
+        raise CheckpointError(f"no file or directory {repository} here, and on the Hub {error}") from None
+
+
+def _fetched(repository: str, components: list[str], variant: str) -> Path:
     import huggingface_hub
 
     try:
@@ -103,6 +115,7 @@ def _told(repository: str, request: Callable[[], Result]) -> Result:
     """The request's result, or one sentence about why there is none."""
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         HTTPError,  # pyright: ignore[reportPrivateImportUsage]
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -118,9 +131,11 @@ def _told(repository: str, request: Callable[[], Result]) -> Result:
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"{repository} is not on the Hub, or is private or gated and you are not logged in: check {page}, run "
+            f"{repository} does not exist, or is private or gated and you are not logged in: check {page}, run "
             f"`hf auth login`, {local}"
         ) from None
+    except HFValidationError as error:
+        raise CheckpointError(f"{repository} is no repository's name ({str(error).splitlines()[0]})") from None
     except (ConnectionError, TimeoutError, LocalEntryNotFoundError, HTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

@@ -19,7 +19,7 @@ from convert.layout import contiguous
 from convert.load import load_component
 from convert.readers import ComponentReader, Source
 from convert.verify_inputs import CLIPS, STEP, STEPS, TOKENS, Conditioning, Inputs, Sample
-from seg4diff_jax.flow import FlowSchedule, add_noise
+from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
 from seg4diff_jax.models.joint_block import JointBlock, StreamState
@@ -163,7 +163,7 @@ def noisy(
     check: Check,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
     """Latents at the noise level of the masks, and their timestep. The first sample is checked, the last returned."""
-    schedule = FlowSchedule.from_json(source.scheduler)
+    schedule = source.schedule
     sigmas, sigma = schedule.sigmas(STEPS), schedule.sigma_at(STEP, STEPS)
     check("scheduler: timesteps", (schedule.num_train_timesteps * sigmas).astype(np.float32))
     noised = [np.asarray(add_noise(jnp.asarray(latents), jnp.asarray(noise), sigma)) for latents in samples]

@@ -6,8 +6,8 @@
     DST/transformer/params/blocks.7       an Orbax checkpoint of one layer; of a large one, more: `blocks.7-1`
     DST/tokenizer/...  DST/scheduler/scheduler_config.json
 
-A layer at a time is in memory, in writing and in reading. Arrays lie uncompressed, one per file: weights hardly
-compress, and compression would be slower than the disk.
+A few layers at a time are in memory in writing, as some wait for the disk while the next is read; in reading it is one.
+Arrays lie uncompressed, one per file: weights hardly compress, and compression would be slower than the disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.components import COMPONENTS, abstract_model
+from convert.components import COMPONENTS, abstract_model, checked_block, parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json
 from convert.layout import checksum, dtype_named
@@ -152,6 +152,9 @@ def open_native(directory: Path) -> Source:
         problems += [f"{path}: missing part, named by {MANIFEST}" for path in parts if not path.is_dir()]
     raise_all(problems, f"{directory} is damaged; convert the original again")
     configs = {name: read_json(directory / name / "config.json") for name in components}
+    if "transformer" in configs:
+        layers = parse_config("transformer", configs["transformer"]).num_layers
+        checked_block(manifest["expert_block"], layers, str(directory / MANIFEST))
     return Source(
         str(directory),
         configs,

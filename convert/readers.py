@@ -18,6 +18,7 @@ from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
 from convert.safetensors_stream import TensorInfo, read_tensor, read_tensor_once
+from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.stack import Layered
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -87,6 +88,14 @@ class Source:
     def expert_step(self) -> int:
         """The noise level at which that block segments best, counted from the clean end of 28."""
         return expert_step(self.configs.get("transformer", {}))
+
+    @property
+    def schedule(self) -> FlowSchedule:
+        """Raises CheckpointError for a scheduler that is not SD3's kind."""
+        try:
+            return FlowSchedule.from_json(self.scheduler)
+        except ValueError as error:
+            raise CheckpointError(f"{self.origin}: scheduler/scheduler_config.json: {error}") from None
 
     @property
     def trained_size(self) -> int:

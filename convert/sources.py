@@ -24,6 +24,10 @@ FORMS = (
 )
 
 
+class NothingLacks(CheckpointError):
+    """A second source was given for text encoders, and the first has them all."""
+
+
 def open_source(
     source: str | Path,
     *,
@@ -47,7 +51,8 @@ def open_source(
         these forms, or a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
         `t5xxl_fp16.safetensors`].
 
-    Raises CheckpointError with what was expected, what was found and what to do.
+    Raises CheckpointError with what was expected, what was found and what to do; NothingLacks, which is one, when
+    `text_encoders` would go unused.
     """
     unknown = [name for name in components or () if name not in COMPONENTS]
     if unknown:
@@ -55,7 +60,12 @@ def open_source(
     opened = _open(source, components, variant)
     wanted = None if components is None else list(components)
     absent = missing(opened, wanted)
-    if text_encoders is not None and absent:
+    if text_encoders is not None and not absent:
+        raise NothingLacks(
+            f"{source} has all the text encoders that are wanted: leave out text_encoders= (--text-encoders), which "
+            "would go unused"
+        )
+    if text_encoders is not None:
         opened = completed(opened, _open_text_encoders(text_encoders, absent, wanted is None, variant), absent)
     if wanted is not None:
         _check_complete(source, opened, wanted)

@@ -23,8 +23,8 @@ def remedy(source: str | Path) -> str:
     """What to do about a checkpoint that lacks text encoders."""
     return (
         "Stability's sd3_medium.safetensors and sd3.5_*.safetensors come without text encoders. Give them as "
-        f"text_encoders=DIR, or convert once with `python -m convert checkpoint {source} DST --text-encoders DIR`; DIR "
-        f"is {FORMS}"
+        "text_encoders=DIR (--text-encoders DIR in commands), or convert once with `python -m convert checkpoint "
+        f"{source} DST --text-encoders DIR`; DIR is {FORMS}"
     )
 
 

@@ -24,7 +24,7 @@ from convert.comparison import BOUNDS, Recording, Row, compare
 from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent, usual_dtype
-from convert.sources import open_source
+from convert.sources import NothingLacks, open_source
 from convert.verify_inputs import make_inputs
 
 DType = Literal["float32", "bfloat16"]
@@ -73,10 +73,12 @@ def verify(
         not installed.
     """
     torch_side = _torch_side()
-    also: dict[str, Any] = {"variant": variant, "text_encoders": text_encoders}
-    ours = open_source(source, components=components, tokenizers=tokenizers, **also)
-    original = ours if against is None else open_source(against, components=list(ours.configs), **also)
+    ours, original = _open_both(
+        source, against, components, {"tokenizers": tokenizers}, {"variant": variant, "text_encoders": text_encoders}
+    )
     _check_original(ours, original)
+    for each in (ours, original):
+        _ = each.schedule, each.expert_block, each.expert_step  # raise for what is wrong with them
     inputs = make_inputs(ours, size)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
@@ -108,6 +110,30 @@ def verify(
         dtypes = f"{_usual(ours, recast[0])}, in the original {_usual(original, recast[0])}"
         notes.append(f"the weights' own rounding is in these errors: {', '.join(recast)} in {dtypes}")
     return Report(rows, notes)
+
+
+def _open_both(
+    source: str | Path,
+    against: str | Path | None,
+    components: Sequence[str] | None,
+    own: dict[str, Any],
+    common: dict[str, Any],
+) -> tuple[Source, Source]:
+    """What JAX reads and what PyTorch reads. Of two, one may have all the text encoders without a second source."""
+    if against is None:
+        ours = open_source(source, components=components, **own, **common)
+        return ours, ours
+    alone, refused = {**common, "text_encoders": None}, None
+    try:
+        ours = open_source(source, components=components, **own, **common)
+    except NothingLacks as error:
+        ours, refused = open_source(source, components=components, **own, **alone), error
+    try:
+        return ours, open_source(against, components=list(ours.configs), **common)
+    except NothingLacks:
+        if refused is not None:
+            raise refused from None
+        return ours, open_source(against, components=list(ours.configs), **alone)
 
 
 def _usual(source: Source, name: str) -> np.dtype:

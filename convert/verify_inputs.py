@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from convert.components import parse_config
 from convert.errors import CheckpointError
 from convert.readers import Source
-from seg4diff_jax.text import class_prompts, load_tokenizers, tokenize
+from convert.tokenizers import open_tokenizers
+from seg4diff_jax.text import class_prompts, tokenize
 
 CLASSES = ("cat", "grass", "sky")
 CLIPS = ("text_encoder", "text_encoder_2")
@@ -134,10 +135,10 @@ def make_prompt(source: Source) -> Prompt:
         described = "seeded random token ids (no tokenizers)" if encoders else "seeded random context (no text encoder)"
         return Prompt(ids, averaging, described)
     t5 = "text_encoder_3" in encoders and "tokenizer_3" in source.tokenizers
+    tokenizers = open_tokenizers(source, t5=t5)
     try:
-        tokenizers = load_tokenizers(source.tokenizers, t5=t5)
         prompts = class_prompts(tokenizers, CLASSES)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{source.origin}: {error}") from None
     if prompts.length != TOKENS or len(prompts.prompts) != 1:
         raise CheckpointError(f"{source.origin}: its CLIP prompts have {prompts.length} tokens; expected {TOKENS}")

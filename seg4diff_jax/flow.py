@@ -49,7 +49,10 @@ class FlowSchedule:
             raise ValueError(
                 f"the scheduler's num_train_timesteps is {timesteps!r}; SD3's is {cls.num_train_timesteps}"
             )
-        return cls(float(config.get("shift", 1.0)))
+        shift = config.get("shift", 1.0)
+        if type(shift) not in (int, float) or not 0 < shift < np.inf:
+            raise ValueError(f"the scheduler's shift is {shift!r}; expected a positive number")
+        return cls(float(shift))
 
     def _shifted(self, sigma: np.ndarray | float) -> np.ndarray:
         return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))

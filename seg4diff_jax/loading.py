@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from convert.errors import CheckpointError
+from convert.components import parse_config
 from convert.load import Shardings, open_component
 from convert.lora import attach_lora
 from convert.progress import Told, counter
 from convert.readers import Source
 from convert.sources import open_source, with_published_tokenizers
+from convert.tokenizers import open_tokenizers
 from seg4diff_jax.compilation import keep_compiled_programs
-from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.lora import LoRA
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.parallel import AXES, parameter_shardings
 from seg4diff_jax.pipeline import Pipeline
-from seg4diff_jax.text import Tokenizers, load_tokenizers
+from seg4diff_jax.text import Tokenizers
 
 DTYPES = ("float32", "bfloat16")
 
@@ -54,7 +56,8 @@ def load(
       mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
       t5: also load T5-XXL. Masks do not need it: the paper's were made without.
       blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
-      text_encoders: where to take the text encoders from, for single files that hold none.
+      text_encoders: where to take the text encoders from, for single files that hold none; an error where none
+        lacks.
       tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
         Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
       variant: of a diffusers directory's weight files, as in "fp16".
@@ -65,19 +68,24 @@ def load(
 
     Raises:
       CheckpointError: the checkpoint or the adapters cannot be found, read or understood; the message says what to do.
-      ValueError: the dtype or the mesh is of no use here.
+      ValueError: the dtype, the mesh or `blocks` is of no use here.
     """
     kind = parameter_dtype(dtype)
     keep_compiled_programs()
     if mesh is not None and tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
     source, words = open_for_masks(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
+    depth = None if blocks is None else _depth(source, blocks)
+    # What configurations say is judged before gigabytes are read, and so is whether adapters fit.
+    about: dict[str, Any] = {
+        name: getattr(source, name) for name in ("schedule", "expert_block", "expert_step", "trained_size")
+    }
     parts = {
-        name: open_component(source, name, dtype=kind, depth=blocks if name == "transformer" else None)
+        name: open_component(source, name, dtype=kind, depth=depth if name == "transformer" else None)
         for name in source.configs
     }
     adapted = lambda transformer: attach_lora(transformer, str(lora), drop_absent_blocks=True)
-    if lora is not None:  # whether they fit is seen before gigabytes are read
+    if lora is not None:
         nnx.eval_shape(adapted, parts["transformer"].model)
     shardings = parameter_shardings(mesh) if mesh else None
     read = counter(progress, sum(part.nbytes for part in parts.values()))
@@ -91,12 +99,16 @@ def load(
         clip_g=models["text_encoder_2"],
         t5=models.get("text_encoder_3"),
         tokenizers=words,
-        schedule=FlowSchedule.from_json(source.scheduler),
-        expert_block=source.expert_block,
-        expert_step=source.expert_step,
-        trained_size=source.trained_size,
         mesh=mesh,
+        **about,
     )
+
+
+def _depth(source: Source, blocks: int) -> int:
+    most = parse_config("transformer", source.configs["transformer"]).num_layers
+    if isinstance(blocks, bool) or not isinstance(blocks, int | np.integer) or not 1 <= blocks <= most:
+        raise ValueError(f"blocks is {blocks!r}; expected a whole number from 1 to {most}: {source.origin} has {most}")
+    return int(blocks)
 
 
 def _adapters_placed(transformer: MMDiT, shardings: Shardings | None) -> MMDiT:
@@ -142,7 +154,4 @@ def open_for_masks(
     source = with_published_tokenizers(
         open_source(str(model), components=names, tokenizers=folder, variant=variant, text_encoders=second)
     )
-    try:
-        return source, load_tokenizers(source.tokenizers, t5=t5)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
+    return source, open_tokenizers(source, t5=t5)

@@ -119,7 +119,7 @@ class Pipeline:
         Raises:
           ImageError: an image cannot be read.
           ValueError: class names, block, step, seed, size, resize or noise are not usable; the message says why.
-          FloatingPointError: the model gave scores that are not finite: damaged weights.
+          FloatingPointError: the model gave scores that are not finite: damaged weights or inputs.
         """
         single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
         images: list[Any] = [image] if single else list(image)  # pyright: ignore
@@ -140,7 +140,7 @@ class Pipeline:
             eps = self._noise(noise, members, len(images), wanted, seed)
             scores = self._scores(batch, [prompts[i] for i in members], eps, sigma, block, kernel)
             if not all(np.isfinite(grid).all() for grid in scores):
-                raise FloatingPointError(f"scores of block {block} are not finite: the weights are damaged")
+                raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
             for i, grid in zip(members, scores, strict=True):
                 labels = upsampled_labels(grid, pixels[i].shape[:2])
                 results[i] = Segmentation(labels, grid, prompts[i].classes, prompts[i].prompts)
@@ -299,7 +299,11 @@ class Pipeline:
         if chosen is None:
             raise ValueError("this checkpoint does not say which block segments best: name one with block=")
         if not isinstance(chosen, int | np.integer) or not 0 <= chosen < self.transformer.depth:
-            raise ValueError(f"block is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}")
+            whose = ", the checkpoint's own," if block is None else ""
+            raise ValueError(
+                f"block{whose} is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}"
+                + (f": load with blocks={chosen + 1} or more, or name one with block=" if block is None else "")
+            )
         return int(chosen)
 
     def _blocks(self, blocks: int | Collection[int] | None) -> tuple[int, ...]:
@@ -342,6 +346,8 @@ class Pipeline:
         noise = np.asarray(noise)
         if noise.shape not in (shape, (images, *shape)):
             raise ValueError(f"noise is {list(noise.shape)}; expected {list(shape)} or {[images, *shape]}")
+        if not np.isfinite(noise).all():
+            raise ValueError("noise has values that are not finite; expected standard normal numbers")
         return jnp.broadcast_to(jnp.asarray(noise, jnp.float32), (images, *shape))[np.asarray(members)]
 
 

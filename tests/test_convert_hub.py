@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -133,7 +135,8 @@ def test_a_repository_converts_without_t5_unless_asked(serve, tmp_path: Path):
     ("error", "message"),
     [
         (http_error(GatedRepoError), "is gated: accept its licence"),
-        (http_error(RepositoryNotFoundError), "is not on the Hub, or is private or gated"),
+        (http_error(RepositoryNotFoundError), "does not exist, or is private or gated"),
+        (HFValidationError("Repo id must not end by -"), "is no repository's name .Repo id must"),
         (http_error(HfHubHTTPError), "cannot be reached"),
         (OfflineModeIsEnabled("offline mode is enabled"), "cannot be reached .offline mode is enabled"),
         (ConnectionError("Name or service not known"), "cannot be reached"),
@@ -144,9 +147,26 @@ def test_failures_become_one_sentence_with_the_licence_page_and_the_alternative(
     serve(FakeHub(None, [], error))
     with pytest.raises(CheckpointError, match=message) as caught:
         open_source(REPOSITORY)
-    assert f"https://huggingface.co/{REPOSITORY}" in str(caught.value)
-    assert "give the path of a directory that holds it" in str(caught.value)
+    assert str(caught.value).startswith(f"no file or directory {REPOSITORY} here, and on the Hub {REPOSITORY} ")
+    if not isinstance(error, HFValidationError):
+        assert f"https://huggingface.co/{REPOSITORY}" in str(caught.value)
+        assert "give the path of a directory that holds it" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [f"models/sd3{suffix}" for suffix in (".safetensors", ".ckpt", ".pth", ".json")])
+def test_a_file_that_is_not_there_is_not_asked_of_the_hub(serve, name: str):
+    serve(FakeHub(None, [], AssertionError("the Hub was asked")))
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(name)}: no such file or directory"):
+        open_source(name)
+
+
+def test_what_is_absent_in_a_directory_that_is_there_is_not_asked_of_the_hub(serve, tmp_path: Path, monkeypatch):
+    serve(FakeHub(None, [], AssertionError("the Hub was asked")))
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^models/sd3: no such file or directory"):
+        open_source("models/sd3")
 
 
 def test_without_a_network_an_earlier_download_is_used(serve, tmp_path: Path):

@@ -17,6 +17,7 @@ from convert.components import COMPONENTS
 from convert.errors import CheckpointError
 from convert.sources import open_source
 from convert.text_encoders import FILES
+from convert.verify import verify
 from tests.reference.checkpoints import make_checkpoint
 from tests.reference.single_file import make_both
 
@@ -81,11 +82,23 @@ def test_a_converted_directory_without_text_encoders_is_completed_and_diffusers_
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_source_keeps_its_own_text_encoders(forms: dict[str, Path], tmp_path: Path):
+def test_text_encoders_that_would_go_unused_are_refused(forms: dict[str, Path], tmp_path: Path):
+    with pytest.raises(CheckpointError, match="has all the text encoders that are wanted: leave out text_encoders="):
+        open_source(forms["diffusers"], text_encoders=forms["converted"])
+    with pytest.raises(CheckpointError, match="leave out text_encoders="):
+        open_source(forms["bare"], components=WITHOUT, text_encoders=forms["diffusers"])
+    with pytest.raises(CheckpointError, match="leave out text_encoders="):
+        verify(forms["diffusers"], text_encoders=forms["separate files"])
+
+
+def test_a_source_keeps_its_own_text_encoders(tmp_path: Path):
+    first = make_checkpoint(tmp_path / "first", t5=False)
     other = make_checkpoint(tmp_path / "other", seed=7)
-    source = open_source(forms["diffusers"], text_encoders=other)
-    assert source.configs == open_source(forms["diffusers"]).configs
-    assert source.tokenizers["tokenizer"] == forms["diffusers"] / "tokenizer"
+    source = open_source(first, text_encoders=other)
+    own = open_source(first)
+    assert {name: source.configs[name] for name in own.configs} == own.configs
+    assert source.tokenizers["tokenizer"] == first / "tokenizer"
+    assert source.tokenizers["tokenizer_3"] == other / "tokenizer_3"
 
 
 @pytest.mark.parametrize("form", ["single file", "converted"])
@@ -100,7 +113,8 @@ def test_text_encoders_that_are_wanted_and_absent_are_answered_with_the_remedy(
         open_source(source, components=[*WITHOUT, "text_encoder", "text_encoder_2"])
     message = str(caught.value)
     assert f"{source} has no text_encoder, text_encoder_2. Stability's sd3_medium.safetensors and sd3.5_" in message
-    assert f"text_encoders=DIR, or convert once with `python -m convert checkpoint {source} DST --text-enc" in message
+    assert "as text_encoders=DIR (--text-encoders DIR in commands), or convert once" in message
+    assert f"`python -m convert checkpoint {source} DST --text-encoders DIR`; " in message
     assert "DIR is a diffusers directory, " in message
 
 

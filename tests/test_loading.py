@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -17,10 +19,13 @@ from PIL import Image
 from rich.console import Console
 
 import seg4diff_jax as s4d
+from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
 from convert.load import Unfilled
-from convert.lora import attach_lora, convert_lora
+from convert.lora import attach_lora, convert_lora, load_lora, save_lora
 from convert.progress import counter, shown
+from convert.sources import open_source
+from convert.verify import verify
 from seg4diff_jax.command_line import main
 from seg4diff_jax.models.lora import lora_state
 from seg4diff_jax.parallel import make_mesh
@@ -108,6 +113,101 @@ def test_segment_takes_adapters(tmp_path, sd3_checkpoint, adapters, capsys):
     expected = pipe.segment(IMAGE, ["cat", "dog"], block=1, size=SIZE)
     with np.load(tmp_path / "out" / "scores.npz") as saved:
         assert relative_error(saved["scores"], expected.scores) <= 1e-5
+
+
+@pytest.mark.usefixtures("unread")
+def test_adapters_of_a_deeper_model_are_refused_when_all_blocks_are_loaded(sd3_checkpoint, adapters, tmp_path):
+    config, arrays = load_lora(adapters["native"])
+    deeper = arrays | {name.replace("blocks.0.", "blocks.6."): pair for name, pair in arrays.items() if ".0." in name}
+    save_lora(tmp_path / "deeper.safetensors", dataclasses.replace(config, blocks=(*range(7),)), deeper)
+    with pytest.raises(CheckpointError, match=r"deeper\.safetensors: cannot adapt blocks \[6\]"):
+        s4d.load(sd3_checkpoint, lora=tmp_path / "deeper.safetensors")
+
+
+# ---- configurations -------------------------------------------------------------------------------------------------
+
+
+def changed(checkpoint: Path, directory: Path, file: str, **values) -> Path:
+    """A copy of a checkpoint with other values in one of its JSON files; weights are linked."""
+    shutil.copytree(checkpoint, directory, copy_function=os.link)
+    config = json.loads((directory / file).read_text())
+    (directory / file).unlink()
+    (directory / file).write_text(json.dumps(config | values))
+    return directory
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+TRANSFORMER = "transformer/config.json"
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        (SCHEDULER, {"use_dynamic_shifting": True}, r"scheduler/scheduler_config\.json: .*use_dynamic_shifting is T"),
+        (SCHEDULER, {"shift": None}, r"scheduler/scheduler_config\.json: the scheduler's shift is None"),
+        (SCHEDULER, {"shift": 0}, "shift is 0; expected a positive number"),
+        (TRANSFORMER, {"expert_step": 29}, r"config\.json: expert_step is 29"),
+        (TRANSFORMER, {"expert_block": "2"}, r"config\.json: expert_block is '2'"),
+        (TRANSFORMER, {"expert_block": 6}, r"config\.json: expert_block is 6; expected an integer from 0 to 5"),
+        (TRANSFORMER, {"expert_block": True}, r"config\.json: expert_block is True"),
+    ],
+)
+def test_what_configurations_say_is_judged_before_weights_are_read(sd3_checkpoint, tmp_path, file, values, message):
+    source = changed(sd3_checkpoint, tmp_path / "changed", file, **values)
+    with pytest.raises(CheckpointError, match=message):
+        s4d.load(source)
+    with pytest.raises(CheckpointError, match=message):
+        verify(source, size=100)  # refused for its size, were inputs made first
+
+
+def test_a_wrong_expert_block_is_told_before_anything_is_converted(sd3_checkpoint, tmp_path, monkeypatch):
+    source = changed(sd3_checkpoint, tmp_path / "changed", TRANSFORMER, expert_block=6)
+    monkeypatch.setattr("convert.checkpoint._write_native", lambda *_: pytest.fail("something was written"))
+    with pytest.raises(CheckpointError, match="expert_block is 6"):
+        convert_checkpoint(source, tmp_path / "native", components=["transformer"])
+
+
+def test_a_manifest_that_names_no_block_of_the_model_is_refused(sd3_checkpoint, tmp_path):
+    convert_checkpoint(sd3_checkpoint, tmp_path / "native", components=["transformer"])
+    manifest = tmp_path / "native" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"expert_block": -1}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: expert_block is -1; expected an integer from 0 to 5"):
+        open_source(tmp_path / "native")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("blocks", [0, 7, 99, True])
+def test_a_number_of_blocks_that_the_transformer_has_not_is_refused_by_name(sd3_checkpoint, blocks):
+    with pytest.raises(ValueError, match=f"blocks is {blocks}; expected a whole number from 1 to 6"):
+        s4d.load(sd3_checkpoint, blocks=blocks)
+
+
+def test_a_default_block_that_is_not_loaded_is_called_the_checkpoints_own(sd3):
+    short = dataclasses.replace(sd3, expert_block=9)
+    with pytest.raises(ValueError, match=r"block, the checkpoint's own, is 9; .* blocks 0\.\.5: load with blocks=10"):
+        short.segment(IMAGE, NAMES, size=SIZE)
+    with pytest.raises(ValueError, match=r"block is 9; the loaded transformer has blocks 0\.\.5$"):
+        short.segment(IMAGE, NAMES, size=SIZE, block=9)
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def test_tokenizers_of_another_model_are_refused(sd3_checkpoint, tmp_path):
+    tokenizer = changed(sd3_checkpoint, tmp_path / "long", "tokenizer_2/tokenizer_config.json", model_max_length=80)
+    config = json.loads((tokenizer / "tokenizer" / "tokenizer_config.json").read_text()) | {"model_max_length": 80}
+    (tokenizer / "tokenizer" / "tokenizer_config.json").unlink()
+    (tokenizer / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        s4d.load(tokenizer)
+    both = f"{tokenizer}/tokenizer does not fit {tokenizer}/text_encoder"
+    assert f"{both}: its model_max_length is 80, the encoder has 77 positions" in str(caught.value)
+    encoder = changed(sd3_checkpoint, tmp_path / "small", "text_encoder_2/config.json", vocab_size=50)
+    with pytest.raises(CheckpointError, match=r"small/tokenizer_2 does not fit .*small/text_encoder_2: it makes ids"):
+        s4d.load(encoder)
+    with pytest.raises(CheckpointError, match=r"small/tokenizer_2 does not fit"):
+        verify(encoder)
 
 
 # ---- progress -------------------------------------------------------------------------------------------------------

@@ -261,6 +261,16 @@ def test_a_model_of_fewer_blocks_takes_the_adapters_of_those_blocks_on_request(b
         apply_lora(short, LoRAConfig(blocks=(3,)), {}, drop_absent_blocks=True)
 
 
+def test_adapters_of_blocks_that_the_configuration_does_not_name_are_refused_although_absent_ones_are_dropped(base):
+    with pytest.raises(ValueError, match=rf"cannot adapt blocks \[{base.depth}\]"):
+        apply_lora(base, LoRAConfig(blocks=(0, base.depth)), {}, drop_absent_blocks=True)
+    config = LoRAConfig(blocks=(0,))
+    adapters = lora_state(add_lora(base, config, nnx.Rngs(0)))
+    beyond = {f"blocks.{base.depth}.image.attention.q": adapters["blocks.0.image.attention.q"]}
+    with pytest.raises(ValueError, match=rf"surplus: blocks\.{base.depth}\.image"):
+        apply_lora(base, config, adapters | beyond, drop_absent_blocks=True)
+
+
 def test_every_adapter_that_does_not_fit_is_named(base):
     config = LoRAConfig(rank=2)
     adapted = add_lora(base, config, nnx.Rngs(0))

@@ -278,6 +278,13 @@ def test_images_and_lists_of_names_must_be_as_many(sd3):
         sd3.segment([IMAGE], NAMES, block=VARIED)
 
 
+def test_noise_that_is_not_finite_is_refused_as_such(sd3):
+    noise = np.zeros((SIZE[0] // 8, SIZE[1] // 8, 16), np.float32)
+    noise[0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="noise has values that are not finite"):
+        sd3.segment(an_image(*SIZE), NAMES, block=BLOCK, size=SIZE, noise=noise)
+
+
 def test_noise_for_another_number_of_images_is_refused(sd3):
     noise = np.zeros((1, *LATENT), np.float32)
     with pytest.raises(ValueError, match=r"noise is \[1, 14, 18, 16\]; expected \[14, 18, 16\] or \[2, 14, 18, 16\]"):

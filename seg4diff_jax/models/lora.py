@@ -172,18 +172,20 @@ def apply_lora(
     Args:
       mmdit: without adapters.
       adapters: as `lora_state` returns them and converters read them.
-      drop_absent_blocks: leave out the adapters of blocks that the model does not hold, instead of refusing them.
+      drop_absent_blocks: leave out the adapters of blocks that the configuration names and the model does not hold,
+        instead of refusing them. Those of blocks that the configuration does not name are refused all the same.
 
     Raises:
       ValueError: as for `add_lora` and `set_lora_state`, or no adapter is left.
     """
     if drop_absent_blocks:
         blocks = range(mmdit.depth) if config.blocks is None else config.blocks
-        held = tuple(block for block in blocks if block < mmdit.depth)
+        absent = range(mmdit.depth, mmdit.config.num_layers)
+        held = tuple(block for block in blocks if block not in absent)
         if not held:
             raise ValueError(f"no adapter is for one of the blocks 0..{mmdit.depth - 1} that the model holds")
         config = replace(config, blocks=held)
-        adapters = {name: pair for name, pair in adapters.items() if _block(name) < mmdit.depth}
+        adapters = {name: pair for name, pair in adapters.items() if _block(name) not in absent}
     zeros = lambda layer: [Adapter(*(jnp.zeros(shape) for shape in layer.shapes))] * len(layer.rows)
     return set_lora_state(_with_adapters(mmdit, config, zeros), adapters)
 
