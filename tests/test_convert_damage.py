@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
@@ -21,7 +19,7 @@ from convert.load import load_component
 from convert.sources import open_source
 from seg4diff_jax.models.mmdit import MMDiTConfig
 from tests.reference.checkpoints import make_checkpoint
-from tests.reference.single_file import make_both
+from tests.reference.damage import edit, refusal
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +41,6 @@ def checkpoint(sound: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def native(sound_native: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound_native, tmp_path / "native"))
-
-
-def refusal(source: Path, **options) -> str:
-    """What a conversion says that must fail and leave nothing behind."""
-    target = source.parent / "target"
-    with pytest.raises(CheckpointError) as caught:
-        convert_checkpoint(source, target, **options)
-    assert not target.exists()
-    assert not list(source.parent.glob(".*"))
-    return str(caught.value)
-
-
-def edit(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = load_file(file)
-    change(state)
-    save_file(state, file, {"format": "pt"})
 
 
 def vae_file(checkpoint: Path) -> Path:
@@ -129,16 +111,6 @@ def test_missing_tensors_and_surplus_layers_have_their_names_in_the_file(checkpo
     assert kept not in message
     assert "blocks.0.image" not in message  # our own name for it
     assert "blocks.99.image" not in message
-
-
-def test_a_missing_tensor_of_a_single_file_has_its_whole_name_and_is_told_once_though_it_fills_three(tmp_path: Path):
-    layout, single = make_both(tmp_path, dual=False)
-    lost = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
-    edit(single, lambda state: (state.pop(lost), state.pop("first_stage_model.decoder.conv_out.bias")))
-    message = refusal(single, tokenizers=layout)
-    assert message.count("missing tensor") == 2
-    assert f"missing tensor {lost} [384, 128]" in message
-    assert "missing tensor first_stage_model.decoder.conv_out.bias [3]" in message
 
 
 def test_a_configuration_that_is_not_implemented_is_named(checkpoint: Path):
@@ -223,12 +195,6 @@ def test_a_part_of_a_converted_directory_is_answered_likewise(native: Path):
             open_source(native / given)
 
 
-def test_a_single_file_may_lie_beside_a_diffusers_checkpoint(checkpoint: Path):
-    save_file({"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8)}, checkpoint / "sd3.safetensors")
-    with pytest.raises(CheckpointError, match=r"transformer: missing tensor model\.diffusion_model\.context_em"):
-        open_source(checkpoint / "sd3.safetensors")
-
-
 def test_a_lone_json_file_is_answered_with_the_forms_of_a_checkpoint(tmp_path: Path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"settings\.json is no checkpoint; give a directory with manifest\.json"):
@@ -242,11 +208,6 @@ def test_pickled_weights_are_refused_unread(checkpoint: Path):
     assert "safe_serialization=True" in message
 
 
-def test_a_pickled_single_file_is_refused_unread(tmp_path: Path):
-    (tmp_path / "sd3.ckpt").write_bytes(b"\x80\x02")
-    assert "sd3.ckpt: only safetensors files are read" in refusal(tmp_path / "sd3.ckpt")
-
-
 def test_a_folder_without_weights_says_what_was_expected(checkpoint: Path):
     vae_file(checkpoint).unlink()
     message = refusal(checkpoint)
@@ -257,26 +218,6 @@ def test_a_folder_without_weights_says_what_was_expected(checkpoint: Path):
 def test_shards_without_their_index_are_refused(checkpoint: Path):
     (checkpoint / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
     assert "shards without their index" in refusal(checkpoint)
-
-
-def test_a_single_file_of_another_model_is_refused(tmp_path: Path):
-    save_file({"model.layers.0.weight": torch.zeros(2)}, tmp_path / "llama.safetensors")
-    assert "not an SD3 checkpoint" in refusal(tmp_path / "llama.safetensors")
-
-
-def test_a_single_file_with_tensors_of_no_component_lists_them(tmp_path: Path):
-    save_file(
-        {"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8), "control.weight": torch.zeros(2)},
-        tmp_path / "sd3.safetensors",
-    )
-    assert "surplus tensors of no component:\n  control.weight" in refusal(tmp_path / "sd3.safetensors")
-
-
-def test_a_single_file_lacking_what_tells_its_size_names_the_tensor(tmp_path: Path):
-    save_file({"model.diffusion_model.pos_embed": torch.zeros(1, 4, 8)}, tmp_path / "sd3.safetensors")
-    assert "transformer: missing tensor model.diffusion_model.context_embedder.weight" in refusal(
-        tmp_path / "sd3.safetensors"
-    )
 
 
 def test_components_and_sources_that_do_not_exist_are_named(checkpoint: Path):
