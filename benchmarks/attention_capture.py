@@ -78,7 +78,7 @@ def main(
             jax.block_until_ready(program(model, *inputs))
             seconds[name].append(time.perf_counter() - start)
 
-    device, kernel = jax.devices()[0].device_kind, default_kernel(jnp.dtype(dtype)).name
+    device, kernel = jax.devices()[0].device_kind, default_kernel(jnp.dtype(dtype), MMDiTConfig.attention_head_dim).name
     tokens = (size // 16) ** 2 + 154
     table = Table(title=f"{layers} blocks, {tokens} tokens, batch {batch}, {dtype}, {kernel} on {device}")
     for column in ("forward pass", "seconds", "of no capture", "temporary MiB", "compile seconds"):

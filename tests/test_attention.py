@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +104,34 @@ def test_a_captured_map_costs_no_array_of_tokens_by_tokens():
 
 
 def test_kernels_are_chosen_by_backend_and_dtype(monkeypatch):
-    assert default_kernel(jnp.bfloat16).name == "xla"
+    assert default_kernel(jnp.bfloat16, 64).name == "xla"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert default_kernel(jnp.bfloat16).name == "splash"
-    assert default_kernel(jnp.float32).name == "xla"
+    assert default_kernel(jnp.bfloat16, 64).name == "splash"
+    assert default_kernel(jnp.float32, 64).name == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "platform", "dtype", "head_dim", "name"),
+    [
+        ("9.0", "PJRT C API\ncuda 13000", jnp.bfloat16, 256, "cudnn"),
+        ("9.0", "PJRT C API\ncuda 13000", jnp.bfloat16, 264, "xla"),
+        ("12.0", "PJRT C API\ncuda 13000", jnp.float16, 64, "cudnn"),
+        ("8.6", "PJRT C API\ncuda 13000", jnp.bfloat16, 128, "cudnn"),
+        ("8.6", "PJRT C API\ncuda 13000", jnp.bfloat16, 136, "xla"),
+        ("8.0", "PJRT C API\ncuda 13000", jnp.bfloat16, 60, "xla"),
+        ("8.0", "PJRT C API\ncuda 13000", jnp.float32, 64, "xla"),
+        ("7.5", "PJRT C API\ncuda 13000", jnp.float16, 64, "xla"),
+        ("gfx942", "PJRT C API\nrocm 60300", jnp.bfloat16, 64, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_takes_the_dtype_and_the_heads(
+    monkeypatch, capability, platform, dtype, head_dim, name
+):
+    client = types.SimpleNamespace(platform_version=platform)
+    device = types.SimpleNamespace(compute_capability=capability, client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert default_kernel(jnp.bfloat16).name == "cudnn"
-    assert default_kernel(jnp.float32).name == "xla"
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert default_kernel(dtype, head_dim).name == name
 
 
 def test_cudnn_kernel_lowers_to_flash_attention_with_float32_statistics(monkeypatch):

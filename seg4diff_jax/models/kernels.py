@@ -50,18 +50,23 @@ class Kernel:
             raise ValueError(f"query_chunk is {self.query_chunk}; expected at least 1, or None")
 
 
-def default_kernel(dtype: DTypeLike) -> Kernel:
-    """The fused kernel of the default backend where it exists for this dtype, else xla."""
+def default_kernel(dtype: DTypeLike, head_dim: int) -> Kernel:
+    """The fused kernel of the default backend where it takes this dtype and width of heads, else xla."""
     backend = jax.default_backend()
-    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and _is_nvidia():
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= _cudnn_width():
         return Kernel("cudnn")
     if backend == "tpu" and dtype == jnp.bfloat16:
         return Kernel("splash")
     return Kernel("xla")
 
 
-def _is_nvidia() -> bool:
-    return "rocm" not in jax.devices()[0].client.platform_version.lower()
+def _cudnn_width() -> int:
+    """Widest heads that cuDNN's flash attention takes on this machine: none on AMD's GPUs or before Ampere (8.0)."""
+    device = jax.local_devices()[0]
+    if "rocm" in device.client.platform_version.lower():
+        return 0
+    major = int(device.compute_capability.split(".")[0])
+    return 256 if major >= 9 else 128 if major == 8 else 0
 
 
 def attend(
@@ -78,7 +83,7 @@ def attend(
     Both outputs have exact gradients to q, k and v. The normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)).
     The last key and value stand for `last_key_count` equal ones.
     """
-    kernel = kernel or default_kernel(q.dtype)
+    kernel = kernel or default_kernel(q.dtype, q.shape[-1])
     if kernel.name == "xla":
         output, log_total = _attend_xla(q, k, v, kernel.query_chunk, last_key_count)
         assert output is not None
@@ -97,7 +102,7 @@ def log_normalizer(
     last_key_count: int = 1,
 ) -> Float[Array, "batch heads queries"]:
     """log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values; keys as in `attend`."""
-    kernel = kernel or default_kernel(q.dtype)
+    kernel = kernel or default_kernel(q.dtype, q.shape[-1])
     if kernel.name == "xla":
         return _attend_xla(q, k, None, kernel.query_chunk, last_key_count)[1]
     k = repeat_last(k, last_key_count, axis=1)
