@@ -62,14 +62,14 @@ class FlowSchedule:
 
         As in diffusers the shift is applied twice: to the smallest level, then to the levels spread evenly above it.
         """
-        if not isinstance(steps, int | np.integer) or not 1 <= steps <= self.num_train_timesteps:
-            raise ValueError(f"steps is {steps}; expected a whole number, 1 to {self.num_train_timesteps}")
+        if not is_whole(steps, 1, self.num_train_timesteps):
+            raise ValueError(f"steps is {steps!r}; expected a whole number, 1 to {self.num_train_timesteps}")
         smallest = self._shifted(1 / self.num_train_timesteps)
         return self._shifted(np.linspace(1.0, smallest, steps))
 
     def sigma_at(self, step: int = 8, steps: int = 28) -> float:
         """The noise level that the paper calls t = `step`: the `step`-th of `steps`, counted from the clean end."""
-        if not isinstance(step, int) or not 1 <= step <= steps:
+        if not is_whole(step, 1, steps):
             raise ValueError(f"step is {step!r}; expected a whole number, 1 (nearly clean) to {steps} (pure noise)")
         return float(self.sigmas(steps)[-step])
 
@@ -147,13 +147,19 @@ def logit_normal_sigmas(
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def is_whole(value: Any, least: int, most: int | None = None) -> bool:
+    """A whole number from `least` to `most`, Python's or NumPy's; True and False are none."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= least) and (most is None or bool(value <= most))
+
+
 LARGEST_SEED = 2**32 - 1
 """JAX takes larger ones too and, without 64-bit integers, drops their upper bits: equal noise for unlike seeds."""
 
 
 def check_seed(seed: int) -> int:
     """A seed that has noise of its own. Raises ValueError for any other."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= LARGEST_SEED:
+    if not is_whole(seed, 0, LARGEST_SEED):
         raise ValueError(f"seed is {seed!r}; expected a whole number, 0 to {LARGEST_SEED}")
     return int(seed)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from seg4diff_jax.flow import euler, guided
+from seg4diff_jax.flow import euler, guided, is_whole
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.vae import VAE
@@ -88,6 +88,6 @@ def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:
 
     Raises ValueError unless `images_per_prompt` is a whole number, at least 1.
     """
-    if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+    if not is_whole(images_per_prompt, 1):
         raise ValueError(f"images_per_prompt is {images_per_prompt!r}; expected a whole number, at least 1")
     return [prompt for prompt in prompts for _ in range(images_per_prompt)]

@@ -14,26 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, add_noise, check_guidance, image_noise
+from seg4diff_jax.flow import FlowSchedule, check_guidance, image_noise, is_whole
 from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
-from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention
+from seg4diff_jax.masks import image_latents, read_attention, read_class_scores
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, attention_at, attentions_at
+from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import BATCH
-from seg4diff_jax.segmentation.open_vocabulary import (
-    Segmentation,
-    class_scores,
-    combine_prompts,
-    padded_rows,
-    upsampled_labels,
-)
+from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.text import (
     ClassPrompts,
     TextConditioning,
@@ -158,7 +153,7 @@ class Pipeline:
         noise: Float[np.ndarray, "rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
         resize: Resize = "aspect",
-        request: AttentionRequest = IMAGE_TO_TEXT,
+        request: AttentionRequest | None = None,
         kernel: Kernel | None = None,
     ) -> dict[int, JointAttention]:
         """Joint attention of any blocks on a noised image under a prompt; arguments as for `segment`.
@@ -166,15 +161,17 @@ class Pipeline:
         Args:
           blocks: one number or several, all read in one pass that ends in the last of them. Default: all that are
             loaded.
-          request: which maps, scores or probabilities, heads kept or averaged (`AttentionRequest`).
+          request: which maps, scores or probabilities, heads kept or averaged. Default: image-to-text scores and
+            probabilities of CLIP's tokens, heads kept.
         """
+        request = request or AttentionRequest(text_tokens=(0, self.tokenizers.clip_l.model_max_length))
         pixels = read_image(image)
         wanted = self._model_size(pixels.shape[:2], size, resize)
         eps = self._noise(noise, [0], 1, wanted, seed)
         inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self.zero_tokens)
         with self.settings():
-            return _attention(self.transformer, self.vae, *inputs, sigma, *how)
+            return read_attention(self.transformer, self.vae, *inputs, sigma, *how)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -227,10 +224,10 @@ class Pipeline:
         """Clean latents of images, each resampled to `size` (height, width)."""
         wanted = self._model_size((0, 0), size, resize)
         with self.settings():
-            return _encode_images(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
+            return image_latents(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
-        """Context [batch, tokens, features] and pooled vectors; the last `REMEMBERED` prompts are not encoded again.
+        """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
 
         Raises ValueError when there is no prompt.
         """
@@ -248,6 +245,8 @@ class Pipeline:
             for i, prompt in enumerate(new):
                 self._conditioning[prompt] = jax.tree.map(lambda leaf, i=i: leaf[i], encoded)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._conditioning[prompt] for prompt in prompts))
+        for prompt in prompts:  # the dictionary's order is that of last use
+            self._conditioning[prompt] = self._conditioning.pop(prompt)
         for prompt in list(self._conditioning)[:-REMEMBERED]:
             del self._conditioning[prompt]
         return stacked
@@ -269,7 +268,7 @@ class Pipeline:
         rows = self._spread((conditioning, image_of_row, averaging))
         images = self._spread((pixels, noise))
         with self.settings():
-            scores = _class_scores(
+            scores = read_class_scores(
                 self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self.zero_tokens
             )
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
@@ -298,7 +297,7 @@ class Pipeline:
         chosen = self.expert_block if block is None else block
         if chosen is None:
             raise ValueError("this checkpoint does not say which block segments best: name one with block=")
-        if not isinstance(chosen, int | np.integer) or not 0 <= chosen < self.transformer.depth:
+        if not is_whole(chosen, 0, self.transformer.depth - 1):
             whose = ", the checkpoint's own," if block is None else ""
             raise ValueError(
                 f"block{whose} is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}"
@@ -351,56 +350,8 @@ class Pipeline:
         return jnp.broadcast_to(jnp.asarray(noise, jnp.float32), (images, *shape))[np.asarray(members)]
 
 
-# ---- jitted programs ------------------------------------------------------------------------------------------------
-
-
 @partial(jax.jit, static_argnames=("joint_dim",))
 def _encode_text(
     clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds, joint_dim: int
 ) -> TextConditioning:
     return encode_prompts(clip_l, clip_g, t5, ids, joint_dim=joint_dim)
-
-
-@jax.jit
-def _encode_images(
-    vae: VAE, pixels: Float[Array, "batch height width 3"]
-) -> Float[Array, "batch rows columns channels"]:
-    return vae.encode(pixels)
-
-
-@partial(jax.jit, static_argnames=("block", "kernel", "equal_tail"))
-def _class_scores(
-    transformer: MMDiT,
-    vae: VAE,
-    images: tuple[Float[Array, "images height width 3"], Float[Array, "images rows columns channels"]],
-    prompts: tuple[TextConditioning, Int[Array, " prompts"], Float[Array, "prompts classes text"]],
-    sigma: Float[Array, ""],
-    block: int,
-    kernel: Kernel | None,
-    equal_tail: int,
-) -> Float[Array, "images classes grid_rows grid_columns"]:
-    """Images and noise, and for each prompt its conditioning, its image and its averaging weights, to class scores."""
-    pixels, noise = images
-    conditioning, image_of_prompt, averaging = prompts
-    noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
-    record = attention_at(
-        transformer,
-        noisy[image_of_prompt],
-        jnp.full(len(image_of_prompt), 1000 * sigma),
-        *conditioning,
-        block=block,
-        request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
-        kernel=kernel,
-        equal_tail=equal_tail,
-    )
-    assert record.probs is not None
-    scores = combine_prompts(class_scores(record.probs, averaging), image_of_prompt, len(pixels))
-    patch = transformer.config.patch_size
-    return scores.reshape(*scores.shape[:2], noise.shape[1] // patch, noise.shape[2] // patch)
-
-
-@partial(jax.jit, static_argnames=("blocks", "request", "kernel", "equal_tail"))
-def _attention(transformer, vae, pixels, noise, conditioning, sigma, blocks, request, kernel, equal_tail):
-    noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
-    inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
-    return attentions_at(*inputs, blocks=blocks, request=request, kernel=kernel, equal_tail=equal_tail)

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from seg4diff_jax.flow import FlowSchedule, add_noise, image_noise, velocity_target
+from seg4diff_jax.flow import FlowSchedule, add_noise, check_seed, image_noise, velocity_target
+from seg4diff_jax.generation import one_for_each
 from tests.reference.random_weights import relative_error
 
 SHAPE = (4, 6, 3)
@@ -76,7 +78,7 @@ def test_steps_outside_the_schedule_are_refused():
         message = rf"step is {step}; expected a whole number, 1 \(nearly clean\) to {steps} \(pure noise\)"
         with pytest.raises(ValueError, match=message):
             schedule.sigma_at(step, steps)
-    for steps in (0, 1001):
+    for steps in (0, 1001, True):
         with pytest.raises(ValueError, match=f"steps is {steps}; expected a whole number, 1 to 1000"):
             schedule.sigmas(steps)
 
@@ -132,3 +134,18 @@ def test_every_seed_in_range_has_noise_of_its_own_and_others_are_refused():
     for seed in (-1, 2**32, 2**64, 2**100):
         with pytest.raises(ValueError, match=f"seed is {seed}; expected a whole number, 0 to 4294967295"):
             image_noise(seed, [0], SHAPE)
+
+
+def test_whole_numbers_are_pythons_and_numpys_and_no_truth_values(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users: types are checked in tests only
+    schedule = FlowSchedule()
+    assert schedule.sigma_at(np.int64(8)) == schedule.sigma_at(8)
+    assert check_seed(np.uint32(7)) == 7
+    assert one_for_each(["a"], np.int32(2)) == ["a", "a"]
+    for value in (True, 8.0, "8", np.bool_(True), None):
+        with pytest.raises(ValueError, match=f"step is {value!r}; expected a whole number"):
+            schedule.sigma_at(value)
+        with pytest.raises(ValueError, match=f"seed is {value!r}; expected a whole number"):
+            check_seed(value)
+        with pytest.raises(ValueError, match=f"images_per_prompt is {value!r}; expected a whole number"):
+            one_for_each(["a"], value)

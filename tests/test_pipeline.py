@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -225,6 +224,13 @@ def test_attention_is_the_models_own_record_of_every_block(sd3, first_four_block
             assert relative_error(np.asarray(record.probs), np.asarray(expected[block].probs)) <= 1e-5
 
 
+def test_attention_is_by_default_of_as_many_tokens_as_a_prompt_of_this_tokenizer_has(first_four_blocks, monkeypatch):
+    monkeypatch.setattr(first_four_blocks.tokenizers.clip_l, "model_max_length", 40)
+    monkeypatch.setattr(first_four_blocks.tokenizers.clip_g, "model_max_length", 40)
+    pipe = dataclasses.replace(first_four_blocks, _conditioning={})
+    assert pipe.attention(IMAGE, "cat", blocks=1)[1].probs.shape == (1, 4, 63, 40)
+
+
 def test_attention_of_all_blocks_of_a_part_of_a_model_is_one_pass(first_four_blocks, monkeypatch):
     embed, calls = MMDiT.embed, []
     monkeypatch.setattr(MMDiT, "embed", lambda self, *inputs: calls.append(0) or embed(self, *inputs))
@@ -347,7 +353,9 @@ def test_a_mesh_with_other_axes_is_refused(sd3_checkpoint):
         ({"seed": 2**32}, "seed is 4294967296; expected a whole number, 0 to 4294967295"),
         ({"seed": 0.5}, "seed is 0.5; expected a whole number"),
         ({"step": 8.5}, "step is 8.5; expected a whole number"),
+        ({"step": True}, "step is True; expected a whole number"),
         ({"block": "3"}, "block is '3'; the loaded transformer has blocks"),
+        ({"block": True}, "block is True; the loaded transformer has blocks"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatch):
@@ -367,6 +375,8 @@ def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
     monkeypatch.setattr(module, "REMEMBERED", 3)
     first = forgetful.encode_prompts(["a", "b", "c", "d"])
     assert list(forgetful._conditioning) == ["b", "c", "d"]
+    forgetful.encode_prompts(["b", "e"])
+    assert list(forgetful._conditioning) == ["d", "b", "e"]  # "c" was used least recently
     again = forgetful.encode_prompts(["a", "b", "c", "d"])
     np.testing.assert_allclose(first.context, again.context, atol=1e-5)
     with pytest.raises(ValueError, match="at least one prompt"):
@@ -376,25 +386,3 @@ def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
 def test_float32_is_multiplied_as_float32_on_accelerators(sd3):
     with sd3.settings():
         assert jax.config.jax_default_matmul_precision == "highest"
-
-
-def test_the_checkpoints_own_noise_level_is_the_default(sd3_checkpoint, tmp_path):
-    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
-    (checkpoint / "transformer" / "config.json").write_text(json.dumps(config | {"expert_step": 5}))
-    pipe = s4d.load(checkpoint)
-    by_default, named, papers = (
-        pipe.segment(IMAGE, NAMES, block=BLOCK, **step) for step in ({}, {"step": 5}, {"step": 8})
-    )
-    np.testing.assert_array_equal(by_default.scores, named.scores)
-    assert relative_error(by_default.scores, papers.scores) > 1e-3
-    assert s4d.load(sd3_checkpoint).expert_step == 8
-
-
-@pytest.mark.parametrize("step", [0, 29, "8", None])
-def test_a_noise_level_that_does_not_exist_is_refused_on_loading(sd3_checkpoint, tmp_path, step):
-    checkpoint = shutil.copytree(sd3_checkpoint, tmp_path / "sd3")
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
-    (checkpoint / "transformer" / "config.json").write_text(json.dumps(config | {"expert_step": step}))
-    with pytest.raises(CheckpointError, match=f"expert_step is {step!r}; expected an integer from 1 to 28"):
-        s4d.load(checkpoint)
