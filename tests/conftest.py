@@ -1,4 +1,4 @@
-"""Every test runs on the CPU in fp32, with shapes in signatures checked at each call."""
+"""Tests run on the CPU unless JAX_PLATFORMS says otherwise, in fp32, with shapes in signatures checked at each call."""
 
 import os
 from collections.abc import Callable

@@ -1,0 +1,107 @@
+"""Imports point down, as CONTRIBUTING says: they are read from the sources, those inside functions too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARRAYS_ONLY = ("models", "flow", "segmentation", "generation", "masks", "parallel")
+"""Parts that know no files, tokenizers, pictures or terminals."""
+FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
+FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
+
+MAY_IMPORT: dict[str, str] = {
+    # Arrays to arrays.
+    "models": "",
+    "flow": "",
+    "segmentation": "",
+    "parallel": "",
+    "generation": "flow models text",
+    "masks": "flow models segmentation text",
+    # What is around them, in memory.
+    "images": "",
+    "compilation": "",
+    "text": "models",
+    "pipeline": "flow generation images masks models parallel segmentation text",
+    # Checkpoints, and what reads or writes them.
+    "convert": "flow models segmentation text",
+    "loading": "compilation convert flow images models parallel pipeline text",
+    "analysis": "convert flow models segmentation text",
+    "reporting": "pipeline",
+    "data": "convert images segmentation",
+    "miniature": "data",
+    "training": "analysis compilation convert data flow miniature models parallel segmentation text",
+}
+"""Part to the parts that it may import besides itself."""
+COMMANDS = ("__init__", "__main__", "command_line", "evaluation")
+"""What people start, which may import everything; nothing above does so with them."""
+EXCEPTIONS = {
+    ("convert.sources", "miniature"),  # one path: where the checkpoint that comes with the package lies
+    ("data.scene_sheet", "reporting"),  # colours and places of labels
+    ("reporting.evaluation_page", "evaluation"),  # the page of what `evaluation` found
+}
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Every module, named without `seg4diff_jax.`, and its syntax tree."""
+    for package in ("seg4diff_jax", "convert"):
+        for file in (ROOT / package).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removeprefix("seg4diff_jax.")
+            yield name, ast.parse(file.read_text("utf-8"))
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of the modules that are imported anywhere in a file; `from package import module` names the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            whole = node.module in ("seg4diff_jax", "convert")
+            yield from (f"{node.module}.{alias.name}" if whole else str(node.module) for alias in node.names)
+
+
+def part_of(module: str) -> str:
+    return module.removeprefix("seg4diff_jax.").split(".")[0]
+
+
+EDGES = {
+    (name, part_of(module))
+    for name, tree in sources()
+    for module in imported(tree)
+    if module.split(".")[0] in ("seg4diff_jax", "convert") and part_of(module) != part_of(name)
+}
+
+
+def test_every_part_has_a_place_in_the_table():
+    assert {part_of(name) for name, _ in sources()} == {*MAY_IMPORT, *COMMANDS}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_what_is_below_it(part):
+    beyond = {edge for edge in EDGES - EXCEPTIONS if part_of(edge[0]) == part}
+    beyond = {(name, other) for name, other in beyond if other not in MAY_IMPORT[part].split()}
+    assert not beyond
+
+
+def test_the_table_has_no_circles_and_every_exception_is_needed():
+    left = {part: set(below.split()) for part, below in MAY_IMPORT.items()}
+    while bottom := {part for part, below in left.items() if not below}:
+        left = {part: below - bottom for part, below in left.items() if part not in bottom}
+    assert not left
+    assert EXCEPTIONS <= EDGES
+
+
+def test_what_computes_knows_no_files_tokenizers_or_terminals():
+    found = {
+        (name, module)
+        for name, tree in sources()
+        if part_of(name) in ARRAYS_ONLY
+        for module in imported(tree)
+        if module.split(".")[0] in FOREIGN_TO_ARRAYS
+    }
+    assert not found
