@@ -49,6 +49,7 @@ SMALL = {
     "data.size": 32,
     "data.train": 64,
     "data.validation": 20,
+    "data.cache": None,
     "dtype": "float32",
 }
 AUTOENCODER = SMALL | {
@@ -78,7 +79,9 @@ FLOW_MATCHING = SMALL | {
     "optimizer.learning_rate": 0.01,
     "evaluation.batch_size": 8,
     "evaluation.sigmas": [0.3],
+    "start": None,
 }
+WINDOWS = {"windows.side": 8, "windows.text_tokens": 12}
 
 
 def arguments(name: str, options: dict) -> list[str]:
@@ -116,11 +119,28 @@ def flow_matching(parts, tmp_path_factory) -> Path:
     return train("flow_matching", tmp_path_factory.mktemp("flow_matching"), parts)
 
 
-@pytest.mark.parametrize("task", ["autoencoder", "contrastive", "flow_matching"])
+@pytest.fixture(scope="module")
+def windows(parts, tmp_path_factory) -> Path:
+    return train("flow_matching_windows", tmp_path_factory.mktemp("windows"), parts | WINDOWS)
+
+
+@pytest.mark.parametrize("task", ["autoencoder", "contrastive", "flow_matching", "windows"])
 def test_every_task_learns(task, request):
     losses = [row["loss"] for row in rows(request.getfixturevalue(task)) if "loss" in row]
     assert len(losses) == 6
     assert np.mean(losses[-2:]) < 0.8 * losses[0]
+
+
+def test_flow_matching_goes_on_from_the_transformer_that_windows_trained(parts, windows, tmp_path):
+    start = f"{windows}/export"
+    config = parse(arguments("flow_matching", parts | {"start": start})).config
+    begun = nnx.state(init(config, 0, make_mesh()).transformer)
+    exported = nnx.state(load_component(start, "transformer", dtype=jnp.float32))
+    for mine, theirs in zip(jax.tree.leaves(begun), jax.tree.leaves(exported), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    run = train("flow_matching", tmp_path / "run", parts | {"start": start, "run.steps": 5})
+    anew = [row["loss"] for row in rows(windows) if "loss" in row]
+    assert next(row["loss"] for row in rows(run) if "loss" in row) < anew[0]
 
 
 def test_exported_latents_have_mean_zero_and_deviation_one(autoencoder):

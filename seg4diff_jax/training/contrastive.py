@@ -51,6 +51,8 @@ class ContrastiveConfig:
     """Configuration of the task. The three towers have one `projection_dim`; the vocabulary's size is the tokenizer's.
 
     Attributes:
+      position_size: of the text towers' position embeddings at the start, relative to their token embeddings. With
+        one layer the transformer reads their sum, and small positions leave each word its own identity.
       unit_states: scale the text towers on export so that their penultimate states have a root mean square of 1.
       dtype: of the computation; parameters are fp32.
       export_dtype: of the written weights.
@@ -62,6 +64,7 @@ class ContrastiveConfig:
     vision: CLIPVisionConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SceneConfig = field(default_factory=SceneConfig)
+    position_size: float = 1.0
     unit_states: bool = True
     dtype: Dtype = "float32"
     export_dtype: Dtype = "float16"
@@ -79,6 +82,9 @@ class Towers(nnx.Module):
         self.clip_l = CLIPText(config.clip_l, dtype=dtype, rngs=rngs)
         self.clip_g = CLIPText(config.clip_g, dtype=dtype, rngs=rngs)
         self.vision = CLIPVision(config.vision, dtype=dtype, rngs=rngs)
+        for tower in (self.clip_l, self.clip_g):
+            positions: Any = tower.position_embedding.embedding
+            positions.set_value(config.position_size * positions.get_value())
         self.log_scale = nnx.Param(jnp.full(2, np.log(1 / 0.07), jnp.float32))
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "batch projection"], list[Float[Array, "batch projection"]]]:
