@@ -227,6 +227,9 @@ def test_a_full_device_is_told_with_what_to_do(monkeypatch, tmp_path, image, sd3
     arguments = ["segment", str(image), "cat", "--model", str(sd3_checkpoint), "--block", "0"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
     assert "error: the device's memory is full: choose a smaller --size" in capsys.readouterr().err
+    monkeypatch.setattr(segment, "load", fail)
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert "error: the device's memory is full: give --dtype bfloat16, or use a device" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_refused(capsys):

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
-from seg4diff_jax.command_line.segment import load_shown, memory_told, model_arguments, where
+from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
+from seg4diff_jax.command_line.segment import load_shown, model_arguments, where
 from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, add_noise, check_seed, image_noise
 from seg4diff_jax.images import read_image
 from seg4diff_jax.loading import open_for_masks
@@ -48,7 +49,7 @@ def run(options: Any) -> None:
     if more:
         raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")
     pipe, _, _ = load_shown(console, options)
-    with console.status("compiling and measuring"), memory_told():
+    with console.status("compiling and measuring"), full_memory_told(TO_LOAD):
         shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
     Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))
 

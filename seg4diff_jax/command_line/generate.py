@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convert.components import parse_config
+from seg4diff_jax.command_line.memory import full_memory_told
 from seg4diff_jax.command_line.segment import (
     load_shown,
-    memory_told,
     model_arguments,
     output_directory,
     parse_size,
@@ -72,7 +72,8 @@ def run(options: Any) -> None:
     names, pictures = file_names(options.prompts, options.count), []
     columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar, CompilationClock() as compilation, memory_told():
+    remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
+    with bar, CompilationClock() as compilation, full_memory_told(remedy):
         start = time.perf_counter()
         for name, picture in zip(bar.track(names), generated(pipe, options, size), strict=True):
             Image.fromarray(picture).save(out / name)

@@ -6,8 +6,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +24,7 @@ from rich.text import Text
 from convert.components import parse_config
 from convert.progress import shown
 from convert.readers import Source
+from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_seed
 from seg4diff_jax.images import Resize, check_size, read_image
@@ -112,7 +111,7 @@ def run(options: Any) -> None:
 
 def load_shown(console: Console, options: Any, blocks: int | None = None) -> tuple[Pipeline, str, float]:
     """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
-    with shown(console, f"loading {options.model}") as progress:
+    with shown(console, f"loading {options.model}") as progress, full_memory_told(TO_LOAD):
         start = time.perf_counter()
         weights: dict[str, Any] = {"dtype": options.dtype, "blocks": blocks, "lora": options.lora}
         pipe = load(options.model, **weights, **where(options), progress=progress)
@@ -160,21 +159,10 @@ def segment(
     step: int,
     size: tuple[int, int] | None,
 ) -> Segmentation:
-    with memory_told():
+    with full_memory_told("choose a smaller --size, or --dtype bfloat16"):
         return pipe.segment(
             pixels, options.classes, block=block, step=step, seed=options.seed, size=size, resize=options.resize
         )
-
-
-@contextmanager
-def memory_told() -> Iterator[None]:
-    """Raise MemoryError, with what to do, when the device's memory is full."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError("the device's memory is full: choose a smaller --size, or --dtype bfloat16") from None
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:

@@ -54,11 +54,12 @@ def run(options: Options) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("starting"):  # importing JAX takes seconds
+        from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
         from seg4diff_jax.command_line.segment import output_directory
         from seg4diff_jax.evaluation.expert import name_expert
         from seg4diff_jax.evaluation.run import evaluate
     out = output_directory(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}", "", options.overwrite)
-    with console.status(f"loading {options.model}"):
+    with console.status(f"loading {options.model}"), full_memory_told(TO_LOAD):
         pipe, benchmark, settings = prepare(options)
     loading = time.perf_counter() - started
     images, passes = len(benchmark.source), len(settings.steps) * len(settings.seeds)
@@ -66,7 +67,8 @@ def run(options: Options) -> None:
         f"{options.model} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
         f"{counted(len(settings.steps), 'noise level')}, {counted(len(settings.seeds), 'seed')}"
     )
-    with progress(console, images, passes) as advance, full_memory_told():
+    remedy = "give a smaller --batch-size, or --dtype bfloat16"
+    with progress(console, images, passes) as advance, full_memory_told(remedy):
         evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance)
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
@@ -122,19 +124,6 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-@contextmanager
-def full_memory_told() -> Iterator[None]:
-    """Raise MemoryError where JAX says that the device's memory is full."""
-    from jax.errors import JaxRuntimeError
-
-    try:
-        yield
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError("the device's memory is full: give a smaller --batch-size, or --dtype bfloat16") from None
 
 
 @contextmanager
