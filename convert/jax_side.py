@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,12 @@ from convert.components import abstract_model, parse_config
 from convert.layout import contiguous
 from convert.load import load_component
 from convert.readers import ComponentReader, Source
-from convert.verify_inputs import CLIPS, STEP, STEPS, TOKENS, Conditioning, Inputs, Sample
+from convert.verify_inputs import CLIPS, EXPERT_ROW, STEPS, Conditioning, Inputs, Sample, TransformerInputs
 from seg4diff_jax.flow import add_noise
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
 from seg4diff_jax.models.joint_block import JointBlock, StreamState
+from seg4diff_jax.models.kernels import repeat_last
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.stack import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
@@ -160,11 +162,12 @@ def noisy(
     source: Source,
     samples: Sequence[Float[np.ndarray, "batch rows columns channels"]],
     noise: Float[np.ndarray, "batch rows columns channels"],
+    step: int,
     check: Check,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
     """Latents at the noise level of the masks, and their timestep. The first sample is checked, the last returned."""
     schedule = source.schedule
-    sigmas, sigma = schedule.sigmas(STEPS), schedule.sigma_at(STEP, STEPS)
+    sigmas, sigma = schedule.sigmas(STEPS), schedule.sigma_at(step, STEPS)
     check("scheduler: timesteps", (schedule.num_train_timesteps * sigmas).astype(np.float32))
     noised = [np.asarray(add_noise(jnp.asarray(latents), jnp.asarray(noise), sigma)) for latents in samples]
     check("scheduler: noisy latents", noised[0])
@@ -175,13 +178,15 @@ def transformer(
     source: Source,
     dtype: str,
     samples: Sequence[Sample],
-    expert: int,
+    given: TransformerInputs,
+    tokens: int,
     check: Check,
     progress: Callable[[str], None],
-) -> Float[np.ndarray, "1 heads image tokens"]:
+) -> Float[np.ndarray, "1 image tokens"]:
     """MMDiT's forward pass, block by block, of all samples in one batch.
 
-    Only the first sample is checked. Returns the last one's image-to-text probabilities in the expert block.
+    Only the first sample is checked. Returns the last one's image-to-text probabilities in the expert block, as the
+    pipeline reads them for masks. `tokens`: of CLIP's prompt.
     """
     component = source.component("transformer")
     component.check()
@@ -194,18 +199,25 @@ def transformer(
     latents = np.concatenate([sample.latents for sample in samples])
     context, pooled = map(np.concatenate, zip(*(sample.conditioning for sample in samples), strict=True))
     timesteps = np.asarray([sample.timestep for sample in samples], np.float32)
-    state, conditioning = _embed(model, latents, timesteps, context, pooled)
+    one_of_equals = context[:, : context.shape[1] - given.equal_tail + 1]
+    state, conditioning = _embed(model, latents, timesteps, one_of_equals, pooled)
+    text = lambda state: _numpy(repeat_last(state.text[:1], given.equal_tail, axis=1))
     check("transformer: embedded latents", _numpy(state.image[:1]))
-    check("transformer: embedded context", _numpy(state.text[:1]))
+    check("transformer: embedded context", text(state))
     check("transformer: conditioning", _numpy(conditioning[:1]))
-    request = AttentionRequest(text_tokens=(0, TOKENS))
+    everything = AttentionRequest(text_tokens=(0, tokens))
+    for_masks = replace(everything, scores=False, mean_heads=True)
     for i in range(config.num_layers):
         dual, last = i in config.dual_attention_layers, i == config.num_layers - 1
         make = lambda rngs, dual=dual, last=last: JointBlock(
             config, dual=dual, last=last, rngs=rngs, dtype=compute, param_dtype=compute
         )
         block = load_layer(component, names, dtype, f"blocks.{i}.", make)
-        state, record = _joint_block(block, state, conditioning, request)
+        if i == given.block:
+            alone = _record_alone(block, state, conditioning, for_masks, given.equal_tail).probs
+            check(EXPERT_ROW, _numpy(alone[:1]))
+            probs = _numpy(alone[-1:])
+        state, record = _joint_block(block, state, conditioning, everything, given.equal_tail)
         del block
         assert record.scores is not None
         assert record.probs is not None
@@ -213,9 +225,7 @@ def transformer(
         check(f"block {i}: image-to-text probs", _numpy(record.probs[:1]))
         check(f"block {i}: image stream", _numpy(state.image[:1]))
         if not last:
-            check(f"block {i}: text stream", _numpy(state.text[:1]))
-        if i == expert:
-            probs = _numpy(record.probs[-1:])
+            check(f"block {i}: text stream", text(state))
         progress(f"transformer, block {i + 1} of {config.num_layers}")
     check("velocity", _numpy(_velocity(model, state.image[:1], conditioning[:1], (latents.shape[1], latents.shape[2]))))
     return probs
@@ -226,11 +236,20 @@ def _embed(model: MMDiT, latents: Array, timesteps: Array, context: Array, poole
     return model.embed(latents, timesteps, context, pooled)
 
 
-@partial(jax.jit, static_argnames=("request",))
+@partial(jax.jit, static_argnames=("request", "equal_tail"))
 def _joint_block(
-    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest
+    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest, equal_tail: int
 ) -> tuple[StreamState, JointAttention | None]:
-    return block.layer(state, conditioning, request)
+    return block.layer(state, conditioning, request, equal_tail=equal_tail)
+
+
+@partial(jax.jit, static_argnames=("request", "equal_tail"))
+def _record_alone(
+    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest, equal_tail: int
+) -> JointAttention:
+    """As `attention_at` ends: nothing but q, k and the normaliser."""
+    queries_and_keys = block.layer.qkv(state, block.layer.modulations(conditioning))
+    return attention_record(*queries_and_keys, request, equal_tail=equal_tail)
 
 
 @partial(jax.jit, static_argnames=("size",))
@@ -239,12 +258,12 @@ def _velocity(model: MMDiT, image: Array, conditioning: Array, size: tuple[int, 
 
 
 def masks(
-    probs: Float[np.ndarray, "1 heads image tokens"],
+    probs: Float[np.ndarray, "1 image tokens"],
     averaging: Float[np.ndarray, "1 classes tokens"],
     size: int,
     check: Check,
 ) -> None:
-    scores = class_scores(jnp.asarray(probs).mean(axis=1), jnp.asarray(averaging))[0]
+    scores = class_scores(jnp.asarray(probs), jnp.asarray(averaging))[0]
     side = math.isqrt(scores.shape[-1])
     check("masks", np.asarray(label_map(scores.reshape(-1, side, side), (size, size))))
 
@@ -276,7 +295,7 @@ def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, p
         return
     given = inputs.transformer
     clean = [given.latents] if latents is None else [shared.latents, latents]
-    own = Sample(*noisy(source, clean, given.noise, check), conditioning or given.conditioning)
+    own = Sample(*noisy(source, clean, given.noise, given.step, check), conditioning or given.conditioning)
     samples = [shared.sample] if latents is None and conditioning is None else [shared.sample, own]
-    probs = transformer(source, dtype, samples, given.block, check, progress)
+    probs = transformer(source, dtype, samples, given, inputs.prompt.tokens, check, progress)
     masks(probs, inputs.prompt.averaging, inputs.size, check)

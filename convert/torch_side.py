@@ -24,7 +24,7 @@ from convert.components import COMPONENTS
 from convert.errors import CheckpointError
 from convert.readers import Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_tensor
-from convert.verify_inputs import CLIPS, STEP, STEPS, TOKENS, Conditioning, Inputs, Sample
+from convert.verify_inputs import CLIPS, EXPERT_ROW, STEPS, Conditioning, Inputs, Sample
 
 diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers
 Record = Callable[[str, np.ndarray], None]
@@ -199,13 +199,14 @@ def noisy(
     scheduler: Mapping[str, Any],
     latents: Float[np.ndarray, "batch rows columns channels"],
     noise: Float[np.ndarray, "batch rows columns channels"],
+    step: int,
     record: Record,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
     """Latents at the noise level of the masks, and their timestep."""
     module = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
     module.set_timesteps(STEPS)
     record("scheduler: timesteps", _numpy(module.timesteps))
-    timestep = module.timesteps[-STEP]
+    timestep = module.timesteps[-step]
     noised = _numpy(module.scale_noise(torch.from_numpy(latents), timestep[None], torch.from_numpy(noise)))
     record("scheduler: noisy latents", noised)
     return noised, float(timestep)
@@ -227,8 +228,8 @@ class ExactTimeFeatures(nn.Module):
 class MapRecorder:
     """An attention processor: diffusers' own, and the image-to-text map beside it by the formula, in fp32 at least."""
 
-    def __init__(self, processor: Any, record: Record):
-        self.processor, self.record = processor, record
+    def __init__(self, processor: Any, tokens: int, record: Record):
+        self.processor, self.tokens, self.record = processor, tokens, record
 
     def __call__(self, attn: Any, hidden_states, encoder_hidden_states=None, attention_mask=None):
         split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -237,7 +238,7 @@ class MapRecorder:
         if attn.norm_q is not None:
             q, k, text_k = attn.norm_q(q), attn.norm_k(k), attn.norm_added_k(text_k)
         q, k = _widened(q), _widened(torch.cat([k, text_k], dim=2)).transpose(-1, -2)
-        text = slice(hidden_states.shape[1], hidden_states.shape[1] + TOKENS)
+        text = slice(hidden_states.shape[1], hidden_states.shape[1] + self.tokens)
         scores, probs = [], []
         for head in range(attn.heads):  # all heads at once would take gigabytes at 1024 pixels
             rows = q[:, head] @ k[:, head] * q.shape[-1] ** -0.5
@@ -250,11 +251,17 @@ class MapRecorder:
 
 @torch.no_grad()
 def transformer(
-    component: TorchComponent, dtype: str, sample: Sample, block: int, record: Record, progress: Callable[[str], None]
-) -> Float[np.ndarray, "1 heads image tokens"]:
+    component: TorchComponent,
+    dtype: str,
+    sample: Sample,
+    block: int,
+    tokens: int,
+    record: Record,
+    progress: Callable[[str], None],
+) -> Float[np.ndarray, "1 image tokens"]:
     """diffusers' whole forward pass, one block in memory at a time.
 
-    Returns the image-to-text probabilities of block number `block`.
+    Returns the image-to-text probabilities of block number `block`, the mean over heads. `tokens`: of CLIP's prompt.
     """
     module = _without_numbers(lambda: diffusers.SD3Transformer2DModel.from_config(component.config))
     layers = {f"transformer_blocks.{i}.": block for i, block in enumerate(module.transformer_blocks)}
@@ -274,16 +281,17 @@ def transformer(
     }
     for what, submodule in embedded.items():
         on_output(submodule, lambda output, what=what: record(f"transformer: {what}", _numpy(output)))
-    kept: dict[str, np.ndarray] = {}
+    kept: list[np.ndarray] = []
 
     def record_block(what: str, array: np.ndarray, number: int) -> None:
         record(f"block {number}: {what}", array)
-        if number == block:
-            kept[what] = array
+        if number == block and what == "image-to-text probs":
+            kept.append(array.mean(axis=1))
+            record(EXPERT_ROW, kept[0])
 
     for number, layer in enumerate(module.transformer_blocks):
         record_own = partial(record_block, number=number)
-        layer.attn.set_processor(MapRecorder(layer.attn.processor, record_own))
+        layer.attn.set_processor(MapRecorder(layer.attn.processor, tokens, record_own))
         on_output(layer, partial(_record_streams, record_own, progress, f"block {number + 1} of {len(layers)}"))
     velocity = module(
         hidden_states=torch.from_numpy(sample.latents).permute(0, 3, 1, 2).to(_dtype(dtype)),
@@ -292,7 +300,7 @@ def transformer(
         timestep=torch.tensor([sample.timestep]),
     ).sample
     record("velocity", _numpy(velocity.permute(0, 2, 3, 1)))
-    return kept["image-to-text probs"]
+    return kept[0]
 
 
 def _record_streams(record: Record, progress: Callable[[str], None], done: str, output: Any) -> None:
@@ -304,13 +312,13 @@ def _record_streams(record: Record, progress: Callable[[str], None], done: str, 
 
 
 def masks(
-    probs: Float[np.ndarray, "1 heads image tokens"],
+    probs: Float[np.ndarray, "1 image tokens"],
     averaging: Float[np.ndarray, "1 classes tokens"],
     size: int,
     record: Record,
 ) -> None:
-    """The label map: mean over heads and over each class's tokens, bilinear to the picture's size, arg-max."""
-    maps = torch.from_numpy(probs).mean(1).transpose(-1, -2)
+    """The label map: mean over each class's tokens, bilinear to the picture's size, arg-max."""
+    maps = torch.from_numpy(probs).transpose(-1, -2)
     scores = torch.from_numpy(averaging).to(maps) @ maps
     side = round(scores.shape[-1] ** 0.5)
     grid = scores.unflatten(-1, (side, side))
@@ -346,7 +354,9 @@ def run(source: Source, inputs: Inputs, dtype: str, record: Record, progress: Ca
         return Shared(latents, None)
     given = inputs.transformer
     clean = given.latents if latents is None else latents
-    sample = Sample(*noisy(source.scheduler, clean, given.noise, record), conditioning or given.conditioning)
-    probs = part(transformer, "transformer", sample, given.block, record, progress)
+    sample = Sample(
+        *noisy(source.scheduler, clean, given.noise, given.step, record), conditioning or given.conditioning
+    )
+    probs = part(transformer, "transformer", sample, given.block, inputs.prompt.tokens, record, progress)
     masks(probs, inputs.prompt.averaging, inputs.size, record)
     return Shared(latents, sample)

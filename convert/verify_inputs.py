@@ -19,9 +19,12 @@ from seg4diff_jax.text import class_prompts, tokenize
 CLASSES = ("cat", "grass", "sky")
 CLIPS = ("text_encoder", "text_encoder_2")
 TOKENS = 77
-"""Length of every encoder's prompt: a CLIP's, and T5's when it is to stand beside 77 CLIP tokens."""
-STEPS, STEP = 28, 8
-"""Masks are made at the eighth timestep from the clean end of 28 (Seg4Diff, section 3)."""
+"""Length of a prompt where no CLIP says another."""
+STEPS = 28
+"""Masks are made at the checkpoint's own timestep of these: the paper's, 8, counted from the clean end, or its own."""
+
+EXPERT_ROW = "expert block: image-to-text probs"
+"""What masks are made of, computed as the pipeline does: the mean over heads, and nothing after the block's q and k."""
 
 
 class Conditioning(NamedTuple):
@@ -43,25 +46,33 @@ class Sample(NamedTuple):
 class Prompt:
     """Token ids of each text encoder, and the weights that average each class's tokens.
 
-    `described` says in words what the ids are.
+    T5's prompt is as long as the CLIPs' too. `described` says in words what the ids are.
     """
 
     ids: Mapping[str, Int[np.ndarray, "1 tokens"]]
     averaging: Float[np.ndarray, "1 classes tokens"]
     described: str
 
+    @property
+    def tokens(self) -> int:
+        """Length of every encoder's prompt."""
+        return self.averaging.shape[-1]
+
 
 @dataclass(frozen=True)
 class TransformerInputs:
     """Noise, and seeded numbers in place of the outputs of a VAE or of text encoders that are not there.
 
-    `block` is the one whose maps become masks.
+    `block` is the one whose maps become masks, `step` the timestep at which they are read. The last `equal_tail` tokens
+    of the context are equal: the zeros that stand for an absent T5, which the pipeline computes once.
     """
 
     noise: Float[np.ndarray, "1 rows columns channels"]
     latents: Float[np.ndarray, "1 rows columns channels"]
     conditioning: Conditioning
     block: int
+    step: int
+    equal_tail: int
 
 
 @dataclass(frozen=True)
@@ -78,16 +89,24 @@ class Inputs:
 def make_inputs(source: Source, size: int) -> Inputs:
     """Raises CheckpointError when tokenizers are damaged or the checkpoint takes no pictures of that size."""
     _check_size(source, size)
-    transformer = None
+    transformer, prompt = None, make_prompt(source)
     if "transformer" in source.configs:
         config = parse_config("transformer", source.configs["transformer"])
         side, expert = size // _pixels_per_latent(source), source.expert_block
         shape = (1, side, side, config.in_channels)
-        context = _draw("context", (1, 2 * TOKENS, config.joint_attention_dim))
+        context = _draw("context", (1, 2 * prompt.tokens, config.joint_attention_dim))
         conditioning = Conditioning(context, _draw("pooled", (1, config.pooled_projection_dim)))
         block = config.num_layers // 2 if expert is None else expert
-        transformer = TransformerInputs(_draw("noise", shape), _draw("latents", shape), conditioning, block)
-    return Inputs(size, draw_picture(size), make_prompt(source), _joint_dim(source), transformer)
+        zeros = source.configs.keys() >= set(CLIPS) and "text_encoder_3" not in source.configs
+        transformer = TransformerInputs(
+            _draw("noise", shape),
+            _draw("latents", shape),
+            conditioning,
+            block,
+            source.expert_step,
+            prompt.tokens if zeros else 1,
+        )
+    return Inputs(size, draw_picture(size), prompt, _joint_dim(source), transformer)
 
 
 def _joint_dim(source: Source) -> int:
@@ -127,23 +146,32 @@ def make_prompt(source: Source) -> Prompt:
     Raises CheckpointError when tokenizers are damaged.
     """
     encoders = [name for name in (*CLIPS, "text_encoder_3") if name in source.configs]
-    vocabulary = {name: parse_config(name, source.configs[name]).vocab_size for name in encoders}
-    rng = np.random.default_rng(0)
-    ids = {name: rng.integers(0, size, (1, TOKENS), dtype=np.int32) for name, size in vocabulary.items()}
+    parsed = {name: parse_config(name, source.configs[name]) for name in encoders}
+
+    def random_ids(tokens: int) -> dict[str, Int[np.ndarray, "1 tokens"]]:
+        rng = np.random.default_rng(0)
+        return {name: rng.integers(0, each.vocab_size, (1, tokens), dtype=np.int32) for name, each in parsed.items()}
+
     if not {"tokenizer", "tokenizer_2"} <= source.tokenizers.keys():
-        averaging = np.eye(TOKENS, dtype=np.float32)[None, 1 : 1 + len(CLASSES)]
+        tokens = min((parsed[name].max_position_embeddings for name in CLIPS if name in parsed), default=TOKENS)
+        averaging = np.eye(tokens, dtype=np.float32)[None, 1 : 1 + len(CLASSES)]
         described = "seeded random token ids (no tokenizers)" if encoders else "seeded random context (no text encoder)"
-        return Prompt(ids, averaging, described)
+        return Prompt(random_ids(tokens), averaging, described)
     t5 = "text_encoder_3" in encoders and "tokenizer_3" in source.tokenizers
     tokenizers = open_tokenizers(source, t5=t5)
     try:
         prompts = class_prompts(tokenizers, CLASSES)
     except ValueError as error:
         raise CheckpointError(f"{source.origin}: {error}") from None
-    if prompts.length != TOKENS or len(prompts.prompts) != 1:
-        raise CheckpointError(f"{source.origin}: its CLIP prompts have {prompts.length} tokens; expected {TOKENS}")
-    found = tokenize(tokenizers, prompts.prompts, t5_length=TOKENS)
-    ids |= {"text_encoder": np.asarray(found.clip_l), "text_encoder_2": np.asarray(found.clip_g)}
+    if len(prompts.prompts) != 1:
+        raise CheckpointError(
+            f"{source.origin}: its CLIP prompts have {prompts.length} tokens, too few for {', '.join(CLASSES)} in one"
+        )
+    found = tokenize(tokenizers, prompts.prompts, t5_length=prompts.length)
+    ids = random_ids(prompts.length) | {
+        "text_encoder": np.asarray(found.clip_l),
+        "text_encoder_2": np.asarray(found.clip_g),
+    }
     if found.t5 is not None:
         ids["text_encoder_3"] = np.asarray(found.t5)
     return Prompt(ids, prompts.averaging(), f"prompt {prompts.prompts[0]!r}")

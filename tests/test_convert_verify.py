@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from os import link
 from pathlib import Path
+from shutil import copy
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +25,7 @@ from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
 from convert.comparison import BOUNDS, FACTOR, Recording, compare
 from convert.errors import CheckpointError
+from convert.sources import open_source
 from convert.verify import verify
 from convert.verify_inputs import draw_picture
 from seg4diff_jax.models.joint_block import JointBlock
@@ -32,13 +37,15 @@ SIZE = ["--size", "128"]
 BLOCKS = {"sd3": 6, "sd3.5-medium": 5, "sd3.5-large": 8}
 
 
-def expected_rows(blocks: int, *, t5: bool = True) -> list[str]:
+def expected_rows(blocks: int, *, t5: bool = True, expert: int | None = None) -> list[str]:
+    expert = blocks // 2 if expert is None else expert
     rows = ["vae: latents of the picture", "vae: decoded pixels"]
     rows += [f"text_encoder{n}: {what}" for n in ("", "_2") for what in ("penultimate states", "pooled")]
     rows += ["text_encoder_3: states"] * t5
     rows += ["prompt: joint context", "prompt: pooled", "scheduler: timesteps", "scheduler: noisy latents"]
     rows += [f"transformer: {what}" for what in ("embedded latents", "embedded context", "conditioning")]
     for number in range(blocks):
+        rows += ["expert block: image-to-text probs"] * (number == expert)
         rows += [f"block {number}: {what}" for what in ("image-to-text scores", "image-to-text probs", "image stream")]
         rows += [f"block {number}: text stream"] * (number < blocks - 1)
     return [*rows, "velocity", "masks"]
@@ -128,7 +135,7 @@ def test_changed_weights_of_a_converted_directory_fail_where_they_are_and_nowher
     assert report["passed"] is False
     assert [row["what"] for row in report["rows"]] == expected_rows(6)
     failed = {row["what"] for row in report["rows"] if not row["passed"]}
-    later = {row for row in expected_rows(6) if row.startswith(("block 3", "block 4", "block 5", "velocity"))}
+    later = {row for row in expected_rows(6) if row.startswith(("expert", "block 3", "block 4", "block 5", "velocity"))}
     # Masks come from block 3; a small change need not move any label.
     assert failed - {"masks"} == {"text_encoder: pooled", "prompt: pooled", "block 2: image stream"} | later
     told = capsys.readouterr()
@@ -216,6 +223,55 @@ def test_t5_can_be_left_out(sd35_medium_checkpoint: Path):
     report = verify(sd35_medium_checkpoint, size=128, components=components)
     assert not report.failures
     assert [row.what for row in report.rows] == expected_rows(5, t5=False)
+
+
+def linked(original: Path, directory: Path) -> Path:
+    """A copy whose small files may be written; weights are linked."""
+    return Path(shutil.copytree(original, directory, copy_function=lambda a, b: (link if "safe" in a else copy)(a, b)))
+
+
+def configure(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_without_t5_its_zeros_are_computed_once_as_the_pipeline_does(
+    sd3_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tails: list[int] = []
+    call, alone = JointBlock.__call__, jax_side.attention_record
+    jax.clear_caches()
+    monkeypatch.setattr(JointBlock, "__call__", lambda *a, **k: (tails.append(k["equal_tail"]), call(*a, **k))[1])
+    monkeypatch.setattr(
+        jax_side, "attention_record", lambda *a, **k: (tails.append(k["equal_tail"]), alone(*a, **k))[1]
+    )
+    report = verify(sd3_checkpoint, size=64, components=["text_encoder", "text_encoder_2", "transformer"])
+    assert not report.failures
+    assert set(tails) == {77}
+    (row,) = [row for row in report.rows if row.what == "block 0: text stream"]
+    assert row.shape == (1, 154, 64)
+    tails.clear()
+    assert not verify(sd3_checkpoint, size=64, components=["transformer"]).failures
+    assert set(tails) == {1}
+
+
+def test_a_checkpoints_own_expert_block_noise_level_and_prompt_length_are_those_compared(
+    sd3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = linked(sd3_checkpoint, tmp_path / "own")
+    configure(source / "transformer" / "config.json", expert_block=1, expert_step=20)
+    for name in ("tokenizer", "tokenizer_2"):
+        configure(source / name / "tokenizer_config.json", model_max_length=40)
+    timesteps: list[float] = []
+    embed = jax_side._embed
+    monkeypatch.setattr(jax_side, "_embed", lambda *a: (timesteps.extend(a[2]), embed(*a))[1])
+    report = verify(source, size=64, components=["text_encoder", "text_encoder_2", "transformer"])
+    assert not report.failures
+    rows = [row.what for row in report.rows]
+    assert rows.index("expert block: image-to-text probs") == rows.index("block 1: image-to-text scores") - 1
+    assert timesteps == pytest.approx([1000 * open_source(source).schedule.sigma_at(20)] * len(timesteps))
+    shapes = {row.what: row.shape for row in report.rows}
+    assert shapes["prompt: joint context"] == (1, 80, 96)
+    assert shapes["expert block: image-to-text probs"] == (1, 16, 40)
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
