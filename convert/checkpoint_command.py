@@ -23,7 +23,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
     add("--text-encoders", type=str, help="where text encoders come from that the source lacks; see docs/convert.md")
     add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]: single files have none")
-    add("--variant", type=str, help="of the weight files, as in fp16")
+    add("--variant", type=str, help="of the weight files, as in fp16; '' for those of none")
     add("--overwrite", action="store_true", help="replace a target that is a checkpoint of the same format")
 
 

@@ -46,7 +46,7 @@ def open_source(
       tokenizers: a directory with folders `tokenizer`, `tokenizer_2` and, for T5, `tokenizer_3`; needed for single
         files, which hold none.
       variant: of the weight files, as in `fp16`; default: the plain files, or else the only variant there is; from
-        the Hub `fp16` where there is one.
+        the Hub `fp16` where there is one, so that "" asks for the plain files.
       text_encoders: a second source, for the text encoders that the first lacks and for their tokenizers: of any of
         these forms, or a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
         `t5xxl_fp16.safetensors`].
@@ -90,7 +90,8 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
             f"{source}: no such file or directory, and not a Hub id like organisation/name; give {FORMS}"
         )
     fetched = [name for name in COMPONENTS if (name in components if components is not None else name != T5)]
-    opened = open_diffusers(hub.fetch(str(source), fetched, variant or "fp16"), variant or "fp16", str(source))
+    wanted = "fp16" if variant is None else variant
+    opened = open_diffusers(hub.fetch(str(source), fetched, wanted), wanted, str(source))
     return _only(opened, [name for name in fetched if name in opened.configs])
 
 

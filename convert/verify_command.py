@@ -48,12 +48,14 @@ def arguments(parser: ArgumentParser) -> None:
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
     add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]; default: random ids")
     add("--text-encoders", type=str, help="where text encoders come from that the source lacks; see docs/convert.md")
-    add("--variant", type=str, help="of the weight files, as in fp16")
+    add("--variant", type=str, help="of the weight files, as in fp16; '' for those of none")
     add("--json", type=str, metavar="FILE", help="write the rows to a file as well")
 
 
 def run(options: Any) -> None:
     """Raises CheckpointError when a row is out of bounds, after the table has been printed."""
+    if options.json:
+        _check_writable(Path(options.json))
     console = Console(stderr=True)
     with console.status("reading") as status:
         report = verify(
@@ -78,6 +80,18 @@ def run(options: Any) -> None:
             f"{report.failures[0].what!r}"
             + ("" if options.float64 else "; --float64 tells whether PyTorch's own rounding is as large")
         )
+
+
+def _check_writable(file: Path) -> None:
+    """Raise CheckpointError unless the file can be written; it is left as it was, there or not."""
+    there = file.exists()
+    try:
+        with file.open("a"):
+            pass
+        if not there:
+            file.unlink()
+    except OSError as error:
+        raise CheckpointError(f"--json {file}: cannot be written ({error.strerror})") from None
 
 
 def table(source: str, report: Report) -> Table:

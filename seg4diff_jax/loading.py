@@ -60,7 +60,7 @@ def load(
         lacks.
       tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
         Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
-      variant: of a diffusers directory's weight files, as in "fp16".
+      variant: of a diffusers directory's weight files, as in "fp16", the Hub's default; "" for those of none.
       lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert lora`
         reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Those of blocks that are not
         loaded are left out; anything else that would go unused is an error.

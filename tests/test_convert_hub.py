@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors.torch import load_file, save_file
 
 from convert import hub
 from convert.checkpoint import convert_checkpoint
@@ -118,6 +119,20 @@ def test_a_single_component_fetches_nothing_else(serve, tmp_path: Path):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
+
+
+def test_from_the_hub_weights_are_fp16_or_the_plain_ones_on_request(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3", t5=False)
+    half = folder / "text_encoder" / "model.fp16.safetensors"
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in weights.items()}, half)
+    save_file({name: tensor.float() for name, tensor in weights.items()}, half.with_name("model.safetensors"))
+    fake = serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))
+    for variant, file, dtype in ((None, half.name, "float16"), ("", "model.safetensors", "float32")):
+        fake.fetched.clear()
+        component = open_source(REPOSITORY, components=["text_encoder"], variant=variant).component("text_encoder")
+        assert {str(found) for _, found in component.layout().values()} == {dtype}
+        assert [name for name in fake.fetched if "model." in name] == [f"text_encoder/{file}"]
 
 
 def test_a_repository_converts_without_t5_unless_asked(serve, tmp_path: Path):

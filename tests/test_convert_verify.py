@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import jax_side, torch_side
+from convert import jax_side, torch_side, verify_command
 from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
 from convert.comparison import BOUNDS, FACTOR, Recording, compare
@@ -294,6 +294,25 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(CheckpointError, match=r"diffusers is not installed: pip install 'seg4diff-jax\[convert\]'"):
         verify(sd3_checkpoint)
+
+
+def test_a_file_for_the_rows_that_cannot_be_written_is_told_before_the_run(
+    sd3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(verify_command, "verify", lambda *_, **__: pytest.fail("it ran"))
+    for file in (tmp_path, tmp_path / "absent" / "rows.json"):
+        assert main(["verify", str(sd3_checkpoint), "--json", str(file)]) == 1
+        assert f"error: --json {file}: cannot be written" in capsys.readouterr().err
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise CheckpointError("refused")
+
+    monkeypatch.setattr(verify_command, "verify", refuse)
+    (tmp_path / "former.json").write_text("{}")
+    for name in ("former.json", "new.json"):
+        assert main(["verify", str(sd3_checkpoint), "--json", str(tmp_path / name)]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["former.json"]
+    assert (tmp_path / "former.json").read_text() == "{}"
 
 
 def test_errors_are_those_of_the_definitions():

@@ -15,7 +15,7 @@ from rich.table import Table
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, where
-from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, add_noise, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, add_noise, check_seed, image_noise
 from seg4diff_jax.images import read_image
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.pipeline import Pipeline
@@ -44,7 +44,7 @@ def run(options: Any) -> None:
     pixels = read_image(options.image)
     source, tokenizers = open_for_masks(options.model, **where(options))
     step = source.expert_step if options.step is None else options.step
-    FlowSchedule.from_json(source.scheduler).sigma_at(step)
+    source.schedule.sigma_at(step)
     prompt, *more = class_prompts(tokenizers, options.classes).prompts
     if more:
         raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")

@@ -26,7 +26,7 @@ from convert.progress import shown
 from convert.readers import Source
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.flow import LARGEST_SEED, FlowSchedule, check_seed
+from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import Resize, check_size, read_image
 from seg4diff_jax.loading import DTYPES, load, open_for_masks
 from seg4diff_jax.pipeline import Pipeline, Segmentation, size_limits
@@ -134,7 +134,7 @@ def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, int, float
     if size is not None:
         check_size(size, **size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae"))))
     step = source.expert_step if options.step is None else options.step
-    return block_to_read(source, options.block), step, FlowSchedule.from_json(source.scheduler).sigma_at(step)
+    return block_to_read(source, options.block), step, source.schedule.sigma_at(step)
 
 
 def where(options: Any) -> dict[str, Any]:
