@@ -248,8 +248,8 @@ def _record_alone(
     block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest, equal_tail: int
 ) -> JointAttention:
     """As `attention_at` ends: nothing but q, k and the normaliser."""
-    queries_and_keys = block.layer.qkv(state, block.layer.modulations(conditioning))
-    return attention_record(*queries_and_keys, request, equal_tail=equal_tail)
+    image, text = block.layer.qkv(state, block.layer.modulations(conditioning))
+    return attention_record(image, text, request, equal_tail=equal_tail)
 
 
 @partial(jax.jit, static_argnames=("size",))
