@@ -64,8 +64,9 @@ def text_attention(
     conditioning = pipe.encode_prompts([prompt])
     latents = pipe.encode_images([pixels], (pipe.trained_size, pipe.trained_size))
     sigma = pipe.schedule.sigma_at(step)
-    noisy = add_noise(latents.astype(jnp.float32), image_noise(seed, [0], latents.shape[1:]), sigma)
-    tokens = latents.shape[1] * latents.shape[2] // pipe.transformer.config.patch_size**2
+    _, rows, columns, channels = latents.shape
+    noisy = add_noise(latents.astype(jnp.float32), image_noise(seed, [0], (rows, columns, channels)), sigma)
+    tokens = rows * columns // pipe.transformer.config.patch_size**2
     with pipe.settings():
         shares = text_shares(
             pipe.transformer, noisy, jnp.full(1, 1000 * sigma), *conditioning, equal_tail=pipe.zero_tokens
