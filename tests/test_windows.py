@@ -59,7 +59,7 @@ def test_the_caption_names_each_class_that_shows_enough_of_itself_once(windows, 
         expected = {name for i, name in enumerate(CLASSES) if np.mean(labels == i) >= SMALLEST_SHARE}
         caption = words.decode(item["clip_l"], skip_special_tokens=True).split()
         assert sorted(caption) == sorted(expected)
-        np.testing.assert_array_equal(item["clip_g"], caption_ids(tokenizers, " ".join(caption))["clip_g"])
+        np.testing.assert_array_equal(item["clip_g"], caption_ids(tokenizers, " ".join(caption))["clip_g"][:16])
         several += caption != sorted(caption)
     assert several  # in no fixed order
 
