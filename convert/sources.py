@@ -77,7 +77,14 @@ def open_source(
 
 def _open(source: str | Path, components: Sequence[str] | None, variant: str | None) -> Source:
     """All there is of `components` or, of what is here, more. From the Hub nothing else."""
-    path = MINIATURE if str(source) == "miniature" else Path(source).expanduser()
+    path = Path(source).expanduser()
+    if str(source) == "miniature":
+        path = MINIATURE
+        if not path.is_dir():
+            raise CheckpointError(
+                "the miniature's weights are not in this copy: docs/miniature.md says how to train them; then give "
+                "runs/miniature/flow_matching/export"
+            )
     _check_form(path)
     if (path / native.MANIFEST).is_file():
         return native.open_native(path)

@@ -206,7 +206,7 @@ def test_one_block_is_in_memory_at_a_time_and_each_kind_is_compiled_once(
     for kind in (JointBlock, T5Block):
         call = kind.__call__
         monkeypatch.setattr(
-            kind, "__call__", lambda *a, call=call, name=kind.__name__: (traced.append(name), call(*a))[1]
+            kind, "__call__", lambda *a, call=call, name=kind.__name__, **k: (traced.append(name), call(*a, **k))[1]
         )
     monkeypatch.setattr(torch_side, "_load", watched_torch)
     monkeypatch.setattr(jax_side, "load_layer", watched_jax)

@@ -84,11 +84,6 @@ def test_the_first_blocks_alone_give_the_same_masks_and_refuse_later_blocks(sd3,
         first_four_blocks.segment(IMAGE, NAMES, block=BLOCK + 1)
 
 
-def test_more_blocks_than_there_are_is_refused(sd3_checkpoint):
-    with pytest.raises(ValueError, match="depth is 7; this model has 1 to 6 blocks"):
-        s4d.load(sd3_checkpoint, blocks=7)
-
-
 def test_a_checkpoint_without_tokenizers_is_refused_when_the_published_ones_cannot_be_fetched(without_tokenizers):
     message = f"{without_tokenizers} comes without tokenizer, tokenizer_2: name a directory that holds these folders "
     with pytest.raises(CheckpointError, match=re.escape(message + "(tokenizers=DIR, --tokenizers DIR). Those publ")):

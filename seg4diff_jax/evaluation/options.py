@@ -43,7 +43,7 @@ class Options:
 
 
 HELP = {
-    "model": "a shipped model's name, a converted or diffusers directory, a single file, or a Hub id",
+    "model": "miniature (once trained: docs/miniature.md), a directory, a single file, or a Hub id",
     "data.root": "folder with images/, labels/ and classes.txt; default: held-out synthetic scenes",
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
     "data.split": "of the synthetic scenes; they share none",
