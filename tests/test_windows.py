@@ -9,6 +9,7 @@ from seg4diff_jax.data.shapes import CLASSES
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.text import load_tokenizers
 from seg4diff_jax.training.flow_matching import InMemory
+from seg4diff_jax.training.full_captions import NameFiller
 from seg4diff_jax.training.scenes import caption_ids
 from seg4diff_jax.training.windows import SMALLEST_SHARE, Window, Windows
 
@@ -34,7 +35,7 @@ def scenes() -> InMemory:
 
 @pytest.fixture
 def windows(scenes, tokenizers) -> Windows:
-    return Windows(scenes, Window(side=SIDE, per_scene=10), tokenizers)
+    return Windows(scenes, Window(side=SIDE, per_scene=10), tokenizers, NameFiller(tokenizers, 0.0))
 
 
 def test_a_window_is_a_piece_of_its_scenes_latents_at_places_all_over(windows):

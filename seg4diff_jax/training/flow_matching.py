@@ -34,6 +34,7 @@ from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
 from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers
+from seg4diff_jax.training.full_captions import FullCaptions, NameFiller
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -87,6 +88,7 @@ class FlowMatchingConfig:
       start: directory of a checkpoint whose transformer training goes on from; null: from random weights.
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
       windows: train on windows of the cached scenes instead of whole ones; null: whole scenes.
+      full_captions: share of the captions that class names fill up to the prompt's end; needs a cache.
       kernel: of attention; null: by backend and dtype.
       inference_shift: of the schedule that the exported checkpoint names.
       dtype: of the computation; trained parameters are fp32.
@@ -100,6 +102,7 @@ class FlowMatchingConfig:
     start: str | None = None
     cache: str | None = None
     windows: Window | None = None
+    full_captions: float = 0.0
     kernel: Kernel | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SceneConfig = field(default_factory=SceneConfig)
@@ -112,6 +115,10 @@ class FlowMatchingConfig:
     def __post_init__(self):
         if self.windows is not None and self.cache is None:
             raise ValueError("windows are cut out of cached latents: give cache a directory, or leave windows out")
+        if self.full_captions and self.cache is None:
+            raise ValueError("full_captions needs the cached scenes' labels: give cache a directory, or leave it out")
+        if not 0 <= self.full_captions <= 1:
+            raise ValueError(f"full_captions is {self.full_captions}; expected a share of the captions, 0 to 1")
 
 
 class Denoiser(nnx.Module):
@@ -269,7 +276,10 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
     make_once(config.cache, write)
     cached = ArrayCache(config.cache, identity)
-    return validation, cached if config.windows is None else Windows(cached, config.windows, tokenizers)
+    filler = NameFiller(tokenizers, config.full_captions)
+    if config.windows is not None:
+        return validation, Windows(cached, config.windows, tokenizers, filler)
+    return validation, FullCaptions(cached, filler) if config.full_captions else cached
 
 
 def _rows(batch: dict[str, np.ndarray]) -> range:

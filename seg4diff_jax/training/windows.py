@@ -12,6 +12,7 @@ import numpy as np
 from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.data.shapes import CLASSES
 from seg4diff_jax.text import Tokenizers
+from seg4diff_jax.training.full_captions import NameFiller
 from seg4diff_jax.training.scenes import caption_ids
 
 SMALLEST_SHARE = 0.03
@@ -38,10 +39,11 @@ class Windows:
 
     Args:
       scenes: items with `latents` [rows, columns, channels] and `labels` [height, width].
+      filler: of the room that captions leave.
     """
 
-    def __init__(self, scenes: Source, window: Window, tokenizers: Tokenizers):
-        self.scenes, self.window, self.tokenizers = scenes, window, tokenizers
+    def __init__(self, scenes: Source, window: Window, tokenizers: Tokenizers, filler: NameFiller):
+        self.scenes, self.window, self.tokenizers, self.filler = scenes, window, tokenizers, filler
 
     def __len__(self) -> int:
         return len(self.scenes) * self.window.per_scene
@@ -59,4 +61,4 @@ class Windows:
         ids = {
             name: tokens[: self.window.text_tokens] for name, tokens in caption_ids(self.tokenizers, caption).items()
         }
-        return {"latents": latents[top : top + side, left : left + side], **ids}
+        return {"latents": latents[top : top + side, left : left + side], **self.filler(ids, present, random)}
