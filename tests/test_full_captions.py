@@ -40,7 +40,8 @@ def test_names_of_what_is_shown_follow_the_caption_to_the_end_in_changing_orders
         assert filled[name].shape == (length,)
         assert filled[name].dtype == ids[name].dtype
         read = words(tokenizer, filled[name])
-        assert read[0] == "[" and read[-1] == "]" and "]" not in read[:-1]
+        assert (read[0], read[-1]) == ("[", "]")
+        assert "]" not in read[:-1]
         said = CAPTION.split()
         assert read[1 : 1 + len(said)] == said
         added = read[1 + len(said) : -1]

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seg4diff_jax.command_line import main
 from seg4diff_jax.data.captions import BARE_SHARE, PLURALS
 from seg4diff_jax.data.draws import Draws
-from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, Scenes, main, scene
+from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, Scenes, scene
 from seg4diff_jax.data.stuffs import SIDE, TEXTURES
 from seg4diff_jax.data.things import DRAWN
 
@@ -209,7 +210,7 @@ def test_the_source_is_random_access_of_fixed_length_and_travels_to_workers():
 
 
 def test_a_folder_holds_what_the_scenes_hold(tmp_path):
-    assert main([str(tmp_path / "world"), "--split", "validation", "--count", "3", "--size", "64"]) == 0
+    assert main(["scenes", str(tmp_path / "world"), "--split", "validation", "--count", "3", "--size", "64"]) == 0
     folder = tmp_path / "world"
     names = (folder / "classes.txt").read_text().splitlines()
     captions = json.loads((folder / "captions.json").read_text())
@@ -227,12 +228,12 @@ def test_a_folder_holds_what_the_scenes_hold(tmp_path):
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "mine.png").touch()
-    assert main([str(tmp_path), "--count", "1"]) == 1
+    assert main(["scenes", str(tmp_path), "--count", "1"]) == 1
     assert "not empty" in capsys.readouterr().err
     assert not list((tmp_path / "images").iterdir())
 
 
 def test_the_sheet_is_a_picture(tmp_path):
-    assert main(["--sheet", str(tmp_path / "sheet.png"), "--count", "4", "--size", "64"]) == 0
+    assert main(["scenes", "--sheet", str(tmp_path / "sheet.png"), "--count", "4", "--size", "64"]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import Command, run_command
-from seg4diff_jax.command_line import analyze, generate, segment
+from seg4diff_jax.command_line import analyze, generate, scenes, segment
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
 COMMANDS: dict[str, Command] = {
     "segment": Command(segment.arguments, segment.run, "find where in an image each class is"),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
+    "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
     # Listed here; run by `main`, for its options are its own.
     "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),
 }

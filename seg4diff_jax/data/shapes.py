@@ -4,7 +4,7 @@ A scene is a pure function of its split and its index. Every pixel has a class, 
 the caption, and colours are random: only patterns and outlines tell classes apart. Patterns repeat about every 8 to 16
 pixels of a picture of side 128, so that an image token of 8 x 8 pixels shows which class it is in.
 
-    python -m seg4diff_jax.data.shapes DIR --split test --count 500
+    seg4diff scenes DIR --split test --count 500
 
 writes scenes as a plain folder, see `write_folder`.
 """
@@ -12,14 +12,12 @@ writes scenes as a plain folder, see `write_folder`.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from jsonargparse import ArgumentParser
 from PIL import Image
 
 from seg4diff_jax.data.captions import StuffSeen, ThingSeen, caption
@@ -116,45 +114,3 @@ def write_folder(directory: str | Path, scenes: Iterable[Scene]) -> None:
         captions[stem] = shown.caption
     (directory / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
     (directory / "captions.json").write_text(json.dumps(captions, indent=1) + "\n", encoding="utf-8")
-
-
-def arguments(parser: ArgumentParser) -> None:
-    add: Any = parser.add_argument
-    add("directory", type=str, nargs="?", help="where to write images/, labels/, classes.txt and captions.json")
-    add("--split", choices=list(SPLITS), default="test", help="splits share no scene")
-    add("--count", type=int, default=500, help="number of scenes")
-    add("--size", type=int, default=SIDE, help="pixels along a side")
-    add("--sheet", type=str, metavar="FILE", help="draw a few of the scenes with their labels on a sheet (PNG)")
-
-
-def run(options: Any) -> None:
-    if options.count < 1:
-        raise ValueError(f"--count is {options.count}: expected at least 1")
-    scenes = lambda count: (scene(options.split, index, options.size) for index in range(count))
-    if options.directory is None and options.sheet is None:
-        raise ValueError("expected a directory to write scenes to, or --sheet FILE")
-    if options.directory is not None:
-        write_folder(options.directory, scenes(options.count))
-        print(f"wrote {options.count} scenes of the {options.split} split to {options.directory}")
-    if options.sheet is not None:
-        from seg4diff_jax.data.scene_sheet import POOL, write_sheet
-
-        write_sheet(options.sheet, list(scenes(min(options.count, POOL))))
-        print(f"wrote {options.sheet}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1, after one message on stderr, when something is in the way."""
-    parser = ArgumentParser(prog="python -m seg4diff_jax.data.shapes", description="Write synthetic scenes.")
-    arguments(parser)
-    options = parser.parse_args(argv)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
