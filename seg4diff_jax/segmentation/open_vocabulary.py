@@ -108,12 +108,15 @@ def padded_rows(classes: int) -> int:
 
 
 def upsampled_labels(
-    scores: Float[np.ndarray, "classes rows columns"], size: tuple[int, int]
+    scores: Float[np.ndarray, "classes rows columns"],
+    size: tuple[int, int],
+    present: Bool[np.ndarray, " classes"] | None = None,
 ) -> Int[np.ndarray, "height width"]:
-    """The best class of every pixel of an image of `size` (height, width)."""
+    """The best class, of those `present` if given, of every pixel of an image of `size` (height, width)."""
     canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
-    classes = np.arange(padded_rows(len(scores)))
-    rows = np.zeros((len(classes), *scores.shape[1:]), np.float32)
+    allowed = np.zeros(padded_rows(len(scores)), bool)
+    allowed[: len(scores)] = True if present is None else present
+    rows = np.zeros((len(allowed), *scores.shape[1:]), np.float32)
     rows[: len(scores)] = scores
-    labels = _label_map(rows, np.asarray(size), canvas=canvas, present=classes < len(scores))
+    labels = _label_map(rows, np.asarray(size), canvas=canvas, present=allowed)
     return np.asarray(labels)[: size[0], : size[1]]

@@ -1,0 +1,144 @@
+"""Scores of segments without names: matched to the classes of the truth, one to one, by the pixels that they share.
+
+Counting is done on the device: one small matrix for each unit that is matched by itself, an image or, as in the
+release, a row of pixels. Matching is SciPy's, on the host, so that ties are broken as SciPy breaks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+from scipy.optimize import linear_sum_assignment
+
+from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, MinMax
+
+Match = Literal["image", "row"]
+"""What is matched by itself: an image, or each of its rows of pixels, as in the release, which scores higher."""
+
+
+@dataclass(frozen=True)
+class UnsupervisedProtocol:
+    """How segments are made and scored.
+
+    Attributes:
+      threshold, minmax: of merging, see `segmentation.unsupervised`.
+      match: see `Match`.
+      absent_classes: classes that the unit does not have take part in the match too. A segment that falls to one is
+        counted as its false positives; a segment that is left over is not, and only missed by the classes below it.
+    """
+
+    threshold: float
+    minmax: MinMax = "pixel"
+    match: Match = "image"
+    absent_classes: bool = False
+
+
+PROTOCOLS = {
+    "ours": UnsupervisedProtocol(MERGE_THRESHOLDS["pixel"]),
+    "release": UnsupervisedProtocol(0.1, "token", "row", absent_classes=True),
+    "release_config": UnsupervisedProtocol(0.035, "token", "row", absent_classes=True),
+}
+"""Ours, the released code as it runs, and the release with the threshold that its configuration names."""
+
+
+@dataclass(frozen=True)
+class MatchCounts:
+    """Pixels of each class after the match, int64 [classes]: right, wrongly claimed, and missed. Counts add up."""
+
+    hits: Int[np.ndarray, " classes"]
+    false: Int[np.ndarray, " classes"]
+    missed: Int[np.ndarray, " classes"]
+
+    def __add__(self, other: MatchCounts) -> MatchCounts:
+        return MatchCounts(self.hits + other.hits, self.false + other.false, self.missed + other.missed)
+
+    def iou(self) -> Float[np.ndarray, " classes"]:
+        """Intersection over union in 0..1; NaN for a class that neither truth nor match has."""
+        union = self.hits + self.false + self.missed
+        return np.divide(self.hits, union, out=np.full(len(union), np.nan), where=union > 0)
+
+    def mean_iou(self) -> float:
+        """Mean over the classes that have an IoU, in 0..1; NaN if none has."""
+        scores = self.iou()
+        scores = scores[~np.isnan(scores)]
+        return float(scores.mean()) if len(scores) else float("nan")
+
+    def pixel_accuracy(self) -> float:
+        """Share of the labelled pixels that are right; NaN if none is labelled."""
+        labelled = (self.hits + self.missed).sum()
+        return float(self.hits.sum() / labelled) if labelled else float("nan")
+
+
+def no_counts(classes: int) -> MatchCounts:
+    return MatchCounts(*(np.zeros(classes, np.int64) for _ in range(3)))
+
+
+def intersections(
+    truth: Integer[Array, "*pixels"],
+    segments: Integer[Array, "*pixels"],
+    *,
+    classes: int,
+    most: int,
+    ignored: int = IGNORED,
+) -> Int[Array, "classes_and_ignored most"]:
+    """Pixels that each class shares with each segment, and in the last row those whose truth is ignored.
+
+    Works under jit and vmap: over images, or over rows of pixels.
+
+    Args:
+      segments: 0 to `most` - 1; what is below 0 is not counted at all.
+    """
+    truth = jnp.where(truth == ignored, classes, truth.astype(jnp.int32))
+    pairs = jnp.where(segments < 0, (classes + 1) * most, truth * most + segments)
+    return jnp.bincount(pairs.reshape(-1), length=(classes + 1) * most + 1)[:-1].reshape(classes + 1, most)
+
+
+def matched_counts(
+    units: Iterable[Integer[np.ndarray, "classes_and_ignored most"]], *, classes: int, absent_classes: bool
+) -> MatchCounts:
+    """Match the segments of each unit to classes so that they share as many pixels as can be, and count.
+
+    Each class gets a segment while there are any, even one that it shares no pixel with. Segments that are left over
+    are false positives of no class.
+
+    Args:
+      units: from `intersections`.
+    """
+    total = no_counts(classes)
+    for unit in units:
+        if not unit[:-1].any():  # nothing labelled, so nothing that could be right or wrong
+            continue
+        counted = released_matrix(unit) if absent_classes else unit[:-1].astype(np.int64)
+        owners, chosen = linear_sum_assignment(counted, maximize=True) if absent_classes else match_present(counted)
+        shared = counted[owners, chosen]
+        total.hits[owners] += shared
+        total.false[owners] += counted[:, chosen].sum(axis=0) - shared
+        total.missed[:] += counted.sum(axis=1)
+        total.missed[owners] -= shared
+    return total
+
+
+def match_present(
+    counted: Int[np.ndarray, "classes most"],
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    """Match the classes that occur with the segments that hold a labelled pixel: classes, and the segment of each."""
+    owners, segments = counted.any(axis=1).nonzero()[0], counted.any(axis=0).nonzero()[0]
+    rows, columns = linear_sum_assignment(counted[np.ix_(owners, segments)], maximize=True)
+    return owners[rows], segments[columns]
+
+
+def released_matrix(unit: Integer[np.ndarray, "classes_and_ignored most"]) -> Int[np.ndarray, "classes segments"]:
+    """What the release matches: all classes with the segments up to the last that occurs, or with as many as classes.
+
+    Segments on ignored pixels occur too: columns of zeros also decide how SciPy breaks ties.
+    """
+    occurring = 1 + int(unit.any(axis=0).nonzero()[0].max())
+    matrix = np.zeros((len(unit) - 1, max(len(unit) - 1, occurring)), np.int64)
+    matrix[:, :occurring] = unit[:-1, :occurring]
+    return matrix

@@ -1,0 +1,81 @@
+"""Unsupervised segmentation and its scores in plain loops: NumPy and SciPy in double precision, PyTorch to upsample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.special import softmax
+
+IGNORED = 255
+
+
+def minmax_maps(attention: np.ndarray, minmax: str) -> np.ndarray:
+    """[image, tokens] to [tokens, image]."""
+    maps = np.zeros(attention.T.shape)
+    for place in range(attention.shape[1] if minmax == "pixel" else attention.shape[0]):
+        values = attention[:, place] if minmax == "pixel" else attention[place]
+        scaled = (values - values.min()) / (np.ptp(values) + 1e-6)
+        if minmax == "pixel":
+            maps[place] = scaled
+        else:
+            maps[:, place] = scaled
+    return maps
+
+
+def symmetric_kl(x: np.ndarray, y: np.ndarray) -> float:
+    quotient = np.log(x) - np.log(y)
+    return float((x * quotient).sum() - (y * quotient).sum()) / 2
+
+
+def merged(attention: np.ndarray, threshold: float, minmax: str) -> np.ndarray:
+    """[segments, image]."""
+    probs = [softmax(one) for one in minmax_maps(attention.astype(np.float64), minmax)]
+    claimed: set[int] = set()
+    segments = []
+    for first in range(len(probs)):
+        if first in claimed:
+            continue
+        group = [other for other in range(len(probs)) if symmetric_kl(probs[first], probs[other]) < threshold]
+        claimed |= {first, *group}
+        segments.append(np.mean([probs[member] for member in group], axis=0))
+    return np.array(segments)
+
+
+def labels_of(segments: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    maps = torch.from_numpy(segments.reshape(-1, *grid).astype(np.float32))
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+
+
+@dataclass
+class Counts:
+    hits: np.ndarray
+    false: np.ndarray
+    missed: np.ndarray
+
+
+def count_matches(truth: np.ndarray, segments: np.ndarray, classes: int, match: str, absent_classes: bool) -> Counts:
+    """Of one image, pixel by pixel."""
+    counts = Counts(*(np.zeros(classes, int) for _ in range(3)))
+    units = list(zip(truth, segments, strict=True)) if match == "row" else [(truth.ravel(), segments.ravel())]
+    for true, guess in units:
+        labelled = true != IGNORED
+        if not labelled.any():
+            continue
+        if absent_classes:
+            rows, columns = list(range(classes)), list(range(max(classes, guess.max() + 1)))
+        else:
+            rows, columns = sorted(set(true[labelled].tolist())), sorted(set(guess[labelled].tolist()))
+        shared = np.array([[((true == c) & (guess == s)).sum() for s in columns] for c in rows])
+        pairs = linear_sum_assignment(shared, maximize=True)
+        segment_of = {rows[r]: columns[s] for r, s in zip(*pairs, strict=True)}
+        for c in range(classes):
+            own = segment_of.get(c, -1)
+            for t, s in zip(true[labelled], guess[labelled], strict=True):
+                counts.hits[c] += t == c and s == own
+                counts.false[c] += t != c and s == own
+                counts.missed[c] += t == c and s != own
+    return counts
