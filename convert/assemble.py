@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stack import Layered, layer_parameters
 
 Model = TypeVar("Model", bound=Layered)
 
@@ -50,22 +50,12 @@ def assemble(
     """
     graph, state = nnx.split(model)
     flat = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    rows = {
-        f"{stack.layers}.{i}": (stack.path, i - stack.start)
-        for stack in model.layer_stacks
-        for i in range(stack.start, stack.stop)
-    }
-    waiting = dict.fromkeys(parameter_shapes(model))
+    waiting = layer_parameters(model)
     buffers: dict[str, np.ndarray] = {}
     for name, array in tensors:
         if name not in waiting:
             raise NameTableError(f"{name} is filled twice or is not a parameter of the model")
-        del waiting[name]
-        path, row = name, None
-        pieces = name.split(".", 2)
-        if len(pieces) == 3 and (layer := f"{pieces[0]}.{pieces[1]}") in rows:
-            stack_path, row = rows[layer]
-            path = f"{stack_path}.{pieces[2]}"
+        path, row = waiting.pop(name)
         if path not in buffers:
             buffers[path] = np.empty(flat[path].get_value().shape, dtype or array.dtype)
         buffers[path][... if row is None else row] = array

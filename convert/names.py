@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stack import Layered, layer_parameters
 
 Shape = tuple[int, ...]
 
@@ -108,18 +108,14 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def parameter_shapes(model: Layered) -> dict[str, Shape]:
     """Our per-layer name of every parameter of `model` (which may be abstract), with one layer's shape."""
-    shapes: dict[str, Shape] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        shape = tuple(variable.get_value().shape)
-        for stack in model.layer_stacks:
-            if name.startswith(stack.path + "."):
-                rest = name.removeprefix(stack.path)
-                shapes |= {f"{stack.layers}.{i}{rest}": shape[1:] for i in range(stack.start, stack.stop)}
-                break
-        else:
-            shapes[name] = shape
-    return shapes
+    shapes = {path: tuple(variable.get_value().shape) for path, variable in parameters(model).items()}
+    places = layer_parameters(model).items()
+    return {name: shapes[path] if row is None else shapes[path][1:] for name, (path, row) in places}
+
+
+def parameters(model: Layered) -> dict[str, nnx.Variable]:
+    """The variables of a model by their dotted path; layers lie stacked."""
+    return {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 def assign(

@@ -9,29 +9,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from convert.components import COMPONENTS, parse_config
 from convert.layout import contiguous
-from convert.names import Rule, assign_back
+from convert.names import Rule, assign_back, parameters
 from convert.readers import MODEL_INDEX, SCHEDULER
 from convert.safetensors_stream import write_safetensors
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stack import Layered, layer_parameters
 
 
-def layer_parameters(model: Layered) -> dict[str, np.ndarray]:
+def layer_arrays(model: Layered) -> dict[str, np.ndarray]:
     """Every parameter under our per-layer name, on the host: what `convert.assemble.assemble` takes."""
-    parameters: dict[str, np.ndarray] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, array = ".".join(map(str, path)), jax.device_get(variable.get_value())
-        for stack in model.layer_stacks:
-            if name.startswith(stack.path + "."):
-                rest = name.removeprefix(stack.path)
-                parameters |= {f"{stack.layers}.{i}{rest}": array[i - stack.start] for i in range(*stack[2:])}
-                break
-        else:
-            parameters[name] = array
-    return parameters
+    arrays = {path: jax.device_get(variable.get_value()) for path, variable in parameters(model).items()}
+    return {
+        name: arrays[path] if row is None else arrays[path][row]
+        for name, (path, row) in layer_parameters(model).items()
+    }
 
 
 def write_model(
@@ -41,10 +34,10 @@ def write_model(
 
     Raises NameTableError when a parameter has no name in PyTorch.
     """
-    parameters, dtype = layer_parameters(model), np.dtype(dtype)
+    arrays, dtype = layer_arrays(model), np.dtype(dtype)
     tensors = {
-        row.source: contiguous(row.transform.to_torch([parameters[target] for target in row.targets]), dtype)
-        for row in assign_back(rules, parameters)
+        row.source: contiguous(row.transform.to_torch([arrays[target] for target in row.targets]), dtype)
+        for row in assign_back(rules, arrays)
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -15,6 +15,7 @@ from flax import nnx
 from convert.assemble import abstract, from_state_dict
 from convert.names import parameter_shapes
 from convert.tables import mmdit as table
+from convert.write import layer_arrays
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at, attentions_at, sincos_table
 from tests.reference.attention import explicit_softmax
@@ -264,17 +265,7 @@ def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, rem
 
 def by_layer(model: MMDiT) -> dict[str, np.ndarray]:
     """Every parameter by its per-layer name; the positional table, which is not trained, left out."""
-    arrays: dict[str, np.ndarray] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name, array = ".".join(map(str, path)), np.asarray(variable.get_value())
-        for stack in model.layer_stacks:
-            if name.startswith(stack.path + "."):
-                rest = name.removeprefix(stack.path)
-                arrays |= {f"{stack.layers}.{stack.start + row}{rest}": layer for row, layer in enumerate(array)}
-                break
-        else:
-            arrays[name] = array
-    return arrays
+    return {name: array for name, array in layer_arrays(model).items() if not name.startswith("pos_embed")}
 
 
 def gradient_bound(name: str, variant: str, expected: np.ndarray, scale: float) -> float:

@@ -33,6 +33,29 @@ class Layered(Protocol):
     def layer_stacks(self) -> tuple[LayerStack, ...]: ...
 
 
+class LayerParameter(NamedTuple):
+    """Where one layer's parameter lies: at `path` of the module, there in this row; None: the whole array is it."""
+
+    path: str
+    row: int | None
+
+
+def layer_parameters(model: Layered) -> dict[str, LayerParameter]:
+    """Every parameter of a model, which may be abstract, by its per-layer name."""
+    places: dict[str, LayerParameter] = {}
+    for keys, _ in nnx.to_flat_state(nnx.state(model)):
+        path = ".".join(map(str, keys))
+        for stack in model.layer_stacks:
+            if path.startswith(stack.path + "."):
+                rest = path.removeprefix(stack.path)
+                layers = range(stack.start, stack.stop)
+                places |= {f"{stack.layers}.{i}{rest}": LayerParameter(path, i - stack.start) for i in layers}
+                break
+        else:
+            places[path] = LayerParameter(path, None)
+    return places
+
+
 def stack_layers(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
     """`count` independently initialised blocks as one block whose parameters have a leading axis of that length."""
 
