@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS_ONLY = ("models", "flow", "segmentation", "generation", "masks", "parallel")
+ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "parallel")
 """Parts that know no files, tokenizers, pictures or terminals."""
 FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
 FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, str] = {
     "flow": "",
     "segmentation": "",
     "parallel": "",
+    "magnet": "flow models segmentation",
     "generation": "flow models text",
     "masks": "flow models segmentation text",
     # What is around them, in memory.

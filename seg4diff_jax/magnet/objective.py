@@ -1,0 +1,192 @@
+"""MAGNET's objective: the flow-matching loss, and what the expert block's attention owes to the masks.
+
+loss = velocity_weight |v - (eps - z)|^2 + focal_weight focal + dice_weight dice
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+from seg4diff_jax.flow import FlowSchedule, add_noise, velocity_loss, velocity_target
+from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, MaskLosses, class_losses, mask_losses
+from seg4diff_jax.magnet.matching import DICE_COST, FOCAL_COST
+from seg4diff_jax.magnet.targets import class_maps, matched_maps
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.mask_head import MaskHead
+from seg4diff_jax.models.mmdit import MMDiT
+
+
+@dataclass(frozen=True)
+class MagnetObjective:
+    """What is asked of the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
+
+    Attributes:
+      targets: `classes`: masks are of classes, and the prompt is the classes' names (COCO); `matching`: masks have no
+        names, and each is matched with the map most like it, of all heads and tokens (SA-1B).
+      masks_from: what the prediction is. `scores`: the sigmoid of q.k / sqrt(head_dim), class by class. `log_probs`:
+        the log of the head-mean probability, log-softmax over the prompt's classes, which is what evaluation decides
+        by; see `losses.class_losses`. With `classes` only.
+      focal: `sigmoid`, or as in the release: weights of the focal loss and of the matching's focal cost are made of the
+        raw score where its sigmoid is meant. For `scores` only.
+      mask_head: `conv`: the release's head (`models.mask_head`) refines each token's map in training; None: no head.
+        For `scores` only.
+      alpha, gamma: of the focal loss; alpha is for `scores` only. gamma is at least 0, for `log_probs` 0 or at least 1.
+      velocity_weight, focal_weight, dice_weight: of the losses in the sum.
+      focal_cost, dice_cost: of the losses in the matching's cost.
+    """
+
+    targets: Literal["classes", "matching"] = "classes"
+    masks_from: Literal["scores", "log_probs"] = "scores"
+    focal: FocalWeight = "sigmoid"
+    mask_head: Literal["conv"] | None = None
+    alpha: float = ALPHA
+    gamma: float = GAMMA
+    velocity_weight: float = 1.0
+    focal_weight: float = 0.1
+    dice_weight: float = 0.2
+    focal_cost: float = FOCAL_COST
+    dice_cost: float = DICE_COST
+
+    def __post_init__(self):
+        if self.masks_from == "log_probs":
+            self._check_log_probs()
+        if self.gamma < 0:
+            raise ValueError(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
+        if self.focal == "release" and self.gamma != 2:
+            raise ValueError(f"focal is 'release' and gamma {self.gamma}; the release's is 2: leave one of them out")
+
+    def _check_log_probs(self) -> None:
+        if self.targets == "matching":
+            raise ValueError(
+                "masks_from is 'log_probs', a distribution over a prompt's classes, and targets is 'matching', where "
+                "masks have no classes: take masks_from 'scores', or targets 'classes'"
+            )
+        for option in ("focal", "mask_head"):
+            if getattr(self, option) != getattr(type(self), option):
+                raise ValueError(
+                    f"{option} is {getattr(self, option)!r} and masks_from 'log_probs'; the release refines and weighs "
+                    f"scores: leave {option} out, or take masks_from 'scores'"
+                )
+        if 0 < self.gamma < 1:
+            raise ValueError(
+                f"gamma is {self.gamma}; with log_probs expected 0 or at least 1: between, slopes are infinite"
+            )
+
+    def request(self, clip_tokens: int) -> AttentionRequest:
+        """What must be captured of the expert block."""
+        scores = self.masks_from == "scores"
+        return AttentionRequest(
+            scores=scores, probs=not scores, mean_heads=self.targets == "classes", text_tokens=(0, clip_tokens)
+        )
+
+
+class MagnetBatch(NamedTuple):
+    """Images, what to tell the model of them, and their masks.
+
+    Attributes:
+      latents: clean, fp32.
+      noise: standard normal.
+      sigma: noise levels, 0..1.
+      context, pooled: of the prompts; CLIP's tokens first.
+      masks: at any size; a fixed number of rows.
+      real: which of the rows hold a mask.
+      averaging: where each mask's class is in its image's prompt (see `targets.class_maps`); None for `matching`.
+    """
+
+    latents: Float[Array, "batch height width channels"]
+    noise: Float[Array, "batch height width channels"]
+    sigma: Float[Array, " batch"]
+    context: Float[Array, "batch text joint_dim"]
+    pooled: Float[Array, "batch pooled_dim"]
+    masks: Bool[Array, "batch masks mask_height mask_width"]
+    real: Bool[Array, "batch masks"]
+    averaging: Float[Array, "batch masks clip_tokens"] | None = None
+
+
+def magnet_loss(
+    mmdit: MMDiT,
+    batch: MagnetBatch,
+    objective: MagnetObjective,
+    *,
+    block: int,
+    clip_tokens: int,
+    head: MaskHead | None = None,
+    kernel: Kernel | None = None,
+    remat: bool | Callable = False,
+    equal_tail: int = 1,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a batch and its parts: `velocity`, `focal` and `dice`, each before its weight.
+
+    Gradients reach the parameters by two ways: the velocity, and the captured maps of the one block asked for. What
+    comes after that block's queries and keys learns from the velocity alone.
+
+    Args:
+      block: the expert block, whose attention the masks are held against.
+      clip_tokens: how many of the context's tokens, from the first, are CLIP's: 77 for SD3.
+      head: with `mask_head: conv`, and only then.
+      kernel, remat, equal_tail: see `MMDiT.__call__`.
+
+    Raises:
+      ValueError: objective, head and batch do not belong together, or as `MMDiT.__call__`.
+    """
+    _check(objective, batch, head)
+    velocity, records = mmdit(
+        add_noise(batch.latents, batch.noise, batch.sigma),
+        FlowSchedule.num_train_timesteps * batch.sigma,
+        batch.context,
+        batch.pooled,
+        capture=(block,),
+        request=objective.request(clip_tokens),
+        kernel=kernel,
+        remat=remat,
+        equal_tail=equal_tail,
+    )
+    patch = mmdit.config.patch_size
+    grid = (batch.latents.shape[1] // patch, batch.latents.shape[2] // patch)
+    masks = attention_losses(records[block], batch, objective, grid, head)
+    flow = velocity_loss(velocity, velocity_target(batch.latents, batch.noise)).mean()
+    weighted = objective.focal_weight * masks.focal + objective.dice_weight * masks.dice
+    return objective.velocity_weight * flow + weighted, {"velocity": flow, "focal": masks.focal, "dice": masks.dice}
+
+
+def attention_losses(
+    attention: JointAttention,
+    batch: MagnetBatch,
+    objective: MagnetObjective,
+    grid: tuple[int, int],
+    head: MaskHead | None = None,
+) -> MaskLosses:
+    """The mask losses alone, of a record made with `objective.request`; `grid`: rows and columns of image tokens."""
+    focal: dict[str, Any] = {"alpha": objective.alpha, "gamma": objective.gamma, "focal": objective.focal}
+    if objective.targets == "matching":
+        assert attention.scores is not None
+        costs = {"focal_cost": objective.focal_cost, "dice_cost": objective.dice_cost}
+        maps = matched_maps(attention.scores, batch.masks, batch.real, grid, head, **costs, **focal)
+        return mask_losses(maps, batch.masks, batch.real, **focal)
+    assert batch.averaging is not None
+    if objective.masks_from == "log_probs":
+        assert attention.probs is not None
+        scores = class_maps(attention.probs, batch.averaging, grid)
+        return class_losses(scores, batch.masks, batch.real, gamma=objective.gamma)
+    assert attention.scores is not None
+    maps = class_maps(attention.scores, batch.averaging, grid, head)
+    return mask_losses(maps, batch.masks, batch.real, **focal)
+
+
+def _check(objective: MagnetObjective, batch: MagnetBatch, head: MaskHead | None) -> None:
+    if (batch.averaging is None) != (objective.targets == "matching"):
+        found = "no averaging" if batch.averaging is None else "averaging"
+        raise ValueError(
+            f"targets is {objective.targets!r} and the batch has {found}: classes are found in the prompt by it, and "
+            "masks without classes have none"
+        )
+    if (head is None) != (objective.mask_head is None):
+        raise ValueError(
+            f"mask_head is {objective.mask_head!r} and {'no' if head is None else 'a'} head was given: "
+            "expected a MaskHead with mask_head 'conv', and only then"
+        )
