@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seg4diff_jax.loading import load
-    from seg4diff_jax.pipeline import Pipeline, Segmentation
+    from seg4diff_jax.pipeline import Pipeline, Segmentation, UnsupervisedSegmentation
 
-__all__ = ["Pipeline", "Segmentation", "load"]
+__all__ = ["Pipeline", "Segmentation", "UnsupervisedSegmentation", "load"]
 
 
 def __getattr__(name: str) -> Any:

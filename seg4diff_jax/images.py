@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
@@ -20,6 +20,12 @@ ImageInput = str | PathLike | Image.Image | np.ndarray
 
 class ImageError(ValueError):
     """An image cannot be read or used; the message names it."""
+
+
+def listed(image: Any) -> tuple[list[Any], bool]:
+    """A list of images that are still to be read, and whether there was a single one."""
+    single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
+    return ([image] if single else list(image)), single  # pyright: ignore[reportArgumentType]
 
 
 def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from os import PathLike
-from typing import Any, get_args, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, check_guidance, image_noise, is_whole
+from seg4diff_jax.batching import ModelView
+from seg4diff_jax.flow import FlowSchedule, check_guidance, is_whole
 from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
-from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
+from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.masks import image_latents, read_attention, read_class_scores
 from seg4diff_jax.models.attention import AttentionRequest, JointAttention
 from seg4diff_jax.models.clip import CLIPText
@@ -29,6 +28,13 @@ from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
+from seg4diff_jax.segmentation.unsupervised import (
+    MinMax,
+    UnsupervisedSegmentation,
+    check_threshold,
+    merged_maps_of_images,
+    unsupervised_segmentation,
+)
 from seg4diff_jax.text import (
     ClassPrompts,
     TextConditioning,
@@ -116,30 +122,62 @@ class Pipeline:
           ValueError: class names, block, step, seed, size, resize or noise are not usable; the message says why.
           FloatingPointError: the model gave scores that are not finite: damaged weights or inputs.
         """
-        single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
-        images: list[Any] = [image] if single else list(image)  # pyright: ignore
+        images, single = listed(image)
         lists: list[Any] = [classes] if single else list(classes)
         if len(images) != len(lists):
             raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
-        block = self._block(block)
-        sigma = self._sigma(step)
+        block, sigma = self._block(block), self._sigma(step)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
-        pixels = [read_image(item) for item in images]
-        sizes = [self._model_size(item.shape[:2], size, resize) for item in pixels]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, wanted in enumerate(sizes):
-            groups[wanted].append(index)
         results: dict[int, Segmentation] = {}
-        for wanted, members in groups.items():
-            batch = self._pixels([pixels[i] for i in members], wanted, resize)
-            eps = self._noise(noise, members, len(images), wanted, seed)
-            scores = self._scores(batch, [prompts[i] for i in members], eps, sigma, block, kernel)
-            if not all(np.isfinite(grid).all() for grid in scores):
-                raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
-            for i, grid in zip(members, scores, strict=True):
-                labels = upsampled_labels(grid, pixels[i].shape[:2])
-                results[i] = Segmentation(labels, grid, prompts[i].classes, prompts[i].prompts)
-        ordered = [results[i] for i in range(len(images))]
+        for group in self._view.groups(images, noise, seed, size, resize):
+            asked = [prompts[place] for place in group.places]
+            scores = self._scores(group.pixels, asked, group.noise, sigma, block, kernel)
+            for place, own_size, grid in zip(group.places, group.own_sizes, scores, strict=True):
+                labels = upsampled_labels(_finite(grid, block), own_size)
+                results[place] = Segmentation(labels, grid, prompts[place].classes, prompts[place].prompts)
+        ordered = [results[place] for place in range(len(images))]
+        return ordered[0] if single else ordered
+
+    @overload
+    def segment_unsupervised(self, image: ImageInput, **options: Any) -> UnsupervisedSegmentation: ...
+    @overload
+    def segment_unsupervised(self, image: Sequence[ImageInput], **options: Any) -> list[UnsupervisedSegmentation]: ...
+    def segment_unsupervised(  # pyright: ignore[reportInconsistentOverload]
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        *,
+        threshold: float | None = None,
+        minmax: MinMax = "pixel",
+        block: int | None = None,
+        step: int | None = None,
+        seed: int = 0,
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
+        size: tuple[int, int] | None = None,
+        resize: Resize = "aspect",
+        kernel: Kernel | None = None,
+    ) -> UnsupervisedSegmentation | list[UnsupervisedSegmentation]:
+        """Masks without names: the attention to an empty prompt's tokens, like maps merged (Seg4Diff, section 3).
+
+        Args:
+          threshold: maps merge that diverge by less; larger, fewer segments. Default: `MERGE_THRESHOLDS` of `minmax`.
+          minmax: what maps are brought to 0..1 over, see `segmentation.unsupervised.MinMax`.
+          image and all others: as for `segment`.
+
+        Raises:
+          ImageError, ValueError, FloatingPointError: as `segment` does; ValueError too for threshold and minmax.
+        """
+        images, single = listed(image)
+        threshold, block, sigma = check_threshold(threshold, minmax), self._block(block), self._sigma(step)
+        results: dict[int, UnsupervisedSegmentation] = {}
+        for group in self._view.groups(images, noise, seed, size, resize):
+            attention = self.empty_prompt_attention(group.pixels, group.noise, sigma, block, kernel)
+            with self.settings():
+                merged, counts = merged_maps_of_images(attention, threshold, minmax)
+            maps, counts = np.asarray(merged), np.asarray(counts)
+            grids = _finite(maps, block).reshape(*maps.shape[:2], *group.grid)
+            for place, own_size, grid, count in zip(group.places, group.own_sizes, grids, counts, strict=True):
+                results[place] = unsupervised_segmentation(grid, int(count), own_size)
+        ordered = [results[place] for place in range(len(images))]
         return ordered[0] if single else ordered
 
     def attention(
@@ -166,9 +204,9 @@ class Pipeline:
         """
         request = request or AttentionRequest(text_tokens=(0, self.tokenizers.clip_l.model_max_length))
         pixels = read_image(image)
-        wanted = self._model_size(pixels.shape[:2], size, resize)
-        eps = self._noise(noise, [0], 1, wanted, seed)
-        inputs = self._pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
+        wanted = self._view.size(pixels.shape[:2], size, resize)
+        eps = self._view.noise(noise, [0], 1, wanted, seed)
+        inputs = self._view.pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self.zero_tokens)
         with self.settings():
             return read_attention(self.transformer, self.vae, *inputs, sigma, *how)
@@ -204,8 +242,8 @@ class Pipeline:
             loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
             raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
         prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
-        wanted = self._model_size((0, 0), size, "square")
-        eps = self._noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
+        wanted = self._view.size((0, 0), size, "square")
+        eps = self._view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
         levels = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
         if not prompts:
             return []
@@ -222,9 +260,9 @@ class Pipeline:
         self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
     ) -> Float[Array, "batch rows columns channels"]:
         """Clean latents of images, each resampled to `size` (height, width)."""
-        wanted = self._model_size((0, 0), size, resize)
+        wanted = self._view.size((0, 0), size, resize)
         with self.settings():
-            return image_latents(self.vae, self._pixels([read_image(image) for image in images], wanted, resize))
+            return image_latents(self.vae, self._view.pixels([read_image(image) for image in images], wanted, resize))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
         """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
@@ -250,6 +288,24 @@ class Pipeline:
         for prompt in list(self._conditioning)[:-REMEMBERED]:
             del self._conditioning[prompt]
         return stacked
+
+    def empty_prompt_attention(
+        self,
+        pixels: Float[np.ndarray, "images height width 3"],
+        noise: Float[Array, "images rows columns channels"],
+        sigma: float,
+        block: int,
+        kernel: Kernel | None = None,
+    ) -> Float[Array, "images image_tokens text_tokens"]:
+        """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
+        tokens = (0, self.tokenizers.clip_l.model_max_length)
+        request = AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens)
+        inputs = self._spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
+        how = ((block,), request, kernel, self.zero_tokens)
+        with self.settings():
+            record = read_attention(self.transformer, self.vae, *inputs, jnp.float32(sigma), *how)[block]
+        assert record.probs is not None
+        return record.probs
 
     def _scores(
         self,
@@ -316,38 +372,17 @@ class Pipeline:
         """How many equal tokens end every context: the zeros that stand for an absent T5, as many as a prompt has."""
         return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 
-    def _model_size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
-        if how not in get_args(Resize):
-            raise ValueError(f"resize is {how!r}; expected one of {', '.join(get_args(Resize))}")
-        limits = size_limits(self.transformer.config, self.vae.config)
-        if size is None and how == "aspect":
-            return model_size(*image, trained=self.trained_size, **limits)
-        return check_size((self.trained_size, self.trained_size) if size is None else size, **limits)
+    @property
+    def _view(self) -> ModelView:
+        vae = self.vae.config
+        limits = size_limits(self.transformer.config, vae)
+        return ModelView(self.trained_size, **limits, downsampling=vae.downsampling, channels=vae.latent_channels)
 
-    def _pixels(
-        self, images: list[np.ndarray], size: tuple[int, int], how: Resize
-    ) -> Float[np.ndarray, "batch height width 3"]:
-        return np.stack([to_model_range(resize(image, size, how)) for image in images])
 
-    def _noise(
-        self,
-        noise: Shaped[np.ndarray, "*shape"] | None,
-        members: list[int],
-        images: int,
-        size: tuple[int, int],
-        seed: int,
-    ) -> Float[Array, "batch rows columns channels"]:
-        """Noise of those `members` of a list of images that are seen at `size`."""
-        factor = self.vae.config.downsampling
-        shape = (size[0] // factor, size[1] // factor, self.vae.config.latent_channels)
-        if noise is None:
-            return image_noise(seed, members, shape)
-        noise = np.asarray(noise)
-        if noise.shape not in (shape, (images, *shape)):
-            raise ValueError(f"noise is {list(noise.shape)}; expected {list(shape)} or {[images, *shape]}")
-        if not np.isfinite(noise).all():
-            raise ValueError("noise has values that are not finite; expected standard normal numbers")
-        return jnp.broadcast_to(jnp.asarray(noise, jnp.float32), (images, *shape))[np.asarray(members)]
+def _finite(maps: Float[np.ndarray, "*shape"], block: int) -> Float[np.ndarray, "*shape"]:
+    if not np.isfinite(maps).all():
+        raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
+    return maps
 
 
 @partial(jax.jit, static_argnames=("joint_dim",))

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, str] = {
     "images": "",
     "compilation": "",
     "text": "models",
-    "pipeline": "flow generation images masks models parallel segmentation text",
+    "batching": "flow images",
+    "pipeline": "batching flow generation images masks models parallel segmentation text",
     # Checkpoints, and what reads or writes them.
     "convert": "flow models segmentation text",
     "loading": "compilation convert flow images models parallel pipeline text",

@@ -160,7 +160,8 @@ def merged_maps_of_images(
     attention: Float[Array, "images image tokens"], threshold: Float[Array, ""] | float, minmax: MinMax
 ) -> tuple[Float[Array, "images tokens image"], Int[Array, " images"]]:
     """`merged_maps` of each image, and how many are segments."""
-    return tuple(jax.vmap(lambda one: merged_maps(one, threshold=threshold, minmax=minmax))(attention))
+    segments = jax.vmap(lambda one: merged_maps(one, threshold=threshold, minmax=minmax))(attention)
+    return segments.maps, segments.count
 
 
 def unsupervised_segmentation(

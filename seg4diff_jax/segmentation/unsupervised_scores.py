@@ -128,7 +128,7 @@ def match_present(
     counted: Int[np.ndarray, "classes most"],
 ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
     """Match the classes that occur with the segments that hold a labelled pixel: classes, and the segment of each."""
-    owners, segments = counted.any(axis=1).nonzero()[0], counted.any(axis=0).nonzero()[0]
+    owners, segments = np.flatnonzero(counted.any(axis=1)), np.flatnonzero(counted.any(axis=0))
     rows, columns = linear_sum_assignment(counted[np.ix_(owners, segments)], maximize=True)
     return owners[rows], segments[columns]
 
@@ -138,7 +138,7 @@ def released_matrix(unit: Integer[np.ndarray, "classes_and_ignored most"]) -> In
 
     Segments on ignored pixels occur too: columns of zeros also decide how SciPy breaks ties.
     """
-    occurring = 1 + int(unit.any(axis=0).nonzero()[0].max())
+    occurring = 1 + int(np.flatnonzero(unit.any(axis=0)).max())
     matrix = np.zeros((len(unit) - 1, max(len(unit) - 1, occurring)), np.int64)
     matrix[:, :occurring] = unit[:-1, :occurring]
     return matrix

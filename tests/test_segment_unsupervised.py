@@ -1,0 +1,131 @@
+"""Masks without names from an image: the attention is PyTorch's, the rest that of plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import seg4diff_jax as s4d
+from seg4diff_jax.flow import image_noise
+from seg4diff_jax.images import ImageError
+from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+from tests.reference import unsupervised as reference
+from tests.reference.inputs import BLOCK, SIZE, VARIED, a_noise, an_image
+from tests.reference.random_weights import relative_error
+from tests.reference.release import Release, as_they_are
+from tests.test_unsupervised import thresholds_between
+
+IMAGE, NOISE = an_image(*SIZE), a_noise(*SIZE)
+GRID = (SIZE[0] // 16, SIZE[1] // 16)
+
+
+@pytest.fixture(scope="module")
+def columns(sd3_checkpoint) -> np.ndarray:
+    """PyTorch's image-to-text attention under an empty prompt, [image, 77]."""
+    release = Release(sd3_checkpoint)
+    noisy, timestep = release._noisy_latents(as_they_are(IMAGE), NOISE, 8)
+    return release._image_to_text(noisy, timestep, "", VARIED).detach().numpy()
+
+
+@pytest.mark.parametrize("minmax", ["pixel", "token"])
+def test_segments_are_those_of_pytorchs_attention_and_plain_loops(sd3, columns, minmax):
+    counts = []
+    for threshold in thresholds_between(columns, minmax, 3):
+        ours = sd3.segment_unsupervised(IMAGE, block=VARIED, noise=NOISE, size=SIZE, threshold=threshold, minmax=minmax)
+        expected = reference.merged(columns, threshold, minmax)
+        assert ours.segments == len(expected)
+        assert relative_error(ours.maps.reshape(ours.segments, -1), expected) <= 1e-5
+        np.testing.assert_array_equal(ours.labels, reference.labels_of(ours.maps, GRID, SIZE))
+        assert ours.labels.dtype == np.int32
+        assert ours.maps.shape == (ours.segments, *GRID)
+        counts.append(ours.segments)
+    assert max(counts) > 5
+    assert min(counts) == 1
+
+
+def test_the_default_threshold_is_that_of_the_normalisation(sd3):
+    knowing = dataclasses.replace(sd3, expert_block=VARIED)
+    for minmax, threshold in MERGE_THRESHOLDS.items():
+        ours = knowing.segment_unsupervised(IMAGE, minmax=minmax)
+        expected = sd3.segment_unsupervised(IMAGE, minmax=minmax, threshold=threshold, block=VARIED, step=8)
+        np.testing.assert_array_equal(ours.maps, expected.maps)
+        np.testing.assert_array_equal(ours.labels, expected.labels)
+
+
+def test_a_list_of_images_of_many_sizes_has_the_segments_of_each_alone(sd3):
+    images = [IMAGE, an_image(150, 100, 2), an_image(84, 108, 3)]
+    together = sd3.segment_unsupervised(images, block=VARIED, seed=5, threshold=0.02)
+    assert [one.labels.shape for one in together] == [image.shape[:2] for image in images]
+    for place, (image, ours) in enumerate(zip(images, together, strict=True)):
+        rows, columns = ours.maps.shape[1:]
+        noise = np.asarray(image_noise(5, [place], (2 * rows, 2 * columns, 16)))[0]
+        alone = sd3.segment_unsupervised(image, block=VARIED, noise=noise, threshold=0.02)
+        assert ours.segments == alone.segments
+        assert relative_error(ours.maps, alone.maps) <= 1e-5
+        assert np.mean(ours.labels != alone.labels) <= 1e-3
+    assert sd3.segment_unsupervised([], block=VARIED) == []
+
+
+def test_an_image_may_be_a_path_a_picture_or_an_array(sd3, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    expected = sd3.segment_unsupervised(IMAGE, block=VARIED)
+    for image in (tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(IMAGE)):
+        np.testing.assert_array_equal(sd3.segment_unsupervised(image, block=VARIED).labels, expected.labels)
+
+
+def test_another_threshold_image_seed_or_number_of_segments_compiles_nothing(sd3):
+    compilations, counts = [], []
+
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for number, threshold in enumerate((1.0, 1e-9, 0.01, 0.02)):
+        found = sd3.segment_unsupervised(an_image(*SIZE, number), block=VARIED, threshold=threshold, seed=number)
+        counts.append(found.segments)
+        if number == 0:
+            compilations.clear()
+    assert len(set(counts)) > 2
+    assert not compilations
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0}, "threshold is 0; expected a number above 0"),
+        ({"threshold": "0.1"}, "threshold is '0.1'; expected a number above 0"),
+        ({"minmax": "row"}, "minmax is 'row'; expected one of pixel, token"),
+        ({"block": 6}, "block is 6; the loaded transformer has blocks"),
+        ({"step": 29}, "step is 29"),
+        ({"seed": -1}, "seed is -1"),
+        ({"size": (64, 90)}, "size is 64 x 90; sides must be multiples of 16"),
+        ({"noise": np.zeros((2, 2, 16), np.float32)}, r"noise is \[2, 2, 16\]"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(sd3, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users: types are checked in tests only
+    with pytest.raises(ValueError, match=message):
+        sd3.segment_unsupervised(IMAGE, **{"block": VARIED} | options)
+
+
+def test_what_cannot_be_segmented_is_told(sd3, tmp_path):
+    with pytest.raises(ValueError, match="does not say which block segments best"):
+        sd3.segment_unsupervised(IMAGE)
+    with pytest.raises(ImageError, match=r"absent\.png: no such file"):
+        sd3.segment_unsupervised(tmp_path / "absent.png", block=VARIED)
+    graph, state = nnx.split(sd3.vae)
+    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        dataclasses.replace(sd3, vae=damaged).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE)
+
+
+def test_the_result_can_be_imported_from_the_package():
+    assert s4d.UnsupervisedSegmentation.__name__ in s4d.__all__
