@@ -245,10 +245,14 @@ class ClassPrompts:
         return weights
 
 
-def class_prompts(tokenizers: Tokenizers, names: Sequence[str]) -> ClassPrompts:
+def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool = False) -> ClassPrompts:
     """Pack class names, whole and in order, into as few prompts as they need, balanced (see `balanced_groups`).
 
     Names in a prompt are joined by one space. Packing is by CLIP's tokens: only its columns are read for masks.
+
+    Args:
+      repeats: classes may share a name, as in the release, which cuts `wall-brick` to `wall`: each has a place of its
+        own.
 
     Raises:
       TypeError: `names` is one string.
@@ -257,7 +261,7 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str]) -> ClassPrompts:
     """
     if not isinstance(names, str | Sequence):
         raise TypeError(f"expected a list of class names, in order, found a {type(names).__name__}")
-    counts = [len(ids) for ids in _name_ids(tokenizers.clip_l, names)]
+    counts = [len(ids) for ids in _name_ids(tokenizers.clip_l, names, repeats)]
     length = tokenizers.clip_l.model_max_length
     room = length - 2  # the start and the end token
     for name, count in zip(names, counts, strict=True):
@@ -266,7 +270,7 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str]) -> ClassPrompts:
     prompts, prompt_of_class, spans = [], [], []
     for number, run in enumerate(balanced_groups(counts, room)):
         group = names[run]
-        spans_l, spans_g = token_spans(tokenizers.clip_l, group), token_spans(tokenizers.clip_g, group)
+        spans_l, spans_g = (token_spans(each, group, repeats=repeats) for each in tokenizers[:2])
         for name, span, span_g in zip(group, spans_l, spans_g, strict=True):
             if span != span_g:
                 raise ValueError(
@@ -304,19 +308,22 @@ def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
     return fill(high)
 
 
-def token_spans(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[TokenSpan, ...]:
+def token_spans(tokenizer: Tokenizer, names: Sequence[str], *, repeats: bool = False) -> tuple[TokenSpan, ...]:
     """Where each name's tokens are in the prompt that joins the names by one space.
 
     A span is as long as the name alone has tokens, the spans follow one another, and the first begins at token 1, after
     the start token (Seg4Diff). The prompt is tokenized too: CLIP's tokenizer never joins what a space separates, but
     a token that was added to a vocabulary may hold a space. The prompt is not compared with the tokenizer's length.
 
+    Args:
+      repeats: a name may come more than once.
+
     Raises:
       TypeError: `names` is one string.
       ValueError: there is no name; one is blank, repeated (as the tokenizer sees it: `Cat` repeats `cat`), or holds
         a special token; or the prompt's tokens are not the names' own, one after the other.
     """
-    ids = _name_ids(tokenizer, names)
+    ids = _name_ids(tokenizer, names, repeats)
     starts = np.cumsum([1, *map(len, ids)]).tolist()
     spans = tuple(map(TokenSpan, starts[:-1], starts[1:]))
     prompt = " ".join(names)
@@ -331,7 +338,7 @@ def token_spans(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[TokenSpan, 
     return spans
 
 
-def _name_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[list[int]]:
+def _name_ids(tokenizer: Tokenizer, names: Sequence[str], repeats: bool = False) -> list[list[int]]:
     """Each name's own token ids; refuses names that have no place of their own in a prompt."""
     if isinstance(names, str):
         raise TypeError(f"expected a list of class names, found the string {names!r}; write [{names!r}]")
@@ -348,7 +355,7 @@ def _name_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[list[int]]:
             raise ValueError(f"class name {index} is blank ({name!r}): expected a word")
         if any(token in ends for token in ids):
             raise ValueError(f"class name {name!r} holds a token that starts or ends a prompt; rename it")
-        if tuple(ids) in seen:
+        if tuple(ids) in seen and not repeats:
             other = seen[tuple(ids)]
             same = "" if other == name else f": to the text encoder it is {other!r}"
             raise ValueError(f"class name {name!r} is repeated{same}; give each class a name of its own")

@@ -4,27 +4,16 @@
     DIR/labels/NAME.png    one channel, as large as the image: line number in classes.txt, from 0; 255 is ignored
     DIR/classes.txt        one class name a line
 
-`seg4diff scenes DIR` writes synthetic scenes in this layout.
+`python -m seg4diff_jax.data.shapes DIR` writes synthetic scenes in this layout.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-
+from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting
 from seg4diff_jax.data.loader import Item
-from seg4diff_jax.images import read_image
 from seg4diff_jax.segmentation.metrics import IGNORED
-
-INDEX_MODES = ("L", "P", "1", "I;16", "I")
-"""Pillow's names for images with one whole number a pixel; of an image with a palette the numbers count."""
-
-
-class FolderError(ValueError):
-    """A folder or one of its files cannot be used; the message names it."""
 
 
 class LabelledFolder:
@@ -54,24 +43,25 @@ class LabelledFolder:
             if path.stem in by_name:
                 raise FolderError(f"{by_name[path.stem]} and {path.name} share one name, and so one label; rename one")
             by_name[path.stem] = path
+        label_files = [self.root / "labels" / f"{path.stem}.png" for path in self.files]
+        self.labels = PngLabels(label_files, listed_ids(len(self.classes), "classes.txt names"))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int, /) -> Item:
-        file = self.files[index]
-        label_file = self.root / "labels" / f"{file.stem}.png"
-        image, labels = read_image(file), read_labels(label_file, len(self.classes))
-        if image.shape[:2] != labels.shape:
-            height, width = labels.shape
-            raise FolderError(
-                f"{label_file} is {height} x {width} pixels and its image {image.shape[0]} x {image.shape[1]}: "
-                "expected one size (height x width, after the rotation that the image's EXIF data asks for)"
-            )
-        return {"image": image, "labels": labels, "name": file.stem}
+        labels = self.labels(index)
+        image = read_fitting(self.files[index], labels.shape, self.labels.place(index))
+        return {"image": image, "labels": labels, "name": self.files[index].stem}
 
     def __repr__(self) -> str:
         return f"LabelledFolder({str(self.root)!r})"
+
+
+def listed_ids(classes: int, names: str) -> IdTable:
+    """Ids that are indices into a list of classes, or 255. `names`: whose list it is, for messages."""
+    expected = f"{names} {classes} classes, so expected 0 to {classes - 1}, or {IGNORED} for what is ignored"
+    return IdTable({**{index: index for index in range(classes)}, IGNORED: IGNORED}, expected)
 
 
 def read_classes(file: Path) -> tuple[str, ...]:
@@ -89,24 +79,3 @@ def read_classes(file: Path) -> tuple[str, ...]:
             problem = f"repeats {name!r}" if name else "is blank"
             raise FolderError(f"{file}, line {index + 1} {problem}: expected a class name of its own on each line")
     return tuple(names)
-
-
-def read_labels(file: Path, classes: int) -> UInt8[np.ndarray, "height width"]:
-    """Class index of every pixel, or 255. Raises FolderError for a file that is absent, damaged or holds others."""
-    try:
-        with Image.open(file) as opened:
-            mode, values = opened.mode, np.asarray(opened)
-    except FileNotFoundError:
-        raise FolderError(f"{file}: no such file; expected the label of the image of that name") from None
-    except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
-        raise FolderError(f"{file}: cannot be read as an image: {error}") from None
-    if mode not in INDEX_MODES:
-        raise FolderError(f"{file} is an image of mode {mode}: expected one channel that holds class indices")
-    values = values.astype(np.int64)
-    outside = values[(values != IGNORED) & ((values < 0) | (values >= classes))]
-    if outside.size:
-        raise FolderError(
-            f"{file}: {outside.size} pixels have the value {int(outside[0])}{' and others' * bool(np.ptp(outside))}; "
-            f"classes.txt names {classes} classes, so expected 0 to {classes - 1}, or {IGNORED} for what is ignored"
-        )
-    return values.astype(np.uint8)

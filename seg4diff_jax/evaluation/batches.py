@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from seg4diff_jax.data.folder import FolderError
+from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import Source
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.images import ImageError, resize, to_model_range
@@ -32,18 +32,21 @@ READERS = 4
 
 
 class Example(NamedTuple):
-    """One image as the model sees it, its labels as they are, and how many pixels of it each class has."""
+    """One image as the model sees it.
+
+    Attributes:
+      labels: at their own size; 255 for what does not count.
+      histogram: how many pixels that count each class has.
+      present: classes that the image is known to show, ascending: those that count, and the background where its name
+        is asked for all the same.
+    """
 
     index: int
     name: str
     pixels: Float[np.ndarray, "rows columns 3"]
     labels: UInt8[np.ndarray, "height width"]
     histogram: Int[np.ndarray, " classes"]
-
-    @property
-    def present(self) -> tuple[int, ...]:
-        """Classes that the label holds, ascending."""
-        return tuple(np.flatnonzero(self.histogram).tolist())
+    present: tuple[int, ...]
 
 
 class PromptRows(NamedTuple):
@@ -96,8 +99,14 @@ class Reader:
         """Raises ImageError or FolderError when the image or its label is not usable."""
         item = self.benchmark.source[index]
         pixels = to_model_range(resize(item["image"], self.size, "square"))
-        histogram = np.bincount(item["labels"].ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
-        return Example(index, item["name"], pixels, item["labels"], histogram)
+        labels, (background, rule) = item["labels"], (self.benchmark.background, self.benchmark.rule)
+        histogram = np.bincount(labels.ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
+        present = histogram > 0
+        if background is not None and rule != "scored":
+            labels = np.where(labels == background, np.uint8(IGNORED), labels)
+            histogram[background] = 0
+            present[background] &= rule == "asked"
+        return Example(index, item["name"], pixels, labels, histogram, tuple(np.flatnonzero(present).tolist()))
 
     def __iter__(self) -> Iterator[Example]:
         for number, future in ahead_of(self.benchmark.source, self.example, self.ahead):
@@ -109,7 +118,7 @@ class Reader:
                     raise type(error)(f"image {number + 1} of {len(self.benchmark.source)}: {error} ({hint})") from None
                 self.skipped.append(str(error))
                 continue
-            if example.present:
+            if example.histogram.any():
                 yield example
             else:
                 self.unlabelled.append(example.name)
@@ -131,14 +140,19 @@ def ahead_of(source: Source, read: Callable[[int], Example], ahead: int) -> Iter
 
 
 class PresentClasses:
-    """The paper's protocol: an image is asked for the names of the classes that its label holds, and no others."""
+    """The paper's protocol: an image is asked for the names of the classes that its label holds, and no others.
+
+    Args:
+      names: what each class is called.
+      repeats: classes may share a name, and are then told apart by its places in the prompt alone.
+    """
 
     name = "present"
 
-    def __init__(self, tokenizers: Tokenizers, classes: Sequence[str]):
+    def __init__(self, tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool = False):
         @lru_cache(4096)
         def prompts(present: tuple[int, ...]) -> ClassPrompts:
-            return class_prompts(tokenizers, [classes[index] for index in present])
+            return class_prompts(tokenizers, [names[index] for index in present], repeats=repeats)
 
         self._prompts = prompts
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.labelled import published_kind, published_split
 from seg4diff_jax.data.loader import Source
+from seg4diff_jax.data.names import Background, Spelling, spelled
+from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
+from seg4diff_jax.evaluation.options import Data
+
+SCENE_SPLITS = ("test", "validation", "train")
+OTHERS = ("tfds", "folder", "scenes")
+"""What can be scored besides the published sets."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,9 @@ class Benchmark:
       source: items with `image`, `labels` and `name`.
       groups: classes whose mean IoU is reported apart.
       where: where the images lie.
+      split, kind: which part of the set and which of its labels, where it has several.
+      background: index of the class that stands for all others; `rule` says what becomes of it.
+      names: how prompts spell the classes.
     """
 
     name: str
@@ -30,6 +41,91 @@ class Benchmark:
     source: Source
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     where: str = ""
+    split: str = ""
+    kind: str = ""
+    background: int | None = None
+    rule: Background = "scored"
+    names: Spelling = "own"
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What classes are called in prompts."""
+        return spelled(self.classes, self.names)
+
+
+def open_benchmark(data: Data, scene_size: int) -> Benchmark:
+    """What the options name.
+
+    Args:
+      scene_size: side of synthetic scenes in pixels.
+
+    Raises:
+      FolderError: something is not where it should be, or not as described.
+      ValueError: an option is not usable with what is named.
+    """
+    name = data.name or ("folder" if data.root else "scenes")
+    if name not in (*SETS, *OTHERS):
+        raise ValueError(f"data.name is {name!r}: expected one of {', '.join((*SETS, *OTHERS))}")
+    if name == "scenes":
+        if data.root:
+            raise ValueError(f"data.root is {data.root!r}, but scenes lie in the user's cache: leave it out")
+        split = published_split(data.split, SCENE_SPLITS, "the synthetic world")
+        published_kind(data.labels, (), name)
+        benchmark = scenes_benchmark(data.scenes, scene_size, split)
+    elif not data.root:
+        layout = SETS[name].layout if name in SETS else "images/, labels/ and classes.txt, or a prepared set"
+        raise ValueError(f"data.name is {name!r}, but there is no data.root: give the directory with {layout}")
+    elif name == "folder":
+        if data.split:
+            raise ValueError(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
+        published_kind(data.labels, (), name)
+        benchmark = folder_benchmark(data.root)
+    elif name == "tfds":
+        benchmark = prepared_benchmark(data.root, data.split, data.labels)
+    else:
+        benchmark = published_benchmark(name, data.root, data.split, data.labels)
+    if data.background and benchmark.background is None:
+        having = ", ".join(each for each, one in SETS.items() if one.background is not None)
+        raise ValueError(f"data.background is {data.background!r}, but {name} has no background class; {having} have")
+    benchmark = replace(benchmark, rule=data.background or benchmark.rule, names=data.names)
+    _ = benchmark.prompts  # names that cannot be told apart are found before weights are read
+    return benchmark
+
+
+def published_benchmark(name: str, root: str | Path, split: str | None = None, kind: str | None = None) -> Benchmark:
+    """A set of `data.sets` in the layout in which it is handed out.
+
+    Raises FolderError when something is not where it should be, ValueError for a split or labels that it has not.
+    """
+    published = SETS[name]
+    source = published.open(root, split, kind)
+    return Benchmark(
+        name,
+        published.classes,
+        source,
+        published.groups,
+        f"{name} {source.split} in {root}",
+        split=source.split,
+        kind=source.kind,
+        background=published.background,
+        rule=published.rule,
+    )
+
+
+def prepared_benchmark(root: str | Path, split: str | None = None, kind: str | None = None) -> Benchmark:
+    """A set that tensorflow-datasets has prepared. Raises FolderError or ValueError when it cannot be used."""
+    from seg4diff_jax.data.tfds_source import PreparedSet
+
+    source = PreparedSet(root, split, kind)
+    return Benchmark(
+        source.name,
+        source.classes,
+        source,
+        {},
+        f"{source.name} {source.split} in {source.root}",
+        split=source.split,
+        kind=source.kind,
+    )
 
 
 def folder_benchmark(root: str | Path, name: str | None = None) -> Benchmark:

@@ -72,7 +72,11 @@ def run(options: Options) -> None:
         evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance)
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
-    resolved = replace(options, out=str(out), **known)
+    chosen = {"split": benchmark.split, "labels": benchmark.kind}
+    if benchmark.background is not None:
+        chosen["background"] = benchmark.rule
+    data = replace(options.data, **{name: value for name, value in chosen.items() if value})
+    resolved = replace(options, data=data, out=str(out), **known)
     seconds = {"loading": loading, **evaluation.seconds}
     with console.status("drawing"):
         write(out, evaluation, benchmark, asdict(resolved), seconds)
@@ -92,7 +96,7 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
     Raises ValueError when one is not usable; the message says why.
     """
     from convert.components import parse_config
-    from seg4diff_jax.evaluation.benchmarks import folder_benchmark, scenes_benchmark
+    from seg4diff_jax.evaluation.benchmarks import open_benchmark
     from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.run import Settings
     from seg4diff_jax.loading import load, open_for_masks
@@ -116,8 +120,7 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
         batch_size=options.batch_size or max(1, BATCH_TOKENS // tokens),
         skip_unreadable=options.skip_unreadable,
     )
-    data, size = options.data, source.trained_size
-    benchmark = folder_benchmark(data.root) if data.root else scenes_benchmark(data.scenes, size, data.split)
+    benchmark = open_benchmark(options.data, source.trained_size)
     pipe = load(options.model, dtype=options.dtype, blocks=max(settings.blocks) + 1)
     return pipe, benchmark, settings
 

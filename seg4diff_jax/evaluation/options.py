@@ -8,6 +8,8 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from seg4diff_jax.data.names import Background, Spelling
+
 Numbers = int | str | list[int]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 STEPS = range(1, 29)
@@ -19,9 +21,13 @@ BATCH_TOKENS = 16384
 class Data:
     """Which images."""
 
+    name: str | None = None
     root: str | None = None
+    split: str | None = None
+    labels: str | None = None
+    names: Spelling = "own"
+    background: Background | None = None
     scenes: int = 500
-    split: Literal["train", "validation", "test"] = "test"
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,25 @@ class Options:
 
 HELP = {
     "model": "miniature (once trained: docs/miniature.md), a directory, a single file, or a Hub id",
-    "data.root": "folder with images/, labels/ and classes.txt; default: held-out synthetic scenes",
+    "data.name": (
+        "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, tfds, "
+        "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
+    ),
+    "data.root": "directory with the set as it is handed out; of a folder: with images/, labels/ and classes.txt",
+    "data.split": "part of the set; default: the one that results are reported on",
+    "data.labels": (
+        "which labels, where a set has several: SegmentationClass or SegmentationClassAug, stuffthingmaps or panoptic, "
+        "labelIds or labelTrainIds; of tfds the field; default: the first that is there"
+    ),
+    "data.names": (
+        "how prompts spell classes: own, as the set does; readable, `dining table`, without suffixes; release, cut at "
+        "the first '-'"
+    ),
+    "data.background": (
+        "of voc21, context60 and coco-object: scored as a class, ignored, or asked for without being scored, as the "
+        "release does with coco-object; default: the set's rule"
+    ),
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
-    "data.split": "of the synthetic scenes; they share none",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
     "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
     "seeds": "of the noise; a pass each, averaged in the tables",

@@ -91,7 +91,7 @@ def evaluate(
     """
     size = (pipe.trained_size, pipe.trained_size)
     reader = Reader(benchmark, size, skip_unreadable=settings.skip_unreadable, ahead=2 * settings.batch_size)
-    asked = PresentClasses(pipe.tokenizers, benchmark.classes)
+    asked = PresentClasses(pipe.tokenizers, benchmark.prompts, repeats=benchmark.names == "release")
     counting = ZeroShot(
         pipe, len(benchmark.classes), blocks=settings.blocks, steps=settings.steps, seeds=settings.seeds
     )
@@ -109,7 +109,9 @@ def evaluate(
         raise ValueError(f"{benchmark.where}: no image is left to score: {_left_out(reader)}")
     seconds = {"compiling": compilation.seconds, "running": total - compilation.seconds}
     each = seconds["running"] / len(counting.passes)
-    common = {"dataset": benchmark.name, "protocol": PROTOCOL, "prompts": asked.name}
+    common = {"dataset": benchmark.name, "split": benchmark.split or None, "labels": benchmark.kind or None}
+    common |= {"background": None if benchmark.background is None else benchmark.rule}
+    common |= {"protocol": PROTOCOL, "prompts": asked.name, "names": benchmark.names}
     common |= {"images": len(seen), "seconds": round(each, 3), "images_per_second": round(len(seen) / each, 2)}
     rows = [
         {**common, "block": block, "step": one.step, "seed": one.seed, **metrics(totals[one][place], benchmark)}

@@ -1,0 +1,158 @@
+"""COCO 2017 with labels for every pixel, as it is handed out: COCO-Stuff's maps or the panoptic ones.
+
+val2017/000000000139.jpg                          or images/val2017/...
+stuffthingmaps/val2017/000000000139.png           category id - 1; 255 unlabelled
+annotations/panoptic_val2017.json                 which category each segment is of
+annotations/panoptic_val2017/000000000139.png     segment id = red + 256 green + 65536 blue; 0 unlabelled
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from seg4diff_jax.data.coco_categories import CATEGORIES, MERGED, SUPERCATEGORIES
+from seg4diff_jax.data.labelled import (
+    FolderError,
+    IdTable,
+    LabelledImages,
+    Labels,
+    PngLabels,
+    first_of,
+    images_in,
+    published_kind,
+    published_split,
+    read_stored,
+)
+from seg4diff_jax.segmentation.metrics import IGNORED
+
+UNLABELLED = 0
+"""Stands among category ids for what nobody labelled."""
+BACKGROUND = 0
+"""Index of what is no thing where that is a class: before the 80 things."""
+THINGS = tuple(category.name for category in CATEGORIES if category.thing)
+OBJECT_CLASSES = ("background", *THINGS)
+STUFF27_CLASSES = tuple(SUPERCATEGORIES)
+"""12 of things, then 15 of stuffs."""
+CLASSES = tuple(category.name for category in CATEGORIES)
+GROUPS = {"things": range(len(THINGS)), "stuffs": range(len(THINGS), len(CLASSES))}
+STUFF27_GROUPS = {"things": range(12), "stuffs": range(12, len(STUFF27_CLASSES))}
+
+
+def _ids(class_of: Mapping[str, int]) -> dict[int, int]:
+    """Class of each category id, the merged ones of panoptic labels too, from the class of each category's name."""
+    named = {category.id: class_of[category.name] for category in CATEGORIES}
+    return {UNLABELLED: IGNORED, **named, **{number: class_of[name] for number, name in MERGED.items()}}
+
+
+IDS = _ids({name: index for index, name in enumerate(CLASSES)})
+OBJECT_IDS = _ids({each.name: THINGS.index(each.name) + 1 if each.thing else BACKGROUND for each in CATEGORIES})
+STUFF27_IDS = _ids({category.name: STUFF27_CLASSES.index(category.supercategory) for category in CATEGORIES})
+
+SPLITS = ("val", "train")
+KINDS = ("stuffthingmaps", "panoptic")
+
+
+def _origin(year: str) -> str:
+    return (
+        f"COCO 2017 with {year}/ ({year}.zip of the COCO page) and either stuffthingmaps/{year}/ "
+        f"(stuffthingmaps_trainval2017.zip of the COCO-Stuff page) or annotations/panoptic_{year}/ and its .json "
+        "(panoptic_annotations_trainval2017.zip of the COCO page)"
+    )
+
+
+ORIGIN = _origin("val2017")
+
+
+@dataclass(frozen=True)
+class PanopticLabels:
+    """Labels that number the segments of each image, and whose categories are listed apart.
+
+    Attributes:
+      segments: for each image its segments: number and category id; None where they are not listed.
+      listing: the file that lists them.
+    """
+
+    files: list[Path]
+    segments: list[Int[np.ndarray, "_ 2"] | None]
+    listing: Path
+    classes: IdTable
+
+    def __call__(self, index: int, /) -> UInt8[np.ndarray, "height width"]:
+        known = self.segments[index]
+        if known is None:
+            raise FolderError(f"{self.listing} lists no segments of {self.files[index].name}: expected every image's")
+        numbers, place = np.unique(_segment_numbers(self.files[index]), return_inverse=True)
+        category = {0: UNLABELLED, **dict(known.tolist())}
+        if unknown := [number for number in numbers.tolist() if number not in category]:
+            raise FolderError(f"{self.place(index)}: segment {unknown[0]} is not listed in {self.listing}")
+        ids = np.array([category[number] for number in numbers.tolist()])
+        return self.classes(ids[place.reshape(-1)].reshape(place.shape), self.place(index))
+
+    def place(self, index: int, /) -> str:
+        return str(self.files[index])
+
+
+def _segment_numbers(file: Path) -> Int[np.ndarray, "height width"]:
+    mode, pixels = read_stored(file, str(file))
+    if mode != "RGB":
+        raise FolderError(f"{file} is an image of mode {mode}: expected RGB, which holds the numbers of segments")
+    return pixels.astype(np.int64) @ np.array([1, 256, 65536])
+
+
+def read_coco(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
+    """The images of a split in alphabetical order.
+
+    Args:
+      root: the directory that holds val2017, or images/val2017, and the labels.
+      kind: stuffthingmaps or panoptic. Default: the first that is there. Panoptic labels tell 133 of the 171
+        categories apart: `coco_categories.MERGED`.
+      ids: class of each category id, and of `UNLABELLED`.
+
+    Raises FolderError when something is not where it should be or not as described, ValueError for another split or
+    kind.
+    """
+    split = published_split(split, SPLITS, "COCO 2017")
+    kind = published_kind(kind, KINDS, "COCO 2017")
+    year = f"{split}2017"
+    origin = _origin(year)
+    homes = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
+    places = {
+        "stuffthingmaps": [f"{home}/{year}" for home in homes],
+        "panoptic": [f"annotations/panoptic_{year}", f"panoptic_{year}"],
+    }
+    images = images_in(first_of(root, (f"images/{year}", year), origin), "*.jpg", origin)
+    labels = first_of(root, [place for each in KINDS if kind in (None, each) for place in places[each]], origin)
+    names = [file.stem for file in images]
+    files = [labels / f"{name}.png" for name in names]
+    if labels.name == year:
+        return LabelledImages(names, images, _map_labels(files, ids), split, KINDS[0])
+    listing = first_of(root, [f"{place}.json" for place in places["panoptic"]], origin)
+    table = IdTable(ids, "those are category ids; COCO's panoptic ones are 1 to 90 of things and 92 to 200 of stuffs")
+    panoptic = PanopticLabels(files, _segments(listing, names), listing, table)
+    return LabelledImages(names, images, panoptic, split, KINDS[1])
+
+
+def _map_labels(files: list[Path], ids: Mapping[int, int]) -> Labels:
+    values = {category.id - 1: ids[category.id] for category in CATEGORIES}
+    expected = "COCO-Stuff's values are category ids - 1: 0 to 89 things, 91 to 181 stuffs, and 255 unlabelled"
+    return PngLabels(files, IdTable({**values, 255: ids[UNLABELLED]}, expected))
+
+
+def _segments(listing: Path, names: list[str]) -> list[Int[np.ndarray, "_ 2"] | None]:
+    """For each image its segments: number and category id."""
+    try:
+        with listing.open(encoding="utf-8") as opened:
+            annotations = json.load(opened)["annotations"]
+        found = {}
+        for each in annotations:
+            segments = [(segment["id"], segment["category_id"]) for segment in each["segments_info"]]
+            found[Path(each["file_name"]).stem] = np.array(segments, np.int64).reshape(-1, 2)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{listing} cannot be read: {error!r}; expected COCO's panoptic annotations") from None
+    return [found.get(name) for name in names]

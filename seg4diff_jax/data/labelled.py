@@ -1,0 +1,224 @@
+"""What the readers of labelled images share: files to pixels and labels, published ids to classes, and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image
+
+from seg4diff_jax.data.loader import Item
+from seg4diff_jax.images import ImageError, read_image
+
+INDEX_MODES = ("L", "P", "1", "I;16", "I")
+"""Pillow's names for images with one whole number a pixel; of an image with a palette the numbers count."""
+SYNONYMS = {"validation": "val", "val": "validation", "training": "train", "train": "training"}
+"""Other words for splits."""
+
+
+class FolderError(ValueError):
+    """A folder or one of its files cannot be used; the message names it."""
+
+
+@runtime_checkable
+class Labels(Protocol):
+    """The labels of a set's images, by the image's number."""
+
+    def __call__(self, index: int, /) -> UInt8[np.ndarray, "height width"]:
+        """Class of every pixel, or 255. Raises FolderError when there is no such label or it cannot be used."""
+        ...
+
+    def place(self, index: int, /) -> str:
+        """Where the label is read from, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images and their labels as a random-access source; files are opened when an item is read.
+
+    Items have `image` uint8 [height, width, 3], `labels` uint8 [height, width] (class, or 255) and `name`.
+
+    Attributes:
+      split: the set's own name of the part that this is.
+      kind: which of the labels that a set has are read, where it has several.
+
+    Raises, for an item:
+      FolderError: its label is absent, damaged, of another size, or holds an id that the set does not have.
+      ImageError: its image cannot be read.
+    """
+
+    names: Sequence[str]
+    images: Sequence[Path]
+    labels: Labels
+    split: str = ""
+    kind: str = ""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int, /) -> Item:
+        labels = self.labels(index)
+        image = read_fitting(self.images[index], labels.shape, self.labels.place(index))
+        return {"image": image, "labels": labels, "name": self.names[index]}
+
+
+@dataclass(frozen=True)
+class PngLabels:
+    """Labels that are images of one channel, a file each."""
+
+    files: Sequence[Path]
+    classes: IdTable
+
+    def __call__(self, index: int, /) -> UInt8[np.ndarray, "height width"]:
+        return self.classes(read_values(self.files[index]), self.place(index))
+
+    def place(self, index: int, /) -> str:
+        return str(self.files[index])
+
+
+class IdTable:
+    """Published ids to classes.
+
+    Args:
+      classes: class of each id that may occur, 255 for what is ignored.
+      expected: which ids those are, for messages.
+    """
+
+    def __init__(self, classes: Mapping[int, int], expected: str):
+        self.expected = expected
+        self._class_of = np.full(max(classes) + 1, -1, np.int16)
+        self._class_of[list(classes)] = list(classes.values())
+
+    def __call__(self, ids: Integer[np.ndarray, "*shape"], place: str) -> UInt8[np.ndarray, "*shape"]:
+        """Raises FolderError when another id occurs; the message names `place`."""
+        inside = (ids >= 0) & (ids < len(self._class_of))
+        classes = np.where(inside, self._class_of[np.where(inside, ids, 0)], -1)
+        unknown = ids[classes < 0]
+        if unknown.size:
+            others = " and others" if np.any(unknown != unknown[0]) else ""
+            raise FolderError(f"{place}: {unknown.size} pixels have the value {unknown[0]}{others}; {self.expected}")
+        return classes.astype(np.uint8)
+
+
+def read_values(file: Path | bytes, name: str = "") -> Integer[np.ndarray, "height width"]:
+    """The number that each pixel of a label image holds; no EXIF rotation applies.
+
+    Args:
+      file: a file, or what is in one.
+      name: for messages, if it is no file.
+
+    Raises FolderError when the file is absent or no such image.
+    """
+    name = name or str(file)
+    mode, values = read_stored(file, name)
+    if mode not in INDEX_MODES:
+        raise FolderError(f"{name} is an image of mode {mode}: expected one channel that holds class indices")
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def read_stored(file: Path | bytes, name: str) -> tuple[str, np.ndarray]:
+    """A label image's mode, as Pillow calls it, and its pixels. Raises FolderError when it cannot be read."""
+    try:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            return opened.mode, np.asarray(opened)
+    except FileNotFoundError:
+        raise FolderError(f"{name}: no such file; expected the label of the image of that name") from None
+    except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
+        raise FolderError(f"{name}: cannot be read as an image: {error}") from None
+
+
+def read_fitting(
+    file: Path | bytes, size: tuple[int, ...], label: str, name: str = ""
+) -> UInt8[np.ndarray, "height width 3"]:
+    """An image as large as its label: turned as its EXIF data asks for, unless only the pixels as stored fit.
+
+    Labels of published sets were drawn on either. Where both fit, EXIF counts.
+
+    Args:
+      file: a file, or what is in one.
+      size: height and width of the label.
+      label: where the label is, for messages.
+      name: where the image is, for messages, if that is no file.
+
+    Raises:
+      ImageError: the image cannot be read.
+      FolderError: the label is of another size.
+    """
+    name = name or str(file)
+    image = _pixels(file, name)
+    if image.shape[:2] == size[::-1] != size:
+        stored = _pixels(file, name, as_stored=True)
+        image = stored if stored.shape[:2] == size else image
+    if image.shape[:2] != size:
+        raise FolderError(
+            f"{label} is {size[0]} x {size[1]} pixels and its image {image.shape[0]} x {image.shape[1]} ({name}): "
+            "expected one size (height x width, after the rotation that the image's EXIF data asks for)"
+        )
+    return image
+
+
+def _pixels(file: Path | bytes, name: str, as_stored: bool = False) -> UInt8[np.ndarray, "height width 3"]:
+    if isinstance(file, Path) and not as_stored:
+        return read_image(file)
+    try:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            # An image that is given has no file: its pixels alone have no EXIF data either.
+            return read_image(np.asarray(opened.convert("RGB")) if as_stored else opened)
+    except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
+        raise ImageError(f"{name}: cannot be read as an image: {error}") from None
+
+
+# ---- where things lie -----------------------------------------------------------------------------------------------
+
+
+def first_of(root: str | Path, places: Sequence[str], origin: str) -> Path:
+    """The first of some places under `root` that is there.
+
+    Args:
+      origin: what is expected and where it comes from, for messages.
+
+    Raises FolderError when none is.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise FolderError(f"{root}: no such directory; expected {origin}")
+    for place in places:
+        if (root / place).exists():
+            return root / place
+    raise FolderError(f"{root} holds no {' or '.join(places)}; expected {origin}")
+
+
+def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
+    """Files in alphabetical order of their names. Raises FolderError when there is none."""
+    files = sorted(directory.glob(pattern), key=lambda path: path.name)
+    if not files:
+        raise FolderError(f"{directory} holds no {pattern}; expected {origin}")
+    return files
+
+
+def published_split(split: str | None, splits: Sequence[str], name: str) -> str:
+    """A set's own name of a split: `val` and `validation` are one, and so are `train` and `training`.
+
+    Args:
+      split: default: the first of `splits`.
+
+    Raises ValueError for a split that the set does not have.
+    """
+    for word in (split or splits[0], SYNONYMS.get(split or "", "")):
+        if word in splits:
+            return word
+    raise ValueError(f"data.split is {split!r}: {name} has {', '.join(splits)}")
+
+
+def published_kind(kind: str | None, kinds: Sequence[str], name: str) -> str | None:
+    """Which labels are asked for, None for any. Raises ValueError for those that the set does not have."""
+    if kind is not None and kind not in kinds:
+        has = f"has {' and '.join(kinds)}" if kinds else "has labels of one kind: leave it out"
+        raise ValueError(f"data.labels is {kind!r}: {name} {has}")
+    return kind
