@@ -32,11 +32,11 @@ MAY_IMPORT: dict[str, str] = {
     # Checkpoints, and what reads or writes them.
     "convert": "flow models segmentation text",
     "loading": "compilation convert flow images models parallel pipeline text",
-    "analysis": "convert flow models segmentation text",
+    "analysis": "convert data flow images models pipeline segmentation text",
     "reporting": "pipeline",
     "data": "convert images segmentation",
     "miniature": "data",
-    "training": "analysis compilation convert data flow miniature models parallel segmentation text",
+    "training": "analysis compilation convert data flow generation miniature models parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation")

@@ -19,6 +19,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from flax import nnx
+from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 import seg4diff_jax as s4d
@@ -79,6 +80,8 @@ FLOW_MATCHING = SMALL | {
     "optimizer.learning_rate": 0.01,
     "evaluation.batch_size": 8,
     "evaluation.sigmas": [0.3],
+    "samples.count": 2,
+    "samples.steps": 3,
     "start": None,
 }
 WINDOWS = {"windows.side": 8, "windows.text_tokens": 12}
@@ -193,6 +196,16 @@ def test_the_exported_checkpoint_segments(flow_matching):
     shown = scene("test", 0, 32)
     names = ["ball", "sand"]
     assert pipeline.segment(shown.image, names).labels.shape == shown.labels.shape
+
+
+def test_pictures_of_a_run_are_those_that_its_checkpoint_generates(flow_matching):
+    pipeline = s4d.load(flow_matching / "export")
+    captions = [scene("validation", index, 32).caption for index in range(2)]
+    row = np.asarray(Image.open(flow_matching / "pictures" / "00000030.png")).astype(int)
+    expected = np.concatenate(pipeline.generate(captions, seed=0, steps=3, guidance=4.0), axis=1)
+    other = np.concatenate(pipeline.generate(captions, seed=1, steps=3, guidance=4.0), axis=1)
+    assert np.abs(row - expected).mean() < 1  # the export is in fp16
+    assert np.abs(row - other).mean() > 5
 
 
 def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matching):

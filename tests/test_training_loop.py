@@ -15,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
+from seg4diff_jax.training.logs import STRIP
 from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.state import fresh
@@ -48,6 +50,29 @@ def test_the_loss_falls_and_every_step_is_logged(tmp_path):
     assert rows[0].keys() == {"step", "loss", "error", "gradient_norm", "learning_rate", "images_per_second"}
     assert (tmp_path / "config.yaml").read_text() == "run:\n  steps: 60\n"
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_each_evaluation_leaves_a_row_of_the_sheet_of_pictures(tmp_path):
+    levels = iter([50, 100, 150, 200, 250])
+    task = make_task(pictures=lambda model: np.full((7, 9, 3), next(levels), np.uint8))
+    train(task, make_run(tmp_path), OPTIMIZER)
+    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == [
+        f"{n:08d}.png" for n in (5, 10, 15, 20)
+    ]
+    sheet = np.asarray(Image.open(tmp_path / "pictures.png"))
+    assert sheet.shape == (4 * (7 + STRIP), 9, 3)
+    for number, level in enumerate((50, 100, 150, 200)):
+        assert (sheet[(number + 1) * (7 + STRIP) - 7 : (number + 1) * (7 + STRIP)] == level).all()
+    events = b"".join(file.read_bytes() for file in tmp_path.glob("events.out.tfevents.*"))
+    assert all(file.read_bytes() in events for file in (tmp_path / "pictures").iterdir())
+
+
+def test_pictures_of_a_run_that_was_cut_off_go_when_it_is_resumed(tmp_path):
+    draw = lambda model: np.zeros((4, 4, 3), np.uint8)
+    train(make_task(pictures=draw), make_run(tmp_path, steps=10), OPTIMIZER)
+    (tmp_path / "pictures" / "00000013.png").write_bytes((tmp_path / "pictures" / "00000010.png").read_bytes())
+    train(make_task(pictures=draw), make_run(tmp_path), OPTIMIZER, resume=True)
+    assert sorted(int(path.stem) for path in (tmp_path / "pictures").iterdir()) == [5, 10, 15, 20]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
     options = parser.parse_args(list(arguments))
     flags = {name: options.pop(name) for name in ("resume", "distributed")}
     options.pop("config", None)
-    record = yaml.safe_load(parser.dump(options, skip_none=False))
+    record = yaml.safe_load(parser.dump(options, skip_unset=False))
     values = parser.instantiate(options)
     values.pop("task")
     return Parsed(task, TASKS[task].config(**values), record, **flags)

@@ -10,7 +10,7 @@ states take five times the room of a picture's latents.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,24 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import scene
-from seg4diff_jax.flow import add_noise, logit_normal_sigmas, velocity_loss, velocity_target
+from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_loss, velocity_target
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
-from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers
+from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers, tokenize
 from seg4diff_jax.training.full_captions import FullCaptions, NameFiller
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
+from seg4diff_jax.training.samples import Samples, sample_row
 from seg4diff_jax.training.scenes import (
     SceneConfig,
     caption_ids,
@@ -90,6 +91,7 @@ class FlowMatchingConfig:
       windows: train on windows of the cached scenes instead of whole ones; null: whole scenes.
       full_captions: share of the captions that class names fill up to the prompt's end; needs a cache.
       kernel: of attention; null: by backend and dtype.
+      samples: pictures that are made at each evaluation; null: none.
       inference_shift: of the schedule that the exported checkpoint names.
       dtype: of the computation; trained parameters are fp32.
       export_dtype: of the written weights.
@@ -108,6 +110,7 @@ class FlowMatchingConfig:
     data: SceneConfig = field(default_factory=SceneConfig)
     objective: Objective = field(default_factory=Objective)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    samples: Samples | None = field(default_factory=Samples)
     inference_shift: float = 3.0
     dtype: Dtype = "float32"
     export_dtype: Dtype = "float16"
@@ -139,7 +142,7 @@ class Frozen(NamedTuple):
 
 def task(config: FlowMatchingConfig) -> Task:
     tokenizers = load_tokenizers(config.text)
-    empty = caption_ids(tokenizers, "")
+    empty = TokenIds(**{name: ids[None] for name, ids in caption_ids(tokenizers, "").items()})
     validation, source = _sources(config, tokenizers)
     return Task(
         name="flow matching",
@@ -147,7 +150,7 @@ def task(config: FlowMatchingConfig) -> Task:
         loss=partial(
             loss,
             objective=config.objective,
-            empty=TokenIds(empty["clip_l"][None], empty["clip_g"][None]),
+            empty=empty,
             kernel=config.kernel,
         ),
         source=source,
@@ -155,6 +158,7 @@ def task(config: FlowMatchingConfig) -> Task:
         evaluate=partial(
             grounding, source=validation, sigmas=config.evaluation.sigmas, batch_size=config.evaluation.batch_size
         ),
+        pictures=None if config.samples is None else _pictures(config, config.samples, tokenizers, empty),
         best="miou",
         export=partial(export, config=config, validation=validation),
         item=scene_name("train"),
@@ -298,6 +302,22 @@ def with_latents(vae: VAE, source: Source, batch_size: int) -> Iterator[dict[str
         ids = {name: batch[name].astype(np.uint16) for name in ("clip_l", "clip_g")}
         del batch["index"]
         yield {name: values[:count] for name, values in {**batch, **ids, "latents": latents}.items()}
+
+
+def _pictures(
+    config: FlowMatchingConfig, samples: Samples, tokenizers: Tokenizers, empty: TokenIds
+) -> Callable[[Denoiser], UInt8[np.ndarray, "height width 3"]]:
+    from convert.load import load_component
+
+    captions = [scene("validation", index, config.data.size).caption for index in range(samples.count)]
+    return partial(
+        sample_row,
+        vae=load_component(config.vae, "vae", dtype=jnp.dtype(config.dtype)),
+        captions=tokenize(tokenizers, captions),
+        empty=empty,
+        samples=samples,
+        schedule=FlowSchedule(config.inference_shift),
+    )
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

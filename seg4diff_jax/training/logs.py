@@ -1,7 +1,8 @@
-"""What a run says: a progress bar (or lines, where there is no terminal), `metrics.jsonl` and TensorBoard events."""
+"""What a run says: a progress bar (or lines, where there is no terminal), `metrics.jsonl`, TensorBoard, pictures."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -9,12 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from seg4diff_jax.training.tensorboard import EventFile
 
-METRICS = "metrics.jsonl"
+METRICS, PICTURES = "metrics.jsonl", "pictures"
+STRIP = 12
+"""Height of the strip over a row of pictures that says its step."""
 BAR = (
     TextColumn("[bold]{task.description}"),
     BarColumn(),
@@ -29,7 +35,7 @@ class Logs:
     """The logs of one run, as a context.
 
     Args:
-      directory: of the run. Rows of `metrics.jsonl` past `start` were written by a run that was cut off, and go.
+      directory: of the run. Rows of `metrics.jsonl` and pictures past `start` are of a run that was cut off, and go.
       name, steps, start: of the run: its task, its number of steps, and how many are done.
       writes: whether this process is the one that writes.
     """
@@ -44,8 +50,10 @@ class Logs:
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
             _drop_rows_after(directory / METRICS, start)
+            _drop_pictures_after(directory / PICTURES, start)
             self._rows = (directory / METRICS).open("a", encoding="utf-8")
             self._events = EventFile(directory)
+        self._pictures = directory / PICTURES
 
     def __enter__(self) -> Logs:
         self._progress.start()
@@ -75,6 +83,26 @@ class Logs:
             self._rows.flush()
             self._events.scalars(step, values)
 
+    def picture(self, step: int, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
+        """Keep the picture of a step, and lay those of all steps below each other in `pictures.png`."""
+        if self._events is None:
+            return
+        self._pictures.mkdir(exist_ok=True)
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "PNG")
+        (self._pictures / f"{step:08d}.png").write_bytes(encoded.getvalue())
+        self._events.image(step, "pictures", encoded.getvalue(), *pixels.shape[:2])
+        files = sorted(self._pictures.glob("*.png"))
+        rows = [(str(int(file.stem)), Image.open(file)) for file in files]
+        height = sum(STRIP + row.height for _, row in rows)
+        sheet = Image.new("RGB", (max(row.width for _, row in rows), height), "white")
+        top = 0
+        for said, row in rows:
+            ImageDraw.Draw(sheet).text((2, top), said, fill="black", font=ImageFont.load_default(STRIP - 2))
+            sheet.paste(row, (0, top + STRIP))
+            top += STRIP + row.height
+        sheet.save(self._pictures.with_suffix(".png"))
+
     def advance(self, step: int) -> None:
         self._progress.update(self._bar, completed=step)
 
@@ -90,6 +118,12 @@ def _drop_rows_after(path: Path, step: int) -> None:
     staged = path.with_suffix(".partial")
     staged.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     staged.replace(path)
+
+
+def _drop_pictures_after(directory: Path, step: int) -> None:
+    for file in directory.glob("*.png"):
+        if int(file.stem) > step:
+            file.unlink()
 
 
 def _parsed(line: str) -> dict[str, Any]:

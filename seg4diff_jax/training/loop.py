@@ -2,6 +2,7 @@
 
     RUN/config.yaml          the resolved configuration
     RUN/metrics.jsonl        one row per log and per evaluation; the same numbers in TensorBoard's event file
+    RUN/pictures.png         one row per evaluation, of tasks that make pictures; RUN/pictures/ has them apart
     RUN/checkpoints/<step>/  see `seg4diff_jax.training.checkpoints`
     RUN/export/              what the task makes of the trained model
 
@@ -30,6 +31,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import UInt8
 
 from seg4diff_jax.data.loader import Batch, Source, training_batches
 from seg4diff_jax.parallel import BATCH, make_mesh
@@ -55,6 +57,8 @@ class Task:
       source: the training items.
       trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
       evaluate: model to metrics. It is given the averaged parameters where there are any.
+      pictures: model, as `evaluate` is given it, to a picture of fixed size that shows how far it is: one is kept of
+        every evaluation, below each other.
       best: the metric whose largest value marks the best checkpoint.
       export: writes what the run is for into a directory; given the same model as `evaluate`.
       item: an item's number to what error messages call it.
@@ -66,6 +70,7 @@ class Task:
     source: Source
     trainable: Any = nnx.Param
     evaluate: Callable[[Any], dict[str, float]] | None = None
+    pictures: Callable[[Any], UInt8[np.ndarray, "height width 3"]] | None = None
     best: str | None = None
     export: Callable[[Any, Path], None] | None = None
     item: Callable[[int], str] = "item {}".format
@@ -298,10 +303,9 @@ def _steps(
             logs.row(done, values | rates)
         throughput.pause()
         scores = None
-        if trainer.task.evaluate is not None and not stopping and (last or done % run.evaluate_every == 0):
+        if not stopping and (last or done % run.evaluate_every == 0):
             watch.check()
-            scores = trainer.task.evaluate(trainer.averaged_model())
-            logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
+            scores = _evaluate(trainer, done, logs)
         if last or stopping or done % run.checkpoint_every == 0:
             watch.check()
             checkpoints.save(done, trainer.state, data.get_state(), record, scores)  # pyright: ignore
@@ -310,6 +314,16 @@ def _steps(
             checkpoints.wait()
             logs.say(f"stopped by SIGTERM after step {done}, which is checkpointed: go on with --resume")
             return
+
+
+def _evaluate(trainer: Trainer, done: int, logs: Logs) -> dict[str, float] | None:
+    task, scores = trainer.task, None
+    if task.evaluate is not None:
+        scores = task.evaluate(trainer.averaged_model())
+        logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
+    if task.pictures is not None:
+        logs.picture(done, task.pictures(trainer.averaged_model()))
+    return scores
 
 
 class Pending(NamedTuple):

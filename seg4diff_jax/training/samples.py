@@ -1,0 +1,68 @@
+"""The same prompts from the same noise at every evaluation: what the model's pictures look like as it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from seg4diff_jax.flow import FlowSchedule, image_noise
+from seg4diff_jax.generation import finite_pictures, sample_latents
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.text import TokenIds, encode_prompts
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which pictures.
+
+    Attributes:
+      count: how many, side by side, of the first validation captions.
+      steps, guidance: as for `Pipeline.generate`.
+      seed: of the noise.
+    """
+
+    count: int = 8
+    steps: int = 28
+    guidance: float = 4.0
+    seed: int = 0
+
+
+def sample_row(
+    denoiser: Any, *, vae: VAE, captions: TokenIds, empty: TokenIds, samples: Samples, schedule: FlowSchedule
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Pictures of the captions, side by side.
+
+    Args:
+      denoiser: holds `transformer`, `clip_l` and `clip_g`.
+      captions, empty: token ids [captions, 77], and those of the empty prompt [1, 77], which guidance leads away from.
+    """
+    config = denoiser.transformer.config
+    noise = image_noise(
+        samples.seed, range(len(captions.clip_l)), (config.sample_size, config.sample_size, config.in_channels)
+    )
+    sigmas = jnp.asarray(schedule.sigmas(samples.steps), jnp.float32)
+    latents = _sample(denoiser, noise, captions, empty, sigmas, jnp.float32(samples.guidance))
+    return np.concatenate(finite_pictures(vae, latents), axis=1)
+
+
+@jax.jit
+def _sample(
+    denoiser: Any,
+    noise: Float[Array, "images rows columns channels"],
+    captions: TokenIds,
+    empty: TokenIds,
+    sigmas: Float[Array, " steps"],
+    guidance: Float[Array, ""],
+) -> Float[Array, "images rows columns channels"]:
+    transformer = denoiser.transformer
+    encode = partial(
+        encode_prompts, denoiser.clip_l, denoiser.clip_g, None, joint_dim=transformer.config.joint_attention_dim
+    )
+    zeros = empty.clip_l.shape[1]
+    return sample_latents(transformer, noise, encode(captions), encode(empty), sigmas, guidance, equal_tail=zeros)
