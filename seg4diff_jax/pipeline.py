@@ -129,7 +129,7 @@ class Pipeline:
         block, sigma = self._block(block), self._sigma(step)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         results: dict[int, Segmentation] = {}
-        for group in self._view.groups(images, noise, seed, size, resize):
+        for group in self.view.groups(images, noise, seed, size, resize):
             asked = [prompts[place] for place in group.places]
             scores = self._scores(group.pixels, asked, group.noise, sigma, block, kernel)
             for place, own_size, grid in zip(group.places, group.own_sizes, scores, strict=True):
@@ -167,10 +167,10 @@ class Pipeline:
           ImageError, ValueError, FloatingPointError: as `segment` does; ValueError too for threshold and minmax.
         """
         images, single = listed(image)
-        threshold, block, sigma = check_threshold(threshold, minmax), self._block(block), self._sigma(step)
+        threshold, block, _ = check_threshold(threshold, minmax), self._block(block), self._sigma(step)
         results: dict[int, UnsupervisedSegmentation] = {}
-        for group in self._view.groups(images, noise, seed, size, resize):
-            attention = self.empty_prompt_attention(group.pixels, group.noise, sigma, block, kernel)
+        for group in self.view.groups(images, noise, seed, size, resize):
+            attention = self.empty_prompt_attention(group.pixels, group.noise, block=block, step=step, kernel=kernel)
             with self.settings():
                 merged, counts = merged_maps_of_images(attention, threshold, minmax)
             maps, counts = np.asarray(merged), np.asarray(counts)
@@ -204,9 +204,9 @@ class Pipeline:
         """
         request = request or AttentionRequest(text_tokens=(0, self.tokenizers.clip_l.model_max_length))
         pixels = read_image(image)
-        wanted = self._view.size(pixels.shape[:2], size, resize)
-        eps = self._view.noise(noise, [0], 1, wanted, seed)
-        inputs = self._view.pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
+        wanted = self.view.size(pixels.shape[:2], size, resize)
+        eps = self.view.noise(noise, [0], 1, wanted, seed)
+        inputs = self.view.pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
         sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self.zero_tokens)
         with self.settings():
             return read_attention(self.transformer, self.vae, *inputs, sigma, *how)
@@ -242,8 +242,8 @@ class Pipeline:
             loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
             raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
         prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
-        wanted = self._view.size((0, 0), size, "square")
-        eps = self._view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
+        wanted = self.view.size((0, 0), size, "square")
+        eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
         levels = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
         if not prompts:
             return []
@@ -260,9 +260,9 @@ class Pipeline:
         self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
     ) -> Float[Array, "batch rows columns channels"]:
         """Clean latents of images, each resampled to `size` (height, width)."""
-        wanted = self._view.size((0, 0), size, resize)
+        wanted = self.view.size((0, 0), size, resize)
         with self.settings():
-            return image_latents(self.vae, self._view.pixels([read_image(image) for image in images], wanted, resize))
+            return image_latents(self.vae, self.view.pixels([read_image(image) for image in images], wanted, resize))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
         """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
@@ -293,17 +293,18 @@ class Pipeline:
         self,
         pixels: Float[np.ndarray, "images height width 3"],
         noise: Float[Array, "images rows columns channels"],
-        sigma: float,
-        block: int,
+        *,
+        block: int | None = None,
+        step: int | None = None,
         kernel: Kernel | None = None,
     ) -> Float[Array, "images image_tokens text_tokens"]:
         """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
         tokens = (0, self.tokenizers.clip_l.model_max_length)
         request = AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens)
         inputs = self._spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
-        how = ((block,), request, kernel, self.zero_tokens)
+        sigma, how = jnp.float32(self._sigma(step)), (self._blocks(self._block(block)), request, kernel)
         with self.settings():
-            record = read_attention(self.transformer, self.vae, *inputs, jnp.float32(sigma), *how)[block]
+            (record,) = read_attention(self.transformer, self.vae, *inputs, sigma, *how, self.zero_tokens).values()
         assert record.probs is not None
         return record.probs
 
@@ -373,7 +374,8 @@ class Pipeline:
         return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 
     @property
-    def _view(self) -> ModelView:
+    def view(self) -> ModelView:
+        """How the model sees images."""
         vae = self.vae.config
         limits = size_limits(self.transformer.config, vae)
         return ModelView(self.trained_size, **limits, downsampling=vae.downsampling, channels=vae.latent_channels)

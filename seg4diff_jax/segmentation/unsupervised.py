@@ -75,6 +75,11 @@ def normalised_maps(attention: Float[Array, "image tokens"], minmax: MinMax) -> 
     return maps / (maps.max(axis=axis, keepdims=True) + FLAT)
 
 
+def log_distributions(attention: Float[Array, "image tokens"], minmax: MinMax) -> Float[Array, "tokens image"]:
+    """Normalised maps as distributions over image tokens: their logarithms, which stay exact where they are tiny."""
+    return jax.nn.log_softmax(normalised_maps(attention, minmax), axis=-1)
+
+
 def divergences(log_probs: Float[Array, "maps image"]) -> Float[Array, "maps maps"]:
     """Symmetric KL divergence of every pair of distributions: the mean of both directions, in nats.
 
@@ -118,7 +123,7 @@ def merged_maps(
     attention: Float[Array, "image tokens"], *, threshold: Float[Array, ""] | float, minmax: MinMax = "pixel"
 ) -> Segments:
     """From an expert block's image-to-text probabilities, averaged over heads, to merged maps of one image."""
-    log_probs = jax.nn.log_softmax(normalised_maps(attention, minmax), axis=-1)
+    log_probs = log_distributions(attention, minmax)
     return merge(jnp.exp(log_probs), divergences(log_probs), threshold)
 
 
