@@ -87,12 +87,13 @@ class PanopticLabels:
         known = self.segments[index]
         if known is None:
             raise FolderError(f"{self.listing} lists no segments of {self.files[index].name}: expected every image's")
-        numbers, place = np.unique(_segment_numbers(self.files[index]), return_inverse=True)
+        segment = _segment_numbers(self.files[index])
+        numbers, place = np.unique(segment, return_inverse=True)
         category = {0: UNLABELLED, **dict(known.tolist())}
         if unknown := [number for number in numbers.tolist() if number not in category]:
             raise FolderError(f"{self.place(index)}: segment {unknown[0]} is not listed in {self.listing}")
         ids = np.array([category[number] for number in numbers.tolist()])
-        return self.classes(ids[place.reshape(-1)].reshape(place.shape), self.place(index))
+        return self.classes(ids[place].reshape(segment.shape), self.place(index))
 
     def place(self, index: int, /) -> str:
         return str(self.files[index])
