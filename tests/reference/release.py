@@ -31,7 +31,9 @@ class Release:
     """Holds a checkpoint in diffusers' format, without T5; one image at a time."""
 
     def __init__(self, checkpoint: str | Path):
-        pipe = StableDiffusion3Pipeline.from_pretrained(checkpoint, text_encoder_3=None, tokenizer_3=None)
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            checkpoint, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+        )
         self.transformer, self.vae = pipe.transformer.eval(), pipe.vae.eval()
         self.tokenizer, self.scheduler = pipe.tokenizer, pipe.scheduler
         self.encode_prompt = pipe.encode_prompt
