@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from seg4diff_jax.magnet.matching import match, matching_costs, nearest
+from seg4diff_jax.magnet.matching import largest_first, match, matching_costs, nearest
 from tests.reference import magnet as reference
 from tests.reference.largest_array import largest_array
 from tests.reference.magnet import random_masks
@@ -80,6 +80,15 @@ def test_costs_that_are_infinite_or_no_numbers_end_in_a_matching():
     chosen = np.asarray(match_all(costs, np.ones((4, 5), bool)))
     assert_one_to_one(chosen, 12)
     assert chosen[3].min() >= 6
+
+
+def test_the_largest_masks_are_kept_largest_first_and_small_ones_left_out():
+    areas = np.array([50, 900, 51, 4000, 900, 0, 51])
+    assert largest_first(areas, 10_000).tolist() == [3, 1, 4, 2, 6]  # 50 is not more than 0.5 %
+    assert largest_first(areas, 10_000, rows=2).tolist() == [3, 1]
+    assert largest_first(areas, 10_000, least=0.0).tolist() == [3, 1, 4, 2, 6, 0]
+    assert largest_first(areas[:0], 10_000).tolist() == []
+    assert len(largest_first(np.full(40, 60), 10_000)) == 32
 
 
 def test_more_masks_than_maps_are_refused():

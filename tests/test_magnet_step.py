@@ -39,12 +39,15 @@ PROMPT = np.array([[90, 5, 6, 5, 91, 91, 91], [90, 1, 1, 2, 3, 2, 91]])
 NAMES = np.array([[[5, 6], [-1, -1], [5, -1]], [[1, -1], [1, 2], [3, 2]]])
 PLACES_OF_IDS = [[[1, 2, 3], [], [1, 3]], [[1, 2], [1, 2, 3, 5], [3, 4, 5]]]
 RATE, DECAY, CLIP_NORM = 1e-3, 1e-2, 0.01
+LITTLE = 0.02
+"""Weight of the velocity where it is not the published one: otherwise the masks' part of a gradient is too small to
+show its errors."""
 OBJECTIVES = {
-    "paper, classes": MagnetObjective(),
+    "paper, classes": MagnetObjective(velocity_weight=LITTLE),
     "release, classes": MagnetObjective(focal="release", mask_head="conv"),
-    "paper, matching": MagnetObjective(targets="matching"),
-    "release, matching": MagnetObjective(targets="matching", focal="release", mask_head="conv"),
-    "log_probs": MagnetObjective(masks_from="log_probs"),
+    "paper, matching": MagnetObjective(targets="matching", velocity_weight=LITTLE),
+    "release, matching": MagnetObjective(targets="matching", focal="release", mask_head="conv", velocity_weight=LITTLE),
+    "log_probs": MagnetObjective(masks_from="log_probs", velocity_weight=LITTLE),
 }
 
 
@@ -101,7 +104,8 @@ def torch_losses(
     else:
         parts = reference.losses(images, GRID, release=objective.focal == "release", head=head)
     parts["velocity"] = (velocity - (noise - latents)).square().mean()
-    return parts | {"loss": parts["velocity"] + 0.1 * parts["focal"] + 0.2 * parts["dice"]}
+    weight = objective.velocity_weight
+    return parts | {"loss": weight * parts["velocity"] + 0.1 * parts["focal"] + 0.2 * parts["dice"]}
 
 
 def torch_step(theirs: SD3Transformer2DModel, head: ReleaseHead | None) -> None:
@@ -216,7 +220,7 @@ def test_parameters_after_adamw_are_torchs(step):
         assert relative_error(ours[name], expected) <= 1e-4, name
         moved = np.abs(expected - step.before[name])
         assert moved.max() > RATE / 10, name
-        assert np.abs(ours[name] - expected).max() <= RATE / 10, name
+        assert np.abs(ours[name] - expected).max() <= RATE / 100, name
 
 
 # ---- which way gradients go -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, focal_terms
 
 FOCAL_COST, DICE_COST = 0.02, 1.0
+ROWS, LEAST_AREA = 32, 0.005
 HOPELESS = 1e30
 """In place of larger costs and of those that are no numbers, with which the assignment's search would never end."""
 
@@ -61,6 +62,19 @@ def match(costs: Float[Array, "maps masks"], real: Bool[Array, " masks"]) -> Int
     # What costs the same with every map changes nothing for the rest.
     rows, chosen = optax.assignment.hungarian_algorithm(jnp.where(real, bounded, 0).T)
     return jnp.zeros(masks, jnp.int32).at[rows].set(chosen.astype(jnp.int32))
+
+
+def largest_first(
+    areas: Int[np.ndarray, " masks"], pixels: int, *, rows: int = ROWS, least: float = LEAST_AREA
+) -> Int[np.ndarray, " kept"]:
+    """Which of an image's masks are matched, in order: the largest `rows` of those that cover more than `least` of it.
+
+    Args:
+      areas: pixels of each mask.
+      pixels: of the image.
+    """
+    order = np.argsort(-areas, kind="stable")
+    return order[areas[order] > least * pixels][:rows]
 
 
 def nearest(masks: Bool[Array, "*batch height width"], size: tuple[int, int]) -> Bool[Array, "*batch rows columns"]:
