@@ -6,13 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import Command, run_command
-from seg4diff_jax.command_line import analyze, generate, scenes, segment
+from seg4diff_jax.command_line import analyze, generate, merge_threshold, scenes, segment, segment_unsupervised
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
 COMMANDS: dict[str, Command] = {
     "segment": Command(segment.arguments, segment.run, "find where in an image each class is"),
+    "segment-unsupervised": Command(
+        segment_unsupervised.arguments, segment_unsupervised.run, "divide an image into segments without names"
+    ),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
+    "merge-threshold": Command(
+        merge_threshold.arguments, merge_threshold.run, "find what segments without names should be merged below"
+    ),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
     # Listed here; run by `main`, for its options are its own.
     "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,6 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +40,13 @@ def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
+    result_arguments(parser)
+    model_arguments(parser)
+
+
+def result_arguments(parser: ArgumentParser) -> None:
+    """Where results go, and what the model reads off the image."""
+    add: Any = parser.add_argument
     add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--block", type=int, help="transformer block to read; default: the checkpoint's own expert block")
@@ -50,7 +56,6 @@ def arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     add("--size", type=str, metavar="HxW", help="height x width that the model sees, as in 768x1024")
     add("--resize", choices=list(get_args(Resize)), default="aspect", help="how the image comes to that size")
-    model_arguments(parser)
 
 
 def model_arguments(parser: ArgumentParser) -> None:
@@ -71,6 +76,23 @@ def model_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    segment = lambda pipe, pixels, **how: pipe.segment(pixels, options.classes, **how)
+    segment_to_files(options, options.classes, segment)
+
+
+def segment_to_files(
+    options: Any,
+    classes: Sequence[str] | None,
+    segment: Callable[..., Segmentation],
+    resolved: Mapping[str, Any] | None = None,
+) -> None:
+    """Load a model, segment an image and write what there is to see.
+
+    Args:
+      classes: names that are looked at before the weights are read, if any are asked for.
+      segment: takes the pipeline, the pixels and what `result_arguments` say by name.
+      resolved: options to record as they were resolved.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     # Names, block, noise level, size, seed and class names are looked at before gigabytes are read.
@@ -78,13 +100,15 @@ def run(options: Any) -> None:
     size = parse_size(options.size)
     check_seed(options.seed)
     pixels = read_image(options.image)
-    block, step, sigma = examine(options, size)
+    block, step, sigma = examine(options, size, classes)
 
     pipe, dtype, loading = load_shown(console, options, blocks=block + 1)
 
-    with console.status("compiling and segmenting"), CompilationClock() as compilation:
+    how = {"block": block, "step": step, "seed": options.seed, "size": size, "resize": options.resize}
+    remedy = full_memory_told("choose a smaller --size, or --dtype bfloat16")
+    with console.status("compiling and segmenting"), CompilationClock() as compilation, remedy:
         start = time.perf_counter()
-        segmentation = segment(pipe, pixels, options, block, step, size)
+        segmentation = segment(pipe, pixels, **how)
         total = time.perf_counter() - start
     seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
     seen = size_seen(pipe, segmentation)
@@ -93,9 +117,13 @@ def run(options: Any) -> None:
         f"compiling {seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
     )
 
-    resolved = options.as_dict() | {"out": str(out), "block": block, "step": step, "dtype": dtype}
     record = {
-        **resolved,
+        **options.as_dict(),
+        **(resolved or {}),
+        "out": str(out),
+        "block": block,
+        "step": step,
+        "dtype": dtype,
         "size": list(seen),
         "sigma": sigma,
         "input_size": list(pixels.shape[:2]),
@@ -123,14 +151,15 @@ def load_shown(console: Console, options: Any, blocks: int | None = None) -> tup
     return pipe, dtype, seconds
 
 
-def examine(options: Any, size: tuple[int, int] | None) -> tuple[int, int, float]:
+def examine(options: Any, size: tuple[int, int] | None, classes: Sequence[str] | None) -> tuple[int, int, float]:
     """The block to read, and the noise level as a step and as a number.
 
     Configurations and tokenizers are read; weights are not. Raises ValueError for options or class names that do not
     suit the model.
     """
     source, tokenizers = open_for_masks(options.model, **where(options))
-    class_prompts(tokenizers, options.classes)
+    if classes is not None:
+        class_prompts(tokenizers, classes)
     if size is not None:
         check_size(size, **size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae"))))
     step = source.expert_step if options.step is None else options.step
@@ -149,20 +178,6 @@ def block_to_read(source: Source, block: int | None) -> int:
     if not 0 <= chosen < depth:
         raise ValueError(f"--block is {chosen}: {source.origin} has blocks 0..{depth - 1}")
     return chosen
-
-
-def segment(
-    pipe: Pipeline,
-    pixels: UInt8[np.ndarray, "height width 3"],
-    options: Any,
-    block: int,
-    step: int,
-    size: tuple[int, int] | None,
-) -> Segmentation:
-    with full_memory_told("choose a smaller --size, or --dtype bfloat16"):
-        return pipe.segment(
-            pixels, options.classes, block=block, step=step, seed=options.seed, size=size, resize=options.resize
-        )
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:

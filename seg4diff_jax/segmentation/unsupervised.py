@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seg4diff_jax.segmentation.open_vocabulary import label_map, upsampled_labels
+from seg4diff_jax.segmentation.open_vocabulary import Segmentation, label_map, upsampled_labels
 
 MinMax = Literal["pixel", "token"]
 """What each map is brought to 0..1 over: its own pixels, or each pixel's tokens, as the released Seg4Diff does it."""
@@ -65,6 +65,11 @@ class UnsupervisedSegmentation:
     @property
     def segments(self) -> int:
         return len(self.maps)
+
+    def named(self) -> Segmentation:
+        """As segments called `segment 1`, `segment 2` and so on: for all that shows or writes named ones."""
+        names = tuple(f"segment {number + 1}" for number in range(self.segments))
+        return Segmentation(self.labels, self.maps, names, ("",))
 
 
 def normalised_maps(attention: Float[Array, "image tokens"], minmax: MinMax) -> Float[Array, "tokens image"]:
