@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention, attention_record
 from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modulate
@@ -183,8 +183,14 @@ class MMDiT(nnx.Module):
         self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"], size: tuple[int, int]
     ) -> Float[Array, "batch height width out"]:
         """The output head: image states after the last block to the velocity of latents of `size` (height, width)."""
+        return self._unpatchify(self.patch_velocity(image, conditioning), *size)
+
+    def patch_velocity(
+        self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"]
+    ) -> Float[Array, "batch tokens patch"]:
+        """The velocity of each image token's patch: rows, columns, channels in one."""
         shift, scale = jnp.split(self.norm_out(jax.nn.silu(conditioning)), 2, axis=-1)
-        return self._unpatchify(self.proj_out(modulate(image, shift, scale)), *size)
+        return self.proj_out(modulate(image, shift, scale))
 
     def _unpatchify(self, patches: Float[Array, "batch tokens features"], height: int, width: int):
         patch, channels = self.config.patch_size, self.config.out_channels
@@ -237,6 +243,39 @@ class MMDiT(nnx.Module):
         if remat:
             step = jax.checkpoint(step, policy=None if remat is True else remat)
         return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop)
+
+
+def patchify(latents: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:
+    """Latents cut into the image tokens' patches, rows, columns, channels in one: what `velocity_at` predicts."""
+    batch, height, width, channels = latents.shape
+    grid = latents.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+
+
+def velocity_at(
+    mmdit: MMDiT,
+    latents: Float[Array, "batch height width channels"],
+    timesteps: Float[Array, " batch"],
+    context: Float[Array, "batch text joint_dim"],
+    pooled: Float[Array, "batch pooled_dim"],
+    *,
+    tokens: Int[Array, "batch kept"],
+    kernel: Kernel | None = None,
+    remat: bool | Callable = False,
+    equal_tail: int = 1,
+) -> Float[Array, "batch kept patch"]:
+    """Velocity of the patches of some image tokens, which are all of the image that the model then sees.
+
+    Args:
+      tokens: their numbers, rows first. Each keeps the position that it has in the whole image.
+
+    Other arguments as for `MMDiT.__call__`, whose velocity this is when all tokens are named in their order. The model
+    must hold all blocks.
+    """
+    state, conditioning = mmdit.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
+    state = state._replace(image=jnp.take_along_axis(state.image, tokens[..., None], axis=1))
+    state, _ = mmdit._through(state, conditioning, mmdit.depth, (), IMAGE_TO_TEXT, kernel, remat, equal_tail)
+    return mmdit.patch_velocity(state.image, conditioning)
 
 
 def attention_at(

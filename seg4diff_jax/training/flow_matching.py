@@ -21,24 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import scene
-from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_loss, velocity_target
+from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_target
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.mmdit import MMDiT, patchify, velocity_at
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
 from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers, tokenize
-from seg4diff_jax.training.full_captions import FullCaptions, NameFiller
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
+from seg4diff_jax.training.prompts import PromptItems, Prompts
 from seg4diff_jax.training.samples import Samples, sample_row
 from seg4diff_jax.training.scenes import (
     SceneConfig,
@@ -50,7 +50,6 @@ from seg4diff_jax.training.scenes import (
     training_scenes,
 )
 from seg4diff_jax.training.state import fresh
-from seg4diff_jax.training.windows import Window, Windows
 
 TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
 
@@ -61,6 +60,7 @@ class Objective:
 
     Attributes:
       mean, std, shift: of the noise levels' density, see `flow.logit_normal_sigmas`.
+      image_tokens: how many of a picture's image tokens a step sees, at random places; null: all.
       caption_dropout: share of captions replaced by the empty prompt, which guidance needs.
       pooled_dropout: share of pooled vectors replaced by zeros, apart from that.
     """
@@ -68,6 +68,7 @@ class Objective:
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    image_tokens: int | None = None
     caption_dropout: float = 0.1
     pooled_dropout: float = 0.0
 
@@ -88,8 +89,7 @@ class FlowMatchingConfig:
       vae, text: directories that the autoencoder's and the contrastive task's runs have exported.
       start: directory of a checkpoint whose transformer training goes on from; null: from random weights.
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
-      windows: train on windows of the cached scenes instead of whole ones; null: whole scenes.
-      full_captions: share of the captions that class names fill up to the prompt's end; needs a cache.
+      prompts: what is made of captions.
       kernel: of attention; null: by backend and dtype.
       samples: pictures that are made at each evaluation; null: none.
       inference_shift: of the schedule that the exported checkpoint names.
@@ -103,8 +103,7 @@ class FlowMatchingConfig:
     text: str
     start: str | None = None
     cache: str | None = None
-    windows: Window | None = None
-    full_captions: float = 0.0
+    prompts: Prompts = field(default_factory=Prompts)
     kernel: Kernel | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SceneConfig = field(default_factory=SceneConfig)
@@ -116,12 +115,8 @@ class FlowMatchingConfig:
     export_dtype: Dtype = "float16"
 
     def __post_init__(self):
-        if self.windows is not None and self.cache is None:
-            raise ValueError("windows are cut out of cached latents: give cache a directory, or leave windows out")
-        if self.full_captions and self.cache is None:
-            raise ValueError("full_captions needs the cached scenes' labels: give cache a directory, or leave it out")
-        if not 0 <= self.full_captions <= 1:
-            raise ValueError(f"full_captions is {self.full_captions}; expected a share of the captions, 0 to 1")
+        if self.prompts.filled and self.cache is None:
+            raise ValueError("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
 
 
 class Denoiser(nnx.Module):
@@ -205,7 +200,7 @@ def loss(
     kernel: Kernel | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean squared error of the velocity. `batch` holds `latents`, or `image`, and `clip_l` and `clip_g`."""
-    for_noise, for_sigma, for_caption, for_pooled = jax.random.split(key, 4)
+    for_noise, for_sigma, for_caption, for_pooled, for_tokens = jax.random.split(key, 5)
     latents = clean_latents(denoiser, batch)
     count, tokens, zeros = len(latents), batch["clip_l"].shape[1], empty.clip_l.shape[1]
     dropped = jax.random.bernoulli(for_caption, objective.caption_dropout, (count,))
@@ -218,10 +213,21 @@ def loss(
     pooled = jnp.where(jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1)), 0, pooled)
     noise = jax.random.normal(for_noise, latents.shape)
     sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
-    velocity, _ = denoiser.transformer(
-        add_noise(latents, noise, sigma), 1000 * sigma, context, pooled, kernel=kernel, equal_tail=zeros
-    )
-    return velocity_loss(velocity, velocity_target(latents, noise)).mean(), {}
+    inputs = add_noise(latents, noise, sigma), 1000 * sigma, context, pooled
+    target = velocity_target(latents, noise)
+    if objective.image_tokens is None:
+        velocity, _ = denoiser.transformer(*inputs, kernel=kernel, equal_tail=zeros)
+    else:
+        target = patchify(target, denoiser.transformer.config.patch_size)
+        seen = random_tokens(for_tokens, target.shape[:2], objective.image_tokens)
+        velocity = velocity_at(denoiser.transformer, *inputs, tokens=seen, kernel=kernel, equal_tail=zeros)
+        target = jnp.take_along_axis(target, seen[..., None], axis=1)
+    return jnp.square(velocity.astype(jnp.float32) - target).mean(), {}
+
+
+def random_tokens(key: PRNGKeyArray, shape: tuple[int, int], kept: int) -> Int[Array, "batch {kept}"]:
+    """Numbers of `kept` different tokens for each image; `shape`: images and tokens."""
+    return jnp.argsort(jax.random.uniform(key, shape), axis=1)[:, :kept]
 
 
 def clean_latents(denoiser: Denoiser, batch: Batch) -> Float[Array, "batch rows columns channels"]:
@@ -275,15 +281,12 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
         [{field: values[i] for field, values in batch.items()} for batch in seen for i in _rows(batch)]
     )
     if config.cache is None:
-        return validation, train
+        return validation, PromptItems(train, config.prompts, tokenizers)
     identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
     write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
     make_once(config.cache, write)
     cached = ArrayCache(config.cache, identity)
-    filler = NameFiller(tokenizers, config.full_captions)
-    if config.windows is not None:
-        return validation, Windows(cached, config.windows, tokenizers, filler)
-    return validation, FullCaptions(cached, filler) if config.full_captions else cached
+    return validation, PromptItems(cached, config.prompts, tokenizers)
 
 
 def _rows(batch: dict[str, np.ndarray]) -> range:
