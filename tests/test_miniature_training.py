@@ -84,7 +84,7 @@ FLOW_MATCHING = SMALL | {
     "samples.steps": 3,
     "start": None,
 }
-WINDOWS = {"windows.side": 8, "windows.text_tokens": 12}
+SPARSE = {"objective.image_tokens": 100, "prompts.tokens": 20}
 
 
 def arguments(name: str, options: dict) -> list[str]:
@@ -123,26 +123,26 @@ def flow_matching(parts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def windows(parts, tmp_path_factory) -> Path:
-    return train("flow_matching_windows", tmp_path_factory.mktemp("windows"), parts | WINDOWS)
+def sparse(parts, tmp_path_factory) -> Path:
+    return train("flow_matching_sparse", tmp_path_factory.mktemp("sparse"), parts | SPARSE)
 
 
-@pytest.mark.parametrize("task", ["autoencoder", "contrastive", "flow_matching", "windows"])
+@pytest.mark.parametrize("task", ["autoencoder", "contrastive", "flow_matching", "sparse"])
 def test_every_task_learns(task, request):
     losses = [row["loss"] for row in rows(request.getfixturevalue(task)) if "loss" in row]
     assert len(losses) == 6
     assert np.mean(losses[-2:]) < 0.8 * losses[0]
 
 
-def test_flow_matching_goes_on_from_the_transformer_that_windows_trained(parts, windows, tmp_path):
-    start = f"{windows}/export"
+def test_flow_matching_goes_on_from_the_transformer_that_few_tokens_trained(parts, sparse, tmp_path):
+    start = f"{sparse}/export"
     config = parse(arguments("flow_matching", parts | {"start": start})).config
     begun = nnx.state(init(config, 0, make_mesh()).transformer)
     exported = nnx.state(load_component(start, "transformer", dtype=jnp.float32))
     for mine, theirs in zip(jax.tree.leaves(begun), jax.tree.leaves(exported), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     run = train("flow_matching", tmp_path / "run", parts | {"start": start, "run.steps": 5})
-    anew = [row["loss"] for row in rows(windows) if "loss" in row]
+    anew = [row["loss"] for row in rows(sparse) if "loss" in row]
     assert next(row["loss"] for row in rows(run) if "loss" in row) < anew[0]
 
 
@@ -218,6 +218,22 @@ def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matchin
     score = jax.jit(partial(loss, objective=Objective(), empty=empty))
     cached, direct = (float(score(denoiser, batch, jax.random.key(0))[0]) for batch in (latents, pixels))
     assert cached == pytest.approx(direct, rel=2e-3)  # the cache holds fp16
+
+
+def test_a_loss_on_some_tokens_is_that_of_all_when_all_are_seen(parts, flow_matching):
+    config = parse(arguments("flow_matching", parts | {"run.out": "unused"})).config
+    denoiser, tokenizers = init(config, 0, make_mesh()), load_tokenizers(config.text)
+    denoiser = Denoiser(load_component(flow_matching / "export", "transformer"), denoiser.clip_l, denoiser.clip_g)
+    vae = load_component(config.vae, "vae", dtype=jnp.float32)
+    scenes = captioned(SceneItems("train", 4, 32, ("image", "caption")), tokenizers)
+    (batch,) = with_latents(vae, scenes, 4)
+    empty = TokenIds(batch["clip_l"][:1], batch["clip_g"][:1])
+    score = lambda count: jax.jit(partial(loss, objective=Objective(image_tokens=count), empty=empty))(
+        denoiser, batch, jax.random.key(0)
+    )
+    (whole, _), (all_in_disorder, _), (some, _) = score(None), score(256), score(40)
+    assert float(all_in_disorder) == pytest.approx(float(whole), rel=1e-5)
+    assert abs(float(some) - float(whole)) > 1e-3
 
 
 def test_grounding_equals_segmenting_scene_by_scene(flow_matching):

@@ -17,7 +17,15 @@ from convert.names import parameter_shapes
 from convert.tables import mmdit as table
 from convert.write import layer_arrays
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at, attentions_at, sincos_table
+from seg4diff_jax.models.mmdit import (
+    MMDiT,
+    MMDiTConfig,
+    attention_at,
+    attentions_at,
+    patchify,
+    sincos_table,
+    velocity_at,
+)
 from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
 
@@ -103,6 +111,31 @@ def test_velocity_equals_diffusers(pair, variant, size, text):
     velocity, records = forward(ours, inputs)
     assert records == {}
     assert relative_error(velocity, expected) <= 1e-5
+
+
+def test_velocity_of_some_tokens_equals_diffusers_given_those_tokens_alone(pair, variant):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    tokens = np.stack([np.random.default_rng(image).permutation(64)[:20] for image in range(2)])
+    given = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
+    with torch.no_grad():
+        hidden = theirs.pos_embed(given["latents"].permute(0, 3, 1, 2))[[[0], [1]], tokens]
+        conditioning = theirs.time_text_embed(given["timesteps"], given["pooled"])
+        context = theirs.context_embedder(given["context"])
+        for block in theirs.transformer_blocks:
+            context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=conditioning)
+        expected = theirs.proj_out(theirs.norm_out(hidden, conditioning))
+    found = jax.jit(lambda model, inputs, tokens: velocity_at(model, **inputs, tokens=tokens))(ours, inputs, tokens)
+    assert relative_error(found, expected) <= 1e-5
+
+
+def test_velocity_of_all_tokens_is_the_velocity_in_patches():
+    _, ours = make_pair(SMALL)
+    inputs = make_inputs(SMALL, (8, 20))
+    whole, _ = forward(ours, inputs)
+    order = jnp.asarray(np.random.default_rng(0).permutation(40))[None].repeat(2, axis=0)
+    found = velocity_at(ours, **inputs, tokens=order)
+    np.testing.assert_allclose(found, np.asarray(patchify(whole, 2))[:, order[0]], atol=2e-5)
 
 
 QUADRANTS = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
