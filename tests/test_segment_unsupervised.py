@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +129,35 @@ def test_what_cannot_be_segmented_is_told(sd3, tmp_path):
     damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
     with pytest.raises(FloatingPointError, match="not finite"):
         dataclasses.replace(sd3, vae=damaged).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE)
+
+
+ON_EIGHT_DEVICES = f"""
+import sys
+import numpy as np
+import seg4diff_jax as s4d
+from seg4diff_jax.parallel import make_mesh
+
+checkpoint, images, target = sys.argv[1:]
+pipe = s4d.load(checkpoint, mesh=make_mesh(data=2, fsdp=2, tensor=2), blocks={VARIED + 1})
+options = dict(block={VARIED}, size={SIZE}, seed=5, threshold=0.02)
+found = pipe.segment_unsupervised(list(np.load(images)), **options)
+np.savez(target, **{{str(number): one.maps for number, one in enumerate(found)}})
+"""
+
+
+def test_a_mesh_of_eight_devices_finds_the_segments_of_one(sd3, sd3_checkpoint, tmp_path):
+    images = np.stack([an_image(*SIZE, seed) for seed in range(4)])
+    np.save(tmp_path / "images.npy", images)
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [str(sd3_checkpoint), str(tmp_path / "images.npy"), str(tmp_path / "maps.npz")]
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    expected = sd3.segment_unsupervised(list(images), block=VARIED, size=SIZE, seed=5, threshold=0.02)
+    with np.load(tmp_path / "maps.npz") as spread:
+        for number, one in enumerate(expected):
+            assert relative_error(spread[str(number)], one.maps) <= 1e-5
 
 
 def test_the_result_can_be_imported_from_the_package():
