@@ -44,7 +44,7 @@ def load_lora(
     """Adapters of a file in any format, for `seg4diff_jax.models.lora.apply_lora`.
 
     Args:
-      path: a file, or a directory that PEFT or diffusers wrote.
+      path: a file, or a directory that PEFT, diffusers or a training run (its `export`) wrote.
       alpha: for files that do not say. Default: 16 for the Seg4Diff release's, the rank for diffusers'.
       adapters_only: accept a file that holds other tensors too, such as the mask head of MAGNET's training, and leave
         them out.
@@ -180,7 +180,10 @@ def _detect(path: Path) -> tuple[Format, Path]:
             return "peft", path
         if (path / formats.DIFFUSERS_FILE).is_file():
             return "diffusers", path / formats.DIFFUSERS_FILE
-        raise CheckpointError(f"{path}: no adapters: it has neither {formats.PEFT_CONFIG} nor {formats.DIFFUSERS_FILE}")
+        if (path / formats.NATIVE_FILE).is_file():
+            return "native", path / formats.NATIVE_FILE
+        names = f"{formats.NATIVE_FILE}, {formats.PEFT_CONFIG} or {formats.DIFFUSERS_FILE}"
+        raise CheckpointError(f"{path}: no adapters: expected one of {names} in it")
     if not path.is_file():
         hint = f"; if it is on the Hub: hf download {path}" if is_repository_id(str(path)) else ""
         raise CheckpointError(f"{path}: no such file or directory{hint}")

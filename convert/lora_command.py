@@ -7,14 +7,18 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from convert.lora import FORMATS, convert_lora
+from convert.lora import FORMATS, convert_lora, read_lora
 
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
-    add("source", type=str, help="the release's lora_weights.pth, a directory of PEFT's, diffusers' file, or our file")
+    add(
+        "source",
+        type=str,
+        help="the release's lora_weights.pth, a directory of PEFT's, diffusers' file, our file, or a run's export/",
+    )
     add("target", type=str, help=".safetensors file (native, diffusers), .pth file (release) or directory (peft)")
-    add("--to", choices=list(FORMATS), default="native", help="format of the target")
+    add("--to", choices=list(FORMATS), help="format of the target; default: diffusers of ours, ours of all others")
     add("--alpha", type=float, help="for files that do not say; default: 16 (release), the rank (diffusers)")
     add("--adapters-only", action="store_true", help="leave out tensors that are no adapters, such as a mask head")
     add("--overwrite", action="store_true", help="replace the target")
@@ -22,10 +26,11 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    to = options.to or ("diffusers" if read_lora(options.source, alpha=options.alpha).format == "native" else "native")
     read = convert_lora(
         options.source,
         options.target,
-        to=options.to,
+        to=to,
         alpha=options.alpha,
         adapters_only=options.adapters_only,
         overwrite=options.overwrite,
@@ -38,7 +43,7 @@ def run(options: Any) -> None:
         say(f"{what} {len(read.others)} tensors that are no adapters: {', '.join(read.others)}", markup=False)
     if read.left_out:
         say(f"left out what is no weights: {', '.join(read.left_out)}", markup=False)
-    say(f"wrote {options.target} ({options.to})", markup=False)
+    say(f"wrote {options.target} ({to})", markup=False)
 
 
 def _ranges(blocks: tuple[int, ...] | None) -> str:

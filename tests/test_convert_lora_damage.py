@@ -174,7 +174,7 @@ def test_files_that_are_not_adapters_are_named(tmp_path, bare_release):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-8])
     for name, message in {
         "absent.pth": "no such file or directory",
-        "empty": "no adapters: it has neither adapter_config.json nor pytorch_lora_weights.safetensors",
+        "empty": "no adapters: expected one of adapters.safetensors, adapter_config.json or pytorch_lora_weights",
         "other.safetensors": "adapters of an unknown format.*found weight",
         "other.pth": "no adapters: expected a `model` with names like",
         "cut.pth": r"truncated, or not a file of torch\.save",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -12,6 +12,8 @@ Item = dict[str, Any]
 """Field to NumPy array or number."""
 Batch = dict[str, Any]
 """Field to array with a leading axis; `index` holds the items' places in the source."""
+Augment = Callable[[Item, np.random.Generator], Item]
+"""An item as it is read, and random numbers, to the item as it is trained on. Goes to worker processes by pickling."""
 
 
 @runtime_checkable
@@ -35,11 +37,23 @@ class Numbered:
         return {**self.source[int(index)], "index": np.int32(index)}
 
 
+class Augmented:
+    """`augment` for items of `Numbered`, whose numbers it does not see."""
+
+    def __init__(self, augment: Augment):
+        self.augment = augment
+
+    def __call__(self, item: Item, random: np.random.Generator) -> Item:
+        index = item.pop("index")
+        return {**self.augment(item, random), "index": index}
+
+
 def training_batches(
     source: Source,
     *,
     batch_size: int,
     seed: int,
+    augment: Augment | None = None,
     workers: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator[Batch]:
@@ -50,6 +64,8 @@ def training_batches(
 
     Args:
       batch_size: over all hosts.
+      augment: makes each item new in every epoch: its random numbers depend on the seed, and on how many items came
+        before.
       workers: processes that read; 0: threads of this one.
       process: this host's number, and how many there are.
 
@@ -61,7 +77,9 @@ def training_batches(
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {count} processes that share a batch")
     if not len(source):
         raise ValueError("the training data is empty: expected at least one item")
-    items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()[index::count]
+    items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()
+    # Before hosts take their shares: an item's random numbers are the same however many there are.
+    items = (items if augment is None else items.random_map(Augmented(augment)))[index::count]
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
     batches = items.batch(batch_size // count, drop_remainder=True).to_iter_dataset(threads)
     if workers:

@@ -6,7 +6,7 @@ pass records all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
 from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
 from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
-from seg4diff_jax.text import TokenIds, Tokenizers, class_prompts, encode_prompts
+from seg4diff_jax.text import TextConditioning, TokenIds, Tokenizers, class_prompts, encode_prompts
 from seg4diff_jax.training.scenes import caption_ids
 
 MOST_CLASSES = 8
@@ -46,18 +47,36 @@ def block_confusions(
     """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
     transformer = denoiser.transformer
     ids = TokenIds(*(batch[name].astype(jnp.int32) for name in ("clip_l", "clip_g")))
-    context, pooled = encode_prompts(
+    texts = encode_prompts(
         denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=transformer.config.joint_attention_dim
     )
+    zeros = texts.context.shape[1] - ids.clip_l.shape[1]
+    return confusions(
+        transformer, texts, batch, noise, sigma, classes=classes, blocks=range(transformer.depth), equal_tail=zeros
+    )
+
+
+def confusions(
+    transformer: MMDiT,
+    texts: TextConditioning,
+    batch: Batch,
+    noise: Float[Array, "batch rows columns channels"],
+    sigma: Array,
+    *,
+    classes: int,
+    blocks: Collection[int],
+    equal_tail: int,
+) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
+    """`block_confusions` of some blocks, under prompts that are encoded; `equal_tail`: see `MMDiT.__call__`."""
     latents = batch["latents"].astype(jnp.float32)
     averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
     velocity, records = transformer(
         add_noise(latents, noise, sigma),
         jnp.full(len(latents), 1000 * sigma),
-        context,
-        pooled,
-        capture=range(transformer.depth),
-        equal_tail=context.shape[1] - ids.clip_l.shape[1],
+        texts.context,
+        texts.pooled,
+        capture=blocks,
+        equal_tail=equal_tail,
         request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
     )
     patch = transformer.config.patch_size
@@ -72,7 +91,7 @@ def block_confusions(
         labels = jax.vmap(predicted)(class_scores(probs, averaging), rows)
         return confusion_matrix(batch["labels"], labels, classes)
 
-    probs = jnp.stack([records[block].probs for block in range(transformer.depth)])  # pyright: ignore
+    probs = jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
     loss = velocity_loss(velocity, velocity_target(latents, noise))
     return jax.lax.map(confusion, probs), loss
 

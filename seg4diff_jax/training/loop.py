@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
-from seg4diff_jax.data.loader import Batch, Source, training_batches
+from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
 from seg4diff_jax.parallel import BATCH, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
@@ -55,6 +55,7 @@ class Task:
       init: seed and mesh to the model, its parameters on the mesh (`state.fresh` makes such a function).
       loss: model, batch and random key to a scalar, the mean over the batch's items, and its parts (scalars).
       source: the training items.
+      augment: what is done to them anew in every epoch, see `data.loader.training_batches`.
       trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
       evaluate: model to metrics. It is given the averaged parameters where there are any.
       pictures: model, as `evaluate` is given it, to a picture of fixed size that shows how far it is: one is kept of
@@ -68,6 +69,7 @@ class Task:
     init: Callable[[int, Mesh], Any]
     loss: Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
     source: Source
+    augment: Augment | None = None
     trainable: Any = nnx.Param
     evaluate: Callable[[Any], dict[str, float]] | None = None
     pictures: Callable[[Any], UInt8[np.ndarray, "height width 3"]] | None = None
@@ -169,6 +171,7 @@ def _data(task: Task, run: RunConfig) -> Any:
         task.source,
         batch_size=run.batch_size,
         seed=run.seed,
+        augment=task.augment,
         workers=run.workers,
         process=(jax.process_index(), jax.process_count()),
     )
