@@ -219,15 +219,15 @@ def loss(
         velocity, _ = denoiser.transformer(*inputs, kernel=kernel, equal_tail=zeros)
     else:
         target = patchify(target, denoiser.transformer.config.patch_size)
-        seen = random_tokens(for_tokens, target.shape[:2], objective.image_tokens)
+        seen = random_tokens(for_tokens, count, target.shape[1], objective.image_tokens)
         velocity = velocity_at(denoiser.transformer, *inputs, tokens=seen, kernel=kernel, equal_tail=zeros)
         target = jnp.take_along_axis(target, seen[..., None], axis=1)
     return jnp.square(velocity.astype(jnp.float32) - target).mean(), {}
 
 
-def random_tokens(key: PRNGKeyArray, shape: tuple[int, int], kept: int) -> Int[Array, "batch {kept}"]:
-    """Numbers of `kept` different tokens for each image; `shape`: images and tokens."""
-    return jnp.argsort(jax.random.uniform(key, shape), axis=1)[:, :kept]
+def random_tokens(key: PRNGKeyArray, images: int, tokens: int, kept: int) -> Int[Array, "{images} {kept}"]:
+    """Numbers of `kept` different ones of each image's tokens."""
+    return jnp.argsort(jax.random.uniform(key, (images, tokens)), axis=1)[:, :kept]
 
 
 def clean_latents(denoiser: Denoiser, batch: Batch) -> Float[Array, "batch rows columns channels"]:
