@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -31,13 +31,18 @@ RULES: tuple[tuple[str, P], ...] = (
 """Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
 
 
-def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over data x fsdp x tensor devices: all that JAX has. `data` None takes what the other axes leave.
+def make_mesh(
+    data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over data x fsdp x tensor devices. `data` None takes what the other axes leave.
+
+    Args:
+      among: the devices, all of which are used. Default: all that JAX has, those of other processes too.
 
     Raises:
       ValueError: an axis is no positive whole number, or the axes do not make up the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if among is None else len(among)
     for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
         if not (size is None and name == "data") and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r}; expected a whole number of devices, at least 1")
@@ -52,7 +57,7 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"data x fsdp x tensor is {data} x {fsdp} x {tensor} = {data * fsdp * tensor}, and JAX has {devices} "
             f"devices: the product must be that number{_remedy(devices, fsdp * tensor)}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=among)
 
 
 def _remedy(devices: int, model: int) -> str:

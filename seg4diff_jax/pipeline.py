@@ -248,7 +248,7 @@ class Pipeline:
         if not prompts:
             return []
         negative = self.encode_prompts([negative_prompt]) if guidance > 1 else None
-        images = self._spread((eps, self.encode_prompts(prompts)))
+        images = self.spread((eps, self.encode_prompts(prompts)))
         with self.settings():
             latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self.zero_tokens)
             pictures = finite_pictures(self.vae, latents)
@@ -301,7 +301,7 @@ class Pipeline:
         """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
         tokens = (0, self.tokenizers.clip_l.model_max_length)
         request = AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens)
-        inputs = self._spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
+        inputs = self.spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
         sigma, how = jnp.float32(self._sigma(step)), (self._blocks(self._block(block)), request, kernel)
         with self.settings():
             (record,) = read_attention(self.transformer, self.vae, *inputs, sigma, *how, self.zero_tokens).values()
@@ -322,15 +322,15 @@ class Pipeline:
         averaging = np.concatenate([item.averaging(most) for item in prompts])
         image_of_row = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
         conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
-        rows = self._spread((conditioning, image_of_row, averaging))
-        images = self._spread((pixels, noise))
+        rows = self.spread((conditioning, image_of_row, averaging))
+        images = self.spread((pixels, noise))
         with self.settings():
             scores = read_class_scores(
                 self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self.zero_tokens
             )
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
-    def _spread(self, arrays: Any) -> Any:
+    def spread(self, arrays: Any) -> Any:
         """Split leading axes over the mesh's data axes, where they divide."""
         mesh = self.mesh
         if mesh is None:

@@ -13,7 +13,7 @@ import yaml
 
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.sets import SETS
-from seg4diff_jax.evaluation.batches import Example, PresentClasses, Reader, assemble
+from seg4diff_jax.evaluation.batches import Example, LeftOut, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import OTHERS, Benchmark, open_benchmark
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.options import HELP, Data, parse
@@ -34,9 +34,10 @@ def write_coco(root: Path, *columns: tuple[int, ...]) -> Path:
     return root
 
 
-def examples(benchmark: Benchmark) -> tuple[Reader, list[Example]]:
-    reader = Reader(benchmark, (SIDE, SIDE))
-    return reader, list(reader)
+def examples(benchmark: Benchmark) -> tuple[list[LeftOut], list[Example]]:
+    items = list(Reader(benchmark, (SIDE, SIDE)).read(range(len(benchmark.source))))
+    left_out = [item for item in items if isinstance(item, LeftOut)]
+    return left_out, [item for item in items if isinstance(item, Example)]
 
 
 def test_a_set_is_opened_by_its_name_where_it_lies(tmp_path):
@@ -64,12 +65,12 @@ def test_every_set_is_named_in_the_help():
 def test_background_is_ignored_asked_for_or_scored(tmp_path, rule, present, counted):
     root = write_coco(tmp_path, (PERSON, TREE), (PERSON, CAT), (TREE, 0))
     benchmark = open_benchmark(Data(name="coco-object", root=str(root), background=rule), SIDE)
-    reader, found = examples(benchmark)
+    left_out, found = examples(benchmark)
     assert [tuple(benchmark.classes[index] for index in example.present) for example in found] == present
     histogram = sum(example.histogram for example in found)
     assert [benchmark.classes[index] for index in np.flatnonzero(histogram)] == counted
     assert all(np.array_equal(example.histogram[0] > 0, (example.labels == 0).any()) for example in found)
-    assert len(reader.unlabelled) == 3 - len(found)
+    assert [each.why for each in left_out] == ["unlabelled"] * (3 - len(found))
 
 
 def test_background_that_is_asked_for_has_scores_but_no_pixel_to_win(tmp_path, sd3):

@@ -18,11 +18,12 @@ from PIL import Image
 import seg4diff_jax as s4d
 from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene
 from seg4diff_jax.evaluation import zero_shot
-from seg4diff_jax.evaluation.batches import PresentClasses, Reader, batches
+from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
 from seg4diff_jax.evaluation.command import main
+from seg4diff_jax.evaluation.measure import Settings
 from seg4diff_jax.evaluation.options import numbers
-from seg4diff_jax.evaluation.run import Evaluation, Settings, evaluate
+from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import constant_choices, metrics
 from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, without_images
 from seg4diff_jax.flow import image_noise
@@ -95,6 +96,13 @@ def asked_one_by_one(pipe: s4d.Pipeline, benchmark: Benchmark, block: int, step:
     return np.concatenate(pairs)
 
 
+def one_batch(pipe: s4d.Pipeline, benchmark: Benchmark, images: int) -> tuple[PresentClasses, EvaluationBatch]:
+    """All images of a benchmark, filled up to that many."""
+    items = Reader(benchmark, (SQUARE, SQUARE)).read(range(len(benchmark.source)))
+    asked = PresentClasses(pipe.tokenizers, benchmark.classes)
+    return asked, assemble([item for item in items if isinstance(item, Example)], images, asked)
+
+
 def scored(pairs: np.ndarray, classes: int) -> tuple[float, float]:
     """Mean IoU over the classes that occur and pixel accuracy, in percent, by sets of pixels."""
     truth, predicted = pairs.T
@@ -122,9 +130,7 @@ def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(sd3
 
 
 def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several_prompts(sd3, benchmark):
-    reader = Reader(benchmark, (SQUARE, SQUARE))
-    asked = PresentClasses(sd3.tokenizers, benchmark.classes)
-    (batch,) = batches(reader, len(SIZES), asked)
+    asked, batch = one_batch(sd3, benchmark, len(SIZES))
     assert len(asked(batch.examples[CROWDED])[1].prompts) > 1
     assert len(batch.prompts) == 2, "more prompts than images: two passes of the transformer"
     together = ZeroShot(sd3, len(NAMES), blocks=(0, 3), steps=[8], seeds=[5]).scores(batch, Pass(8, 5))
@@ -154,8 +160,9 @@ def test_neither_batch_size_nor_images_left_out_before_it_change_an_images_noise
     assert other.baselines[1]["pixel_accuracy"] == pytest.approx(evaluation.baselines[1]["pixel_accuracy"], abs=1e-3)
     write_images(tmp_path / "set", SIZES, CROWDED)
     (tmp_path / "set" / "images" / "0.png").write_bytes(b"")
-    examples = list(Reader(folder_benchmark(tmp_path / "set"), (SQUARE, SQUARE), skip_unreadable=True))
-    assert [example.index for example in examples] == [1, 2, 3, 4, 5, 6]
+    reader = Reader(folder_benchmark(tmp_path / "set"), (SQUARE, SQUARE), skip_unreadable=True)
+    items = list(reader.read(range(len(SIZES))))
+    assert [item.index for item in items if isinstance(item, Example)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_images_of_other_sizes_classes_and_number_are_scored_by_the_same_programs(sd3, tmp_path):
@@ -174,7 +181,7 @@ def test_images_of_other_sizes_classes_and_number_are_scored_by_the_same_program
 
 
 def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd3, benchmark, monkeypatch):
-    (batch,) = batches(Reader(benchmark, (SQUARE, SQUARE)), 8, PresentClasses(sd3.tokenizers, NAMES))
+    _, batch = one_batch(sd3, benchmark, 8)
     scores = jax.random.uniform(jax.random.key(0), (1, 8, batch.class_of_row.shape[1], 16))
     once = Tally(1, len(NAMES))
     once.count(scores, (4, 4), batch)
@@ -188,7 +195,7 @@ def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd
 
 
 def test_scores_that_are_not_finite_are_an_error_and_no_result(sd3, benchmark):
-    (batch,) = batches(Reader(benchmark, (SQUARE, SQUARE)), 8, PresentClasses(sd3.tokenizers, NAMES))
+    _, batch = one_batch(sd3, benchmark, 8)
     counting = ZeroShot(sd3, len(NAMES), blocks=(0,), steps=[8], seeds=[0])
     scores = jnp.zeros((1, 8, batch.class_of_row.shape[1], 16)).at[0, 2, 0, 3].set(jnp.nan)
     right = counting.tallies[Pass(8, 0)].count(scores, (4, 4), batch)

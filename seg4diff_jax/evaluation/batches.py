@@ -7,17 +7,16 @@ a power of two of rows; the last batch is filled up. So the compiled programs ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from seg4diff_jax.data.labelled import FolderError
-from seg4diff_jax.data.loader import Source
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.images import ImageError, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
@@ -47,6 +46,20 @@ class Example(NamedTuple):
     labels: UInt8[np.ndarray, "height width"]
     histogram: Int[np.ndarray, " classes"]
     present: tuple[int, ...]
+
+
+class LeftOut(NamedTuple):
+    """An image that is not scored.
+
+    Attributes:
+      why: `skipped` for one that cannot be read or has no usable label; `unlabelled` for one without a labelled pixel,
+        of which nothing could be asked.
+      message: what is wrong with it, or its name.
+    """
+
+    index: int
+    why: Literal["skipped", "unlabelled"]
+    message: str
 
 
 class PromptRows(NamedTuple):
@@ -83,17 +96,14 @@ class EvaluationBatch:
 
 
 class Reader:
-    """The examples of a benchmark, in order; a few threads read ahead.
+    """The examples of a benchmark; a few threads read ahead.
 
-    Attributes, complete once all have been read:
-      skipped: why images were left out.
-      unlabelled: names of images without a labelled pixel, which are left out too: nothing could be asked of them.
+    Args:
+      ahead: how many images are read before their turn.
     """
 
     def __init__(self, benchmark: Benchmark, size: tuple[int, int], *, skip_unreadable: bool = False, ahead: int = 64):
         self.benchmark, self.size, self.skip_unreadable, self.ahead = benchmark, size, skip_unreadable, ahead
-        self.skipped: list[str] = []
-        self.unlabelled: list[str] = []
 
     def example(self, index: int) -> Example:
         """Raises ImageError or FolderError when the image or its label is not usable."""
@@ -108,28 +118,31 @@ class Reader:
             present[background] &= rule == "asked"
         return Example(index, item["name"], pixels, labels, histogram, tuple(np.flatnonzero(present).tolist()))
 
-    def __iter__(self) -> Iterator[Example]:
-        for number, future in ahead_of(self.benchmark.source, self.example, self.ahead):
+    def read(self, numbers: Iterable[int]) -> Iterator[Example | LeftOut]:
+        """The images of these numbers, in order.
+
+        Raises ImageError or FolderError, unless such images are to be skipped.
+        """
+        for number, future in ahead_of(numbers, self.example, self.ahead):
             try:
                 example = future.result()
             except (ImageError, FolderError) as error:
                 if not self.skip_unreadable:
                     hint = "repair or remove the file, or give --skip-unreadable to leave such images out"
                     raise type(error)(f"image {number + 1} of {len(self.benchmark.source)}: {error} ({hint})") from None
-                self.skipped.append(str(error))
+                yield LeftOut(number, "skipped", str(error))
                 continue
-            if example.histogram.any():
-                yield example
-            else:
-                self.unlabelled.append(example.name)
+            yield example if example.histogram.any() else LeftOut(number, "unlabelled", example.name)
 
 
-def ahead_of(source: Source, read: Callable[[int], Example], ahead: int) -> Iterator[tuple[int, Future[Example]]]:
-    """What `read` makes of every number of the source, in order, with up to `ahead` of them under way."""
+def ahead_of(
+    numbers: Iterable[int], read: Callable[[int], Example], ahead: int
+) -> Iterator[tuple[int, Future[Example]]]:
+    """What `read` makes of every number, in order, with up to `ahead` of them under way."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[tuple[int, Future[Example]]] = deque()
         try:
-            for number in range(len(source)):
+            for number in numbers:
                 waiting.append((number, pool.submit(read, number)))
                 if len(waiting) > ahead:
                     yield waiting.popleft()
@@ -137,6 +150,10 @@ def ahead_of(source: Source, read: Callable[[int], Example], ahead: int) -> Iter
                 yield waiting.popleft()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+Asked = Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
+"""The classes that an image is asked for, ascending, and their prompts."""
 
 
 class PresentClasses:
@@ -161,47 +178,80 @@ class PresentClasses:
         return example.present, self._prompts(example.present)
 
 
-def batches(
-    examples: Iterator[Example] | Reader,
-    batch_size: int,
-    asked: Callable[[Example], tuple[tuple[int, ...], ClassPrompts]],
-) -> Iterator[EvaluationBatch]:
-    """All examples in batches of `batch_size` images, and of as many prompts a pass.
+class AllClasses:
+    """Every image is asked for the whole vocabulary, packed into as few prompts as hold it.
+
+    Args:
+      without: a class whose name is not asked for.
+      names, repeats: as for `PresentClasses`.
+    """
+
+    name = "all"
+
+    def __init__(
+        self, tokenizers: Tokenizers, names: Sequence[str], *, without: int | None = None, repeats: bool = False
+    ):
+        self.classes = tuple(index for index in range(len(names)) if index != without)
+        self.prompts = class_prompts(tokenizers, [names[index] for index in self.classes], repeats=repeats)
+
+    def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
+        return self.classes, self.prompts
+
+
+def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[str]) -> dict[str, Asked]:
+    """Who asks, for each of `present` and `all` that is named.
+
+    Raises ValueError when class names do not make prompts.
+    """
+    repeats = benchmark.names == "release"
+    makers: dict[str, Callable[[], Asked]] = {
+        "present": lambda: PresentClasses(tokenizers, benchmark.prompts, repeats=repeats),
+        "all": lambda: AllClasses(
+            tokenizers,
+            benchmark.prompts,
+            without=benchmark.background if benchmark.rule == "ignored" else None,
+            repeats=repeats,
+        ),
+    }
+    return {name: makers[name]() for name in prompts}
+
+
+def assemble(group: Sequence[Example], images: int, asked: Asked) -> EvaluationBatch:
+    """Up to `images` examples in one batch, and as many prompts a pass.
 
     Raises ValueError when class names do not make prompts; the message says why.
     """
-    group: list[Example] = []
-    for example in examples:
-        group.append(example)
-        if len(group) == batch_size:
-            yield assemble(group, batch_size, asked)
-            group = []
-    if group:
-        yield assemble(group, batch_size, asked)
-
-
-def assemble(
-    group: Sequence[Example], images: int, asked: Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
-) -> EvaluationBatch:
-    questions = [asked(example) for example in group]
-    rows = _power_of_two(max(len(classes) for classes, _ in questions), CLASS_ROWS)
     height, width = (_power_of_two(max(example.labels.shape[axis] for example in group), CANVAS) for axis in (0, 1))
     truth = np.full((images, height, width), IGNORED, np.uint8)
     sizes = np.ones((images, 2), np.int32)
-    class_of_row = np.full((images, rows), IGNORED, np.int32)
-    for place, (example, (classes, _)) in enumerate(zip(group, questions, strict=True)):
+    for place, example in enumerate(group):
         sizes[place] = example.labels.shape
         truth[place, : sizes[place, 0], : sizes[place, 1]] = example.labels
-        class_of_row[place, : len(classes)] = classes
     return EvaluationBatch(
         tuple(group),
         _filled(np.array([example.index for example in group], np.int32), images),
         _filled(np.stack([example.pixels for example in group]), images),
         truth,
         sizes,
-        class_of_row,
-        tuple(_prompt_rows([prompts for _, prompts in questions], images, rows)),
+        *_questions(group, images, asked),
     )
+
+
+def asked_otherwise(batch: EvaluationBatch, asked: Asked) -> EvaluationBatch:
+    """The same images with other prompts."""
+    class_of_row, prompts = _questions(batch.examples, len(batch.pixels), asked)
+    return replace(batch, class_of_row=class_of_row, prompts=prompts)
+
+
+def _questions(
+    group: Sequence[Example], images: int, asked: Asked
+) -> tuple[Int[np.ndarray, "images classes"], tuple[PromptRows, ...]]:
+    found = [asked(example) for example in group]
+    rows = _power_of_two(max(len(classes) for classes, _ in found), CLASS_ROWS)
+    class_of_row = np.full((images, rows), IGNORED, np.int32)
+    for place, (classes, _) in enumerate(found):
+        class_of_row[place, : len(classes)] = classes
+    return class_of_row, tuple(_prompt_rows([prompts for _, prompts in found], images, rows))
 
 
 def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> Iterator[PromptRows]:

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from seg4diff_jax.evaluation.options import BATCH_TOKENS, STEPS, Options, chosen_blocks, numbers, parse
+from seg4diff_jax.evaluation.options import (
+    BATCH_TOKENS,
+    STEPS,
+    Options,
+    chosen_blocks,
+    kinds_of_prompts,
+    numbers,
+    parse,
+)
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.benchmarks import Benchmark
-    from seg4diff_jax.evaluation.run import Evaluation, Settings
+    from seg4diff_jax.evaluation.measure import Settings, Told
     from seg4diff_jax.pipeline import Pipeline
 
-RESULTS, CONFIG = "results.json", "config.yaml"
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
-SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
 LINE_EVERY = 30
 """Seconds between lines of progress where there is no terminal."""
-MOST_NAMED = 5
-"""Left-out images that are named on the terminal; `results.json` has all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,44 +51,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> None:
+    """All processes measure, the first one writes."""
     started = time.perf_counter()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status("starting"):  # importing JAX takes seconds
+        import jax
+
         from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
-        from seg4diff_jax.command_line.segment import output_directory
         from seg4diff_jax.evaluation.expert import name_expert
+        from seg4diff_jax.evaluation.hosts import in_step
+        from seg4diff_jax.evaluation.progress import Progress
+        from seg4diff_jax.evaluation.results import tell, write
         from seg4diff_jax.evaluation.run import evaluate
-    out = output_directory(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}", "", options.overwrite)
+
+        if options.distributed:
+            from seg4diff_jax.training.command import join_processes
+
+            join_processes()
+    first = jax.process_index() == 0
+    console.quiet = not first
+    out = in_step(lambda: results_directory(options) if first else Path())
     with console.status(f"loading {options.model}"), full_memory_told(TO_LOAD):
         pipe, benchmark, settings = prepare(options)
     loading = time.perf_counter() - started
-    images, passes = len(benchmark.source), len(settings.steps) * len(settings.seeds)
+    images, passes = len(benchmark.source), len(settings.steps) * len(settings.seeds) * len(settings.prompts)
     console.print(
         f"{options.model} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
         f"{counted(len(settings.steps), 'noise level')}, {counted(len(settings.seeds), 'seed')}"
     )
+    resolved = resolve(options, pipe, benchmark, settings, out)
+    kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
+    if kept and not options.resume:
+        kept.clear()
     remedy = "give a smaller --batch-size, or --dtype bfloat16"
     with progress(console, images, passes) as advance, full_memory_told(remedy):
-        evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance)
-    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
+        evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance, kept=kept)
+    if not first:
+        return
+    seconds = {"loading": loading, **evaluation.seconds}
+    with console.status("drawing"):
+        write(out, evaluation, benchmark, resolved, seconds)
+    if kept:
+        kept.clear()
+    tell(console, evaluation)
+    if options.name_expert:
+        name_expert(options.model, evaluation.best.block, evaluation.best.step)
+        console.print(
+            f"{options.model}: block {evaluation.best.block} and noise level {evaluation.best.step} are its own now"
+        )
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and pictures: {out / 'index.html'}")
+
+
+def results_directory(options: Options) -> Path:
+    """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
+    from seg4diff_jax.command_line.segment import check_writable, output_directory
+    from seg4diff_jax.evaluation.progress import DIRECTORY
+    from seg4diff_jax.evaluation.results import RESULTS
+
+    out = Path(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    interrupted = (out / DIRECTORY).is_dir()
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with the run in --out: name its directory")
+    if options.resume and (out / RESULTS).is_file() and not interrupted:
+        raise ValueError(f"--out {out} is complete: there is nothing to --resume; give --overwrite to measure anew")
+    if options.resume and interrupted:
+        check_writable(out)
+        return out
+    if interrupted and not options.overwrite:
+        raise ValueError(f"--out {out} holds an interrupted run: give --resume to go on, or --overwrite to begin anew")
+    return output_directory(str(out), "", options.overwrite)
+
+
+def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Settings, out: Path) -> dict[str, Any]:
+    """All options as plain values, those left open as they turned out. How a run was started is not among them."""
+    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds", "prompts")}
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
     chosen = {"split": benchmark.split, "labels": benchmark.kind}
     if benchmark.background is not None:
         chosen["background"] = benchmark.rule
     data = replace(options.data, **{name: value for name, value in chosen.items() if value})
-    resolved = replace(options, data=data, out=str(out), **known)
-    seconds = {"loading": loading, **evaluation.seconds}
-    with console.status("drawing"):
-        write(out, evaluation, benchmark, asdict(resolved), seconds)
-    tell(console, evaluation)
-    if options.name_expert:
-        name_expert(options.model, *evaluation.best)
-        console.print(
-            f"{options.model}: block {evaluation.best[0]} and noise level {evaluation.best[1]} are its own now"
-        )
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and pictures: {out / 'index.html'}")
+    resolved = asdict(replace(options, data=data, out=str(out), **known))
+    return {name: value for name, value in resolved.items() if name not in ("resume", "distributed")}
+
+
+def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the resolved options those that decide about figures, flat."""
+    names = ("model", "blocks", "steps", "seeds", "prompts", "batch_size", "dtype")
+    return {name: resolved[name] for name in names} | {f"data.{name}": each for name, each in resolved["data"].items()}
 
 
 def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
@@ -95,15 +147,29 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
     Raises ValueError when one is not usable; the message says why.
     """
-    from convert.components import parse_config
     from seg4diff_jax.evaluation.benchmarks import open_benchmark
+    from seg4diff_jax.evaluation.hosts import in_step, in_turn, local_mesh
+    from seg4diff_jax.loading import load
+
+    mesh = local_mesh()
+    settings, side = in_step(lambda: settle(options, mesh.size if mesh else 1))
+    benchmark = in_turn(lambda: open_benchmark(options.data, side))  # scenes are written by one
+    blocks = max(settings.blocks) + 1
+    pipe = in_step(lambda: load(options.model, dtype=options.dtype, mesh=mesh, blocks=blocks))
+    return pipe, benchmark, settings
+
+
+def settle(options: Options, devices: int) -> tuple[Settings, int]:
+    """What is measured, and the side of the images that the model was trained on. Raises as `prepare` does."""
+    from convert.components import parse_config
     from seg4diff_jax.evaluation.expert import configuration
-    from seg4diff_jax.evaluation.run import Settings
-    from seg4diff_jax.loading import load, open_for_masks
+    from seg4diff_jax.evaluation.measure import Settings, check_batch_size
+    from seg4diff_jax.loading import open_for_masks
 
     for name, value, least in (
         ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
         ("pictures", options.pictures, 0),
+        ("shard-batches", options.shard_batches, 1),
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}: expected at least {least}")
@@ -117,12 +183,13 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
         blocks=chosen_blocks(options.blocks, transformer.num_layers, source.expert_block, options.model),
         steps=numbers(best, "--steps", STEPS),
         seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
-        batch_size=options.batch_size or max(1, BATCH_TOKENS // tokens),
+        batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
+        prompts=kinds_of_prompts(options.prompts),
         skip_unreadable=options.skip_unreadable,
+        shard_batches=options.shard_batches,
     )
-    benchmark = open_benchmark(options.data, source.trained_size)
-    pipe = load(options.model, dtype=options.dtype, blocks=max(settings.blocks) + 1)
-    return pipe, benchmark, settings
+    check_batch_size(settings.batch_size, devices)
+    return settings, source.trained_size
 
 
 def counted(number: int, what: str) -> str:
@@ -130,85 +197,30 @@ def counted(number: int, what: str) -> str:
 
 
 @contextmanager
-def progress(console: Console, images: int, passes: int) -> Iterator[Callable[[int], None]]:
-    """A bar of images, or now and then a line; and how many pass through the transformer in a second."""
+def progress(console: Console, images: int, passes: int) -> Iterator[Told]:
+    """A bar of images, or now and then a line; how many pass through the transformer in a second, and the mIoU."""
     columns = (
         TextColumn("[bold]evaluating"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}{task.fields[miou]}"),
         TimeRemainingColumn(),
     )
     start = told = time.perf_counter()
-    first = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
-        bar = shown.add_task("", total=images, rate="compiling")
+    first, score = 0, ""
+    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
+        bar = shown.add_task("", total=images, rate="compiling", miou="")
 
-        def advance(done: int) -> None:
-            nonlocal start, first, told
-            now = time.perf_counter()
+        def advance(done: int, miou: float | None) -> None:
+            nonlocal start, first, told, score
+            now, done = time.perf_counter(), min(done, images)
             rate = f"{passes * (done - first) / (now - start):.1f} images/s" if first else "compiling"
             if not first:  # compiling is what the first batch waits for
                 start, first = now, done
-            shown.update(bar, completed=done, rate=rate)
+            score = score if miou is None else f", mIoU {miou:.1f} so far"
+            shown.update(bar, completed=done, rate=rate, miou=score)
             if shown.disable and now - told > LINE_EVERY:
                 told = now
-                console.print(f"{done} of {images} images, {rate}")
+                console.print(f"{done} of {images} images, {rate}{score}")
 
         yield advance
-
-
-def write(
-    out: Path, evaluation: Evaluation, benchmark: Benchmark, config: dict[str, Any], seconds: Mapping[str, float]
-) -> None:
-    """Write config.yaml, the page, and results.json: `rows` and `baselines`, in percent, and how they were made.
-
-    The last is written last: a directory that has it is complete.
-    """
-    from seg4diff_jax.command_line.segment import versions
-    from seg4diff_jax.reporting.evaluation_page import write_page
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS).unlink(missing_ok=True)
-    (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    write_page(out, evaluation, benchmark, config)
-    contents = {
-        "rows": evaluation.rows,
-        "baselines": evaluation.baselines,
-        "best": dict(zip(("block", "step"), evaluation.best, strict=True)),
-        "units": "percent",
-        "skipped": evaluation.skipped,
-        "unlabelled": evaluation.unlabelled,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "config": config,
-        "versions": versions(),
-    }
-    (out / RESULTS).write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def tell(console: Console, evaluation: Evaluation) -> None:
-    """The table of scores on stdout, and on stderr what was left out."""
-    from seg4diff_jax.evaluation.scores import averaged, by_setting, guesses
-    from seg4diff_jax.reporting.evaluation_page import number
-
-    rows = evaluation.rows
-    shown = [name for name in SCORES if any(row[name] is not None for row in rows)]
-    images, seeds = rows[0]["images"], len({row["seed"] for row in rows})
-    over = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"{rows[0]['dataset']}, {images} images, %{over}", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in shown:
-        table.add_column(SCORES[name], justify="right")
-    cells = lambda some: [number(averaged(some, shown)[name]) for name in shown]
-    for (block, step), some in by_setting(rows).items():
-        best = "bold" if (block, step) == evaluation.best else ""
-        table.add_row(f"block {block}, noise level {step}", *cells(some), style=best)
-    table.add_section()
-    names = {"random": "random (chance)", "constant": "one class everywhere", "permuted": "positions permuted"}
-    for name, some in guesses(evaluation.baselines, evaluation.best).items():
-        table.add_row(names[name], *cells(some), style="dim")
-    Console(highlight=False).print(table)
-    for names, what in ((evaluation.skipped, "skipped"), (evaluation.unlabelled, "without a labelled pixel")):
-        if names:
-            listing = "".join(f"\n  {name}" for name in names[:MOST_NAMED])
-            console.print(f"{counted(len(names), 'image')} {what}:{listing}" + "\n  ..." * (len(names) > MOST_NAMED))

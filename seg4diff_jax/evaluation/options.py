@@ -13,8 +13,9 @@ from seg4diff_jax.data.names import Background, Spelling
 Numbers = int | str | list[int]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 STEPS = range(1, 29)
+PROMPTS = ("present", "all")
 BATCH_TOKENS = 16384
-"""Image tokens in a batch: 4 images of SD3's 1024 x 1024 pixels."""
+"""Image tokens that a device takes at a time: 4 images of SD3's 1024 x 1024 pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class Options:
     blocks: Numbers = "expert"
     steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
+    prompts: str | list[str] = "present"
     batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     skip_unreadable: bool = False
     pictures: int = 12
     out: str | None = None
     overwrite: bool = False
+    resume: bool = False
+    shard_batches: int = 8
+    distributed: bool = False
     name_expert: bool = False
 
 
@@ -72,12 +77,25 @@ HELP = {
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
     "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
     "seeds": "of the noise; a pass each, averaged in the tables",
-    "batch_size": "images, and prompts, that the device takes at a time; default: as many as have 16384 image tokens",
+    "prompts": (
+        "present: each image is asked for the classes that it has, as in the paper; all: for the whole vocabulary; "
+        "present,all: both, reported apart"
+    ),
+    "batch_size": (
+        "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
+        "tokens"
+    ),
     "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
     "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
     "pictures": "images on the page, from best to worst",
     "out": "directory for results; default: runs/evaluate/TIME",
     "overwrite": "replace the results of an earlier run in --out",
+    "resume": "go on with the interrupted run in --out, if there is one",
+    "shard_batches": "batches after which what was counted is saved, for --resume",
+    "distributed": (
+        "this is one process of several: they find each other through the cluster, or through "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ),
     "name_expert": "write the best block and noise level into the checkpoint's configuration, as its own from then on",
 }
 
@@ -134,6 +152,14 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
     if not found or len(set(found)) < len(found):
         raise ValueError(f"{name} is {value!r}: expected at least one number, and each once")
     return tuple(found)
+
+
+def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
+    """`present`, `all` or both, in the order given. Raises ValueError for anything else."""
+    kinds = tuple(kind.strip() for kind in (value if isinstance(value, list) else value.split(",")))
+    if not kinds or set(kinds) - set(PROMPTS) or len(set(kinds)) < len(kinds):
+        raise ValueError(f"--prompts is {value!r}: expected present, all, or present,all")
+    return kinds
 
 
 def chosen_blocks(value: Numbers, depth: int, expert: int | None, model: str) -> tuple[int, ...]:

@@ -1,35 +1,27 @@
-"""One evaluation: a model on a benchmark."""
+"""One evaluation: a model on a benchmark, and what is reported of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.evaluation.batches import Example, PresentClasses, Reader, assemble, batches
+from seg4diff_jax.evaluation.batches import Example, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.scores import Row, best_constant, best_setting, metrics
-from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM, Pass, ZeroShot
+from seg4diff_jax.evaluation.measure import Measurement, Settings, Told
+from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.progress import Progress
+from seg4diff_jax.evaluation.reported import reported_miou
+from seg4diff_jax.evaluation.scores import Row, Setting, best_constant, best_setting, metrics
+from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM, Pass
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
 
 PROTOCOL = "open_vocabulary"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: all blocks, at every noise level (1 clean to 28 noise), for every seed of the noise."""
-
-    blocks: tuple[int, ...]
-    steps: tuple[int, ...]
-    seeds: tuple[int, ...]
-    batch_size: int
-    skip_unreadable: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,14 +48,15 @@ class Evaluation:
     """What came out. Rows are plain values, scores in percent; `seconds` are compiling and running.
 
     Attributes:
-      rows: one for each block, step and seed.
+      rows: one for each kind of prompts, block, step and seed.
       baselines: guessers on the same images, `baseline` says which: see `baseline_rows`.
-      shown: images spread from the best to the worst, segmented at `best`, the block and step of the highest mIoU.
+      best: the block and step of the highest mIoU with the first kind of prompts.
+      shown: images spread from the best to the worst, segmented at `best`.
     """
 
     rows: list[Row]
     baselines: list[Row]
-    best: tuple[int, int]
+    best: Setting
     shown: list[Shown]
     skipped: list[str]
     unlabelled: list[str]
@@ -76,114 +69,125 @@ def evaluate(
     settings: Settings,
     *,
     shown: int = 0,
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Told = lambda done, miou: None,
+    kept: Progress | None = None,
 ) -> Evaluation:
-    """Zero-shot scores of a model on a benchmark, each image asked for its own classes.
+    """Zero-shot scores of a model on a benchmark. All processes take part, and hear the same figures.
 
     Args:
-      shown: how many images to segment once more, for people to look at.
+      shown: how many images to segment once more, for people to look at: in the first process.
       progress: told how many images are done.
+      kept: where the first process keeps what is counted, and finds what an interrupted run has counted.
 
     Raises:
       ImageError, FolderError: an image or a label is not usable.
-      ValueError: class names do not make prompts, or no image is left.
+      ValueError: class names do not make prompts, no image is left, or the interrupted run was another one.
       FloatingPointError: scores are not finite.
     """
-    size = (pipe.trained_size, pipe.trained_size)
-    reader = Reader(benchmark, size, skip_unreadable=settings.skip_unreadable, ahead=2 * settings.batch_size)
-    asked = PresentClasses(pipe.tokenizers, benchmark.prompts, repeats=benchmark.names == "release")
-    counting = ZeroShot(
-        pipe, len(benchmark.classes), blocks=settings.blocks, steps=settings.steps, seeds=settings.seeds
-    )
-    seen: list[tuple[int, Int[np.ndarray, " classes"]]] = []
-    with CompilationClock() as compilation:
-        start = time.perf_counter()
-        for batch in batches(reader, settings.batch_size, asked):
-            counting.add(batch)
-            seen += [(example.index, example.histogram) for example in batch.examples]
-            progress(len(seen))
-        counting.finish()
-        totals = {name: tally.total() for name, tally in counting.tallies.items()}
-        total = time.perf_counter() - start
-    if not seen:
-        raise ValueError(f"{benchmark.where}: no image is left to score: {_left_out(reader)}")
-    seconds = {"compiling": compilation.seconds, "running": total - compilation.seconds}
-    each = seconds["running"] / len(counting.passes)
-    common = {"dataset": benchmark.name, "split": benchmark.split or None, "labels": benchmark.kind or None}
-    common |= {"background": None if benchmark.background is None else benchmark.rule}
-    common |= {"protocol": PROTOCOL, "prompts": asked.name, "names": benchmark.names}
-    common |= {"images": len(seen), "seconds": round(each, 3), "images_per_second": round(len(seen) / each, 2)}
-    rows = [
-        {**common, "block": block, "step": one.step, "seed": one.seed, **metrics(totals[one][place], benchmark)}
-        for one in counting.passes
-        for place, block in enumerate(settings.blocks)
-    ]
-    histograms = np.stack([histogram for _, histogram in seen])
-    baselines = baseline_rows(totals, histograms, benchmark, settings, {**common, "seconds": None})
+    measurement = Measurement(pipe, benchmark, settings)
+    outcome = measurement.outcome(told=progress, kept=kept)
+    left = {why: [each.message for each in outcome.left_out if each.why == why] for why in ("skipped", "unlabelled")}
+    if not len(outcome.indices):
+        first = f"; the first: {left['skipped'][0]}" if left["skipped"] else ""
+        raise ValueError(
+            f"{benchmark.where}: no image is left to score: {len(left['unlabelled'])} without a labelled pixel, "
+            f"{len(left['skipped'])} skipped{first}"
+        )
+    rows = score_rows(outcome, measurement, pipe)
     best = best_setting(rows)
-    pictures = _shown(counting, reader, asked, seen, settings, best, shown) if shown else []
-    return Evaluation(rows, baselines, best, pictures, reader.skipped, reader.unlabelled, seconds)
+    pictures = _shown(measurement, outcome, best, shown) if shown and not jax.process_index() else []
+    seconds = dict(zip(("compiling", "running"), outcome.seconds.tolist(), strict=True))
+    return Evaluation(rows, baseline_rows(outcome, measurement), best, pictures, **left, seconds=seconds)
 
 
-def baseline_rows(
-    totals: dict[Any, np.ndarray],
-    histograms: Int[np.ndarray, "images classes"],
-    benchmark: Benchmark,
-    settings: Settings,
-    common: Row,
-) -> list[Row]:
-    """What is scored without looking at the image, given the classes that are in it.
-
-    random: of the classes present one at random for each image token, upsampled as the model's scores are.
-    constant: everywhere the same class of those present, see `scores.best_constant`; `choice` is the order.
-    permuted: the model's own scores, each image's tokens in random order.
-    """
-    common = {key: value for key, value in common.items() if not key.startswith(("seconds", "images_per"))}
-    choice, constant = best_constant(histograms)
-    rows: list[Row] = [
-        {**common, "baseline": "constant", "choice": choice, "block": None, "step": None, "seed": None}
-        | metrics(constant, benchmark)
-    ]
-    for seed in settings.seeds:
-        place = {**common, "step": None, "seed": seed}
-        rows.append({**place, "baseline": RANDOM, "block": None} | metrics(totals[RANDOM, seed][0], benchmark))
-        rows += [
-            {**place, "baseline": PERMUTED, "block": block, "step": settings.steps[0]} | metrics(confusion, benchmark)
-            for block, confusion in zip(settings.blocks, totals[PERMUTED, seed], strict=True)
-        ]
+def score_rows(outcome: Outcome, measurement: Measurement, pipe: Pipeline) -> list[Row]:
+    """One for each kind of prompts, step, seed and block; the time is shared by how often the transformer was run."""
+    settings, benchmark = measurement.settings, measurement.benchmark
+    shares = outcome.forwards / max(1, outcome.forwards.sum()) / (len(settings.steps) * len(settings.seeds))
+    seconds = dict(zip(settings.prompts, (outcome.seconds[1] * shares).tolist(), strict=True))
+    rows: list[Row] = []
+    for one, confusions in zip(measurement.counting.passes, outcome.counted.confusion, strict=True):
+        each = seconds[one.prompts]
+        speed = {"seconds": round(each, 3), "images_per_second": round(len(outcome.indices) / each, 2)}
+        for block, confusion in zip(settings.blocks, confusions, strict=True):
+            place = {"block": block, "step": one.step, "seed": one.seed}
+            row = {**_common(outcome, benchmark, one.prompts), **speed, **place}
+            rows.append(row | {"reported": reported_miou(row, pipe)} | metrics(confusion, benchmark))
     return rows
 
 
-def _left_out(reader: Reader) -> str:
-    first = f"; the first: {reader.skipped[0]}" if reader.skipped else ""
-    return f"{len(reader.unlabelled)} without a labelled pixel, {len(reader.skipped)} skipped{first}"
+def _common(outcome: Outcome, benchmark: Benchmark, prompts: str) -> Row:
+    return {
+        "dataset": benchmark.name,
+        "split": benchmark.split or None,
+        "labels": benchmark.kind or None,
+        "background": None if benchmark.background is None else benchmark.rule,
+        "protocol": PROTOCOL,
+        "prompts": prompts,
+        "names": benchmark.names,
+        "images": len(outcome.indices),
+    }
 
 
-def _shown(
-    counting: ZeroShot,
-    reader: Reader,
-    asked: PresentClasses,
-    seen: Sequence[tuple[int, Int[np.ndarray, " classes"]]],
-    settings: Settings,
-    best: tuple[int, int],
-    count: int,
-) -> list[Shown]:
+def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+    """What is scored without looking at the image, given the classes that are asked for.
+
+    random: of these classes one at random for each image token, upsampled as the model's scores are.
+    constant: everywhere the same class, see `scores.best_constant`; `choice` is the order.
+    permuted: the model's own scores, each image's tokens in random order.
+    """
+    settings, benchmark, counting = measurement.settings, measurement.benchmark, measurement.counting
+    rows: list[Row] = []
+    for prompts in settings.prompts:
+        common = _common(outcome, benchmark, prompts)
+        choice, constant = best_constant(outcome.histograms, known=prompts == "present")
+        place: dict[str, Any] = {"baseline": "constant", "choice": choice, "block": None, "step": None, "seed": None}
+        rows.append({**common, **place} | metrics(constant, benchmark))
+        for number, (kind, seed) in enumerate(counting.guesses):
+            if kind != prompts:
+                continue
+            place = {"baseline": RANDOM, "block": None, "step": None, "seed": seed}
+            rows.append({**common, **place} | metrics(outcome.counted.random[number, 0], benchmark))
+            place = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
+            permuted = zip(settings.blocks, outcome.counted.permuted[number], strict=True)
+            rows += [{**common, **place, "block": block} | metrics(matrix, benchmark) for block, matrix in permuted]
+    return rows
+
+
+def _shown(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
     """Images evenly spaced from the one with most pixels right to the one with fewest, at the first seed."""
-    one, place = Pass(best[1], settings.seeds[0]), settings.blocks.index(best[0])
-    right = np.concatenate([piece[place] for piece in counting.right[one]])
-    accuracy = 100 * right / np.array([histogram.sum() for _, histogram in seen])
+    settings, counting = measurement.settings, measurement.counting
+    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.blocks.index(best.block)
+    right = outcome.counted.right[counting.passes.index(one), place]
+    accuracy = 100 * right / outcome.histograms.sum(axis=1)
     order = np.argsort(-accuracy, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)].tolist()
     found: list[Shown] = []
     for start in range(0, len(chosen), settings.batch_size):
-        some = chosen[start : start + settings.batch_size]
-        examples = [reader.example(seen[number][0]) for number in some]
-        batch = assemble(examples, settings.batch_size, asked)
-        scores = counting.scores(batch, one)[place]
-        for number, example, grid in zip(some, examples, scores, strict=False):
-            classes, _ = asked(example)
-            grid = grid[: len(classes)]
-            predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
-            image = reader.benchmark.source[example.index]["image"]
-            found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number])))
+        found += _segmented(measurement, chosen[start : start + settings.batch_size], outcome, accuracy, one, place)
+    return found
+
+
+def _segmented(
+    measurement: Measurement,
+    numbers: Sequence[int],
+    outcome: Outcome,
+    accuracy: Float[np.ndarray, " images"],
+    one: Pass,
+    place: int,
+) -> list[Shown]:
+    examples = [measurement.reader.example(int(outcome.indices[number])) for number in numbers]
+    asked = measurement.asked[one.prompts]
+    batch = assemble(examples, measurement.settings.batch_size, asked)
+    found: list[Shown] = []
+    scores = measurement.counting.scores(batch, one)[place]
+    for number, example, grid in zip(numbers, examples, scores, strict=False):
+        classes, _ = asked(example)
+        grid = grid[: len(classes)]
+        predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
+        image = measurement.benchmark.source[example.index]["image"]
+        if one.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
+            kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
+            classes, grid = tuple(classes[at] for at in kept), grid[kept]
+        found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number])))
     return found

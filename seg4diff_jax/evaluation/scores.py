@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -12,7 +12,14 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_accuracy
 
 Row = dict[str, Any]
-METRICS = ("miou", "pixel_accuracy")
+
+
+class Setting(NamedTuple):
+    """What rows of several seeds have in common."""
+
+    block: int
+    step: int
+    prompts: str
 
 
 def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchmark) -> Row:
@@ -38,11 +45,16 @@ def _percent(share: float) -> float | None:
     return None if np.isnan(share) else round(100 * share, 4)
 
 
-def constant_choices(histograms: Int[np.ndarray, "images classes"]) -> dict[str, Int[np.ndarray, "classes classes"]]:
+def constant_choices(
+    histograms: Int[np.ndarray, "images classes"], *, known: bool = True
+) -> dict[str, Int[np.ndarray, "classes classes"]]:
     """Confusion matrices of two guessers that do not look: each image is wholly the first of its classes in one order.
 
     The orders are read off the same images' labels: by pixels in the whole set (`commonest`), and by the mean share of
     the images that a class is in (`largest`).
+
+    Args:
+      known: the guesser knows which classes an image has. Otherwise all images are of one class, the first of all.
     """
     present = histograms > 0
     shares = histograms / np.maximum(histograms.sum(axis=1, keepdims=True), 1)
@@ -52,16 +64,18 @@ def constant_choices(histograms: Int[np.ndarray, "images classes"]) -> dict[str,
     }
     found = {}
     for name, rank in ranks.items():
-        chosen = np.where(present, rank, -1.0).argmax(axis=1)
+        chosen = np.where(present | (not known), rank, -1.0).argmax(axis=1)
         confusion = np.zeros((histograms.shape[1],) * 2, np.int64)
         np.add.at(confusion.T, chosen, histograms)
         found[name] = confusion
     return found
 
 
-def best_constant(histograms: Int[np.ndarray, "images classes"]) -> tuple[str, Int[np.ndarray, "classes classes"]]:
+def best_constant(
+    histograms: Int[np.ndarray, "images classes"], *, known: bool = True
+) -> tuple[str, Int[np.ndarray, "classes classes"]]:
     """The better of `constant_choices` by mean IoU, and its name."""
-    choices = constant_choices(histograms)
+    choices = constant_choices(histograms, known=known)
     name = max(choices, key=lambda name: mean_iou(choices[name]))
     return name, choices[name]
 
@@ -76,25 +90,26 @@ def averaged(rows: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[float
     return found
 
 
-def by_setting(rows: Sequence[Row]) -> dict[tuple[int, int], list[Row]]:
-    """Rows of one block and step together, in the order in which they come: one for each seed."""
-    settings: dict[tuple[int, int], list[Row]] = {}
+def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """Rows of one setting together, in the order in which they come: one for each seed."""
+    settings: dict[Setting, list[Row]] = {}
     for row in rows:
-        settings.setdefault((row["block"], row["step"]), []).append(row)
+        settings.setdefault(Setting(row["block"], row["step"], row["prompts"]), []).append(row)
     return settings
 
 
-def best_setting(rows: Sequence[Row]) -> tuple[int, int]:
-    """Block and step of the highest mean IoU, averaged over seeds."""
+def best_setting(rows: Sequence[Row]) -> Setting:
+    """The highest mean IoU, averaged over seeds, with the prompts of the first row."""
     mean = lambda some: np.mean([row["miou"] if row["miou"] is not None else -1 for row in some])
-    settings: Mapping[tuple[int, int], list[Row]] = by_setting(rows)
-    return max(settings, key=lambda setting: mean(settings[setting]))
+    settings: Mapping[Setting, list[Row]] = by_setting(rows)
+    alike = [setting for setting in settings if setting.prompts == rows[0]["prompts"]]
+    return max(alike, key=lambda setting: mean(settings[setting]))
 
 
-def guesses(baselines: Sequence[Row], best: tuple[int, int]) -> dict[str, list[Row]]:
-    """Rows of each baseline, one for each seed; of permuted maps those of the best block."""
+def guesses(baselines: Sequence[Row], best: Setting) -> dict[str, list[Row]]:
+    """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best block."""
     named: dict[str, list[Row]] = {"random": [], "constant": [], "permuted": []}
     for row in baselines:
-        if row["block"] in (None, best[0]):
+        if row["prompts"] == best.prompts and row["block"] in (None, best.block):
             named[row["baseline"]].append(row)
     return named

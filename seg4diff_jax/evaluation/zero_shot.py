@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
@@ -24,6 +25,7 @@ from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.mmdit import MMDiT, attentions_at
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
@@ -37,10 +39,32 @@ PERMUTED, RANDOM = "permuted", "random"
 
 
 class Pass(NamedTuple):
-    """One look at every image: the noise level, counted from the clean end of 28, and the seed of the noise."""
+    """One look at every image.
+
+    Attributes:
+      step: the noise level, counted from the clean end of 28.
+      seed: of the noise.
+      prompts: what is asked for: `present` or `all` classes.
+    """
 
     step: int
     seed: int
+    prompts: str = "present"
+
+
+class Counted(NamedTuple):
+    """Pixels counted over some images, int64; the places of `passes` and `guesses` are those of a `ZeroShot`.
+
+    Attributes:
+      permuted: of the maps of the first noise level with their positions permuted, image by image.
+      random: of random scores in place of the first block's.
+      right: how many pixels of each image are right.
+    """
+
+    confusion: Int[np.ndarray, "passes blocks classes classes"]
+    permuted: Int[np.ndarray, "guesses blocks classes classes"]
+    random: Int[np.ndarray, "guesses 1 classes classes"]
+    right: Int[np.ndarray, "passes blocks images"]
 
 
 class Tally:
@@ -73,58 +97,94 @@ class Tally:
 class ZeroShot:
     """Confusion matrices of a set of images, for several blocks, noise levels and seeds of one model.
 
+    Images are split over the devices of the model's mesh, if it has one.
+
     Attributes:
-      tallies: for every pass, and for `(PERMUTED, seed)` and `(RANDOM, seed)`: the maps of the first noise level with
-        their positions permuted, image by image, and random scores in place of the first block's.
-      right: for every pass the number of right pixels of each image, a piece [blocks, images] for each batch.
+      passes: every noise level with every seed, for each kind of prompts; each is a pass of its own.
+      guesses: kind of prompts and seed of the guessers that are counted beside.
+      tallies: for every pass, and for `(PERMUTED, *guess)` and `(RANDOM, *guess)`, see `Counted`.
 
     Args:
       blocks: whose attention is read; all come out of one pass.
-      steps, seeds: each pair is a pass of its own.
+      prompts: kinds of prompts; `add` takes one batch for each.
     """
 
     def __init__(
-        self, pipe: Pipeline, classes: int, *, blocks: Sequence[int], steps: Sequence[int], seeds: Sequence[int]
+        self,
+        pipe: Pipeline,
+        classes: int,
+        *,
+        blocks: Sequence[int],
+        steps: Sequence[int],
+        seeds: Sequence[int],
+        prompts: Sequence[str] = ("present",),
     ):
-        self.pipe, self.blocks = pipe, tuple(blocks)
-        self.passes = tuple(Pass(step, seed) for seed in seeds for step in steps)
+        self.pipe, self.blocks, self.classes, self.prompts = pipe, tuple(blocks), classes, tuple(prompts)
+        self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
+        self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
         self._sigmas = {step: jnp.float32(pipe.schedule.sigma_at(step)) for step in steps}
         self._first_step = steps[0]
-        names = [*self.passes, *((PERMUTED, seed) for seed in seeds)]
-        self.tallies: dict[tuple, Tally] = {name: Tally(len(self.blocks), classes) for name in names}
-        self.tallies |= {(RANDOM, seed): Tally(1, classes) for seed in seeds}
-        self.right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
         self._pending: list[tuple[Pass, int, Array]] = []
         self._texts: dict[str, TextConditioning] = {}
+        self._reset()
 
-    def add(self, batch: EvaluationBatch) -> None:
-        """Count a batch. Returns once the batch before it has been counted: the host prepares one while another runs.
+    def _reset(self) -> None:
+        names = [*self.passes, *((PERMUTED, *guess) for guess in self.guesses)]
+        self.tallies: dict[tuple, Tally] = {name: Tally(len(self.blocks), self.classes) for name in names}
+        self.tallies |= {(RANDOM, *guess): Tally(1, self.classes) for guess in self.guesses}
+        self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
+
+    def add(self, *batches: EvaluationBatch) -> None:
+        """Count the same images, asked for the classes of each kind of prompts.
+
+        Returns once the images before them have been counted: the host prepares some while others run.
 
         Raises FloatingPointError when scores are not finite: the weights are damaged.
         """
         before, self._pending = self._pending, []
         with self.pipe.settings():
-            latents = encode_images(self.pipe.vae, batch.pixels)
-            conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
-            for one in self.passes:
-                scores, grid = self._scores(batch, latents, conditioning, one)
-                right = self.tallies[one].count(scores, grid, batch)
-                self._pending.append((one, len(batch.examples), right))
-                if one.step == self._first_step:
-                    permuted, random = without_images(scores, batch.indices, one.seed)
-                    self.tallies[PERMUTED, one.seed].count(permuted, grid, batch)
-                    self.tallies[RANDOM, one.seed].count(random, grid, batch)
+            latents = encode_images(self.pipe.vae, self.pipe.spread(batches[0].pixels))
+            for kind, batch in zip(self.prompts, batches, strict=True):
+                conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
+                for one in self.passes:
+                    if one.prompts == kind:
+                        self._count(batch, latents, conditioning, one)
         self._keep(before)
 
-    def finish(self) -> None:
-        """Wait for the last batch."""
+    def _count(
+        self, batch: EvaluationBatch, latents: Float[Array, "i r c ch"], conditioning: list[TextConditioning], one: Pass
+    ) -> None:
+        scores, grid = self._scores(batch, latents, conditioning, one)
+        right = self.tallies[one].count(scores, grid, batch)
+        self._pending.append((one, len(batch.examples), right))
+        if one.step == self._first_step:
+            permuted, random = without_images(scores, batch.indices, one.seed)
+            self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
+            self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
+
+    def take(self) -> Counted:
+        """All that has been counted since the last call."""
         self._keep(self._pending)
         self._pending = []
+        total = lambda names: np.stack([self.tallies[name].total() for name in names])
+        none = np.zeros((len(self.blocks), 0), np.int64)
+        counted = Counted(
+            total(self.passes),
+            total([(PERMUTED, *guess) for guess in self.guesses]),
+            total([(RANDOM, *guess) for guess in self.guesses]),
+            np.stack([np.concatenate([none, *pieces], axis=1) for pieces in self._right.values()]),
+        )
+        self._reset()
+        return counted
+
+    def running(self) -> Int[np.ndarray, "blocks classes classes"]:
+        """What the first pass has counted since `take`; waits for the device."""
+        return self.tallies[self.passes[0]].total()
 
     def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "blocks images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
         with self.pipe.settings():
-            latents = encode_images(self.pipe.vae, batch.pixels)
+            latents = encode_images(self.pipe.vae, self.pipe.spread(batch.pixels))
             conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
             scores, grid = self._scores(batch, latents, conditioning, one)
         return np.asarray(scores).reshape(*scores.shape[:3], *grid)
@@ -134,7 +194,7 @@ class ZeroShot:
             numbers = np.asarray(right)[:, :images]
             if (numbers < 0).any():
                 raise FloatingPointError(f"scores at step {one.step} are not finite: the weights are damaged")
-            self.right[one].append(numbers)
+            self._right[one].append(numbers.astype(np.int64))
 
     def _scores(
         self,
@@ -144,22 +204,23 @@ class ZeroShot:
         one: Pass,
     ) -> tuple[Float[Array, "blocks images classes tokens"], tuple[int, int]]:
         images, height, width, channels = latents.shape
-        noise = image_noise(one.seed, batch.indices, (height, width, channels))
+        noise = self.pipe.spread(image_noise(one.seed, batch.indices, (height, width, channels)))
         patch = self.pipe.transformer.config.patch_size
         grid = (height // patch, width // patch)
         shape = (len(self.blocks), images, batch.class_of_row.shape[1], grid[0] * grid[1])
         scores = jnp.zeros(shape, jnp.float32)
         for rows, texts in zip(batch.prompts, conditioning, strict=True):
+            image_of_row, averaging, texts = self.pipe.spread((rows.image_of_row, rows.averaging, texts))
             maps = attention_maps(
                 self.pipe.transformer,
-                (latents, noise, rows.image_of_row),
+                (latents, noise, image_of_row),
                 texts,
                 self._sigmas[one.step],
                 blocks=self.blocks,
-                columns=rows.averaging.shape[-1],
+                columns=averaging.shape[-1],
                 equal_tail=self.pipe.zero_tokens,
             )
-            scores = add_scores(scores, maps, rows.averaging, rows.image_of_row)
+            scores = add_scores(scores, maps, averaging, image_of_row)
         return scores, grid
 
     def _encoded(self, texts: Sequence[str]) -> TextConditioning:
@@ -235,9 +296,14 @@ def add_scores(
 ) -> Float[Array, "blocks images classes tokens"]:
     """Class scores of some prompts, added to those of the others: each class is named by one."""
     images = scores.shape[1]
-    return scores + jax.lax.map(
-        lambda block: combine_prompts(class_scores(block, averaging), image_of_row, images), maps
-    )
+    some = jax.lax.map(lambda block: combine_prompts(class_scores(block, averaging), image_of_row, images), maps)
+    return _split(scores + some, 1)
+
+
+def _split(array: Array, axis: int) -> Array:
+    """Split the axis of images over the mesh's data axes, if there is a mesh."""
+    no_mesh = jax.sharding.get_abstract_mesh().empty
+    return array if no_mesh else jax.lax.with_sharding_constraint(array, PartitionSpec(*[None] * axis, *BATCH))
 
 
 @partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid",))
@@ -255,6 +321,7 @@ def count(
     Also how many pixels of each image are right: -1 where a score is not finite.
     """
     canvas = (truth.shape[1], truth.shape[2])
+    truth, sizes, class_of_row = (_split(array, 0) for array in (truth, sizes, class_of_row))
 
     def predicted(scores: Array, size: Array, classes: Array) -> Array:
         rows = scores.reshape(-1, *grid)
@@ -262,7 +329,7 @@ def count(
 
     def of_block(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
-        labels = jax.vmap(predicted)(scores, sizes, class_of_row)
+        labels = _split(jax.vmap(predicted)(_split(scores, 0), sizes, class_of_row), 0)
         right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
         finite = jnp.isfinite(scores).all(axis=(1, 2))
         return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)

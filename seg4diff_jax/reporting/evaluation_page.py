@@ -37,9 +37,11 @@ def write_page(directory: Path, evaluation: Evaluation, benchmark: Benchmark, co
       config: what was run, plain values; `model` is told in the heading, all of it at the end.
     """
     first = evaluation.rows[0]
+    asked = {"present": "the names of the classes in it", "all": "the whole vocabulary"}
+    kinds = " or ".join(asked[kind] for kind in dict.fromkeys(row["prompts"] for row in evaluation.rows))
     heading = (
-        f"{config['model']} on {benchmark.name}: {first['images']} images, each asked for the names of the classes "
-        "in it; one pass on each noised image, no training on masks, no refinement."
+        f"{config['model']} on {benchmark.name}: {first['images']} images, each asked for {kinds}; "
+        "one pass on each noised image, no training on masks, no refinement."
     )
     parts = [
         f"<h1>Zero-shot open-vocabulary segmentation</h1><p class=faint>{escape(heading)}</p>",
@@ -69,13 +71,15 @@ def number(value: tuple[float, float] | None, digits: int = 1) -> str:
 
 
 def _headline(evaluation: Evaluation) -> str:
-    block, step = evaluation.best
+    block, step, prompts = evaluation.best
     rows = by_setting(evaluation.rows)[evaluation.best]
     seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
     mean = averaged(rows, ["miou", "pixel_accuracy"])
     baselines = guesses(evaluation.baselines, evaluation.best)
     compared = {f"block {block}, noise level {step}": rows}
     compared |= {_guess(name, some[0]): some for name, some in baselines.items()}
+    if len({row["prompts"] for row in evaluation.rows}) > 1:
+        seeds += f", asked for {prompts} classes"
     lines = []
     for place, (title, some) in enumerate(compared.items()):
         score = averaged(some, ["miou"])["miou"]
@@ -96,16 +100,21 @@ def _headline(evaluation: Evaluation) -> str:
 
 def _guess(name: str, row: Mapping[str, Any]) -> str:
     return {
-        "random": "random: for each image token one of the classes present (chance)",
-        "constant": f"one class everywhere: the {row.get('choice')} of those present",
+        "random": f"random: for each image token one of the classes {_of(row)} (chance)",
+        "constant": f"one class everywhere: the {row.get('choice')} of those {_of(row)}",
         "permuted": f"block {row['block']}'s own scores, their positions permuted",
     }[name]
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    return "present" if row["prompts"] == "present" else "in the vocabulary"
 
 
 def _settings_table(evaluation: Evaluation) -> str:
     names = ["miou", "pixel_accuracy", "things", "stuffs"]
     shown = [name for name in names if any(row[name] is not None for row in evaluation.rows)]
     titles = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    several = len({row["prompts"] for row in evaluation.rows}) > 1
     head = "".join(f"<th class=number>{titles.get(name, name)}" for name in shown)
     lines = []
     for setting, rows in by_setting(evaluation.rows).items():
@@ -113,10 +122,12 @@ def _settings_table(evaluation: Evaluation) -> str:
         cells = "".join(f"<td class=number>{number(mean[name])}" for name in shown)
         best = setting == evaluation.best
         lines.append(
-            f"<tr{' class=best' * best}><td class=number>{setting[0]}<td class=number>{setting[1]}"
+            f"<tr{' class=best' * best}><td class=number>{setting.block}<td class=number>{setting.step}"
+            f"{f'<td>{setting.prompts}' * several}"
             f"<td class=wide>{_bar(mean['miou'], mark=best)}{cells}"
         )
-    return f"<table><tr><th class=number>block<th class=number>noise level<th>{head}{''.join(lines)}</table>"
+    asked = "<th>asked for" * several
+    return f"<table><tr><th class=number>block<th class=number>noise level{asked}<th>{head}{''.join(lines)}</table>"
 
 
 def _classes(evaluation: Evaluation, benchmark: Benchmark) -> str:
@@ -136,7 +147,8 @@ def _classes(evaluation: Evaluation, benchmark: Benchmark) -> str:
             for index in known
         )
         parts.append(f"<p class=faint>{escape(title)}</p><div class=classes>{lines}</div>")
-    return f"<div class=panel><p class=faint>IoU of each class, %, block {evaluation.best[0]}</p>{''.join(parts)}</div>"
+    title = f"<p class=faint>IoU of each class, %, block {evaluation.best.block}</p>"
+    return f"<div class=panel>{title}{''.join(parts)}</div>"
 
 
 def _bar(value: tuple[float, float] | None, *, mark: bool = False) -> str:

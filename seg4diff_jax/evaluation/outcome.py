@@ -1,0 +1,70 @@
+"""What has been counted over a part of a data set: parts add up, and can be kept in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from io import BytesIO
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from seg4diff_jax.evaluation.batches import LeftOut
+from seg4diff_jax.evaluation.zero_shot import Counted
+
+LEFT_OUT = "left_out"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that figures and pictures are made of.
+
+    Attributes:
+      indices: which images were scored.
+      histograms: how many pixels that count each class has in each of them.
+      forwards: how often the transformer was run for each kind of prompts, by one pass.
+      seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
+    """
+
+    counted: Counted
+    indices: Int[np.ndarray, " images"]
+    histograms: Int[np.ndarray, "images classes"]
+    forwards: Int[np.ndarray, " prompts"]
+    seconds: Float[np.ndarray, 2]
+    left_out: tuple[LeftOut, ...]
+
+    def to_bytes(self) -> bytes:
+        arrays = {name: getattr(self, name) for name in ARRAYS} | self.counted._asdict()
+        file = BytesIO()
+        np.savez_compressed(file, **arrays, **{LEFT_OUT: np.array(json.dumps(self.left_out))})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, contents: bytes) -> Outcome:
+        """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
+        with np.load(BytesIO(contents), allow_pickle=False) as file:
+            counted = Counted(*(file[name] for name in Counted._fields))
+            left_out = tuple(LeftOut(*each) for each in json.loads(str(file[LEFT_OUT])))
+            return cls(counted, *(file[name] for name in ARRAYS), left_out)
+
+
+ARRAYS = [field.name for field in fields(Outcome) if field.name not in ("counted", LEFT_OUT)]
+
+
+def together(parts: Sequence[Outcome]) -> Outcome:
+    """Parts of one set as one, images in their order. There must be at least one."""
+    counts = zip(*(part.counted for part in parts), strict=True)
+    *sums, rights = (list(arrays) for arrays in counts)
+    indices = np.concatenate([part.indices for part in parts])
+    order = np.argsort(indices, kind="stable")
+    right = np.concatenate(rights, axis=2)[:, :, order]
+    return Outcome(
+        Counted(*(cast(np.ndarray, sum(arrays)) for arrays in sums), right),
+        indices[order],
+        np.concatenate([part.histograms for part in parts])[order],
+        cast(np.ndarray, sum(part.forwards for part in parts)),
+        cast(np.ndarray, sum(part.seconds for part in parts)),
+        tuple(sorted(each for part in parts for each in part.left_out)),
+    )

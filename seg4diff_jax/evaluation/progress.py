@@ -1,0 +1,93 @@
+"""How far a run has come, shard by shard of its data set, so that an interrupted one can go on.
+
+`progress/run.json` says what is measured, `progress/NNNNNN.npz` what was counted over a shard. Files appear whole or
+not at all. When the results are there the directory goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seg4diff_jax.evaluation.outcome import Outcome
+
+DIRECTORY, RUN = "progress", "run.json"
+SHARD = "images_per_shard"
+
+
+class Progress:
+    """The finished shards of a run.
+
+    Args:
+      out: the run's directory; it need not be there.
+      identity: what decides about the figures, plain values.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]):
+        self.directory, self.identity = out / DIRECTORY, json.loads(json.dumps(identity))
+
+    def resumed(self) -> int | None:
+        """Images in a shard of the run that is to go on; None where there is none.
+
+        Raises ValueError when it was another one, and says what has changed, or when its description is damaged.
+        """
+        path = self.directory / RUN
+        if not path.is_file():
+            return None
+        try:
+            former: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            shard = former.pop(SHARD)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): give --overwrite to begin anew") from None
+        names = dict.fromkeys((*former, *self.identity))
+        changed = [
+            f"{name} was {former.get(name)!r} and is {self.identity.get(name)!r}"
+            for name in names
+            if former.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.directory} is of a run with other options: {'; '.join(changed)}. Give the former ones to go "
+                "on, or another --out"
+            )
+        return shard
+
+    def begin(self, images_per_shard: int) -> None:
+        """Forget what is there."""
+        self.clear()
+        self._images_per_shard = images_per_shard
+
+    def done(self) -> dict[int, Outcome]:
+        """Finished shards by their numbers; a file that is damaged counts as none."""
+        found: dict[int, Outcome] = {}
+        for path in sorted(self.directory.glob("[0-9]*.npz")):
+            try:
+                found[int(path.stem)] = Outcome.from_bytes(path.read_bytes())
+            except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile):
+                path.unlink(missing_ok=True)
+        return found
+
+    def save(self, number: int, outcome: Outcome) -> None:
+        if not (self.directory / RUN).exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            described = {**self.identity, SHARD: self._images_per_shard}
+            _write(self.directory / RUN, json.dumps(described, indent=1, ensure_ascii=False).encode())
+        _write(self.directory / f"{number:06d}.npz", outcome.to_bytes())
+
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """Whole or not at all, also when the machine goes down meanwhile."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

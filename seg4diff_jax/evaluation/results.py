@@ -1,0 +1,100 @@
+"""What an evaluation leaves behind: results.json, per_class.csv, a page, and a table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from seg4diff_jax.command_line.segment import versions
+from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.run import Evaluation
+from seg4diff_jax.evaluation.scores import Row, averaged, by_setting, guesses
+from seg4diff_jax.reporting.evaluation_page import number, write_page
+
+RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
+SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
+BASELINES = {"random": "random (chance)", "constant": "one class everywhere", "permuted": "positions permuted"}
+PLACE = ("dataset", "protocol", "prompts", "block", "step", "seed")
+MOST_NAMED = 5
+"""Left-out images that are named on the terminal; `results.json` has all."""
+
+
+def write(
+    out: Path, evaluation: Evaluation, benchmark: Benchmark, config: dict[str, Any], seconds: Mapping[str, float]
+) -> None:
+    """Write config.yaml, the page, per_class.csv, and results.json: figures in percent, and how they were made.
+
+    The last is written last: a directory that has it is complete.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).unlink(missing_ok=True)
+    (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_page(out, evaluation, benchmark, config)
+    write_classes(out / CLASSES, evaluation.rows)
+    contents = {
+        "rows": evaluation.rows,
+        "baselines": evaluation.baselines,
+        "best": evaluation.best._asdict(),
+        "units": "percent",
+        "skipped": evaluation.skipped,
+        "unlabelled": evaluation.unlabelled,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "device": device(),
+        "config": config,
+        "versions": versions(),
+    }
+    (out / RESULTS).write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def device() -> dict[str, Any]:
+    """What it was measured on: the kind of device, how many over all processes, and how many processes."""
+    return {"kind": jax.devices()[0].device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+def write_classes(path: Path, rows: list[Row]) -> None:
+    """One line for each class of each row; nothing where a class does not occur."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow([*PLACE, "class", "iou"])
+        lines.writerows([*(row[name] for name in PLACE), *each] for row in rows for each in row["iou"].items())
+
+
+def tell(console: Console, evaluation: Evaluation) -> None:
+    """The table of scores on stdout, and on stderr what was left out."""
+    rows = evaluation.rows
+    shown = [name for name in SCORES if any(row[name] is not None for row in rows)]
+    images, seeds = rows[0]["images"], len({row["seed"] for row in rows})
+    over = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
+    table = Table(title=f"{rows[0]['dataset']}, {images} images, %{over}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in shown:
+        table.add_column(SCORES[name], justify="right")
+    cells = lambda some: [number(averaged(some, shown)[name]) for name in shown]
+    kinds = list(dict.fromkeys(row["prompts"] for row in rows))
+    for kind in kinds:
+        asked = f", {kind} classes asked for" if kinds != ["present"] else ""
+        for setting, some in by_setting(rows).items():
+            if setting.prompts != kind:
+                continue
+            best = "bold" if setting == evaluation.best else ""
+            table.add_row(f"block {setting.block}, noise level {setting.step}{asked}", *cells(some), style=best)
+            if some[0]["reported"] is not None:
+                table.add_row("Seg4Diff, as reported", f"{some[0]['reported']:.1f}", *[""] * (len(shown) - 1))
+        table.add_section()
+        for name, some in guesses(evaluation.baselines, evaluation.best._replace(prompts=kind)).items():
+            table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
+        table.add_section()
+    Console(highlight=False).print(table)
+    for names, what in ((evaluation.skipped, "skipped"), (evaluation.unlabelled, "without a labelled pixel")):
+        if names:
+            listing = "".join(f"\n  {name}" for name in names[:MOST_NAMED])
+            images = f"{len(names)} image{'s' * (len(names) != 1)}"
+            console.print(f"{images} {what}:{listing}" + "\n  ..." * (len(names) > MOST_NAMED))
