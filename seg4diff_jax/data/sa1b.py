@@ -1,8 +1,10 @@
 """SA-1B, or any pictures with masks that have no names, as Segment Anything's tars unpack: all files in one folder.
 
 DIR/sa_1.jpg     a picture
-DIR/sa_1.json    {"image": {"image_id": 1, ...}, "annotations": [{"segmentation": RLE, "area": 5}, ...]}
-captions.json    {"1": "One sentence. Another."}: what each picture shows, by its image_id; lies anywhere
+DIR/sa_1.json    {"annotations": [{"segmentation": RLE, "area": 5}, ...]}
+captions.json    {"1": "One sentence. Another."}: what each picture shows, by its number; lies anywhere
+
+Pictures of other names than `sa_NUMBER` have the whole name in the number's place.
 """
 
 from __future__ import annotations
@@ -68,10 +70,8 @@ class MaskFolder:
         if not self.files:
             raise FolderError(f"{self.root} holds no picture; expected {ORIGIN}")
         if absent := [path.name for path in self.files if not path.with_suffix(".json").is_file()]:
-            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            raise FolderError(
-                f"{self.root}: no .json with masks beside {', '.join(absent[:3])}{more}: expected {ORIGIN}"
-            )
+            some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+            raise FolderError(f"{self.root}: no .json with masks beside {some}: expected {ORIGIN}")
         self.captions = {} if captions is None else read_captions(captions)
 
     @property
@@ -82,28 +82,29 @@ class MaskFolder:
         return len(self.files)
 
     def __getitem__(self, index: int, /) -> Item:
-        image, (number, encoded) = read_image(self.files[index]), self._annotations(index)
+        image, encoded = read_image(self.files[index]), self._annotations(index)
         place = str(self.files[index].with_suffix(".json"))
         masks = RunLengths(encoded, (image.shape[0], image.shape[1]), place)
-        return {"image": image, "masks": masks, "caption": self._caption(number), "name": self.files[index].stem}
+        name = self.files[index].stem
+        return {"image": image, "masks": masks, "caption": self._caption(name), "name": name}
 
     def uncaptioned(self) -> list[str]:
-        """Names of the pictures without a caption, whose prompt is empty; opens every picture's json."""
-        return [name for index, name in enumerate(self.names) if not self._caption(self._annotations(index)[0])]
+        """Names of the pictures without a caption, whose prompt is empty."""
+        return [name for name in self.names if not self._caption(name)]
 
-    def _caption(self, number: str) -> str:
-        return first_sentences(self.captions.get(number, ""))
+    def _caption(self, name: str) -> str:
+        numbered = re.fullmatch(r"sa_(\d+)", name)
+        return first_sentences(self.captions.get(numbered[1] if numbered else name, ""))
 
-    def _annotations(self, index: int) -> tuple[str, list[Any]]:
-        """The picture's id and its masks, largest first."""
+    def _annotations(self, index: int) -> list[Any]:
+        """The picture's masks, largest first."""
         file = self.files[index].with_suffix(".json")
         try:
             contents = json.loads(file.read_text(encoding="utf-8"))
-            number = str(contents["image"]["image_id"])
             found = [(float(each["area"]), each["segmentation"]) for each in contents["annotations"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FolderError(f"{file} cannot be read: {error!r}; expected {ORIGIN}") from None
-        return number, [encoded for _, encoded in sorted(found, key=lambda pair: -pair[0])]
+        return [encoded for _, encoded in sorted(found, key=lambda pair: -pair[0])]
 
 
 def read_captions(file: str | Path) -> Mapping[str, str]:

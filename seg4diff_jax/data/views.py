@@ -1,4 +1,4 @@
-"""What a training step sees of a picture and of what is drawn on it: a square crop, at the model's size, mirrored or not.
+"""What a training step sees of a picture and of what is drawn on it: a square, at the model's size, mirrored or not.
 
 MAGNET's pictures are brought to a shorter side of the trained size, then a random square of that size is cut out, then
 half of them are mirrored (Seg4Diff, section 4). Here the crop is a box in the picture as it is stored, so that pictures
@@ -27,8 +27,9 @@ class View(NamedTuple):
     mirrored: bool = False
 
     @classmethod
-    def of(cls, height: int, width: int, crop: Crop, random: np.random.Generator | None = None) -> View:
-        """A view of a picture of that size, not mirrored. `random`: for a random crop."""
+    def of(cls, size: tuple[int, int], crop: Crop, random: np.random.Generator | None = None) -> View:
+        """A view of a picture of that height and width, not mirrored. `random`: for a random crop."""
+        height, width = size
         if crop == "squash":
             return cls(0, 0, width, height)
         side = min(height, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from seg4diff_jax.training import autoencoder, contrastive, flow_matching
+from seg4diff_jax.training import autoencoder, contrastive, flow_matching, magnet
 from seg4diff_jax.training.loop import Task
 
 
@@ -20,4 +20,5 @@ TASKS = {
     "autoencoder": Entry(autoencoder.AutoencoderConfig, autoencoder.task),
     "contrastive": Entry(contrastive.ContrastiveConfig, contrastive.task),
     "flow_matching": Entry(flow_matching.FlowMatchingConfig, flow_matching.task),
+    "magnet": Entry(magnet.MagnetConfig, magnet.task),
 }

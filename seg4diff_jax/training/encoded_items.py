@@ -1,0 +1,97 @@
+"""Training items whose pictures have become latents and whose prompts have become states, once for all epochs.
+
+Neither changes while adapters are trained. A mirrored picture's latents are not the mirrored latents, so both are kept,
+and an item is mirrored by taking the other.
+
+    latents   fp16 [1 or 2, rows, columns, channels]: as it is [, mirrored]
+    states    fp16 [tokens, width] without the zeros that fill them up; pooled fp16 [width]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.t5 import T5Encoder
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.text import TextConditioning, TokenIds, encode_prompts
+from seg4diff_jax.training.mask_items import mirrored
+from seg4diff_jax.training.scenes import to_model_range
+
+IDS = ("clip_l", "clip_g", "t5")
+
+
+class Encoders(NamedTuple):
+    """What turns pictures and prompts into what the transformer reads."""
+
+    vae: VAE
+    clip_l: CLIPText
+    clip_g: CLIPText
+    t5: T5Encoder | None
+
+
+def encoded(encoders: Encoders, source: Source, batch_size: int, *, both: bool) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a source's items, encoded; `both`: mirrored too."""
+    for batch, count in evaluation_batches(source, batch_size):
+        images = batch.pop("image")
+        views = [images, images[:, :, ::-1]] if both else [images]
+        latents = np.stack([np.asarray(_latents(encoders.vae, view), np.float16) for view in views], axis=1)
+        texts = _texts(encoders.clip_l, encoders.clip_g, encoders.t5, _ids(batch))
+        states, pooled = (np.asarray(each, np.float16) for each in texts)
+        rest = {name: values for name, values in batch.items() if name != "index" and name not in IDS[1:]}
+        whole = {**rest, "latents": latents, "states": states, "pooled": pooled}
+        yield {name: values[:count] for name, values in whole.items()}
+
+
+class Turned:
+    """Encoded items anew in every epoch: mirrored, or as they are."""
+
+    def __init__(self, flip: bool):
+        self.flip = flip
+
+    def __call__(self, item: Item, random: np.random.Generator) -> Item:
+        turned = bool(self.flip and random.random() < 0.5)
+        return {**(mirrored(item) if turned else item), "latents": item["latents"][int(turned)]}
+
+
+def conditioning(batch: Batch, joint_dim: int, zeros: int) -> TextConditioning:
+    """Context and pooled vectors of encoded items.
+
+    Args:
+      joint_dim: width of the context.
+      zeros: tokens that stand for an absent T5.
+    """
+    states = batch["states"].astype(jnp.float32)
+    context = jnp.pad(states, ((0, 0), (0, zeros), (0, joint_dim - states.shape[-1])))
+    return TextConditioning(context, batch["pooled"].astype(jnp.float32))
+
+
+def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int, zeros: int) -> TextConditioning:
+    """The same of items with token ids. Works under jit."""
+    return encode_prompts(*encoders[1:], _ids(batch), joint_dim=joint_dim, t5_length=None if encoders.t5 else zeros)
+
+
+def _ids(batch: Batch) -> TokenIds:
+    return TokenIds(**{name: jnp.asarray(batch[name], jnp.int32) for name in IDS if name in batch})
+
+
+@jax.jit
+def _latents(vae: VAE, image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch rows columns channels"]:
+    return vae.encode(to_model_range(image)).astype(jnp.float32)
+
+
+@jax.jit
+def _texts(
+    clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds
+) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch pooled"]]:
+    """States without zeros, unless T5's width asks for them."""
+    width = clip_l.config.hidden_size + clip_g.config.hidden_size if t5 is None else t5.config.d_model
+    context, pooled = encode_prompts(clip_l, clip_g, t5, ids, joint_dim=width)
+    return (context[:, : ids.clip_l.shape[1]] if t5 is None else context), pooled

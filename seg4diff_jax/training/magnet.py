@@ -1,0 +1,355 @@
+"""MAGNET: low-rank adapters that make the expert block's attention agree with masks (Seg4Diff, section 4).
+
+    loss = |v(z_sigma, sigma, prompt) - (eps - z)|^2 + 0.1 focal + 0.2 dice,   sigma = shifted sigmoid(N(0, 0.5))
+
+The checkpoint itself is frozen: held once, in the computation's dtype, without gradients or optimizer state. What is
+trained is the adapters and, if there is one, the mask head, in fp32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+from seg4diff_jax.data.array_cache import ArrayCache, write_cache
+from seg4diff_jax.data.loader import Batch, Source
+from seg4diff_jax.data.sa1b import MaskFolder
+from seg4diff_jax.flow import logit_normal_sigmas
+from seg4diff_jax.loading import open_for_masks
+from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
+from seg4diff_jax.magnet.targets import averaging_of_ids
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.lora import LoRA, LoRAConfig
+from seg4diff_jax.models.mask_head import MaskHead
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.parallel import parameter_shardings
+from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.training import adapter_files
+from seg4diff_jax.training.encoded_items import Encoders, Turned, conditioning, encoded, encoded_ids
+from seg4diff_jax.training.flow_matching import Denoiser
+from seg4diff_jax.training.held_out import HeldOut, HeldOutData, open_both
+from seg4diff_jax.training.loop import RunConfig, Task
+from seg4diff_jax.training.mask_items import MaskData, Pictures, ViewItems
+from seg4diff_jax.training.optimizers import OptimizerConfig
+from seg4diff_jax.training.samples import Samples, sample_row
+from seg4diff_jax.training.scenes import Mapped, make_once, to_model_range
+from seg4diff_jax.training.state import name as dotted
+
+TRAINABLE = nnx.Any(LoRA, nnx.PathContains("head"))
+REMATERIALISED: dict[str, bool | Callable] = {
+    "nothing": False,
+    "blocks": True,
+    "all_but_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Density of the noise levels, see `flow.logit_normal_sigmas`; shift null: the checkpoint's schedule's."""
+
+    mean: float = 0.0
+    std: float = 0.5
+    shift: float | None = None
+
+
+@dataclass(frozen=True)
+class MagnetConfig:
+    """Configuration of the task.
+
+    Attributes:
+      model: what `seg4diff_jax.load` takes: directory, single file, Hub id, or miniature.
+      tokenizers: directory of tokenizers for single files; null: the checkpoint's own, or SD3's from the Hub.
+      t5: prompts go through T5 too; the paper's did not.
+      block: whose attention is held against the masks; null: the checkpoint's expert block.
+      positions: where a class's words are in its prompt: its span, or as in the release wherever a token of its name
+        occurs.
+      start: file or directory of adapters to go on from, in any format of `python -m convert lora`.
+      cache: directory of latents and prompt states, written if absent, so that steps need neither autoencoder nor text
+        encoders; null: they run in every step. Crops then are the same in every epoch: data.crop center or squash.
+      remat: what of a block is computed again in the backward pass: nothing, the whole block, or all but its products
+        with weights.
+      kernel: of attention; null: by backend and dtype.
+      samples: pictures of the first held-out prompts at each evaluation; null: none.
+      dtype: of the frozen checkpoint and of the computation; adapters are fp32.
+    """
+
+    run: RunConfig
+    model: str
+    tokenizers: str | None = None
+    t5: bool = False
+    block: int | None = None
+    data: MaskData = field(default_factory=MaskData)
+    held_out: HeldOutData = field(default_factory=HeldOutData)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    objective: MagnetObjective = field(default_factory=MagnetObjective)
+    positions: Literal["span", "release"] = "span"
+    noise_levels: NoiseLevels = field(default_factory=NoiseLevels)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    start: str | None = None
+    cache: str | None = None
+    remat: Literal["nothing", "blocks", "all_but_matmuls"] = "blocks"
+    kernel: Kernel | None = None
+    samples: Samples | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        nameless, matching = self.data.name == "sa1b", self.objective.targets == "matching"
+        if nameless != matching:
+            raise ValueError(
+                f"data.name is {self.data.name!r} and objective.targets {self.objective.targets!r}: masks of sa1b have "
+                "no names and are matched (matching); those of all other sets have (classes)"
+            )
+        if self.positions == "release" and matching:
+            raise ValueError("positions is 'release', but matching knows no names whose positions could be read")
+        if self.cache is not None and self.data.crop == "random":
+            raise ValueError(
+                f"cache is {self.cache!r} and data.crop 'random': a cache holds one view of each picture; give "
+                "data.crop center or squash, or leave the cache out"
+            )
+
+
+class Magnet(nnx.Module):
+    """The adapted transformer and what it reads; without encoders if items are encoded."""
+
+    def __init__(self, transformer: MMDiT, head: MaskHead | None, encoders: Encoders | None):
+        self.transformer, self.head = transformer, head
+        self.vae, self.clip_l, self.clip_g, self.t5 = encoders or (None, None, None, None)
+
+    @property
+    def encoders(self) -> Encoders | None:
+        if self.vae is None or self.clip_l is None or self.clip_g is None:
+            return None
+        return Encoders(self.vae, self.clip_l, self.clip_g, self.t5)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose configurations have been read, and its weights not.
+
+    Attributes:
+      source: of weights.
+      zeros: tokens that stand for an absent T5.
+    """
+
+    source: Any
+    tokenizers: Any
+    block: int
+    size: int
+    zeros: int
+    dtype: Any
+    t5: bool
+
+    @classmethod
+    def of(cls, config: MagnetConfig) -> Opened:
+        """Raises CheckpointError when the checkpoint cannot be used, ValueError when an option does not fit it."""
+        from convert.components import parse_config
+
+        source, tokenizers = open_for_masks(config.model, t5=config.t5, tokenizers=config.tokenizers)
+        transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
+        block = source.expert_block if config.block is None else config.block
+        if block is None:
+            raise ValueError(f"{config.model} does not say which block segments best: give block")
+        if not 0 <= block < transformer.num_layers:
+            raise ValueError(f"block is {block}; {config.model} has blocks 0..{transformer.num_layers - 1}")
+        size = config.data.size or source.trained_size
+        multiple = vae.downsampling * transformer.patch_size
+        largest = multiple * transformer.pos_embed_max_size
+        if size % multiple or size > largest:
+            raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
+        zeros = 0 if config.t5 else tokenizers.clip_l.model_max_length
+        return cls(source, tokenizers, block, size, zeros, jnp.dtype(config.dtype), config.t5)
+
+    def load(self, name: str, mesh: Mesh | None = None) -> Any:
+        from convert.load import open_component
+
+        place = None if mesh is None else parameter_shardings(mesh)
+        return open_component(self.source, name, dtype=self.dtype).fill(shardings=place)
+
+    def encoders(self, mesh: Mesh | None = None) -> Encoders:
+        names = ("vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if self.t5 else []))
+        vae, clip_l, clip_g, *t5 = (self.load(name, mesh) for name in names)
+        return Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)
+
+
+def task(config: MagnetConfig) -> Task:
+    # A long caption is no news in every step.
+    warnings.filterwarnings("ignore", message=r"prompt .* tokens and .* takes")
+    opened = Opened.of(config)
+    pictures, scored = open_both(config.data, config.held_out, opened.size)
+    if isinstance(pictures.source, MaskFolder):
+        _name_uncaptioned(pictures.source)
+    items = ViewItems(pictures, config.data, opened.size, opened.tokenizers, config.positions)
+    held_out = None if scored is None else _held_out(config, opened, scored)
+    source, augment, encoders = pictures.source, items, None
+    if config.cache is not None:
+        encoders = opened.encoders()
+        if held_out is not None:
+            held_out.encode(encoders)
+        source, augment = _cached(config, opened, pictures, items, encoders), Turned(config.data.flip)
+    kept = encoders if config.samples is not None else None
+    return Task(
+        name="MAGNET",
+        init=partial(init, config, opened),
+        loss=partial(loss, config=config, opened=opened),
+        source=source,
+        augment=augment,
+        trainable=TRAINABLE,
+        evaluate=None if held_out is None else partial(_evaluate, held_out=held_out),
+        pictures=None
+        if held_out is None or config.samples is None
+        else partial(_pictures, held_out=held_out, opened=opened, samples=config.samples, encoders=kept),
+        best=None if held_out is None else "miou",
+        export=partial(export, config=config),
+        item=lambda index: f"{pictures.names[index]} (item {index})",
+    )
+
+
+def _name_uncaptioned(folder: MaskFolder) -> None:
+    if without := folder.uncaptioned():
+        some = ", ".join(without[:20]) + (" ..." if len(without) > 20 else "")
+        warnings.warn(f"{len(without)} of {len(folder)} pictures have no caption: prompt '' for {some}", stacklevel=2)
+
+
+def init(config: MagnetConfig, opened: Opened, seed: int, mesh: Mesh) -> Magnet:
+    with_head = config.objective.mask_head is not None
+    transformer, head = adapter_files.begin(
+        opened.load("transformer", mesh), config.lora, config.start, with_head=with_head, seed=seed
+    )
+    model = Magnet(transformer, head, opened.encoders(mesh) if config.cache is None else None)
+    place = parameter_shardings(mesh)
+    state = nnx.state(model, TRAINABLE)
+    for path, variable in nnx.to_flat_state(state):
+        value = np.asarray(variable.get_value())
+        variable.set_value(jax.device_put(value, place(dotted(path), value.shape)))
+    nnx.update(model, state)
+    return model
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def loss(
+    model: Magnet, batch: Batch, key: PRNGKeyArray, *, config: MagnetConfig, opened: Opened
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """MAGNET's loss of a batch of items, see `mask_items` and `encoded_items`, and its parts."""
+    for_noise, for_sigma = jax.random.split(key)
+    latents = clean_latents(model, batch)
+    levels = config.noise_levels
+    shift = opened.source.schedule.shift if levels.shift is None else levels.shift
+    joint_dim = model.transformer.config.joint_attention_dim
+    if "states" in batch:
+        texts = conditioning(batch, joint_dim, opened.zeros)
+    else:
+        assert model.encoders is not None, "without encoded items the model needs its encoders"
+        texts = encoded_ids(model.encoders, batch, joint_dim, opened.zeros)
+    masks, real, averaging = masks_of(batch, config.objective)
+    shown = MagnetBatch(
+        latents=latents,
+        noise=jax.random.normal(for_noise, latents.shape),
+        sigma=logit_normal_sigmas(for_sigma, len(latents), mean=levels.mean, std=levels.std, shift=shift),
+        context=texts.context,
+        pooled=texts.pooled,
+        masks=masks,
+        real=real,
+        averaging=averaging,
+    )
+    return magnet_loss(
+        model.transformer,
+        shown,
+        config.objective,
+        block=opened.block,
+        clip_tokens=opened.tokenizers.clip_l.model_max_length,
+        head=model.head,
+        kernel=config.kernel,
+        remat=REMATERIALISED[config.remat],
+        equal_tail=max(1, opened.zeros),
+    )
+
+
+def clean_latents(model: Magnet, batch: Batch) -> Float[Array, "batch rows columns channels"]:
+    if "latents" in batch:
+        return batch["latents"].astype(jnp.float32)
+    assert model.vae is not None, "without encoded items the model needs its autoencoder"
+    return model.vae.encode(to_model_range(batch["image"])).astype(jnp.float32)
+
+
+def masks_of(
+    batch: Batch, objective: MagnetObjective
+) -> tuple[
+    Bool[Array, "batch rows height width"], Bool[Array, "batch rows"], Float[Array, "batch rows clip_tokens"] | None
+]:
+    """Masks, which of the rows hold one, and where each one's class is in the prompt."""
+    if objective.targets == "matching":
+        return jnp.unpackbits(batch["masks"], axis=-1).astype(bool), batch["real"], None
+    rows = batch["class_of_row"]
+    masks = (batch["labels"][:, None] == rows[:, :, None, None]) & (rows != IGNORED)[:, :, None, None]
+    if "name_ids" not in batch:
+        return masks, rows != IGNORED, batch["averaging"]
+    averaging, found = averaging_of_ids(batch["clip_l"].astype(jnp.int32), batch["name_ids"])
+    return masks, (rows != IGNORED) & found, averaging
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
+    data, size = config.data, config.held_out.batch_size
+    source = Mapped(pictures.source, items.fixed)
+    first = [float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in jax.tree.leaves(nnx.state(encoders.vae))[:8]]
+    names = ("name", "root", "split", "labels", "captions", "names", "crop", "flip", "rows", "least_area")
+    identity = {
+        **{key: getattr(data, key) for key in names},
+        "size": opened.size,
+        "count": len(pictures.source),
+        "held_out": config.held_out.count if data.name == "folder" and config.held_out.root is None else 0,
+        "positions": config.positions,
+        "t5": config.t5,
+        "vae": sum(first),
+        "classes": None if pictures.classes is None else " ".join(pictures.classes),
+    }
+    assert config.cache is not None
+    batches = lambda: encoded(encoders, source, size, both=data.flip)
+    make_once(config.cache, lambda directory: write_cache(directory, batches(), len(source), identity))
+    return ArrayCache(config.cache, identity)
+
+
+# ---- what is looked at ----------------------------------------------------------------------------------------------
+
+
+def _held_out(config: MagnetConfig, opened: Opened, pictures: Pictures) -> HeldOut:
+    sigma = opened.source.schedule.sigma_at(opened.source.expert_step)
+    items = ViewItems(pictures, config.data, opened.size, opened.tokenizers)
+    return HeldOut(pictures, items, config.held_out, block=opened.block, sigma=sigma, zeros=opened.zeros)
+
+
+def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:
+    if model.encoders is not None:
+        held_out.encode(model.encoders)
+    return held_out(model.transformer)
+
+
+def _pictures(
+    model: Magnet, *, held_out: HeldOut, opened: Opened, samples: Samples, encoders: Encoders | None
+) -> UInt8[np.ndarray, "height width 3"]:
+    """T5 is left out, as in masks."""
+    used = model.encoders or encoders
+    assert used is not None
+    captions, empty = held_out.prompts(opened.tokenizers, samples.count)
+    denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
+    schedule = opened.source.schedule
+    return sample_row(denoiser, vae=used.vae, captions=captions, empty=empty, samples=samples, schedule=schedule)
+
+
+def export(model: Magnet, directory: Path, *, config: MagnetConfig) -> None:
+    adapter_files.write(directory, config.lora, model.transformer, model.head)
