@@ -88,11 +88,13 @@ class Measurement:
 
         Raises:
           ImageError, FolderError: an image or a label is not usable.
-          ValueError: another process failed.
+          ValueError: there are no images, or another process failed.
           FloatingPointError: scores are not finite.
         """
         size, former, done = self._agreed(kept)
         images, processes, me = len(self.benchmark.source), jax.process_count(), jax.process_index()
+        if not images:
+            raise ValueError(f"{self.benchmark.where}: expected at least one image, found none")
         shards = [range(start, min(start + size, images)) for start in range(0, images, size)]
         left = [number for number in range(len(shards)) if number not in done]
         rounds = [left[start : start + processes] for start in range(0, len(left), processes)]
@@ -130,7 +132,7 @@ class Measurement:
     ) -> Outcome:
         start, compiled, processes = time.perf_counter(), clock.seconds, jax.process_count()
         left_out: list[LeftOut] = []
-        seen: list[Example] = []
+        seen: list[tuple[int, np.ndarray]] = []
         forwards = np.zeros(len(self.asked), np.int64)
         done = len(before.indices) + len(before.left_out) if before else 0
         for group in groups(items, self.settings.batch_size, left_out):
@@ -139,7 +141,7 @@ class Measurement:
             batches = [batch, *(asked_otherwise(batch, asked) for asked in others)]
             self.counting.add(*batches)
             forwards += [len(each.prompts) for each in batches]
-            seen += [example._replace(pixels=group[0].pixels[:0], labels=group[0].labels[:0]) for example in group]
+            seen += [(example.index, example.histogram) for example in group]
             told(done + processes * (len(seen) + len(left_out)), self._running_miou(before))
         counted = self.counting.take()
         compiling = clock.seconds - compiled
@@ -147,8 +149,8 @@ class Measurement:
         classes = len(self.benchmark.classes)
         return Outcome(
             counted,
-            np.array([example.index for example in seen], np.int64),
-            np.array([example.histogram for example in seen], np.int64).reshape(-1, classes),
+            np.array([index for index, _ in seen], np.int64),
+            np.array([histogram for _, histogram in seen], np.int64).reshape(-1, classes),
             forwards,
             np.array([compiling, running]) / processes,
             tuple(left_out),

@@ -112,7 +112,8 @@ def score_rows(outcome: Outcome, measurement: Measurement, pipe: Pipeline) -> li
         for block, confusion in zip(settings.blocks, confusions, strict=True):
             place = {"block": block, "step": one.step, "seed": one.seed}
             row = {**_common(outcome, benchmark, one.prompts), **speed, **place}
-            rows.append(row | {"reported": reported_miou(row, pipe)} | metrics(confusion, benchmark))
+            reported = reported_miou(row, pipe.transformer.config, pipe.trained_size)
+            rows.append(row | {"reported": reported} | metrics(confusion, benchmark))
     return rows
 
 
