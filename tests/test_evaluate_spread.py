@@ -1,0 +1,142 @@
+"""An evaluation over several devices, several processes or several sittings gives the figures of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seg4diff_jax.evaluation.batches import LeftOut, Reader
+from seg4diff_jax.evaluation.command import main
+from seg4diff_jax.evaluation.measure import check_batch_size
+from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.segmentation.metrics import mean_iou
+from tests.reference.evaluation_run import measured
+from tests.test_evaluate import SIZES, write_images
+
+ROOT = Path(__file__).parents[1]
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("set") / "varied", SIZES)
+
+
+@pytest.fixture(scope="module")
+def alone(sd3_checkpoint, root) -> Outcome:
+    """One device, one process, one sitting; two images a batch."""
+    return measured(str(sd3_checkpoint), str(root), 2)
+
+
+def run_apart(*arguments: str, flags: str = "") -> subprocess.Popen[str]:
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.reference.evaluation_run", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def assert_alike(found: Outcome, expected: Outcome) -> None:
+    """The same images and pixels; between classes that tie but for the order of sums a pixel may go to either."""
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_array_equal(found.histograms, expected.histograms)
+    for ours, theirs in zip(found.counted[:3], expected.counted[:3], strict=True):
+        np.testing.assert_array_equal(ours.sum(axis=-1), theirs.sum(axis=-1))
+        assert np.abs(ours - theirs).sum() <= 4e-3 * theirs.sum()
+    assert 100 * mean_iou(found.counted.confusion[0, 0]) == pytest.approx(
+        100 * mean_iou(expected.counted.confusion[0, 0]), abs=0.05
+    )
+
+
+def test_eight_devices_that_share_batches_count_what_one_counts(sd3_checkpoint, root, alone, tmp_path):
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
+    process = run_apart("write", str(sd3_checkpoint), str(root), "8", str(tmp_path / "eight"), flags=flags)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert_alike(Outcome.from_bytes((tmp_path / "eight").read_bytes()), alone)
+
+
+def test_a_batch_that_devices_cannot_share_evenly_is_refused():
+    with pytest.raises(ValueError, match="--batch-size is 6: expected a multiple of the 8 devices"):
+        check_batch_size(6, 8)
+
+
+def test_two_processes_read_each_image_once_between_them_and_the_first_writes_the_figures_of_one(
+    sd3_checkpoint, root, alone, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
+    options += ["--seeds", "5", "--batch-size", "2", "--pictures", "1", "--distributed"]
+    together = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "evaluate.py", *options, "--out", str(tmp_path / str(number))],
+            cwd=ROOT,
+            env=together | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+    assert not (tmp_path / "1").exists()
+    contents = json.loads((tmp_path / "0/results.json").read_text())
+    (row,) = contents["rows"]
+    assert row["images"] == len(alone.indices) == len(SIZES)
+    assert row["miou"] == pytest.approx(100 * mean_iou(alone.counted.confusion[0, 0]), abs=0.01)
+    assert (contents["device"]["devices"], contents["device"]["processes"]) == (2, 2)
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figures(
+    sd3_checkpoint, root, tmp_path, monkeypatch, capsys
+):
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
+    options += ["--batch-size", "2", "--shard-batches", "1", "--pictures", "0"]
+    of_one_seed, out = [*options, "--seeds", "5"], str(tmp_path / "out")
+    process = run_apart("killed", *of_one_seed, "--out", out)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert main([*of_one_seed, "--out", out]) == 1
+    assert "holds an interrupted run: give --resume to go on" in capsys.readouterr().err
+    assert main([*options, "--seeds", "5,6", "--out", out, "--resume"]) == 1
+    assert "seeds was [5] and is [5, 6]" in capsys.readouterr().err
+    (tmp_path / "out/progress/000001.npz").write_bytes(b"damaged")
+
+    read: list[int] = []
+    example = Reader.example
+    monkeypatch.setattr(Reader, "example", lambda self, index: (read.append(index), example(self, index))[1])
+    assert main([*of_one_seed, "--out", out, "--resume"]) == 0
+    assert sorted(read) == [2, 3, 4, 5, 6]
+    assert not (tmp_path / "out/progress").exists()
+    assert main([*of_one_seed, "--out", str(tmp_path / "whole")]) == 0
+    figures = [
+        [{name: row[name] for name in ("images", "miou", "pixel_accuracy", "iou")} for row in contents[part]]
+        for contents in (json.loads((tmp_path / run / "results.json").read_text()) for run in ("out", "whole"))
+        for part in ("rows", "baselines")
+    ]
+    assert figures[:2] == figures[2:]
+    assert main([*of_one_seed, "--out", out, "--resume"]) == 1
+    assert "is complete: there is nothing to --resume" in capsys.readouterr().err
+
+
+def test_what_was_counted_is_the_same_after_a_file():
+    rng = np.random.default_rng(0)
+    counted = Counted(*(rng.integers(0, 2**40, (2, 3, 4, 4)) for _ in range(3)), rng.integers(0, 9, (2, 3, 5)))
+    histograms, left_out = rng.integers(0, 9, (5, 4)), (LeftOut(3, "skipped", "ünreadable"),)
+    outcome = Outcome(counted, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
+    again = Outcome.from_bytes(outcome.to_bytes())
+    for ours, theirs in zip((*again.counted, again.indices), (*counted, outcome.indices), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert again.left_out == left_out
