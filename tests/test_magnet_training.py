@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ BLOCK = 3
 def options(sd3_checkpoint, tmp_path_factory) -> dict:
     """Of a small run on a folder of scenes."""
     folder = tmp_path_factory.mktemp("masks") / "folder"
-    write_folder(folder, [scene("train", index, 64) for index in range(14)])
+    write_folder(folder, [scene("train", index, 64) for index in range(6)])
     return {
         "task": "magnet",
         "model": str(sd3_checkpoint),
@@ -50,14 +51,14 @@ def options(sd3_checkpoint, tmp_path_factory) -> dict:
         "held_out.batch_size": 2,
         "lora.rank": 2,
         "lora.alpha": 4.0,
-        "run.steps": 12,
+        "run.steps": 40,
         "run.batch_size": 4,
         "run.log_every": 1,
-        "run.evaluate_every": 6,
-        "run.checkpoint_every": 6,
-        "optimizer.learning_rate": 0.02,
+        "run.evaluate_every": 20,
+        "run.checkpoint_every": 20,
+        "optimizer.learning_rate": 0.01,
         "optimizer.schedule": "constant",
-        "objective.velocity_weight": 0.01,
+        "objective.velocity_weight": 0.001,
         "objective.masks_from": "log_probs",
     }
 
@@ -84,15 +85,15 @@ def run(options, tmp_path_factory) -> Path:
 
 def test_masks_are_learnt(run):
     steps = [row for row in rows(run) if "focal" in row]
-    assert len(steps) == 12
-    of = lambda name, some: np.mean([row[name] for row in some])
-    for name in ("focal", "dice"):
-        assert of(name, steps[-4:]) < 0.97 * of(name, steps[:4])
+    assert len(steps) == 40
+    last = lambda name: np.mean([row[name] for row in steps[-8:]])
+    assert last("focal") < 0.8 * steps[0]["focal"]  # whose adapters change nothing yet
+    assert last("dice") < 0.97 * steps[0]["dice"]
 
 
 def test_held_out_pictures_are_scored_with_the_adapters_and_without(run, options):
     scores = [row for row in rows(run) if "validation/miou" in row]
-    assert [row["step"] for row in scores] == [6, 12]
+    assert [row["step"] for row in scores] == [20, 40]
     for name in ("miou", "velocity_loss"):
         base, adapted = ([row[f"validation/{kind}{name}"] for row in scores] for kind in ("base_", ""))
         assert base[0] == base[1] not in adapted
@@ -123,7 +124,7 @@ def test_diffusers_loads_the_export_and_computes_the_same_velocity(run, sd3_chec
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(run, options, tmp_path):
     out = {"run.out": str(tmp_path / "run")}
-    assert main(arguments(options | out | {"run.steps": 6})) == 0
+    assert main(arguments(options | out | {"run.steps": 20})) == 0
     assert main([*arguments(options | out), "--resume"]) == 0
     config, whole = load_lora(run / "export")
     same_config, resumed = load_lora(tmp_path / "run" / "export")
@@ -249,7 +250,7 @@ def test_the_releases_file_is_trained_on(options, run, tmp_path):
         ({"block": 6}, "block is 6; .* has blocks 0..5"),
         ({"block": None}, "does not say which block segments best"),
         ({"data.size": 72}, "data.size is 72; expected a multiple of 16, up to 384"),
-        ({"held_out.count": 14}, "nothing is left to train on"),
+        ({"held_out.count": 6}, "nothing is left to train on"),
         ({"cache": "somewhere"}, "a cache holds one view of each picture"),
         ({"objective.targets": "matching", "objective.masks_from": "scores"}, "masks of sa1b have no names"),
         ({"data.name": "coco-17"}, "data.name is 'coco-17': expected one of folder"),
@@ -264,8 +265,6 @@ def test_options_that_cannot_be_used_are_refused_in_a_sentence(options, changes,
     except SystemExit as exit:  # what the options contradict by themselves, the parser says
         status = exit.code
     assert status not in (0, None)
-    import re
-
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 

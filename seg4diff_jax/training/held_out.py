@@ -66,9 +66,10 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
             )
         return some(train, rest), some(train, chosen)
     name = held.name or data.name
+    labels = held.labels or (data.labels if name == data.name else None)
     split = held.split or {"folder": None, "scenes": "validation"}.get(name, "val")
     root = None if name == "scenes" else held.root or (data.root if name == data.name else None)
-    other = replace(data, name=name, root=root, split=split, labels=held.labels or data.labels, captions=None)
+    other = replace(data, name=name, root=root, split=split, labels=labels, captions=None)
     pictures = open_pictures(replace(other, scenes=held.count), size)
     if pictures.classes is None:
         raise ValueError("held_out.name is 'sa1b', whose masks have no names: give a labelled set to score on, or none")
