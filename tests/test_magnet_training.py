@@ -18,16 +18,18 @@ from flax import nnx
 import seg4diff_jax as s4d
 from convert.__main__ import main as convert
 from convert.load import load_component
-from convert.lora import attach_lora, convert_lora, load_lora, read_lora
+from convert.lora import attach_lora, load_lora, read_lora
 from seg4diff_jax.data.loader import training_batches
 from seg4diff_jax.data.shapes import scene, write_folder
-from seg4diff_jax.models.lora import remove_lora
+from seg4diff_jax.models.lora import lora_state, remove_lora
 from seg4diff_jax.parallel import make_mesh
+from seg4diff_jax.training.adapter_files import head_tensors
 from seg4diff_jax.training.command import main, parse
 from seg4diff_jax.training.loop import training_step
 from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, Opened, loss, task
 from seg4diff_jax.training.optimizers import make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
+from tests.reference.adapters import RANK, factors, mask_head, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.random_weights import relative_error
 from tests.test_mmdit import forward, make_inputs, run_torch
@@ -232,13 +234,16 @@ def test_the_head_is_exported_beside_the_adapters_and_trained_on(nameless, sd3_c
         task(config_of(nameless, start=str(first / "export"), **{"lora.rank": 3})).init(0, make_mesh())
 
 
-def test_the_releases_file_is_trained_on(options, run, tmp_path):
-    convert_lora(run / "export", tmp_path / "16.safetensors")
-    config, _ = load_lora(tmp_path / "16.safetensors")
-    assert config.alpha == 4
-    made = task(config_of(options, start=str(tmp_path / "16.safetensors")))
-    adapters = nnx.to_flat_state(nnx.state(made.init(0, make_mesh()), TRAINABLE))
-    assert any(np.any(variable.get_value()) for path, variable in adapters if path[-1] == "lora_b")
+def test_training_goes_on_from_the_releases_file(options, tmp_path):
+    tensors, head = factors(), mask_head()
+    source = write_release(tmp_path / "lora_weights.pth", release_names(tensors) | head)
+    changes = {"lora.rank": RANK, "lora.alpha": 16.0, "objective.masks_from": "scores", "objective.mask_head": "conv"}
+    model = task(config_of(options, start=str(source), **changes)).init(0, make_mesh())
+    a, b = lora_state(model.transformer)["blocks.2.image.attention.q"]
+    np.testing.assert_array_equal(a.T, tensors["transformer_blocks.2.attn.to_q.lora_A.weight"])
+    np.testing.assert_array_equal(b.T, tensors["transformer_blocks.2.attn.to_q.lora_B.weight"])
+    for name, tensor in head_tensors(model.head).items():
+        np.testing.assert_array_equal(tensor, head[name])
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
