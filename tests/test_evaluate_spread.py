@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 
 def test_what_was_counted_is_the_same_after_a_file():
     rng = np.random.default_rng(0)
-    counted = Counted(*(rng.integers(0, 2**40, (2, 3, 4, 4)) for _ in range(3)), rng.integers(0, 9, (2, 3, 5)))
+    counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, 5))])
     histograms, left_out = rng.integers(0, 9, (5, 4)), (LeftOut(3, "skipped", "ünreadable"),)
     outcome = Outcome(counted, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
     again = Outcome.from_bytes(outcome.to_bytes())

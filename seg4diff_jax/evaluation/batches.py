@@ -7,7 +7,7 @@ a power of two of rows; the last batch is filled up. So the compiled programs ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -118,7 +118,7 @@ class Reader:
             present[background] &= rule == "asked"
         return Example(index, item["name"], pixels, labels, histogram, tuple(np.flatnonzero(present).tolist()))
 
-    def read(self, numbers: Iterable[int]) -> Iterator[Example | LeftOut]:
+    def read(self, numbers: Iterable[int]) -> Generator[Example | LeftOut, None, None]:
         """The images of these numbers, in order.
 
         Raises ImageError or FolderError, unless such images are to be skipped.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,9 +36,10 @@ class Outcome:
     left_out: tuple[LeftOut, ...]
 
     def to_bytes(self) -> bytes:
-        arrays = {name: getattr(self, name) for name in ARRAYS} | self.counted._asdict()
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS} | self.counted._asdict()
+        arrays[LEFT_OUT] = np.array(json.dumps(self.left_out))
         file = BytesIO()
-        np.savez_compressed(file, **arrays, **{LEFT_OUT: np.array(json.dumps(self.left_out))})
+        np.savez_compressed(file, **arrays)
         return file.getvalue()
 
     @classmethod
@@ -47,7 +48,7 @@ class Outcome:
         with np.load(BytesIO(contents), allow_pickle=False) as file:
             counted = Counted(*(file[name] for name in Counted._fields))
             left_out = tuple(LeftOut(*each) for each in json.loads(str(file[LEFT_OUT])))
-            return cls(counted, *(file[name] for name in ARRAYS), left_out)
+            return cls(counted=counted, left_out=left_out, **{name: file[name] for name in ARRAYS})
 
 
 ARRAYS = [field.name for field in fields(Outcome) if field.name not in ("counted", LEFT_OUT)]
@@ -61,7 +62,7 @@ def together(parts: Sequence[Outcome]) -> Outcome:
     order = np.argsort(indices, kind="stable")
     right = np.concatenate(rights, axis=2)[:, :, order]
     return Outcome(
-        Counted(*(cast(np.ndarray, sum(arrays)) for arrays in sums), right),
+        Counted._make([*(sum(arrays) for arrays in sums), right]),
         indices[order],
         np.concatenate([part.histograms for part in parts])[order],
         cast(np.ndarray, sum(part.forwards for part in parts)),

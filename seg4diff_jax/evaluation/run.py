@@ -96,7 +96,8 @@ def evaluate(
     rows = score_rows(outcome, measurement, pipe)
     best = best_setting(rows)
     pictures = _shown(measurement, outcome, best, shown) if shown and not jax.process_index() else []
-    seconds = dict(zip(("compiling", "running"), outcome.seconds.tolist(), strict=True))
+    compiling, running = outcome.seconds.tolist()
+    seconds = {"compiling": compiling, "running": running}
     return Evaluation(rows, baseline_rows(outcome, measurement), best, pictures, **left, seconds=seconds)
 
 
