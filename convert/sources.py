@@ -82,8 +82,8 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
         path = MINIATURE
         if not path.is_dir():
             raise CheckpointError(
-                "the miniature's weights are not in this copy: docs/miniature.md says how to train them; then give "
-                "runs/miniature/flow_matching/export"
+                f"{path} is not there: this copy of the package lacks the miniature's weights. Install it again, or "
+                "train them as docs/miniature.md says and give runs/miniature/flow_matching/export"
             )
     _check_form(path)
     if (path / native.MANIFEST).is_file():

@@ -50,7 +50,7 @@ def load(
 
     Args:
       model: converted directory, diffusers directory, single safetensors file, or Hub id; or "miniature", the small
-        SD3 of this package, once its weights are there (docs/miniature.md).
+        SD3 that comes with this package (docs/miniature.md).
       dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
         float32 on a CPU, bfloat16 elsewhere.
       mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.

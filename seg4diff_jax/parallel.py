@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -31,9 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
 """Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
 
 
-def make_mesh(
-    data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among: Sequence[Any] | None = None) -> Mesh:
     """A mesh over data x fsdp x tensor devices. `data` None takes what the other axes leave.
 
     Args:

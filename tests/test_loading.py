@@ -27,7 +27,6 @@ from convert.progress import counter, shown
 from convert.sources import open_source
 from convert.verify import verify
 from seg4diff_jax.command_line import main
-from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.models.lora import lora_state
 from seg4diff_jax.parallel import make_mesh
 from tests.reference.adapters import SUFFIX, factors, mask_head, release_names, write_release
@@ -246,7 +245,7 @@ def test_progress_is_one_plain_line_elsewhere():
     assert show(Console(file=io.StringIO(), width=20)) == "loading [sd3]: 4.0 MB\n"
 
 
-@pytest.mark.skipif(CHECKPOINT.is_dir(), reason="the miniature's weights are here")
-def test_the_miniature_without_weights_says_how_to_train_them():
-    with pytest.raises(CheckpointError, match=r"not in this copy: docs/miniature\.md says how to train them"):
+def test_a_copy_without_the_miniatures_weights_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.sources.MINIATURE", tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"this copy of the package lacks the miniature's weights"):
         s4d.load("miniature")

@@ -18,10 +18,9 @@ from seg4diff_jax.data.shapes import CLASSES, scene
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature import CHECKPOINT
-from seg4diff_jax.segmentation.metrics import confusion_matrix, mean_iou
+from seg4diff_jax.segmentation.metrics import mean_iou
 from tests.reference.release import Release, as_they_are
 
-pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="the miniature's weights are not in this copy")
 COMPARED = 6
 
 
@@ -33,7 +32,7 @@ def pipe() -> s4d.Pipeline:
 def miou(scenes, labels) -> float:
     total = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     for shown, found in zip(scenes, labels, strict=True):
-        total += np.asarray(confusion_matrix(shown.labels, np.asarray(shown.classes)[found], len(CLASSES)))
+        np.add.at(total, (shown.labels, np.asarray(shown.classes)[found]), 1)
     return 100 * mean_iou(total)
 
 

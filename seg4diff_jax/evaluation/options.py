@@ -54,7 +54,7 @@ class Options:
 
 
 HELP = {
-    "model": "miniature (once trained: docs/miniature.md), a directory, a single file, or a Hub id",
+    "model": "miniature, a directory, a single file, or a Hub id",
     "data.name": (
         "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, tfds, "
         "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
