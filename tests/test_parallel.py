@@ -129,7 +129,7 @@ def test_a_mesh_takes_all_devices_unless_told_otherwise():
 def of_eight(monkeypatch):
     """`make_mesh` as on a host with eight devices, up to what JAX would make: the sizes of the axes."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, axis_types: sizes)
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, names, axis_types, devices: sizes)
     return make_mesh.__wrapped__ if hasattr(make_mesh, "__wrapped__") else make_mesh
 
 
