@@ -14,6 +14,7 @@ from seg4diff_jax.evaluation.batches import Example, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.measure import Measurement, Settings, Told
 from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.pictured import Why, pictured
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.reported import reported_miou
 from seg4diff_jax.evaluation.scores import Row, Setting, best_constant, best_setting, metrics
@@ -33,6 +34,7 @@ class Shown:
       predicted: class of every pixel.
       classes: those that were asked for; `scores` are theirs, on the grid of image tokens.
       accuracy: percent of the labelled pixels that are right.
+      why: it is shown: see `pictured`.
     """
 
     example: Example
@@ -41,6 +43,7 @@ class Shown:
     classes: tuple[int, ...]
     scores: Float[np.ndarray, "classes rows columns"]
     accuracy: float
+    why: Why
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Evaluation:
       rows: one for each kind of prompts, block, step and seed.
       baselines: guessers on the same images, `baseline` says which: see `baseline_rows`.
       best: the block and step of the highest mIoU with the first kind of prompts.
-      shown: images spread from the best to the worst, segmented at `best`.
+      shown: the best images, some at random and the worst, segmented at `best`.
+      confusion: pixels of each class (rows) that are taken for each class, at `best`, over all seeds; None where
+        segments have no names.
     """
 
     rows: list[Row]
@@ -61,6 +66,7 @@ class Evaluation:
     skipped: list[str]
     unlabelled: list[str]
     seconds: dict[str, float]
+    confusion: Int[np.ndarray, "classes classes"] | None = None
 
 
 def evaluate(
@@ -98,7 +104,9 @@ def evaluate(
     pictures = _shown(measurement, outcome, best, shown) if shown and not jax.process_index() else []
     compiling, running = outcome.seconds.tolist()
     seconds = {"compiling": compiling, "running": running}
-    return Evaluation(rows, baseline_rows(outcome, measurement), best, pictures, **left, seconds=seconds)
+    confusion = _confusion(measurement, outcome, best)
+    baselines = baseline_rows(outcome, measurement)
+    return Evaluation(rows, baselines, best, pictures, **left, seconds=seconds, confusion=confusion)
 
 
 def score_rows(outcome: Outcome, measurement: Measurement, pipe: Pipeline) -> list[Row]:
@@ -156,14 +164,19 @@ def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
     return rows
 
 
+def _confusion(measurement: Measurement, outcome: Outcome, best: Setting) -> Int[np.ndarray, "classes classes"]:
+    settings, counting = measurement.settings, measurement.counting
+    passes = [counting.passes.index(Pass(best.step, seed, best.prompts)) for seed in settings.seeds]
+    return outcome.counted.confusion[passes, settings.blocks.index(best.block)].sum(axis=0)
+
+
 def _shown(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
-    """Images evenly spaced from the one with most pixels right to the one with fewest, at the first seed."""
+    """The images that `pictured` names, by the pixels that are right at the first seed."""
     settings, counting = measurement.settings, measurement.counting
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.blocks.index(best.block)
     right = outcome.counted.right[counting.passes.index(one), place]
     accuracy = 100 * right / outcome.histograms.sum(axis=1)
-    order = np.argsort(-accuracy, kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)].tolist()
+    chosen = pictured(accuracy, outcome.histograms, count)
     found: list[Shown] = []
     for start in range(0, len(chosen), settings.batch_size):
         found += _segmented(measurement, chosen[start : start + settings.batch_size], outcome, accuracy, one, place)
@@ -172,18 +185,18 @@ def _shown(measurement: Measurement, outcome: Outcome, best: Setting, count: int
 
 def _segmented(
     measurement: Measurement,
-    numbers: Sequence[int],
+    chosen: Sequence[tuple[int, Why]],
     outcome: Outcome,
     accuracy: Float[np.ndarray, " images"],
     one: Pass,
     place: int,
 ) -> list[Shown]:
-    examples = [measurement.reader.example(int(outcome.indices[number])) for number in numbers]
+    examples = [measurement.reader.example(int(outcome.indices[number])) for number, _ in chosen]
     asked = measurement.asked[one.prompts]
     batch = assemble(examples, measurement.settings.batch_size, asked)
     found: list[Shown] = []
     scores = measurement.counting.scores(batch, one)[place]
-    for number, example, grid in zip(numbers, examples, scores, strict=False):
+    for (number, why), example, grid in zip(chosen, examples, scores, strict=False):
         classes, _ = asked(example)
         grid = grid[: len(classes)]
         predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
@@ -191,5 +204,5 @@ def _segmented(
         if one.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
             kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
             classes, grid = tuple(classes[at] for at in kept), grid[kept]
-        found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number])))
+        found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number]), why))
     return found
