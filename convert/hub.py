@@ -40,9 +40,11 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
     import huggingface_hub
 
     try:
-        files = _told(repository, lambda: huggingface_hub.HfApi().list_repo_files(repository))
+        # Listing files tries six times, for half a minute, where there is no network; this asks once.
+        about = _told(repository, lambda: huggingface_hub.HfApi().model_info(repository))
     except CheckpointError as error:
         return _cached(repository, components, variant, error)
+    files = [file.rfilename for file in about.siblings or []]
     if "model_index.json" not in files:
         raise CheckpointError(
             f"{repository} is not a diffusers repository (it has no model_index.json); give one that is, such as "

@@ -7,6 +7,7 @@ import re
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -64,10 +65,10 @@ class FakeHub:
         self.folder, self.files, self.error = folder, files, error
         self.fetched: list[str] = []
 
-    def list_repo_files(self, repository: str) -> list[str]:
+    def model_info(self, repository: str) -> SimpleNamespace:
         if self.error is not None:
             raise self.error
-        return self.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files])
 
     def snapshot_download(self, repository: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
         if local_files_only and self.folder is None:
