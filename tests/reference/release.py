@@ -68,14 +68,14 @@ class Release:
                 first = end
         scores = torch.stack(maps)
         upsampled = F.interpolate(scores[None], size=label_size, mode="bilinear", align_corners=False)[0]
-        return Masks(upsampled.argmax(0).numpy(), scores.numpy())
+        return Masks(upsampled.argmax(0).cpu().numpy(), scores.float().cpu().numpy())
 
     def _noisy_latents(self, pixels: torch.Tensor, noise: np.ndarray, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.vae.config
         latents = (self.vae.encode(pixels).latent_dist.mean - config.shift_factor) * config.scaling_factor
         self.scheduler.set_timesteps(STEPS)
-        timestep = self.scheduler.timesteps[-step][None]
-        noise_ = torch.from_numpy(np.ascontiguousarray(noise.transpose(2, 0, 1)))[None]
+        timestep = self.scheduler.timesteps[-step][None].to(latents.device)
+        noise_ = torch.from_numpy(np.ascontiguousarray(noise.transpose(2, 0, 1)))[None].to(latents)
         return self.scheduler.scale_noise(latents, timestep, noise_), timestep
 
     def _image_to_text(self, noisy: torch.Tensor, timestep: torch.Tensor, prompt: str, block: int) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""The scripts in benchmarks/ run, on shapes so small that their figures mean nothing; their arithmetic is PyTorch's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.convert_checkpoint import CONFIGS
+from benchmarks.real_shapes.flops import TEXT_TOKENS, stages, vae_encoder
+
+ROOT = Path(__file__).parents[1]
+TERA = 1e12
+CPU = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def run(script: str, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    done = subprocess.run(command, env=CPU, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def counted(module: torch.nn.Module, *inputs: torch.Tensor, **named: torch.Tensor) -> int:
+    """PyTorch's own count of a forward pass; on the meta device nothing is computed."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs, **named)
+    return counter.get_total_flops()
+
+
+def test_operations_of_sd3_at_its_real_size_are_those_that_pytorch_counts():
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**CONFIGS["transformer"])
+        passed = counted(
+            transformer,
+            hidden_states=torch.empty(1, 16, 128, 128),
+            encoder_hidden_states=torch.empty(1, TEXT_TOKENS, 4096),
+            pooled_projections=torch.empty(1, 2048),
+            timestep=torch.empty(1),
+        )
+        vae = AutoencoderKL(**CONFIGS["vae"])
+        encoded = counted(vae.encoder, torch.empty(1, 3, 1024, 1024))
+    release = stages(CONFIGS["transformer"], CONFIGS["vae"], 1024, 9)["release"]
+    assert sum(release.values()) - release["autoencoder"] == pytest.approx(passed, rel=1e-4)
+    assert release["autoencoder"] == vae_encoder(CONFIGS["vae"], 1024) == pytest.approx(encoded, rel=1e-4)
+
+
+def test_masks_need_blocks_0_to_8_and_of_block_9_the_maps():
+    found = stages(CONFIGS["transformer"], CONFIGS["vae"], 1024, 9)
+    needed, release = found["needed"], found["release"]
+    assert needed["blocks before"] / TERA == pytest.approx(9 * 0.352, rel=0.002)
+    assert needed["expert block"] / TERA == pytest.approx(0.095, abs=0.003)
+    assert sum(release.values()) / sum(needed.values()) == pytest.approx(1.64, abs=0.01)
+
+
+def test_both_sides_of_the_real_shapes_find_the_same_labels(tmp_path):
+    options = ("--shapes", "tiny", "--layers", "3", "--block", "1", "--size", "64", "--batch", "1,2", "--repeats", "1")
+    printed = run("zero_shot_real_shapes.py", *options, "--json_file", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["agreement"]["equal_labels"] >= 0.9999
+    assert figures["agreement"]["scores_differ"] <= 1e-5
+    assert set(figures["rows"]) == {"release", "ours, batch 1", "ours, batch 2"}
+    assert "% of matmul peak" in printed
