@@ -1,0 +1,201 @@
+"""Floating-point operations of the models, counted from their configurations alone.
+
+Two for each multiply-add of the products with weights, of attention's two products and of convolutions; all else is a
+small part of a percent. Counts are of one image, and of what is needed: a kernel that computes scores again in the
+backward pass, or pads its tiles, does more.
+
+For SD3-medium at 1024 px (4096 image and 154 text tokens) a block is 0.352e12 and all of it 8.437e12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from seg4diff_jax.models.clip import CLIPTextConfig
+from seg4diff_jax.models.joint_block import MODULATIONS
+from seg4diff_jax.models.lora import LoRAConfig
+from seg4diff_jax.models.mmdit import TIME_FEATURES
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.t5 import T5Config
+from seg4diff_jax.models.vae import VAEConfig
+
+Remat = Literal["nothing", "blocks", "all_but_matmuls"]
+
+
+class StepFlops(NamedTuple):
+    """One image's share of a training step.
+
+    Attributes:
+      forward, backward: what the gradients of the trained parameters take.
+      again: what is computed a second time to save memory.
+    """
+
+    forward: int
+    backward: int
+    again: int
+
+    @property
+    def needed(self) -> int:
+        return self.forward + self.backward
+
+    @property
+    def done(self) -> int:
+        return self.forward + self.backward + self.again
+
+
+def linear_layers(config: MMDiTConfig, block: int) -> dict[str, tuple[int, int]]:
+    """Input and output width of every linear layer of a block, by its path in it."""
+    width, last = config.width, block == config.num_layers - 1
+    kinds = {"image": "dual" if block in config.dual_attention_layers else "joint"}
+    kinds["text"] = "keys only" if last else "joint"
+    layers: dict[str, tuple[int, int]] = {}
+    for stream, kind in kinds.items():
+        layers[f"{stream}.modulation"] = (width, MODULATIONS[kind] * width)
+        attentions = ["attention", *(["dual_attention"] if kind == "dual" else [])]
+        names = ("q", "k", "v") if kind == "keys only" else ("q", "k", "v", "out")
+        layers |= {f"{stream}.{attention}.{name}": (width, width) for attention in attentions for name in names}
+        if kind != "keys only":
+            layers |= {f"{stream}.mlp.up": (width, 4 * width), f"{stream}.mlp.down": (4 * width, width)}
+    return layers
+
+
+def block_flops(config: MMDiTConfig, block: int, image: int, text: int) -> int:
+    """The forward pass of one block over `image` and `text` tokens."""
+    weights = _weights(linear_layers(config, block), image, text)
+    return weights + block_attention_flops(config, block, image, text)
+
+
+def block_attention_flops(config: MMDiTConfig, block: int, image: int, text: int) -> int:
+    """Queries with keys, and weights with values; both attentions where there are two."""
+    dual = image**2 if block in config.dual_attention_layers else 0
+    return 4 * config.width * ((image + text) ** 2 + dual)
+
+
+def mmdit_flops(config: MMDiTConfig, image: int, text: int) -> int:
+    """The forward pass of the whole transformer, embeddings and output with it.
+
+    Args:
+      image: tokens: latent height x width / patch_size^2.
+      text: tokens that are computed; of equal ones at the end (`equal_tail`) that is one.
+    """
+    blocks = sum(block_flops(config, block, image, text) for block in range(config.num_layers))
+    return blocks + _around_blocks(config, image, text)
+
+
+def adapter_step_flops(
+    config: MMDiTConfig,
+    lora: LoRAConfig,
+    image: int,
+    text: int,
+    *,
+    mapped: int = 0,
+    remat: Remat = "nothing",
+) -> StepFlops:
+    """A training step of adapters alone, the checkpoint frozen; without the losses of masks.
+
+    A frozen layer's backward pass is one product, of its output's gradient with its weights, where a trained layer's is
+    two. Gradients go back to the first adapted block, and through that one whole.
+
+    Args:
+      mapped: text tokens whose image-to-text scores one block hands out for masks.
+      remat: what of the blocks is computed again: the whole block but for the MLPs' second layers, whose outputs no
+        gradient needs; or attention alone.
+    """
+    maps = 2 * image * mapped * config.width
+    forward, again = _around_blocks(config, image, text) + maps, 0
+    backward = _linear("image", (config.width, config.patch_size**2 * config.out_channels), image, text) + 2 * maps
+    adapted = range(config.num_layers) if lora.blocks is None else lora.blocks
+    for block in range(config.num_layers):
+        layers = linear_layers(config, block)
+        targets = [path for path in lora.targets if path in layers] if block in adapted else []
+        attention = block_attention_flops(config, block, image, text)
+        weights, own = _weights(layers, image, text), _adapters(layers, targets, lora.rank, image, text)
+        forward += weights + attention + own
+        if block < min(adapted):
+            continue
+        # What modulates is not trained and depends on nothing that is.
+        moving = {path: sides for path, sides in layers.items() if not path.endswith("modulation")}
+        backward += _weights(moving, image, text) + 2 * attention + 2 * own
+        if remat == "blocks":
+            again += weights + attention + own - _last_products(layers, targets, lora.rank, image, text)
+        elif remat == "all_but_matmuls":
+            again += attention
+    return StepFlops(forward, backward, again)
+
+
+def vae_encoder_flops(config: VAEConfig, height: int, width: int) -> int:
+    """Pixels of `height` x `width` to latents."""
+    widths = config.block_out_channels
+    pixels = height * width
+    total = _conv(pixels, config.in_channels, widths[0])
+    for level, (before, after) in enumerate(pairwise((widths[0], *widths))):
+        total += _residual(pixels, before, after) + (config.layers_per_block - 1) * _residual(pixels, after, after)
+        if level < len(widths) - 1:
+            pixels //= 4
+            total += _conv(pixels, after, after)
+    deepest = widths[-1]
+    total += 2 * _residual(pixels, deepest, deepest)
+    if config.mid_block_add_attention:
+        total += 8 * pixels * deepest**2 + 4 * pixels**2 * deepest
+    moments = 2 * config.latent_channels
+    total += _conv(pixels, deepest, moments)
+    return total + (2 * pixels * moments**2 if config.use_quant_conv else 0)
+
+
+def clip_text_flops(config: CLIPTextConfig, tokens: int) -> int:
+    """Every layer, and the projection of one token."""
+    width = config.hidden_size
+    layer = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * tokens**2 * width
+    return config.num_hidden_layers * layer + 2 * width * config.projection_dim
+
+
+def t5_flops(config: T5Config, tokens: int) -> int:
+    inner = config.num_heads * config.d_kv
+    layer = 2 * tokens * (4 * config.d_model * inner + 3 * config.d_model * config.d_ff) + 4 * tokens**2 * inner
+    return config.num_layers * layer
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _linear(path: str, sides: tuple[int, int], image: int, text: int) -> int:
+    """One linear layer; modulations are computed once for an image, not for each of its tokens."""
+    tokens = 1 if path.endswith("modulation") else image if path.startswith("image") else text
+    return 2 * tokens * sides[0] * sides[1]
+
+
+def _weights(layers: Mapping[str, tuple[int, int]], image: int, text: int) -> int:
+    return sum(_linear(path, sides, image, text) for path, sides in layers.items())
+
+
+def _adapters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int, image: int, text: int) -> int:
+    """Both factors."""
+    return sum(_linear(path, (rank, sum(layers[path])), image, text) for path in targets)
+
+
+def _last_products(
+    layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int, image: int, text: int
+) -> int:
+    """Those with the weights, and with an adapter's second factor, whose results a block only adds to its states."""
+    last = {path: sides for path, sides in layers.items() if path.endswith("mlp.down")}
+    adapted = sum(_linear(path, (rank, last[path][1]), image, text) for path in last if path in targets)
+    return _weights(last, image, text) + adapted
+
+
+def _around_blocks(config: MMDiTConfig, image: int, text: int) -> int:
+    width, patch = config.width, config.patch_size**2
+    once = TIME_FEATURES * width + width**2 + config.pooled_projection_dim * width + width**2 + 2 * width**2
+    tokens = image * patch * (config.in_channels + config.out_channels) + text * config.joint_attention_dim
+    return 2 * once + 2 * tokens * width
+
+
+def _conv(pixels: int, before: int, after: int) -> int:
+    """3 x 3, at so many output pixels."""
+    return 2 * 9 * pixels * before * after
+
+
+def _residual(pixels: int, before: int, after: int) -> int:
+    shortcut = 2 * pixels * before * after if before != after else 0
+    return _conv(pixels, before, after) + _conv(pixels, after, after) + shortcut
