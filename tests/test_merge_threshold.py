@@ -7,7 +7,6 @@ import pytest
 
 from seg4diff_jax.analysis import merge_threshold
 from seg4diff_jax.analysis.merge_threshold import (
-    UnsupervisedScore,
     at_thresholds,
     best_score,
     unsupervised_scores,
@@ -15,6 +14,7 @@ from seg4diff_jax.analysis.merge_threshold import (
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, MatchCounts, UnsupervisedProtocol
+from seg4diff_jax.segmentation.unsupervised_tally import UnsupervisedScore
 from tests.reference.inputs import SQUARE, VARIED, an_image
 from tests.reference.unsupervised import IGNORED, Counts, count_matches
 

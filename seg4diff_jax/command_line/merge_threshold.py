@@ -13,7 +13,6 @@ from rich.table import Table
 
 from seg4diff_jax.analysis.merge_threshold import (
     THRESHOLDS,
-    UnsupervisedScore,
     at_thresholds,
     best_score,
     unsupervised_scores,
@@ -25,6 +24,7 @@ from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.segmentation.unsupervised import check_threshold
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
+from seg4diff_jax.segmentation.unsupervised_tally import UnsupervisedScore
 
 
 def arguments(parser: ArgumentParser) -> None:

@@ -1,0 +1,161 @@
+"""Segments of many images, merged and matched under several protocols at once.
+
+The divergences of an image's maps are computed once for each normalisation; each threshold then merges, upsamples and
+counts on the device. The host matches the segments of one batch while the device works on the next: where images are
+matched it gets a small table of each, where rows are matched the label maps, which are smaller than the rows' tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int16, Integer, UInt8
+
+from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.segmentation.unsupervised import MinMax, divergences, log_distributions, merge, segment_labels
+from seg4diff_jax.segmentation.unsupervised_scores import (
+    Match,
+    MatchCounts,
+    UnsupervisedProtocol,
+    intersections,
+    matched_counts,
+    no_counts,
+)
+
+Way = tuple[MinMax, Match]
+
+
+@dataclass(frozen=True)
+class UnsupervisedScore:
+    """What came out of one protocol: pixels counted over all images, and how many segments an image has on average."""
+
+    protocol: UnsupervisedProtocol
+    counts: MatchCounts
+    segments: float
+
+
+class Truth(NamedTuple):
+    """Labels on one canvas, `IGNORED` around them.
+
+    Attributes:
+      count: how many images there are; those past them fill up.
+      sizes: height and width of each one's labels.
+    """
+
+    count: int
+    labels: UInt8[np.ndarray, "images height width"]
+    sizes: Int[np.ndarray, "images 2"]
+
+
+class UnsupervisedTally:
+    """Pixels counted under each protocol.
+
+    Protocols that differ in nothing but thresholds and absent classes share all that they can.
+
+    Attributes:
+      counts: of each protocol, over all images that have been matched.
+      segments: how many there were in all images, by protocol.
+      images: how many have been matched.
+    """
+
+    def __init__(self, protocols: Sequence[UnsupervisedProtocol], classes: int):
+        self.protocols, self.classes, self.images = tuple(protocols), classes, 0
+        self.counts = [no_counts(classes) for _ in protocols]
+        self.segments = np.zeros(len(protocols), np.int64)
+        self._places: dict[Way, list[int]] = {}
+        for place, protocol in enumerate(protocols):
+            self._places.setdefault((protocol.minmax, protocol.match), []).append(place)
+        self._pending: list[tuple[Way, Truth, Array, Array]] = []
+
+    def add(self, attention: Float[Array, "images image tokens"], grid: tuple[int, int], truth: Truth) -> None:
+        """Count a batch. Returns once the batch before it has been matched, while the device still counts this one.
+
+        Args:
+          attention: of image tokens to the tokens of an empty prompt, averaged over heads; split over devices or not.
+
+        Raises FloatingPointError when attention is not finite.
+        """
+        before, self._pending = self._pending, []
+        for way, places in self._places.items():
+            thresholds = np.array([self.protocols[place].threshold for place in places], np.float32)
+            options = {"grid": grid, "classes": self.classes, "minmax": way[0], "match": way[1]}
+            found = counted_segments(attention, truth.labels, truth.sizes, thresholds, **options)
+            self._pending.append((way, truth, *found))
+        self._match(before)
+
+    def finish(self) -> None:
+        """Match what has not been matched yet. Raises as `add` does."""
+        before, self._pending = self._pending, []
+        self._match(before)
+
+    def scores(self) -> list[UnsupervisedScore]:
+        self.finish()
+        means = self.segments / max(self.images, 1)
+        return [UnsupervisedScore(*each) for each in zip(self.protocols, self.counts, means.tolist(), strict=True)]
+
+    def _match(self, counted: list[tuple[Way, Truth, Array, Array]]) -> None:
+        for way, truth, counts, segments in counted:
+            found, numbers = np.asarray(counts)[: truth.count], np.asarray(segments)[: truth.count]
+            if (numbers < 0).any():
+                raise FloatingPointError("attention is not finite: the weights are damaged")
+            for number, place in enumerate(self._places[way]):
+                absent = self.protocols[place].absent_classes
+                own = found[:, number]
+                units = row_tables(truth, own, self.classes) if way[1] == "row" else iter(own)
+                self.counts[place] += matched_counts(units, classes=self.classes, absent_classes=absent)
+                self.segments[place] += numbers[:, number].sum()
+        self.images += counted[0][1].count if counted else 0
+
+
+def row_tables(
+    truth: Truth, segments: Int16[np.ndarray, "images height width"], classes: int
+) -> Iterator[Integer[np.ndarray, "classes_and_ignored most"]]:
+    """What `intersections` counts, of each row of pixels of each image, on the host."""
+    for labels, found, (height, width) in zip(truth.labels, segments, truth.sizes.tolist(), strict=False):
+        true, own = (array[:height, :width].astype(np.int64) for array in (labels, found))
+        most = int(own.max()) + 1
+        for row in np.where(true == IGNORED, classes, true) * most + own:
+            yield np.bincount(row, minlength=(classes + 1) * most).reshape(classes + 1, most)
+
+
+@partial(jax.jit, static_argnames=("grid", "classes", "minmax", "match"))
+def counted_segments(
+    attention: Float[Array, "images image tokens"],
+    truth: UInt8[Array, "images height width"],
+    sizes: Int[Array, "images 2"],
+    thresholds: Float[Array, " thresholds"],
+    *,
+    grid: tuple[int, int],
+    classes: int,
+    minmax: MinMax,
+    match: Match,
+) -> tuple[Integer[Array, "images thresholds classes_or_height tokens_or_width"], Int[Array, "images thresholds"]]:
+    """What the host matches, and the number of segments: -1 where attention is not finite.
+
+    Of each image, where images are matched: the pixels that classes share with segments, see `intersections`. Where
+    rows are: its label map on the canvas, int16.
+    """
+
+    def of_image(attention: Array, truth: Array, size: Array) -> tuple[Array, Array]:
+        log_probs = log_distributions(attention, minmax)
+        probs, apart = jnp.exp(log_probs), divergences(log_probs)
+        canvas = truth.shape[0], truth.shape[1]
+        inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
+
+        def at(threshold: Array) -> tuple[Array, Array]:
+            segments = merge(probs, apart, threshold)
+            count = jnp.where(jnp.isfinite(attention).all(), segments.count, -1)
+            labels = segment_labels(segments, grid, size, canvas=canvas)
+            if match == "row":
+                return labels.astype(jnp.int16), count
+            return intersections(truth, jnp.where(inside, labels, -1), classes=classes, most=len(probs)), count
+
+        return jax.lax.map(at, thresholds)
+
+    return jax.vmap(of_image)(attention, truth, sizes)
