@@ -21,6 +21,7 @@ from seg4diff_jax.evaluation import zero_shot
 from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
 from seg4diff_jax.evaluation.command import main
+from seg4diff_jax.evaluation.forward import Forward
 from seg4diff_jax.evaluation.measure import Settings
 from seg4diff_jax.evaluation.options import numbers
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
@@ -133,7 +134,8 @@ def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several
     asked, batch = one_batch(sd3, benchmark, len(SIZES))
     assert len(asked(batch.examples[CROWDED])[1].prompts) > 1
     assert len(batch.prompts) == 2, "more prompts than images: two passes of the transformer"
-    together = ZeroShot(sd3, len(NAMES), blocks=(0, 3), steps=[8], seeds=[5]).scores(batch, Pass(8, 5))
+    counting = ZeroShot(Forward(sd3, (0, 3)), len(NAMES), steps=[8], seeds=[5])
+    together = counting.scores(batch, Pass(8, 5))
     for place, example in enumerate(batch.examples):
         classes, _ = asked(example)
         image, noise = benchmark.source[place]["image"], np.asarray(image_noise(5, [place], (16, 16, 16)))[0]
@@ -196,7 +198,7 @@ def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd
 
 def test_scores_that_are_not_finite_are_an_error_and_no_result(sd3, benchmark):
     _, batch = one_batch(sd3, benchmark, 8)
-    counting = ZeroShot(sd3, len(NAMES), blocks=(0,), steps=[8], seeds=[0])
+    counting = ZeroShot(Forward(sd3, (0,)), len(NAMES), steps=[8], seeds=[0])
     scores = jnp.zeros((1, 8, batch.class_of_row.shape[1], 16)).at[0, 2, 0, 3].set(jnp.nan)
     right = counting.tallies[Pass(8, 0)].count(scores, (4, 4), batch)
     assert np.flatnonzero(np.asarray(right)[0] < 0).tolist() == [2]
@@ -287,13 +289,13 @@ def test_results_have_a_row_for_each_block_step_and_seed(results):
     assert contents["rows"][0]["things"] is None, "nobody said which of these classes are things"
 
 
-def test_the_page_shows_the_pictures_that_lie_beside_it(results):
-    page = (results / "index.html").read_text()
-    shown = re.findall(r'src="([^"]+)"', page)
-    assert {results / file for file in shown} == set((results / "pictures").iterdir())
-    assert next(file for file in shown if file.endswith("scene.png")).startswith("pictures/00_")
-    for what in ("scene", "truth", "predicted"):
-        assert len([file for file in shown if file.endswith(f"_{what}.png")]) == 3
+def test_the_page_has_the_best_the_worst_and_a_random_image_inside_it(results):
+    assert {path.name for path in results.iterdir()} == {"config.yaml", "report.html", "results.json", "per_class.csv"}
+    page = (results / "report.html").read_text()
+    for what in ("image", "truth", "prediction"):
+        assert len(re.findall(rf'src="data:image/\w+;base64,[^"]+"[^>]* alt="{what}"', page)) == 3
+    for title in ("The best", "At random", "The worst"):
+        assert f"<h3>{title}</h3>" in page
 
 
 def test_the_saved_configuration_is_resolved_and_runs_again_to_the_same_scores(results, tmp_path, capsys):

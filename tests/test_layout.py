@@ -46,6 +46,7 @@ EXCEPTIONS = {
     ("convert.sources", "miniature"),  # one path: where the checkpoint that comes with the package lies
     ("data.scene_sheet", "reporting"),  # colours and places of labels
     ("reporting.evaluation_page", "evaluation"),  # the page of what `evaluation` found
+    ("reporting.evaluation_images", "evaluation"),
 }
 
 

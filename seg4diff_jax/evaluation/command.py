@@ -64,6 +64,7 @@ def run(options: Options) -> None:
         from seg4diff_jax.evaluation.progress import Progress
         from seg4diff_jax.evaluation.results import tell, write
         from seg4diff_jax.evaluation.run import evaluate
+        from seg4diff_jax.reporting.evaluation_page import PAGE
 
         if options.distributed:
             from seg4diff_jax.training.command import join_processes
@@ -101,7 +102,7 @@ def run(options: Options) -> None:
             f"{options.model}: block {evaluation.best.block} and noise level {evaluation.best.step} are its own now"
         )
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and pictures: {out / 'index.html'}")
+    console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and a page of them: {out / PAGE}")
 
 
 def results_directory(options: Options) -> Path:

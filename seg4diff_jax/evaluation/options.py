@@ -87,7 +87,7 @@ HELP = {
     ),
     "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
     "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
-    "pictures": "images on the page, from best to worst",
+    "pictures": "images on the page: the best, the worst and some at random",
     "out": "directory for results; default: runs/evaluate/TIME",
     "overwrite": "replace the results of an earlier run in --out",
     "resume": "go on with the interrupted run in --out, if there is one",

@@ -37,7 +37,12 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).unlink(missing_ok=True)
     (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    write_page(out, evaluation, benchmark, config)
+    made: dict[str, Any] = {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "device": device(),
+        "versions": versions(),
+    }
+    write_page(out, evaluation, benchmark, config, made)
     write_classes(out / CLASSES, evaluation.rows)
     contents = {
         "rows": evaluation.rows,
@@ -46,10 +51,8 @@ def write(
         "units": "percent",
         "skipped": evaluation.skipped,
         "unlabelled": evaluation.unlabelled,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "device": device(),
         "config": config,
-        "versions": versions(),
+        **made,
     }
     (out / RESULTS).write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

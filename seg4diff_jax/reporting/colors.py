@@ -36,6 +36,7 @@ HAND_PICKED = (
 
 HEAT = ((12, 7, 60), (70, 10, 125), (150, 25, 125), (215, 60, 80), (250, 130, 40), (252, 200, 60), (252, 253, 190))
 """Hues of the heat map on the way from low to high."""
+TINT_PALE, TINT_DEEP = (244, 248, 253), (20, 66, 128)
 
 _TO_CONES = np.array(
     [
@@ -55,9 +56,12 @@ _TO_LAB = np.array(
 
 def oklab(colors: UInt8[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
     """sRGB bytes to OKLab (Ottosson 2020): lightness 0..1, green to red, blue to yellow."""
+    return np.cbrt(_linear(colors) @ _TO_CONES.T) @ _TO_LAB.T
+
+
+def _linear(colors: UInt8[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
     encoded = colors / 255
-    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
 
 
 def _srgb(lab: Float[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
@@ -89,8 +93,9 @@ def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
 
 
 def ink_on(color: UInt8[np.ndarray, 3]) -> tuple[int, int, int]:
-    """Black or white, whichever is easier to read on a colour."""
-    return (0, 0, 0) if oklab(color)[0] > 0.65 else (255, 255, 255)
+    """Black or white, whichever is easier to read on a colour: their contrast is at least 4.5 to 1, as WCAG asks."""
+    luminance = _linear(color) @ np.array([0.2126, 0.7152, 0.0722])
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
 @cache
@@ -105,3 +110,14 @@ def heat_map() -> UInt8[np.ndarray, "steps 3"]:
 def heat_colors(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
     """Colours of values in 0..1."""
     return heat_map()[np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)]
+
+
+def tint(share: float) -> UInt8[np.ndarray, 3]:
+    """A blue for a share of 0..1, the darker the greater; 0 is nearly white. Lightness falls in equal steps."""
+    ends = oklab(np.array([TINT_PALE, TINT_DEEP], np.uint8))
+    return _srgb(ends[0] + (ends[1] - ends[0]) * float(np.clip(share, 0, 1)))
+
+
+def hexadecimal(color: UInt8[np.ndarray, 3] | tuple[int, int, int]) -> str:
+    """As style sheets write it."""
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,68 +1,139 @@
-"""An evaluation as a page for a browser: scores beside what guessing would score, and pictures.
+"""An evaluation as one page for a browser and for print: `report.html`, which needs nothing beside it.
 
-`index.html` and `pictures/NN_NAME_{scene,truth,predicted,heat_CC}.png`: NN in the page's order, CC the class's index.
+What it shows is put together here; how it looks is `templates/report.html.jinja` and `templates/report.css`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, UInt8
-from PIL import Image
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.scores import averaged, by_setting, groups, guesses
-from seg4diff_jax.reporting.colors import class_colors
-from seg4diff_jax.reporting.evaluation_style import STYLE
-from seg4diff_jax.reporting.overlays import heat_picture
-from seg4diff_jax.reporting.segmentation_files import file_name
+from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, groups
+from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
+from seg4diff_jax.reporting.confusions import confused
+from seg4diff_jax.reporting.evaluation_images import Card, card
+from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
 
 if TYPE_CHECKING:
-    from seg4diff_jax.evaluation.run import Evaluation, Shown
+    from seg4diff_jax.evaluation.run import Evaluation
 
-PAGE, PICTURES = "index.html", "pictures"
-LONGEST = 256
-"""Pixels along the longer side of a picture on the page."""
-IGNORED_COLOR = (226, 226, 226)
+PAGE = "report.html"
+WORST_CLASSES = 8
+MOST_SETTINGS = 200
+"""Lines of the table of all settings; `results.json` has more."""
+FEW = 6
+"""Columns of a heat map beside which there is room for another plot."""
+MOST_NAMED = 20
+"""Images that were left out, by name."""
+TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
+PROTOCOLS = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
+ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
+GUESSES = {"random": "random classes (chance)", "constant": "one class everywhere", "permuted": "positions permuted"}
+
+Score = tuple[float, float] | None
+"""Mean over seeds and spread, percent; None where there was nothing to score."""
 
 
-def write_page(directory: Path, evaluation: Evaluation, benchmark: Benchmark, config: Mapping[str, Any]) -> None:
-    """Write `index.html` and its pictures into a directory that exists.
+class Way(NamedTuple):
+    """What rows have in common whose scores can be compared: what the model was told."""
+
+    protocol: str
+    prompts: str | None
+
+    @property
+    def title(self) -> str:
+        if self.protocol == UNSUPERVISED:
+            return "segments without names"
+        return ASKED.get(self.prompts or "", str(self.prompts))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of scores. `remark`: how a guesser guesses."""
+
+    title: str
+    scores: dict[str, Score]
+    reported: float | None = None
+    remark: str = ""
+    best: bool = False
+    guess: bool = False
+
+
+def write_page(
+    directory: Path, evaluation: Evaluation, benchmark: Benchmark, config: Mapping[str, Any], made: Mapping[str, Any]
+) -> None:
+    """Write `report.html` into a directory that exists.
 
     Args:
       config: what was run, plain values; `model` is told in the heading, all of it at the end.
+      made: `device`, `versions` and `seconds` as `results.json` has them.
     """
-    first = evaluation.rows[0]
-    asked = {"present": "the names of the classes in it", "all": "the whole vocabulary"}
-    kinds = " or ".join(asked[kind] for kind in dict.fromkeys(row["prompts"] for row in evaluation.rows))
-    heading = (
-        f"{config['model']} on {benchmark.name}: {first['images']} images, each asked for {kinds}; "
-        "one pass on each noised image, no training on masks, no refinement."
+    environment = Environment(
+        loader=PackageLoader("seg4diff_jax", "reporting/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    parts = [
-        f"<h1>Zero-shot open-vocabulary segmentation</h1><p class=faint>{escape(heading)}</p>",
-        _headline(evaluation),
-        f"<h2>Blocks and noise levels</h2><div class=panel>{_settings_table(evaluation)}</div>",
-        f"<h2>Classes</h2>{_classes(evaluation, benchmark)}",
-        _images(directory, evaluation, benchmark),
-        f"<h2>How it was made</h2><div class=panel>{_listing(config)}</div>",
-    ]
-    page = (
-        '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>Zero-shot segmentation: {escape(benchmark.name)}</title><style>{STYLE}</style>"
-        f"<main>{''.join(parts)}</main></html>\n"
-    )
-    (directory / PAGE).write_text(page, encoding="utf-8")
+    environment.filters |= {"number": number, "plain": plain, "tint": shade}
+    page = environment.get_template("report.html.jinja").render(contents(evaluation, benchmark, config, made))
+    (directory / PAGE).write_text(page + "\n", encoding="utf-8")
+
+
+def contents(
+    evaluation: Evaluation, benchmark: Benchmark, config: Mapping[str, Any], made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the template names."""
+    rows = evaluation.rows
+    best = by_setting(rows)[evaluation.best]
+    names = ["miou", "pixel_accuracy", *groups(benchmark)]
+    names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    ways = by_way(rows)
+    seeds = len({row["seed"] for row in rows})
+    protocols = list(dict.fromkeys(PROTOCOLS.get(way.protocol, way.protocol) for way in ways))
+    tables = [(way.title, summary(evaluation, way, some, names)) for way, some in ways.items()]
+    return {
+        "title": f"Zero-shot {' and '.join(protocols)} segmentation",
+        "model": config["model"],
+        "benchmark": benchmark,
+        "images": best[0]["images"],
+        "ways": [way.title for way in ways],
+        "metrics": {name: TITLES.get(name, name) for name in names},
+        "seeds": seeds,
+        "best": evaluation.best,
+        "best_way": Way(best[0]["protocol"], best[0]["prompts"]).title,
+        "scores": mean(best, names),
+        "reported": best[0].get("reported"),
+        "speed": mean(best, ["images_per_second"])["images_per_second"],
+        "tables": tables,
+        "any_reported": any(line.reported is not None for _, lines in tables for line in lines),
+        "plots": plots(evaluation, ways),
+        "settings": settings(evaluation, ways, names),
+        "classes": class_bars(evaluation, benchmark, ways),
+        "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
+        "others": [way.title for way in ways][1:2],
+        "confused": worst_classes(evaluation, benchmark),
+        "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
+        "cards": cards(evaluation, benchmark),
+        "left_out": {"skipped": evaluation.skipped, "without a labelled pixel": evaluation.unlabelled},
+        "most_named": MOST_NAMED,
+        "config": flat(config),
+        "made": made,
+    }
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def number(value: tuple[float, float] | None, digits: int = 1) -> str:
+def number(value: Score, digits: int = 1) -> str:
     """Mean and spread over seeds for reading; nothing where there was nothing to score."""
     if value is None:
         return "–"
@@ -70,169 +141,195 @@ def number(value: tuple[float, float] | None, digits: int = 1) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
 
 
-def _headline(evaluation: Evaluation) -> str:
-    block, step, prompts = evaluation.best
-    rows = by_setting(evaluation.rows)[evaluation.best]
-    seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
-    mean = averaged(rows, ["miou", "pixel_accuracy"])
-    baselines = guesses(evaluation.baselines, evaluation.best)
-    compared = {f"block {block}, noise level {step}": rows}
-    compared |= {_guess(name, some[0]): some for name, some in baselines.items()}
-    if len({row["prompts"] for row in evaluation.rows}) > 1:
-        seeds += f", asked for {prompts} classes"
+def plain(value: Score, digits: int = 1) -> str:
+    """The mean alone."""
+    return number(value and (value[0], 0.0), digits)
+
+
+def shade(percent: float) -> Markup:
+    """A cell's colours, the darker the greater its share, as a style sheet writes them."""
+    color = tint(percent / 100)
+    return Markup("background:{};color:{}").format(hexadecimal(color), hexadecimal(ink_on(color)))
+
+
+def mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Score]:
+    """`averaged`, where rows may lack what others have."""
+    return averaged([{name: row.get(name) for name in names} for row in rows], names)
+
+
+def iou_of(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    return [row["iou"] for row in rows]
+
+
+def by_way(rows: Sequence[Row]) -> dict[Way, list[Row]]:
+    """Rows of one protocol and kind of prompts together, in the order in which they come."""
+    ways: dict[Way, list[Row]] = {}
+    for row in rows:
+        ways.setdefault(Way(row["protocol"], row.get("prompts")), []).append(row)
+    return ways
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def summary(evaluation: Evaluation, way: Way, rows: list[Row], names: list[str]) -> list[Line]:
+    """The best setting of a way of asking, the one that the paper has a figure for, and what guessing scores."""
+    best = best_setting(rows)
     lines = []
-    for place, (title, some) in enumerate(compared.items()):
-        score = averaged(some, ["miou"])["miou"]
-        lines.append(
-            f"<tr{' class=best' * (not place)}><td>{escape(title)}<td class=wide>{_bar(score, mark=not place)}"
-            f"<td class=number>{number(score)}"
-        )
-    return (
-        f"<div class=top><div class=panel><div class=faint>mean IoU, %</div>"
-        f"<div class=score>{number(mean['miou'] and (mean['miou'][0], 0.0))}</div>"
-        f"<div class=faint>block {block} at noise level {step} of 28{seeds}<br>"
-        f"pixel accuracy {number(mean['pixel_accuracy'])} %<br>"
-        f"{rows[0]['images_per_second']:.0f} images/s a pass</div></div>"
-        f"<div class=panel><table><tr><th>mean IoU on the same images<th><th class=number>%{''.join(lines)}"
-        "</table></div></div>"
-    )
+    for setting, some in by_setting(rows).items():
+        reported = some[0].get("reported")
+        if setting == best or reported is not None:
+            title = f"block {setting.block}, noise level {setting.step}"
+            lines.append(Line(title, mean(some, names), reported, best=setting == best))
+    lines.sort(key=lambda line: not line.best)
+    for some in guesses_of(evaluation, way, best.block):
+        title = GUESSES.get(some[0]["baseline"], some[0]["baseline"].replace("_", " "))
+        lines.append(Line(title, mean(some, names), remark=_remark(some[0]), guess=True))
+    return lines
 
 
-def _guess(name: str, row: Mapping[str, Any]) -> str:
+def guesses_of(evaluation: Evaluation, way: Way, block: int) -> list[list[Row]]:
+    """Rows of each baseline of a way of asking, one for each seed; of those that follow a block the best one's."""
+    found: dict[str, list[Row]] = {}
+    for row in evaluation.baselines:
+        if Way(row["protocol"], row.get("prompts")) == way and row.get("block") in (None, block):
+            found.setdefault(row["baseline"], []).append(row)
+    order = [*GUESSES, *found]
+    return [found[name] for name in sorted(found, key=order.index)]
+
+
+def _remark(row: Row) -> str:
+    of = "present" if row.get("prompts") == "present" else "in the vocabulary"
     return {
-        "random": f"random: for each image token one of the classes {_of(row)} (chance)",
-        "constant": f"one class everywhere: the {row.get('choice')} of those {_of(row)}",
-        "permuted": f"block {row['block']}'s own scores, their positions permuted",
-    }[name]
+        "random": f"for each image token one of the classes {of}",
+        "constant": f"the {row.get('choice')} of those {of}",
+        "permuted": f"block {row.get('block')}'s own scores in random places",
+    }.get(row["baseline"], "")
 
 
-def _of(row: Mapping[str, Any]) -> str:
-    return "present" if row["prompts"] == "present" else "in the vocabulary"
+def settings(evaluation: Evaluation, ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str, list[Line]]]:
+    """All blocks and noise levels, where there are several, up to `MOST_SETTINGS`."""
+    tables = []
+    for way, rows in ways.items():
+        best, lines = best_setting(rows), []
+        for setting, some in by_setting(rows).items():
+            title = f"block {setting.block}, noise level {setting.step}"
+            lines.append(Line(title, mean(some, names), some[0].get("reported"), best=setting == best))
+        tables.append((way.title, lines))
+    count = sum(len(lines) for _, lines in tables)
+    return tables if len(tables) < count <= MOST_SETTINGS else []
 
 
-def _settings_table(evaluation: Evaluation) -> str:
-    names = ["miou", "pixel_accuracy", "things", "stuffs"]
-    shown = [name for name in names if any(row[name] is not None for row in evaluation.rows)]
-    titles = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
-    several = len({row["prompts"] for row in evaluation.rows}) > 1
-    head = "".join(f"<th class=number>{titles.get(name, name)}" for name in shown)
-    lines = []
-    for setting, rows in by_setting(evaluation.rows).items():
-        mean = averaged(rows, shown)
-        cells = "".join(f"<td class=number>{number(mean[name])}" for name in shown)
-        best = setting == evaluation.best
-        lines.append(
-            f"<tr{' class=best' * best}><td class=number>{setting.block}<td class=number>{setting.step}"
-            f"{f'<td>{setting.prompts}' * several}"
-            f"<td class=wide>{_bar(mean['miou'], mark=best)}{cells}"
-        )
-    asked = "<th>asked for" * several
-    return f"<table><tr><th class=number>block<th class=number>noise level{asked}<th>{head}{''.join(lines)}</table>"
-
-
-def _classes(evaluation: Evaluation, benchmark: Benchmark) -> str:
-    rows = by_setting(evaluation.rows)[evaluation.best]
-    scores = averaged([row["iou"] for row in rows], benchmark.classes)
-    grouped = {name: list(classes) for name, classes in groups(benchmark).items() if classes}
-    grouped = grouped or {"": list(range(len(benchmark.classes)))}
-    colors = class_colors(len(benchmark.classes))
-    parts = []
-    for title, classes in grouped.items():
-        known = [index for index in classes if scores[benchmark.classes[index]] is not None]
-        known.sort(key=lambda index: -(scores[benchmark.classes[index]] or (0, 0))[0])
-        lines = "".join(
-            f"<div class=class>{_swatch(colors[index])}<b>{escape(benchmark.classes[index])}</b>"
-            f"{_bar(scores[benchmark.classes[index]], mark=True)}"
-            f"<span class=number>{number(scores[benchmark.classes[index]])}</span></div>"
-            for index in known
-        )
-        parts.append(f"<p class=faint>{escape(title)}</p><div class=classes>{lines}</div>")
-    title = f"<p class=faint>IoU of each class, %, block {evaluation.best.block}</p>"
-    return f"<div class=panel>{title}{''.join(parts)}</div>"
-
-
-def _bar(value: tuple[float, float] | None, *, mark: bool = False) -> str:
-    width = 0.0 if value is None else value[0]
-    return f'<div class="bar{" mark" * mark}" style="width:{width:.1f}%"></div>'
-
-
-def _listing(config: Mapping[str, Any]) -> str:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
-    lines = "".join(f"<tr><td class=faint>{escape(name)}<td>{escape(str(value))}" for name, value in flat.items())
-    return f"<table>{lines}</table>"
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def _images(directory: Path, evaluation: Evaluation, benchmark: Benchmark) -> str:
-    if not evaluation.shown:
-        return ""
-    folder = directory / PICTURES
-    folder.mkdir(exist_ok=True)
-    for former in folder.glob("[0-9][0-9]*_*.png"):
-        former.unlink()
-    colors = class_colors(len(benchmark.classes))
-    cards = "".join(
-        _card(folder, f"{place:02d}_{file_name(shown.example.name)}", shown, benchmark.classes, colors)
-        for place, shown in enumerate(evaluation.shown)
-    )
-    count, images = len(evaluation.shown), evaluation.rows[0]["images"]
-    remark = (
-        f"{count} of {images}, evenly spaced from the image with the most pixels right to the one with the fewest. "
-        "Heat: where image tokens attend to a class's words, each map from its own least to its greatest."
-    )
-    return f"<h2>Images, from best to worst</h2><p class=faint>{remark}</p>{cards}"
-
-
-def _card(folder: Path, stem: str, shown: Shown, classes: Sequence[str], colors: UInt8[np.ndarray, "classes 3"]) -> str:
-    labels = shown.example.labels
-    pictures = {
-        "scene": displayed(Image.fromarray(shown.image), Image.Resampling.LANCZOS),
-        "truth": displayed(painted(labels, colors), Image.Resampling.NEAREST),
-        "predicted": displayed(painted(shown.predicted, colors), Image.Resampling.NEAREST),
+def plots(evaluation: Evaluation, ways: Mapping[Way, list[Row]]) -> list[tuple[str, str, Markup]]:
+    """Kind, caption and drawing of mIoU by block, by noise level, and by both: each where there are several."""
+    found: list[tuple[str, str, Markup]] = []
+    blocks = sorted({row["block"] for rows in ways.values() for row in rows})
+    steps = sorted({row["step"] for rows in ways.values() for row in rows})
+    best = {way: best_setting(rows) for way, rows in ways.items()}
+    scores = {
+        way: {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in by_setting(rows).items()}
+        for way, rows in ways.items()
     }
-    figures = [_figure(folder, f"{stem}_{name}.png", picture, name, large=True) for name, picture in pictures.items()]
-    heat = [
-        _figure(folder, f"{stem}_heat_{index:02d}.png", heat_picture(shown.image, scores, LONGEST), classes[index])
-        for index, scores in zip(shown.classes, shown.scores, strict=True)
+    first = next(iter(ways))
+    guesses = [
+        (GUESSES.get(some[0]["baseline"], some[0]["baseline"].replace("_", " ")), score[0])
+        for some in guesses_of(evaluation, first, best[first].block)
+        if (score := mean(some, ["miou"])["miou"]) is not None
     ]
-    names = "".join(f"<span>{_swatch(colors[index])} {escape(classes[index])}</span>" for index in shown.classes)
-    ignored = f"<span>{_swatch(IGNORED_COLOR)} not labelled</span>" if (labels >= len(classes)).any() else ""
-    strip = f"<div class=strip>{''.join(figures)}<div class=heat>{''.join(heat)}</div></div>"
-    return (
-        f"<div class='panel image'><header><span>{escape(shown.example.name)}</span>"
-        f"<span class=faint>{shown.accuracy:.1f} % of pixels right</span></header>"
-        f"{strip}<div class=legend>{names}{ignored}</div></div>"
-    )
+    level = max(guesses, key=lambda guess: guess[1], default=None)
+    words = {"vertical": "mean IoU, %", "level": level}
+    if len(blocks) > 1:
+        series = [
+            Series(way.title, [scores[way].get((block, at.step)) for block in blocks], blocks.index(at.block))
+            for way, at in best.items()
+        ]
+        title = f"by block, at noise level {_each(best.values(), 'step')}"
+        found.append(("line", title, line_plot(f"mean IoU {title}", blocks, series, horizontal="block", **words)))
+    if len(steps) > 1:
+        series = [
+            Series(way.title, [scores[way].get((at.block, step)) for step in steps], steps.index(at.step))
+            for way, at in best.items()
+        ]
+        title = f"by noise level, at block {_each(best.values(), 'block')}"
+        axis = "noise level, of 28 from the clean end"
+        found.append(("line", title, line_plot(f"mean IoU {title}", steps, series, horizontal=axis, **words)))
+    if len(blocks) > 1 and len(steps) > 1:
+        for way, at in best.items():
+            table = [[scores[way].get((block, step)) for step in steps] for block in blocks]
+            values = np.array([[cell[0] if cell else np.nan for cell in line] for line in table])
+            mark = blocks.index(at.block), steps.index(at.step)
+            title = "by block and noise level" + (f", {way.title}" if len(ways) > 1 else "")
+            drawn = heat_plot(
+                f"mean IoU {title}", values, blocks, steps, vertical="block", horizontal="noise level", mark=mark
+            )
+            found.append(("heat wide" if len(steps) > FEW else "heat", title, drawn))
+    return found
 
 
-def _figure(folder: Path, file: str, picture: Image.Image, title: str, *, large: bool = False) -> str:
-    picture.save(folder / file, compress_level=4)
-    shape = f"width={picture.width} height={picture.height}"
-    return (
-        f'<figure{" class=large" * large}><img src="{PICTURES}/{escape(file)}" {shape} alt="{escape(title)}" '
-        f'style="height:auto"><figcaption>{escape(title)}</figcaption></figure>'
-    )
+def _each(settings: Any, name: str) -> str:
+    return " and ".join(dict.fromkeys(str(getattr(setting, name)) for setting in settings))
 
 
-def painted(labels: Integer[np.ndarray, "height width"], colors: UInt8[np.ndarray, "classes 3"]) -> Image.Image:
-    """Labels in their classes' colours; those that name no class in grey."""
-    table = np.concatenate([colors, np.array([IGNORED_COLOR], np.uint8)])
-    return Image.fromarray(table[np.minimum(labels.astype(np.int64), len(colors))])
+# ---- classes --------------------------------------------------------------------------------------------------------
 
 
-def displayed(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
-    """At the page's size; small pictures are magnified by a whole number, so that their pixels stay square."""
-    longest = max(picture.size)
-    if longest > LONGEST:
-        scale = LONGEST / longest
-        return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), resampling)
-    times = LONGEST // longest
-    return picture.resize((picture.width * times, picture.height * times), resampling)
+@dataclass(frozen=True)
+class Bar:
+    """A class's IoU at the best setting. `other`: with the second way of asking."""
+
+    name: str
+    color: str
+    score: tuple[float, float]
+    other: Score
 
 
-def _swatch(color: UInt8[np.ndarray, 3] | tuple[int, int, int]) -> str:
-    return '<i class=swatch style="background:#{:02x}{:02x}{:02x}"></i>'.format(*color)
+def class_bars(
+    evaluation: Evaluation, benchmark: Benchmark, ways: Mapping[Way, list[Row]]
+) -> list[tuple[str, Score, list[Bar]]]:
+    """Groups of classes, their mean IoU, and their classes from the highest IoU to the lowest."""
+    rows = by_setting(evaluation.rows)[evaluation.best]
+    scores = mean(iou_of(rows), benchmark.classes)
+    second = [by_setting(some)[best_setting(some)] for some in ways.values()][1:2]
+    others = mean(iou_of(second[0]), benchmark.classes) if second else {}
+    colors = class_colors(len(benchmark.classes))
+    grouped = {name: list(classes) for name, classes in groups(benchmark).items() if classes}
+    found = []
+    for title, classes in (grouped or {"all classes": list(range(len(benchmark.classes)))}).items():
+        bars = [
+            Bar(name, hexadecimal(colors[index]), score, others.get(name))
+            for index in classes
+            if (score := scores[name := benchmark.classes[index]]) is not None
+        ]
+        bars.sort(key=lambda bar: -bar.score[0])
+        whole = "miou" if title not in rows[0] else title
+        found.append((title, mean(rows, [whole])[whole], bars))
+    return found
+
+
+def worst_classes(evaluation: Evaluation, benchmark: Benchmark) -> list[dict[str, Any]]:
+    """The classes with the lowest IoU at the best setting, and what they are confused with."""
+    if evaluation.confusion is None:
+        return []
+    scores = mean(iou_of(by_setting(evaluation.rows)[evaluation.best]), benchmark.classes)
+    known = [(score[0], index) for index, name in enumerate(benchmark.classes) if (score := scores[name])]
+    worst = [index for _, index in sorted(known)[:WORST_CLASSES]]
+    return [
+        {"name": (name := benchmark.classes[one.index]), "iou": scores[name], **one._asdict()}
+        for one in confused(evaluation.confusion, worst)
+    ]
+
+
+def cards(evaluation: Evaluation, benchmark: Benchmark) -> list[tuple[str, list[Card]]]:
+    """Images by why they are shown."""
+    found: dict[str, list[Card]] = {}
+    for shown in evaluation.shown:
+        found.setdefault(shown.why, []).append(card(shown, benchmark.classes))
+    return list(found.items())
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
