@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -61,6 +64,29 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among:
 
 def _remedy(devices: int, model: int) -> str:
     return "" if devices % model else f"; leave data out to have it {devices // model}"
+
+
+def batch_share(processes: Int[np.ndarray, "data fsdp tensor"], process: int) -> tuple[int, int]:
+    """Which share of every batch a process holds, and how many shares there are.
+
+    Processes whose devices differ along `tensor` alone hold the same one: they must read the same items.
+
+    Args:
+      processes: the mesh, with the number of each device's process in its place.
+
+    Raises:
+      ValueError: the processes cannot share a batch evenly, each with rows that are neighbours.
+    """
+    parts = processes.reshape(-1, processes.shape[2])  # of a batch, in its order
+    held = {int(number): tuple(np.flatnonzero((parts == number).any(axis=1))) for number in np.unique(processes)}
+    shares = sorted(set(held.values()))
+    if [*itertools.chain(*shares)] != [*range(len(parts))] or len({len(share) for share in shares}) != 1:
+        sizes, parts_of = " x ".join(map(str, processes.shape)), [[*map(int, share)] for share in held.values()]
+        raise ValueError(
+            f"data x fsdp x tensor is {sizes}, and the {len(held)} processes have parts {parts_of} of a batch: "
+            "expected neighbours, as many for each; make data x fsdp a multiple of the processes"
+        )
+    return shares.index(held[process]), len(shares)
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

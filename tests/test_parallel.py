@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
@@ -18,7 +19,7 @@ from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
-from seg4diff_jax.parallel import AXES, make_mesh, parameter_shardings
+from seg4diff_jax.parallel import AXES, batch_share, make_mesh, parameter_shardings
 
 Shape = tuple[int, ...]
 RMS = {"qk_norm": "rms_norm"}
@@ -163,3 +164,28 @@ def test_data_takes_the_devices_that_the_other_axes_leave(of_eight, given, sizes
 def test_axes_that_do_not_fit_the_devices_are_refused(of_eight, given, message):
     with pytest.raises(ValueError, match=message):
         of_eight(**given)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"),
+    [
+        ((8, 1, 1), [(0, 2), (1, 2)]),
+        ((2, 2, 2), [(0, 2), (1, 2)]),
+        ((1, 2, 4), [(0, 2), (1, 2)]),
+        ((1, 1, 8), [(0, 1), (0, 1)]),  # all devices see the whole batch, so both processes read all of it
+    ],
+)
+def test_processes_that_hold_the_same_rows_of_a_batch_have_the_same_share(sizes, shares):
+    processes = np.repeat(np.arange(2), 4).reshape(sizes)
+    assert [batch_share(processes, process) for process in range(2)] == shares
+
+
+def test_four_processes_in_pairs_share_a_batch_in_halves():
+    processes = np.repeat(np.arange(4), 2).reshape(2, 1, 4)
+    assert [batch_share(processes, process) for process in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("devices", [[0, 1, 1, 0], [0, 0, 0, 1]])
+def test_shares_that_are_no_neighbours_or_not_equal_are_refused(devices):
+    with pytest.raises(ValueError, match="expected neighbours, as many for each"):
+        batch_share(np.array(devices).reshape(4, 1, 1), 0)

@@ -59,15 +59,16 @@ def training_batches(
 ) -> grain.DatasetIterator[Batch]:
     """Batches without end, each epoch in an order of its own.
 
-    Which items make up a batch depends on the seed alone: hosts share each batch between them, and neither threads nor
-    worker processes change the order. `get_state` and `set_state` of the result continue at the batch not yet taken.
+    Which items make up a batch, and where in it, depends on the seed alone: hosts share each batch between them, the
+    first has its first rows, and neither threads nor worker processes change the order. `get_state` and `set_state` of
+    the result continue at the batch not yet taken.
 
     Args:
       batch_size: over all hosts.
       augment: makes each item new in every epoch: its random numbers depend on the seed, and on how many items came
         before.
       workers: processes that read; 0: threads of this one.
-      process: this host's number, and how many there are.
+      process: this host's share of every batch, and how many shares there are.
 
     Raises:
       ValueError: hosts cannot share a batch evenly, or an epoch has no batch.
@@ -79,9 +80,10 @@ def training_batches(
         raise ValueError("the training data is empty: expected at least one item")
     items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()
     # Before hosts take their shares: an item's random numbers are the same however many there are.
-    items = (items if augment is None else items.random_map(Augmented(augment)))[index::count]
+    items = items if augment is None else items.random_map(Augmented(augment))
+    shares = items.batch(batch_size // count, drop_remainder=True)[index::count]
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
-    batches = items.batch(batch_size // count, drop_remainder=True).to_iter_dataset(threads)
+    batches = shares.to_iter_dataset(threads)
     if workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(batches)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Logs:
         self._progress = Progress(*BAR, console=self._console, disable=not self._console.is_terminal or not writes)
         self._bar = self._progress.add_task(name, total=steps, completed=start, values="")
         self._steps, self._name = steps, name
+        self._begun: tuple[int, float] | None = None
         self._events = None
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
@@ -76,12 +78,20 @@ class Logs:
         shown = "  ".join(f"{key} {_shown(value)}" for key, value in values.items() if "@" not in key)
         self._progress.update(self._bar, completed=step, values=shown)
         if self._progress.disable:
-            self.say(f"step {step} of {self._steps}  {shown}")
+            self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
         if self._events is not None:
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
             self._rows.write(json.dumps({"step": step, **finite}) + "\n")
             self._rows.flush()
             self._events.scalars(step, values)
+
+    def _left(self, step: int) -> str:
+        """As long as the steps since the first one took, all that was between them with it."""
+        if self._begun is None or step <= self._begun[0] or step >= self._steps:
+            return ""
+        first, begun = self._begun
+        seconds = (time.perf_counter() - begun) / (step - first) * (self._steps - step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def picture(self, step: int, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
         """Keep the picture of a step, and lay those of all steps below each other in `pictures.png`."""
@@ -104,6 +114,7 @@ class Logs:
         sheet.save(self._pictures.with_suffix(".png"))
 
     def advance(self, step: int) -> None:
+        self._begun = self._begun or (step, time.perf_counter())
         self._progress.update(self._bar, completed=step)
 
 
