@@ -5,10 +5,10 @@
     python benchmarks/zero_shot_real_shapes.py --shapes tiny --size 64                            # does it all run?
 
 Both have the same random weights, images, noise and prompt states; no text encoder is run. The release goes one image
-at a time through all 24 blocks in PyTorch on diffusers and keeps block 9's whole attention matrix; ours goes in batches,
-stops at that block's queries and keys, and computes its maps only. One framework is in memory at a time, each run in a
-process of its own, after a pass that is not counted. Writes 8 GB of weights (4 in bfloat16) under --scratch for the
-while. Stages are timed by themselves, for one image, so they need not add up to a pass.
+at a time through all 24 blocks in PyTorch on diffusers and keeps block 9's whole attention matrix; ours goes in
+batches, stops at that block's queries and keys, and computes its maps only. One framework is in memory at a time, each
+run in a process of its own, after a pass that is not counted. Writes 8 GB of weights (4 in bfloat16) under --scratch
+for the while. Stages are timed by themselves, for one image, so they need not add up to a pass.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def report(job: Job, release: Side, ours: list[Side], console: Console) -> dict[
         )
     console.print(table, by_stage(job, flops, release, ours[0]))
     console.print(
-        f"TFLOP an image: needed {needed / 1e12:.3f}, the release's {run / 1e12:.3f}: {run / needed:.2f} x is arithmetic"
+        f"TFLOP an image: needed {needed / 1e12:.3f}, the release {run / 1e12:.3f}: {run / needed:.2f} x by arithmetic"
     )
     agreement = compared(release, ours[-1])
     console.print(

@@ -69,7 +69,7 @@ def stages(transformer: Mapping[str, Any], vae: Mapping[str, Any], size: int, bl
     one = block(image, TEXT_TOKENS, w)
     encoder, enter = vae_encoder(vae, size), embedding(image, TEXT_TOKENS, transformer)
     after = depth - 1 - block_number
-    whole = {number: one for number in range(depth)}
+    whole = dict.fromkeys(range(depth), one)
     whole[depth - 1] = block(image, TEXT_TOKENS, w, last=True)
     return {
         "needed": {
