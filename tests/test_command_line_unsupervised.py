@@ -12,8 +12,8 @@ from PIL import Image
 
 from seg4diff_jax.analysis.merge_threshold import THRESHOLDS, at_thresholds, unsupervised_scores
 from seg4diff_jax.command_line import main, merge_threshold, segment
-from seg4diff_jax.command_line.merge_threshold import parse_thresholds
 from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.evaluation.options import thresholds
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
 from tests.reference.inputs import SQUARE, VARIED, an_image
 
@@ -114,6 +114,13 @@ def test_what_cannot_be_scored_is_told_before_weights_are_read(
     assert message in capsys.readouterr().err
 
 
-def test_without_a_list_many_thresholds_are_tried():
-    assert parse_thresholds(None) == THRESHOLDS
-    assert parse_thresholds("0.5, 0.25") == (0.5, 0.25)
+def test_without_a_list_many_thresholds_are_tried(sd3_checkpoint, folder, capsys):
+    assert main(["merge-threshold", str(folder), "--block", "0", "--model", str(sd3_checkpoint)]) == 0
+    rows = re.findall(r"^ *([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+", capsys.readouterr().out, re.MULTILINE)
+    assert tuple(float(row) for row in rows) == THRESHOLDS
+
+
+def test_lists_of_thresholds_are_read_as_they_are_written():
+    for value in ("0.5, 0.25", [0.5, 0.25], ["0.5", "0.25"]):
+        assert thresholds(value, "--thresholds") == (0.5, 0.25)
+    assert thresholds(0.5, "--thresholds") == (0.5,)

@@ -16,7 +16,7 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.measure import Settings
 from seg4diff_jax.evaluation.options import kinds_of_prompts
-from seg4diff_jax.evaluation.reported import OPEN_VOCABULARY, reported_miou
+from seg4diff_jax.evaluation.reported import BY_NAMES, WITHOUT_NAMES, reported_miou
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices
 from seg4diff_jax.flow import image_noise
@@ -28,7 +28,9 @@ OWN_SIZES = [(70, 120), (100, 66), (90, 90)]
 """The last batch is short."""
 SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 AS_REPORTED = {
+    "protocol": "open_vocabulary",
     "dataset": "voc20",
+    "lora": None,
     "split": "val",
     "prompts": "present",
     "names": "own",
@@ -36,6 +38,18 @@ AS_REPORTED = {
     "block": 9,
     "step": 8,
 }
+WITHOUT = {
+    "protocol": "unsupervised",
+    "dataset": "voc21",
+    "prompts": "empty",
+    "names": None,
+    "background": "scored",
+    "threshold": 0.1,
+    "minmax": "token",
+    "match": "row",
+    "absent_classes": True,
+}
+"""What is else in a row of segments without names that was measured the release's way."""
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +153,17 @@ def test_a_constant_guesser_that_does_not_know_the_classes_says_one_class_of_all
         ({"names": "readable"}, None),
         ({"block": 8}, None),
         ({"step": 7}, None),
+        ({"lora": "adapters.safetensors"}, 89.8),
+        (WITHOUT, 54.9),
+        (WITHOUT | {"threshold": 0.035, "dataset": "coco-object"}, 38.5),
+        (WITHOUT | {"lora": "adapters.safetensors", "dataset": "coco-stuff27", "background": None}, 53.5),
+        (WITHOUT | {"threshold": 0.01}, None),
+        (WITHOUT | {"minmax": "pixel"}, None),
+        (WITHOUT | {"match": "image"}, None),
+        (WITHOUT | {"absent_classes": False}, None),
+        (WITHOUT | {"background": "ignored"}, None),
+        (WITHOUT | {"dataset": "voc20", "background": None}, None),
+        (WITHOUT | {"block": 8}, None),
     ],
 )
 def test_a_reported_figure_stands_beside_what_was_measured_in_its_way_alone(changes, expected):
@@ -155,7 +180,7 @@ def test_no_figure_is_reported_for_another_model(changes, size):
 
 
 def test_sets_that_have_reported_figures_are_known():
-    assert OPEN_VOCABULARY.keys() <= SETS.keys()
+    assert BY_NAMES.keys() | WITHOUT_NAMES.keys() <= SETS.keys()
 
 
 @pytest.mark.parametrize("wrong", ["", "some", "all,all", "present all"])

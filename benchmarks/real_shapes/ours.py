@@ -28,7 +28,8 @@ from real_shapes.job import (
 )
 
 from convert.load import load_component
-from seg4diff_jax.evaluation.zero_shot import add_scores, attention_maps, encode_images
+from seg4diff_jax.evaluation.forward import attention_maps, encode_images
+from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.segmentation.open_vocabulary import label_map
 from seg4diff_jax.text import TextConditioning

@@ -20,9 +20,9 @@ from seg4diff_jax.analysis.merge_threshold import (
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.command_line.segment import block_to_read, load_shown, model_arguments, where
 from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.evaluation.options import thresholds
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.loading import open_for_masks
-from seg4diff_jax.segmentation.unsupervised import check_threshold
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
 from seg4diff_jax.segmentation.unsupervised_tally import UnsupervisedScore
 
@@ -43,7 +43,8 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    protocols = at_thresholds(PROTOCOLS[options.protocol], parse_thresholds(options.thresholds))
+    chosen = THRESHOLDS if options.thresholds is None else thresholds(options.thresholds, "--thresholds")
+    protocols = at_thresholds(PROTOCOLS[options.protocol], chosen)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}: expected at least 1")
     check_seed(options.seed)
@@ -68,19 +69,6 @@ def run(options: Any) -> None:
             progress=lambda images: bar.update(task, completed=images),
         )
     Console(highlight=False).print(score_table(scores, len(folder)))
-
-
-def parse_thresholds(text: str | None) -> tuple[float, ...]:
-    """Raises ValueError unless they are numbers above 0, each once."""
-    if text is None:
-        return THRESHOLDS
-    try:
-        found = tuple(check_threshold(float(part), "pixel") for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"--thresholds is {text!r}: expected numbers above 0, each once, as in 0.005,0.01")
-    return found
 
 
 def score_table(scores: Sequence[UnsupervisedScore], images: int) -> Table:

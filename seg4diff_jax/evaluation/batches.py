@@ -216,8 +216,8 @@ def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[st
     return {name: makers[name]() for name in prompts}
 
 
-def assemble(group: Sequence[Example], images: int, asked: Asked) -> EvaluationBatch:
-    """Up to `images` examples in one batch, and as many prompts a pass.
+def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) -> EvaluationBatch:
+    """Up to `images` examples in one batch, and as many prompts a pass; none where nothing is asked for.
 
     Raises ValueError when class names do not make prompts; the message says why.
     """
@@ -233,7 +233,7 @@ def assemble(group: Sequence[Example], images: int, asked: Asked) -> EvaluationB
         _filled(np.stack([example.pixels for example in group]), images),
         truth,
         sizes,
-        *_questions(group, images, asked),
+        *(_questions(group, images, asked) if asked else (np.zeros((images, 0), np.int32), ())),
     )
 
 

@@ -15,7 +15,7 @@ from seg4diff_jax.data.loader import Source
 from seg4diff_jax.data.names import Background, Spelling, spelled
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
-from seg4diff_jax.evaluation.options import Data
+from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED, Data
 
 SCENE_SPLITS = ("test", "validation", "train")
 OTHERS = ("tfds", "folder", "scenes")
@@ -53,11 +53,12 @@ class Benchmark:
         return spelled(self.classes, self.names)
 
 
-def open_benchmark(data: Data, scene_size: int) -> Benchmark:
+def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN_VOCABULARY,)) -> Benchmark:
     """What the options name.
 
     Args:
       scene_size: side of synthetic scenes in pixels.
+      protocols: what will be measured. Segments without names have the background scored unless told otherwise.
 
     Raises:
       FolderError: something is not where it should be, or not as described.
@@ -87,9 +88,24 @@ def open_benchmark(data: Data, scene_size: int) -> Benchmark:
     if data.background and benchmark.background is None:
         having = ", ".join(each for each, one in SETS.items() if one.background is not None)
         raise ValueError(f"data.background is {data.background!r}, but {name} has no background class; {having} have")
-    benchmark = replace(benchmark, rule=data.background or benchmark.rule, names=data.names)
+    benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
     _ = benchmark.prompts  # names that cannot be told apart are found before weights are read
     return benchmark
+
+
+def _background_rule(data: Data, benchmark: Benchmark, protocols: Sequence[str]) -> Background:
+    """One for all protocols: all count the same pixels. Raises ValueError where there is none."""
+    unsupervised = UNSUPERVISED in protocols and benchmark.background is not None
+    if unsupervised and data.background == "asked":
+        raise ValueError("data.background is 'asked', but unsupervised asks for nothing: give scored or ignored")
+    if data.background:
+        return data.background
+    if unsupervised and len(protocols) > 1 and benchmark.rule != "scored":
+        raise ValueError(
+            f"{benchmark.name}'s background is {benchmark.rule} by open_vocabulary and scored by unsupervised: give "
+            "--data.background scored or ignored for both, or measure them one after the other"
+        )
+    return "scored" if unsupervised else benchmark.rule
 
 
 def published_benchmark(name: str, root: str | Path, split: str | None = None, kind: str | None = None) -> Benchmark:

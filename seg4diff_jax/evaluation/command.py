@@ -17,18 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
+    GROUPS,
+    OPEN_VOCABULARY,
     STEPS,
+    UNSUPERVISED,
     Options,
+    Unsupervised,
     chosen_blocks,
     kinds_of_prompts,
     numbers,
     parse,
+    protocols,
+    thresholds,
 )
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.benchmarks import Benchmark
     from seg4diff_jax.evaluation.measure import Settings, Told
     from seg4diff_jax.pipeline import Pipeline
+    from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
@@ -76,9 +83,11 @@ def run(options: Options) -> None:
     with console.status(f"loading {options.model}"), full_memory_told(TO_LOAD):
         pipe, benchmark, settings = prepare(options)
     loading = time.perf_counter() - started
-    images, passes = len(benchmark.source), len(settings.steps) * len(settings.seeds) * len(settings.prompts)
+    images, kinds = len(benchmark.source), len(settings.prompts) + bool(settings.unsupervised)
+    passes = len(settings.steps) * len(settings.seeds) * kinds
+    adapters = f" with adapters of {options.lora}" if options.lora else ""
     console.print(
-        f"{options.model} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
+        f"{options.model}{adapters} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
         f"{counted(len(settings.steps), 'noise level')}, {counted(len(settings.seeds), 'seed')}"
     )
     resolved = resolve(options, pipe, benchmark, settings, out)
@@ -127,7 +136,11 @@ def results_directory(options: Options) -> Path:
 
 def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Settings, out: Path) -> dict[str, Any]:
     """All options as plain values, those left open as they turned out. How a run was started is not among them."""
-    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds", "prompts")}
+    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
+    known |= {"protocol": list(protocols(options.protocol)), "prompts": list(kinds_of_prompts(options.prompts))}
+    if settings.unsupervised:
+        merged_below = [protocol.threshold for protocol in settings.unsupervised]
+        known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
     chosen = {"split": benchmark.split, "labels": benchmark.kind}
     if benchmark.background is not None:
@@ -139,8 +152,9 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Se
 
 def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Of the resolved options those that decide about figures, flat."""
-    names = ("model", "blocks", "steps", "seeds", "prompts", "batch_size", "dtype")
-    return {name: resolved[name] for name in names} | {f"data.{name}": each for name, each in resolved["data"].items()}
+    names = ("model", "lora", "protocol", "blocks", "steps", "seeds", "prompts", "batch_size", "dtype")
+    grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
+    return {name: resolved[name] for name in names} | grouped
 
 
 def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
@@ -154,9 +168,10 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
     mesh = local_mesh()
     settings, side = in_step(lambda: settle(options, mesh.size if mesh else 1))
-    benchmark = in_turn(lambda: open_benchmark(options.data, side))  # scenes are written by one
-    blocks = max(settings.blocks) + 1
-    pipe = in_step(lambda: load(options.model, dtype=options.dtype, mesh=mesh, blocks=blocks))
+    measured_by = protocols(options.protocol)
+    benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
+    loaded: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh, "blocks": max(settings.blocks) + 1}
+    pipe = in_step(lambda: load(options.model, lora=options.lora, **loaded))
     return pipe, benchmark, settings
 
 
@@ -185,12 +200,31 @@ def settle(options: Options, devices: int) -> tuple[Settings, int]:
         steps=numbers(best, "--steps", STEPS),
         seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
-        prompts=kinds_of_prompts(options.prompts),
+        prompts=kinds_of_prompts(options.prompts) if OPEN_VOCABULARY in protocols(options.protocol) else (),
+        unsupervised=merging_protocols(options),
+        lora=options.lora,
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
     )
     check_batch_size(settings.batch_size, devices)
     return settings, source.trained_size
+
+
+def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:
+    """One for each threshold, or none. Raises ValueError for an option that is not usable, or would go unused."""
+    from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+    from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
+
+    given = asdict(options.unsupervised)
+    if UNSUPERVISED not in protocols(options.protocol):
+        for name, value in given.items():
+            if value != getattr(Unsupervised(), name):
+                option, protocol = f"--unsupervised.{name.replace('_', '-')}", options.protocol
+                raise ValueError(f"{option} is {value!r}, but --protocol is {protocol!r}: add unsupervised to it")
+        return ()
+    threshold = given.pop("threshold")
+    chosen = MERGE_THRESHOLDS[given["minmax"]] if threshold is None else threshold
+    return tuple(UnsupervisedProtocol(each, **given) for each in thresholds(chosen, "--unsupervised.threshold"))
 
 
 def counted(number: int, what: str) -> str:

@@ -19,12 +19,14 @@ import numpy as np
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.forward import Forward
 from seg4diff_jax.evaluation.hosts import gathered, in_step
 from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.progress import Progress
+from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
 from seg4diff_jax.pipeline import Pipeline
-from seg4diff_jax.segmentation.metrics import mean_iou
+from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 Told = Callable[[int, float | None], None]
 """Hears how many images are done and, now and then, their mean IoU in percent: the best block's of the first pass."""
@@ -38,7 +40,9 @@ class Settings:
 
     Attributes:
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
-      prompts: kinds of prompts, see `batches.questions`; each has figures of its own.
+      prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
+      unsupervised: protocols for segments without names; each has figures of its own.
+      lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
     """
 
@@ -47,6 +51,8 @@ class Settings:
     seeds: tuple[int, ...]
     batch_size: int
     prompts: tuple[str, ...] = ("present",)
+    unsupervised: tuple[UnsupervisedProtocol, ...] = ()
+    lora: str | None = None
     skip_unreadable: bool = False
     shard_batches: int = 8
 
@@ -70,14 +76,10 @@ class Measurement:
         size, ahead = (pipe.trained_size, pipe.trained_size), 2 * settings.batch_size
         self.reader = Reader(benchmark, size, skip_unreadable=settings.skip_unreadable, ahead=ahead)
         self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
-        self.counting = ZeroShot(
-            pipe,
-            len(benchmark.classes),
-            blocks=settings.blocks,
-            steps=settings.steps,
-            seeds=settings.seeds,
-            prompts=settings.prompts,
-        )
+        self.forward = Forward(pipe, settings.blocks)
+        classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
+        self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts)
+        self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
         self._read = time.monotonic()
 
     def outcome(self, *, told: Told = lambda done, miou: None, kept: Progress | None = None) -> Outcome:
@@ -133,22 +135,24 @@ class Measurement:
         start, compiled, processes = time.perf_counter(), clock.seconds, jax.process_count()
         left_out: list[LeftOut] = []
         seen: list[tuple[int, np.ndarray]] = []
-        forwards = np.zeros(len(self.asked), np.int64)
+        forwards = np.zeros(len(self.asked) + 1, np.int64)
         done = len(before.indices) + len(before.left_out) if before else 0
         for group in groups(items, self.settings.batch_size, left_out):
-            first, *others = self.asked.values()
-            batch = assemble(group, self.settings.batch_size, first)
-            batches = [batch, *(asked_otherwise(batch, asked) for asked in others)]
-            self.counting.add(*batches)
-            forwards += [len(each.prompts) for each in batches]
+            batch = assemble(group, self.settings.batch_size)
+            batches = [asked_otherwise(batch, asked) for asked in self.asked.values()]
+            latents = self.forward.latents(batch.pixels)
+            self.zero_shot.add(latents, *batches)
+            self.unsupervised.add(latents, batch)
+            forwards += [*(len(each.prompts) for each in batches), bool(self.settings.unsupervised)]
             seen += [(example.index, example.histogram) for example in group]
             told(done + processes * (len(seen) + len(left_out)), self._running_miou(before))
-        counted = self.counting.take()
+        counted, matched = self.zero_shot.take(), self.unsupervised.take()
         compiling = clock.seconds - compiled
         running = time.perf_counter() - start - compiling
         classes = len(self.benchmark.classes)
         return Outcome(
             counted,
+            matched,
             np.array([index for index, _ in seen], np.int64),
             np.array([histogram for _, histogram in seen], np.int64).reshape(-1, classes),
             forwards,
@@ -159,9 +163,12 @@ class Measurement:
     def _running_miou(self, before: Outcome | None) -> float | None:
         if time.monotonic() - self._read < TELL_EVERY:
             return None
-        confusions = self.counting.running() + (before.counted.confusion[0] if before else 0)
+        if self.asked:
+            score = self.zero_shot.running_miou(before.counted if before else None)
+        else:
+            score = self.unsupervised.running_miou(before.matched if before else None)
         self._read = time.monotonic()
-        return 100 * float(np.nanmax([mean_iou(confusion) for confusion in confusions]))
+        return None if score is None else 100 * score
 
     def _agreed(self, kept: Progress | None) -> tuple[int, Outcome | None, set[int]]:
         """Images in a shard, what has been counted before, and in which shards, as the first process knows it."""

@@ -14,6 +14,9 @@ Numbers = int | str | list[int]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 STEPS = range(1, 29)
 PROMPTS = ("present", "all")
+EMPTY = "empty"
+"""The kind of prompt that segments without names come from."""
+PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
 """Image tokens that a device takes at a time: 4 images of SD3's 1024 x 1024 pixels."""
 
@@ -32,15 +35,28 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Unsupervised:
+    """How segments without names are made and scored; as in `segmentation.unsupervised_scores.UnsupervisedProtocol`."""
+
+    threshold: float | str | list[float] | None = None
+    minmax: Literal["pixel", "token"] = "pixel"
+    match: Literal["image", "row"] = "image"
+    absent_classes: bool = False
+
+
+@dataclass(frozen=True)
 class Options:
     """What to measure, and where results go."""
 
     model: str = "miniature"
+    lora: str | None = None
+    protocol: str | list[str] = OPEN_VOCABULARY
     data: Data = field(default_factory=Data)
     blocks: Numbers = "expert"
     steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
+    unsupervised: Unsupervised = field(default_factory=Unsupervised)
     batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     skip_unreadable: bool = False
@@ -53,8 +69,15 @@ class Options:
     name_expert: bool = False
 
 
+GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised}
+
 HELP = {
     "model": "miniature, a directory, a single file, or a Hub id",
+    "lora": "adapters for the transformer: a file or directory of any format that `python -m convert lora` reads",
+    "protocol": (
+        "open_vocabulary: classes by their names; unsupervised: segments without names, matched with classes; "
+        "open_vocabulary,unsupervised: both, reported apart"
+    ),
     "data.name": (
         "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, tfds, "
         "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
@@ -81,6 +104,12 @@ HELP = {
         "present: each image is asked for the classes that it has, as in the paper; all: for the whole vocabulary; "
         "present,all: both, reported apart"
     ),
+    "unsupervised.threshold": (
+        "maps merge whose divergence is below it; 0.035,0.1 scores both; default: the one of the minmax"
+    ),
+    "unsupervised.minmax": "what maps are brought to 0..1 over: pixel, each its pixels; token, as in the release",
+    "unsupervised.match": "what is matched by itself: image; row of pixels, as in the release, which scores higher",
+    "unsupervised.absent_classes": "classes that are not there take part in the match, as in the release",
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
         "tokens"
@@ -104,15 +133,15 @@ def make_parser() -> ArgumentParser:
     """Dashes on the command line, underscores in a configuration file; unknown names are refused in both."""
     parser = ArgumentParser(
         prog="evaluate.py",
-        description="Score zero-shot open-vocabulary segmentation on a set of labelled images.",
+        description="Score zero-shot segmentation, by names or without, on a set of labelled images.",
         allow_abbrev=False,
     )
     add: Any = parser.add_argument
     add("--config", action="config", help="YAML file, such as an earlier run's config.yaml; options after it win")
-    for prefix, options in (("", Options), ("data.", Data)):
+    for prefix, options in (("", Options), *((f"{name}.", group) for name, group in GROUPS.items())):
         types = get_type_hints(options)
         for one in fields(options):
-            if one.name == "data":
+            if one.name in GROUPS:
                 continue
             kind = {"action": "store_true"} if types[one.name] is bool else {"type": types[one.name]}
             name = prefix + one.name
@@ -124,7 +153,7 @@ def parse(arguments: list[str]) -> Options:
     """Leaves with a message (SystemExit) for options that are not right."""
     values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
-    values["data"] = Data(**values["data"])
+    values |= {name: group(**values[name]) for name, group in GROUPS.items()}
     return Options(**values)
 
 
@@ -140,7 +169,7 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
     if all_allowed and value == "all":
         return tuple(allowed)
     found: list[int] = []
-    for part in value if isinstance(value, list) else str(value).split(","):
+    for part in _parts(value):
         span = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", str(part))
         if span is None:
             everything = ", or all" if all_allowed else ""
@@ -156,10 +185,36 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
 
 def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
     """`present`, `all` or both, in the order given. Raises ValueError for anything else."""
-    kinds = tuple(kind.strip() for kind in (value if isinstance(value, list) else value.split(",")))
-    if not kinds or set(kinds) - set(PROMPTS) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"--prompts is {value!r}: expected present, all, or present,all")
+    return _each_once(value, "--prompts", PROMPTS)
+
+
+def protocols(value: str | list[str]) -> tuple[str, ...]:
+    """`open_vocabulary`, `unsupervised` or both, in the order given. Raises ValueError for anything else."""
+    return _each_once(value, "--protocol", PROTOCOLS)
+
+
+def _each_once(value: str | list[str], name: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    kinds = tuple(kind.strip() for kind in _parts(value))
+    if not kinds or set(kinds) - set(known) or len(set(kinds)) < len(kinds):
+        raise ValueError(f"{name} is {value!r}: expected {', '.join(known)}, or {','.join(known)}")
     return kinds
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return str(value).split(",")
+
+
+def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]:
+    """Raises ValueError unless they are finite numbers above 0, each once."""
+    try:
+        found = tuple(float(part) for part in _parts(value))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
+        raise ValueError(f"{name} is {value!r}: expected numbers above 0, each once, as in 0.005,0.01")
+    return found
 
 
 def chosen_blocks(value: Numbers, depth: int, expert: int | None, model: str) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from seg4diff_jax.evaluation.batches import LeftOut
+from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
 
 LEFT_OUT = "left_out"
+PROTOCOLS = {"counted": Counted, "matched": Matched}
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,15 @@ class Outcome:
     """Everything that figures and pictures are made of.
 
     Attributes:
+      counted, matched: what each protocol has counted; without passes where it was not asked for.
       indices: which images were scored.
       histograms: how many pixels that count each class has in each of them.
-      forwards: how often the transformer was run for each kind of prompts, by one pass.
+      forwards: how often the transformer was run for each kind of prompts, by one pass; the empty prompt's come last.
       seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
     """
 
     counted: Counted
+    matched: Matched
     indices: Int[np.ndarray, " images"]
     histograms: Int[np.ndarray, "images classes"]
     forwards: Int[np.ndarray, " prompts"]
@@ -36,7 +40,9 @@ class Outcome:
     left_out: tuple[LeftOut, ...]
 
     def to_bytes(self) -> bytes:
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS} | self.counted._asdict()
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
+        for protocol in PROTOCOLS:
+            arrays |= {f"{protocol}.{name}": each for name, each in getattr(self, protocol)._asdict().items()}
         arrays[LEFT_OUT] = np.array(json.dumps(self.left_out))
         file = BytesIO()
         np.savez_compressed(file, **arrays)
@@ -46,12 +52,15 @@ class Outcome:
     def from_bytes(cls, contents: bytes) -> Outcome:
         """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
         with np.load(BytesIO(contents), allow_pickle=False) as file:
-            counted = Counted(*(file[name] for name in Counted._fields))
+            parts: dict[str, Any] = {
+                protocol: kind(*(file[f"{protocol}.{name}"] for name in kind._fields))
+                for protocol, kind in PROTOCOLS.items()
+            }
             left_out = tuple(LeftOut(*each) for each in json.loads(str(file[LEFT_OUT])))
-            return cls(counted=counted, left_out=left_out, **{name: file[name] for name in ARRAYS})
+            return cls(left_out=left_out, **parts, **{name: file[name] for name in ARRAYS})
 
 
-ARRAYS = [field.name for field in fields(Outcome) if field.name not in ("counted", LEFT_OUT)]
+ARRAYS = [field.name for field in fields(Outcome) if field.name not in (*PROTOCOLS, LEFT_OUT)]
 
 
 def together(parts: Sequence[Outcome]) -> Outcome:
@@ -63,6 +72,7 @@ def together(parts: Sequence[Outcome]) -> Outcome:
     right = np.concatenate(rights, axis=2)[:, :, order]
     return Outcome(
         Counted._make([*(sum(arrays) for arrays in sums), right]),
+        Matched._make(sum(arrays) for arrays in zip(*(part.matched for part in parts), strict=True)),
         indices[order],
         np.concatenate([part.histograms for part in parts])[order],
         cast(np.ndarray, sum(part.forwards for part in parts)),

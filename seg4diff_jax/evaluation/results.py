@@ -16,13 +16,19 @@ from rich.table import Table
 from seg4diff_jax.command_line.segment import versions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.run import Evaluation
-from seg4diff_jax.evaluation.scores import Row, averaged, by_setting, guesses
+from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, guesses
 from seg4diff_jax.reporting.evaluation_page import number, write_page
 
 RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
-BASELINES = {"random": "random (chance)", "constant": "one class everywhere", "permuted": "positions permuted"}
-PLACE = ("dataset", "protocol", "prompts", "block", "step", "seed")
+BASELINES = {
+    "random": "random (chance)",
+    "constant": "one class everywhere",
+    "permuted": "positions permuted",
+    "one_segment": "each image one segment",
+}
+PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "step", "seed")
+ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5
 """Left-out images that are named on the terminal; `results.json` has all."""
 
@@ -47,7 +53,7 @@ def write(
     contents = {
         "rows": evaluation.rows,
         "baselines": evaluation.baselines,
-        "best": evaluation.best._asdict(),
+        "best": {name: value for name, value in evaluation.best._asdict().items() if value is not None},
         "units": "percent",
         "skipped": evaluation.skipped,
         "unlabelled": evaluation.unlabelled,
@@ -67,7 +73,7 @@ def write_classes(path: Path, rows: list[Row]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow([*PLACE, "class", "iou"])
-        lines.writerows([*(row[name] for name in PLACE), *each] for row in rows for each in row["iou"].items())
+        lines.writerows([*(row.get(name) for name in PLACE), *each] for row in rows for each in row["iou"].items())
 
 
 def tell(console: Console, evaluation: Evaluation) -> None:
@@ -83,16 +89,16 @@ def tell(console: Console, evaluation: Evaluation) -> None:
     cells = lambda some: [number(averaged(some, shown)[name]) for name in shown]
     kinds = list(dict.fromkeys(row["prompts"] for row in rows))
     for kind in kinds:
-        asked = f", {kind} classes asked for" if kinds != ["present"] else ""
-        for setting, some in by_setting(rows).items():
-            if setting.prompts != kind:
-                continue
+        own = [row for row in rows if row["prompts"] == kind]
+        asked = f", {ASKED[kind]}" if len(kinds) > 1 or kind != "present" else ""
+        for setting, some in by_setting(own).items():
             best = "bold" if setting == evaluation.best else ""
-            table.add_row(f"block {setting.block}, noise level {setting.step}{asked}", *cells(some), style=best)
+            table.add_row(f"{setting.title}{asked}", *cells(some), style=best)
             if some[0]["reported"] is not None:
-                table.add_row("Seg4Diff, as reported", f"{some[0]['reported']:.1f}", *[""] * (len(shown) - 1))
+                name = "Seg4Diff + MAGNET" if some[0]["lora"] else "Seg4Diff"
+                table.add_row(f"{name}, as reported", f"{some[0]['reported']:.1f}", *[""] * (len(shown) - 1))
         table.add_section()
-        for name, some in guesses(evaluation.baselines, evaluation.best._replace(prompts=kind)).items():
+        for name, some in guesses(evaluation.baselines, best_setting(own)).items():
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
         table.add_section()
     Console(highlight=False).print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +15,11 @@ from seg4diff_jax.evaluation.measure import Measurement, Settings, Told
 from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.pictured import Why, pictured
 from seg4diff_jax.evaluation.progress import Progress
-from seg4diff_jax.evaluation.reported import reported_miou
-from seg4diff_jax.evaluation.scores import Row, Setting, best_constant, best_setting, metrics
-from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM, Pass
+from seg4diff_jax.evaluation.rows import baseline_rows, score_rows, unsupervised_baselines, unsupervised_rows
+from seg4diff_jax.evaluation.scores import Row, Setting, best_setting
+from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
-
-PROTOCOL = "open_vocabulary"
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,11 @@ class Evaluation:
     """What came out. Rows are plain values, scores in percent; `seconds` are compiling and running.
 
     Attributes:
-      rows: one for each kind of prompts, block, step and seed.
-      baselines: guessers on the same images, `baseline` says which: see `baseline_rows`.
-      best: the block and step of the highest mIoU with the first kind of prompts.
-      shown: the best images, some at random and the worst, segmented at `best`.
+      rows: one for each kind of prompts, block, step and seed; after them those of segments without names, one for
+        each threshold, block, step and seed.
+      baselines: guessers on the same images, `baseline` says which: see `rows`.
+      best: what has the highest mIoU, of segments without names only where nothing was asked for.
+      shown: the best images, some at random and the worst, segmented at `best`; none without names.
       confusion: pixels of each class (rows) that are taken for each class, at `best`, over all seeds; None where
         segments have no names.
     """
@@ -99,80 +97,27 @@ def evaluate(
             f"{benchmark.where}: no image is left to score: {len(left['unlabelled'])} without a labelled pixel, "
             f"{len(left['skipped'])} skipped{first}"
         )
-    rows = score_rows(outcome, measurement, pipe)
+    rows = [*score_rows(outcome, measurement), *unsupervised_rows(outcome, measurement)]
+    baselines = [*baseline_rows(outcome, measurement), *unsupervised_baselines(outcome, measurement)]
     best = best_setting(rows)
-    pictures = _shown(measurement, outcome, best, shown) if shown and not jax.process_index() else []
     compiling, running = outcome.seconds.tolist()
     seconds = {"compiling": compiling, "running": running}
-    confusion = _confusion(measurement, outcome, best)
-    baselines = baseline_rows(outcome, measurement)
-    return Evaluation(rows, baselines, best, pictures, **left, seconds=seconds, confusion=confusion)
-
-
-def score_rows(outcome: Outcome, measurement: Measurement, pipe: Pipeline) -> list[Row]:
-    """One for each kind of prompts, step, seed and block; the time is shared by how often the transformer was run."""
-    settings, benchmark = measurement.settings, measurement.benchmark
-    shares = outcome.forwards / max(1, outcome.forwards.sum()) / (len(settings.steps) * len(settings.seeds))
-    seconds = dict(zip(settings.prompts, (outcome.seconds[1] * shares).tolist(), strict=True))
-    rows: list[Row] = []
-    for one, confusions in zip(measurement.counting.passes, outcome.counted.confusion, strict=True):
-        each = seconds[one.prompts]
-        speed = {"seconds": round(each, 3), "images_per_second": round(len(outcome.indices) / each, 2)}
-        for block, confusion in zip(settings.blocks, confusions, strict=True):
-            place = {"block": block, "step": one.step, "seed": one.seed}
-            row = {**_common(outcome, benchmark, one.prompts), **speed, **place}
-            reported = reported_miou(row, pipe.transformer.config, pipe.trained_size)
-            rows.append(row | {"reported": reported} | metrics(confusion, benchmark))
-    return rows
-
-
-def _common(outcome: Outcome, benchmark: Benchmark, prompts: str) -> Row:
-    return {
-        "dataset": benchmark.name,
-        "split": benchmark.split or None,
-        "labels": benchmark.kind or None,
-        "background": None if benchmark.background is None else benchmark.rule,
-        "protocol": PROTOCOL,
-        "prompts": prompts,
-        "names": benchmark.names,
-        "images": len(outcome.indices),
-    }
-
-
-def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
-    """What is scored without looking at the image, given the classes that are asked for.
-
-    random: of these classes one at random for each image token, upsampled as the model's scores are.
-    constant: everywhere the same class, see `scores.best_constant`; `choice` is the order.
-    permuted: the model's own scores, each image's tokens in random order.
-    """
-    settings, benchmark, counting = measurement.settings, measurement.benchmark, measurement.counting
-    rows: list[Row] = []
-    for prompts in settings.prompts:
-        common = _common(outcome, benchmark, prompts)
-        choice, constant = best_constant(outcome.histograms, known=prompts == "present")
-        place: dict[str, Any] = {"baseline": "constant", "choice": choice, "block": None, "step": None, "seed": None}
-        rows.append({**common, **place} | metrics(constant, benchmark))
-        for number, (kind, seed) in enumerate(counting.guesses):
-            if kind != prompts:
-                continue
-            place = {"baseline": RANDOM, "block": None, "step": None, "seed": seed}
-            rows.append({**common, **place} | metrics(outcome.counted.random[number, 0], benchmark))
-            place = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
-            permuted = zip(settings.blocks, outcome.counted.permuted[number], strict=True)
-            rows += [{**common, **place, "block": block} | metrics(matrix, benchmark) for block, matrix in permuted]
-    return rows
+    pictures, confusion = [], None
+    if settings.prompts:
+        confusion = _confusion(measurement, outcome, best)
+        pictures = _shown(measurement, outcome, best, shown) if shown and not jax.process_index() else []
+    return Evaluation(rows, baselines, best, pictures, left["skipped"], left["unlabelled"], seconds, confusion)
 
 
 def _confusion(measurement: Measurement, outcome: Outcome, best: Setting) -> Int[np.ndarray, "classes classes"]:
-    settings, counting = measurement.settings, measurement.counting
+    settings, counting = measurement.settings, measurement.zero_shot
     passes = [counting.passes.index(Pass(best.step, seed, best.prompts)) for seed in settings.seeds]
     return outcome.counted.confusion[passes, settings.blocks.index(best.block)].sum(axis=0)
 
 
 def _shown(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
     """The images that `pictured` names, by the pixels that are right at the first seed."""
-    settings, counting = measurement.settings, measurement.counting
+    settings, counting = measurement.settings, measurement.zero_shot
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.blocks.index(best.block)
     right = outcome.counted.right[counting.passes.index(one), place]
     accuracy = 100 * right / outcome.histograms.sum(axis=1)
@@ -195,7 +140,7 @@ def _segmented(
     asked = measurement.asked[one.prompts]
     batch = assemble(examples, measurement.settings.batch_size, asked)
     found: list[Shown] = []
-    scores = measurement.counting.scores(batch, one)[place]
+    scores = measurement.zero_shot.scores(batch, one)[place]
     for (number, why), example, grid in zip(chosen, examples, scores, strict=False):
         classes, _ = asked(example)
         grid = grid[: len(classes)]

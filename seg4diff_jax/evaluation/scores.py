@@ -6,20 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_accuracy
+from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """What rows of several seeds have in common."""
+    """What rows of several seeds have in common: what was asked for, or below which divergence maps were merged."""
 
     block: int
     step: int
     prompts: str
+    threshold: float | None = None
+
+    @property
+    def title(self) -> str:
+        merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
+        return f"block {self.block}, noise level {self.step}{merged}"
 
 
 def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchmark) -> Row:
@@ -27,18 +34,31 @@ def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchm
 
     None where nothing was there to be scored.
     """
-    iou = zip(benchmark.classes, iou_per_class(confusion).tolist(), strict=True)
+    return _scores(pixel_accuracy(confusion), iou_per_class(confusion), benchmark)
+
+
+def match_metrics(counts: MatchCounts, benchmark: Benchmark) -> Row:
+    """The same of segments that were matched with classes."""
+    return _scores(counts.pixel_accuracy(), counts.iou(), benchmark)
+
+
+def _scores(accuracy: float, iou: Float[np.ndarray, " classes"], benchmark: Benchmark) -> Row:
     return {
-        "miou": _percent(mean_iou(confusion)),
-        "pixel_accuracy": _percent(pixel_accuracy(confusion)),
-        **{name: _percent(mean_iou(confusion, classes)) for name, classes in groups(benchmark).items()},
-        "iou": {name: _percent(score) for name, score in iou},
+        "miou": _mean(iou),
+        "pixel_accuracy": _percent(accuracy),
+        **{name: _mean(iou[np.asarray(classes, int)]) for name, classes in groups(benchmark).items()},
+        "iou": {name: _percent(score) for name, score in zip(benchmark.classes, iou.tolist(), strict=True)},
     }
 
 
 def groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
     """Classes that are reported apart; `things` and `stuffs` are always named, without classes where unknown."""
     return {"things": (), "stuffs": (), **benchmark.groups}
+
+
+def _mean(iou: Float[np.ndarray, " classes"]) -> float | None:
+    known = iou[~np.isnan(iou)]
+    return _percent(float(known.mean())) if len(known) else None
 
 
 def _percent(share: float) -> float | None:
@@ -94,7 +114,8 @@ def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """Rows of one setting together, in the order in which they come: one for each seed."""
     settings: dict[Setting, list[Row]] = {}
     for row in rows:
-        settings.setdefault(Setting(row["block"], row["step"], row["prompts"]), []).append(row)
+        setting = Setting(row["block"], row["step"], row["prompts"], row.get("threshold"))
+        settings.setdefault(setting, []).append(row)
     return settings
 
 
@@ -108,8 +129,9 @@ def best_setting(rows: Sequence[Row]) -> Setting:
 
 def guesses(baselines: Sequence[Row], best: Setting) -> dict[str, list[Row]]:
     """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best block."""
-    named: dict[str, list[Row]] = {"random": [], "constant": [], "permuted": []}
-    for row in baselines:
-        if row["prompts"] == best.prompts and row["block"] in (None, best.block):
-            named[row["baseline"]].append(row)
+    named: dict[str, list[Row]] = {}
+    for row in sorted(baselines, key=lambda row: row["baseline"] != "random"):
+        alike = row["prompts"] == best.prompts and row.get("threshold") in (None, best.threshold)
+        if alike and row["block"] in (None, best.block):
+            named.setdefault(row["baseline"], []).append(row)
     return named

@@ -1,9 +1,8 @@
-"""The compiled path from images and prompts to confusion matrices (Seg4Diff, section 3).
+"""Open vocabulary: from a model's attention to confusion matrices (Seg4Diff, section 3).
 
-Of every batch images and prompts are encoded once; each noise level and seed is one pass of the transformer, in which
-all blocks asked for are recorded. Scores are upsampled, compared and counted on the device:
+Scores are upsampled, compared and counted on the device:
 
-    encode_images -> attention_maps -> add_scores -> count
+    forward.encode_images -> forward.attention_maps -> add_scores -> count
 """
 
 from __future__ import annotations
@@ -16,23 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
-from seg4diff_jax.flow import add_noise, image_noise
-from seg4diff_jax.models.attention import AttentionRequest
-from seg4diff_jax.models.clip import CLIPText
-from seg4diff_jax.models.mmdit import MMDiT, attentions_at
-from seg4diff_jax.models.t5 import T5Encoder
-from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.evaluation.forward import Forward, Latents
 from seg4diff_jax.parallel import BATCH
-from seg4diff_jax.pipeline import Pipeline
-from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix
+from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
-from seg4diff_jax.text import TextConditioning, TokenIds, encode_prompts, tokenize
+from seg4diff_jax.text import TextConditioning
 
-REMEMBERED = 256
-"""Prompts whose encoding is kept, about 2.5 MB each at SD3's sizes in fp32."""
 MOST_COUNTED = 2**31 - 1
 """Pixels that a matrix of 32-bit numbers can count."""
 PERMUTED, RANDOM = "permuted", "random"
@@ -97,44 +88,39 @@ class Tally:
 class ZeroShot:
     """Confusion matrices of a set of images, for several blocks, noise levels and seeds of one model.
 
-    Images are split over the devices of the model's mesh, if it has one.
-
     Attributes:
       passes: every noise level with every seed, for each kind of prompts; each is a pass of its own.
       guesses: kind of prompts and seed of the guessers that are counted beside.
       tallies: for every pass, and for `(PERMUTED, *guess)` and `(RANDOM, *guess)`, see `Counted`.
 
     Args:
-      blocks: whose attention is read; all come out of one pass.
-      prompts: kinds of prompts; `add` takes one batch for each.
+      prompts: kinds of prompts, none of which nothing is counted; `add` takes one batch for each.
     """
 
     def __init__(
         self,
-        pipe: Pipeline,
+        forward: Forward,
         classes: int,
         *,
-        blocks: Sequence[int],
         steps: Sequence[int],
         seeds: Sequence[int],
         prompts: Sequence[str] = ("present",),
     ):
-        self.pipe, self.blocks, self.classes, self.prompts = pipe, tuple(blocks), classes, tuple(prompts)
+        self.forward, self.classes, self.prompts = forward, classes, tuple(prompts)
         self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
         self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
-        self._sigmas = {step: jnp.float32(pipe.schedule.sigma_at(step)) for step in steps}
         self._first_step = steps[0]
         self._pending: list[tuple[Pass, int, Array]] = []
-        self._texts: dict[str, TextConditioning] = {}
         self._reset()
 
     def _reset(self) -> None:
+        blocks = len(self.forward.blocks)
         names = [*self.passes, *((PERMUTED, *guess) for guess in self.guesses)]
-        self.tallies: dict[tuple, Tally] = {name: Tally(len(self.blocks), self.classes) for name in names}
+        self.tallies: dict[tuple, Tally] = {name: Tally(blocks, self.classes) for name in names}
         self.tallies |= {(RANDOM, *guess): Tally(1, self.classes) for guess in self.guesses}
         self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
 
-    def add(self, *batches: EvaluationBatch) -> None:
+    def add(self, latents: Latents, *batches: EvaluationBatch) -> None:
         """Count the same images, asked for the classes of each kind of prompts.
 
         Returns once the images before them have been counted: the host prepares some while others run.
@@ -142,52 +128,54 @@ class ZeroShot:
         Raises FloatingPointError when scores are not finite: the weights are damaged.
         """
         before, self._pending = self._pending, []
-        with self.pipe.settings():
-            latents = encode_images(self.pipe.vae, self.pipe.spread(batches[0].pixels))
-            for kind, batch in zip(self.prompts, batches, strict=True):
-                conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
-                for one in self.passes:
-                    if one.prompts == kind:
-                        self._count(batch, latents, conditioning, one)
+        for kind, batch in zip(self.prompts, batches, strict=True):
+            conditioning = [self.forward.encoded(rows.texts) for rows in batch.prompts]
+            for one in self.passes:
+                if one.prompts == kind:
+                    self._count(batch, latents, conditioning, one)
         self._keep(before)
 
-    def _count(
-        self, batch: EvaluationBatch, latents: Float[Array, "i r c ch"], conditioning: list[TextConditioning], one: Pass
-    ) -> None:
-        scores, grid = self._scores(batch, latents, conditioning, one)
-        right = self.tallies[one].count(scores, grid, batch)
-        self._pending.append((one, len(batch.examples), right))
-        if one.step == self._first_step:
-            permuted, random = without_images(scores, batch.indices, one.seed)
-            self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
-            self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
+    def _count(self, batch: EvaluationBatch, latents: Latents, conditioning: list[TextConditioning], one: Pass) -> None:
+        scores = self._scores(batch, latents, conditioning, one)
+        grid = self.forward.grid(latents)
+        with self.forward.pipe.settings():
+            right = self.tallies[one].count(scores, grid, batch)
+            self._pending.append((one, len(batch.examples), right))
+            if one.step == self._first_step:
+                permuted, random = without_images(scores, batch.indices, one.seed)
+                self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
+                self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
 
     def take(self) -> Counted:
         """All that has been counted since the last call."""
         self._keep(self._pending)
         self._pending = []
-        total = lambda names: np.stack([self.tallies[name].total() for name in names])
-        none = np.zeros((len(self.blocks), 0), np.int64)
+        none = np.zeros((len(self.forward.blocks), 0), np.int64)
+        pieces = [np.concatenate([none, *some], axis=1) for some in self._right.values()]
         counted = Counted(
-            total(self.passes),
-            total([(PERMUTED, *guess) for guess in self.guesses]),
-            total([(RANDOM, *guess) for guess in self.guesses]),
-            np.stack([np.concatenate([none, *pieces], axis=1) for pieces in self._right.values()]),
+            self._total(self.passes, len(none)),
+            self._total([(PERMUTED, *guess) for guess in self.guesses], len(none)),
+            self._total([(RANDOM, *guess) for guess in self.guesses], 1),
+            np.stack(pieces) if pieces else none[None][:0],
         )
         self._reset()
         return counted
 
-    def running(self) -> Int[np.ndarray, "blocks classes classes"]:
-        """What the first pass has counted since `take`; waits for the device."""
-        return self.tallies[self.passes[0]].total()
+    def _total(self, names: Sequence[tuple], blocks: int) -> Int[np.ndarray, "names blocks classes classes"]:
+        none = np.zeros((0, blocks, self.classes, self.classes), np.int64)
+        return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
+
+    def running_miou(self, before: Counted | None) -> float:
+        """Of the best block in the first pass, 0 to 1, with what was counted before; waits for the device."""
+        confusions = self.tallies[self.passes[0]].total() + (before.confusion[0] if before else 0)
+        return float(np.nanmax([mean_iou(confusion) for confusion in confusions]))
 
     def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "blocks images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
-        with self.pipe.settings():
-            latents = encode_images(self.pipe.vae, self.pipe.spread(batch.pixels))
-            conditioning = [self._encoded(rows.texts) for rows in batch.prompts]
-            scores, grid = self._scores(batch, latents, conditioning, one)
-        return np.asarray(scores).reshape(*scores.shape[:3], *grid)
+        latents = self.forward.latents(batch.pixels)
+        conditioning = [self.forward.encoded(rows.texts) for rows in batch.prompts]
+        scores = self._scores(batch, latents, conditioning, one)
+        return np.asarray(scores).reshape(*scores.shape[:3], *self.forward.grid(latents))
 
     def _keep(self, counted: list[tuple[Pass, int, Array]]) -> None:
         for one, images, right in counted:
@@ -197,94 +185,21 @@ class ZeroShot:
             self._right[one].append(numbers.astype(np.int64))
 
     def _scores(
-        self,
-        batch: EvaluationBatch,
-        latents: Float[Array, "images rows columns channels"],
-        conditioning: list[TextConditioning],
-        one: Pass,
-    ) -> tuple[Float[Array, "blocks images classes tokens"], tuple[int, int]]:
-        images, height, width, channels = latents.shape
-        noise = self.pipe.spread(image_noise(one.seed, batch.indices, (height, width, channels)))
-        patch = self.pipe.transformer.config.patch_size
-        grid = (height // patch, width // patch)
-        shape = (len(self.blocks), images, batch.class_of_row.shape[1], grid[0] * grid[1])
+        self, batch: EvaluationBatch, latents: Latents, conditioning: list[TextConditioning], one: Pass
+    ) -> Float[Array, "blocks images classes tokens"]:
+        forward, (rows, columns) = self.forward, self.forward.grid(latents)
+        shape = len(forward.blocks), len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros(shape, jnp.float32)
-        for rows, texts in zip(batch.prompts, conditioning, strict=True):
-            image_of_row, averaging, texts = self.pipe.spread((rows.image_of_row, rows.averaging, texts))
-            maps = attention_maps(
-                self.pipe.transformer,
-                (latents, noise, image_of_row),
-                texts,
-                self._sigmas[one.step],
-                blocks=self.blocks,
-                columns=averaging.shape[-1],
-                equal_tail=self.pipe.zero_tokens,
-            )
-            scores = add_scores(scores, maps, averaging, image_of_row)
-        return scores, grid
-
-    def _encoded(self, texts: Sequence[str]) -> TextConditioning:
-        """States of the prompts, of which those not yet known are encoded, as many at a time as there are rows."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            filled = [*new, *new[-1:] * (len(texts) - len(new))]
-            pipe = self.pipe
-            joint_dim = pipe.transformer.config.joint_attention_dim
-            ids = tokenize(pipe.tokenizers, filled)
-            encoded = encode_texts(pipe.clip_l, pipe.clip_g, pipe.t5, ids, joint_dim=joint_dim)
-            self._texts |= zip(new, encoded, strict=False)
-        chosen = [self._texts[text] for text in texts]
-        for text in list(self._texts)[: -max(REMEMBERED, len(texts))]:
-            del self._texts[text]
-        return stack_texts(chosen)
+        for asked, texts in zip(batch.prompts, conditioning, strict=True):
+            looked = {"step": one.step, "seed": one.seed, "columns": asked.averaging.shape[-1]}
+            maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, **looked)
+            averaging, image_of_row = forward.pipe.spread((asked.averaging, asked.image_of_row))
+            with forward.pipe.settings():
+                scores = add_scores(scores, maps, averaging, image_of_row)
+        return scores
 
 
 # ---- compiled programs ----------------------------------------------------------------------------------------------
-
-
-@jax.jit
-def encode_images(vae: VAE, pixels: Float[Array, "images height width 3"]) -> Float[Array, "images rows columns ch"]:
-    """Clean latents, fp32."""
-    return vae.encode(pixels).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("joint_dim",))
-def encode_texts(
-    clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds, joint_dim: int
-) -> list[TextConditioning]:
-    """Each prompt's states by themselves, to be kept."""
-    encoded = encode_prompts(clip_l, clip_g, t5, ids, joint_dim=joint_dim)
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], encoded) for i in range(len(encoded.pooled))]
-
-
-@jax.jit
-def stack_texts(texts: list[TextConditioning]) -> TextConditioning:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
-
-
-@partial(jax.jit, static_argnames=("blocks", "columns", "equal_tail"))
-def attention_maps(
-    transformer: MMDiT,
-    images: tuple[Float[Array, "images r c ch"], Float[Array, "images r c ch"], Int[Array, " rows"]],
-    texts: TextConditioning,
-    sigma: Float[Array, ""],
-    *,
-    blocks: tuple[int, ...],
-    columns: int,
-    equal_tail: int,
-) -> Float[Array, "blocks rows tokens columns"]:
-    """Attention of every image token to the first `columns` text tokens, averaged over heads, for rows of prompts.
-
-    Args:
-      images: clean latents, noise, and which image each row is about.
-      blocks: all come out of one pass, which ends in the last of them.
-    """
-    latents, noise, image_of_row = images
-    noisy = add_noise(latents, noise, sigma)[image_of_row]
-    inputs = noisy, jnp.full(len(noisy), 1000 * sigma), *texts
-    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, columns))
-    records = attentions_at(transformer, *inputs, blocks=blocks, request=request, equal_tail=equal_tail)
-    return jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
 
 
 @partial(jax.jit, donate_argnames=("scores",))
@@ -344,10 +259,14 @@ def without_images(
     """Scores that cannot know where anything is: each image's own with the tokens in random order, and random ones."""
 
     def of_image(index: Array) -> tuple[Array, Array]:
-        # Folded twice: these numbers have nothing to do with those that the image's noise is made of.
-        order, values = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), 1))
-        tokens = scores.shape[-1]
-        return jax.random.permutation(order, tokens), jax.random.uniform(values, (1, *scores.shape[2:]))
+        order, values = guess_keys(index, seed)
+        return jax.random.permutation(order, scores.shape[-1]), jax.random.uniform(values, (1, *scores.shape[2:]))
 
     orders, random = jax.vmap(of_image, out_axes=(0, 1))(indices)
     return jnp.take_along_axis(scores, orders[None, :, None], axis=-1), random
+
+
+def guess_keys(index: Int[Array, ""], seed: Int[Array, ""]) -> Key[Array, " 2"]:
+    """For an image's tokens in random order, and for random scores."""
+    # Folded twice: these numbers have nothing to do with those that the image's noise is made of.
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), 1))

@@ -1,0 +1,133 @@
+"""What has been counted, as rows of plain values: how each was made, and its scores in percent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from seg4diff_jax.evaluation.measure import Measurement
+from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.reported import reported_miou
+from seg4diff_jax.evaluation.scores import Row, best_constant, match_metrics, metrics
+from seg4diff_jax.evaluation.unsupervised import ONE_SEGMENT
+from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM
+from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
+
+
+def score_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+    """Open vocabulary: one for each kind of prompts, step, seed and block."""
+    settings, benchmark = measurement.settings, measurement.benchmark
+    rows: list[Row] = []
+    for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
+        speed = _speed(outcome, measurement, settings.prompts.index(one.prompts))
+        for block, confusion in zip(settings.blocks, confusions, strict=True):
+            place = {"block": block, "step": one.step, "seed": one.seed}
+            row = {**_asked(outcome, measurement, one.prompts), **speed, **place}
+            rows.append(row | {"reported": _reported(row, measurement)} | metrics(confusion, benchmark))
+    return rows
+
+
+def unsupervised_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+    """Segments without names: one for each step, seed, block and protocol; `segments` an image has on average."""
+    settings, matched = measurement.settings, outcome.matched
+    rows: list[Row] = []
+    for look, one in enumerate(measurement.unsupervised.looks):
+        for number, block in enumerate(settings.blocks):
+            for place, protocol in enumerate(settings.unsupervised):
+                speed = _speed(outcome, measurement, -1)
+                seen = {"block": block, "step": one.step, "seed": one.seed}
+                row = {**_merged(outcome, measurement, protocol), **speed, **seen}
+                row["reported"] = _reported(row, measurement)
+                row["segments"] = _mean(matched.segments[look, number, place], outcome)
+                counts = MatchCounts(*matched.pixels[look, number, place])
+                rows.append(row | match_metrics(counts, measurement.benchmark))
+    return rows
+
+
+def _speed(outcome: Outcome, measurement: Measurement, asked: int) -> Row:
+    """The time of one pass over the set: kinds of prompts share the time by how often the transformer was run."""
+    settings = measurement.settings
+    share = outcome.forwards[asked] / max(1, outcome.forwards.sum()) / (len(settings.steps) * len(settings.seeds))
+    seconds = float(outcome.seconds[1] * share)
+    return {"seconds": round(seconds, 3), "images_per_second": round(len(outcome.indices) / seconds, 2)}
+
+
+def _reported(row: Row, measurement: Measurement) -> float | None:
+    pipe = measurement.forward.pipe
+    return reported_miou(row, pipe.transformer.config, pipe.trained_size)
+
+
+def _common(outcome: Outcome, measurement: Measurement) -> Row:
+    benchmark = measurement.benchmark
+    return {
+        "dataset": benchmark.name,
+        "split": benchmark.split or None,
+        "labels": benchmark.kind or None,
+        "background": None if benchmark.background is None else benchmark.rule,
+        "lora": measurement.settings.lora,
+        "images": len(outcome.indices),
+    }
+
+
+def _asked(outcome: Outcome, measurement: Measurement, prompts: str) -> Row:
+    told = {"protocol": OPEN_VOCABULARY, "prompts": prompts, "names": measurement.benchmark.names}
+    return _common(outcome, measurement) | told
+
+
+def _merged(outcome: Outcome, measurement: Measurement, protocol: UnsupervisedProtocol) -> Row:
+    told: Row = {"protocol": UNSUPERVISED, "prompts": EMPTY, "names": None}
+    return _common(outcome, measurement) | told | asdict(protocol)
+
+
+def _mean(segments: np.int64, outcome: Outcome) -> float:
+    return round(float(segments) / len(outcome.indices), 2)
+
+
+def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+    """What is scored without looking at the image, given the classes that are asked for.
+
+    random: of these classes one at random for each image token, upsampled as the model's scores are.
+    constant: everywhere the same class, see `scores.best_constant`; `choice` is the order.
+    permuted: the model's own scores, each image's tokens in random order.
+    """
+    settings, benchmark, counting = measurement.settings, measurement.benchmark, measurement.zero_shot
+    rows: list[Row] = []
+    for prompts in settings.prompts:
+        common = _asked(outcome, measurement, prompts)
+        choice, constant = best_constant(outcome.histograms, known=prompts == "present")
+        place: dict[str, Any] = {"baseline": "constant", "choice": choice, "block": None, "step": None, "seed": None}
+        rows.append({**common, **place} | metrics(constant, benchmark))
+        for number, (kind, seed) in enumerate(counting.guesses):
+            if kind != prompts:
+                continue
+            place = {"baseline": RANDOM, "block": None, "step": None, "seed": seed}
+            rows.append({**common, **place} | metrics(outcome.counted.random[number, 0], benchmark))
+            place = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
+            permuted = zip(settings.blocks, outcome.counted.permuted[number], strict=True)
+            rows += [{**common, **place, "block": block} | metrics(matrix, benchmark) for block, matrix in permuted]
+    return rows
+
+
+def unsupervised_baselines(outcome: Outcome, measurement: Measurement) -> list[Row]:
+    """What is scored without looking, matched as the model's segments are.
+
+    one_segment: each image is one; whatever the threshold.
+    permuted: the model's own maps, each image's tokens in random order: as many segments, in random places.
+    """
+    settings, matched = measurement.settings, outcome.matched
+    rows: list[Row] = []
+    for place, protocol in enumerate(settings.unsupervised):
+        common = _merged(outcome, measurement, protocol)
+        score = lambda pixels: match_metrics(MatchCounts(*pixels), measurement.benchmark)
+        if not place:
+            nowhere = {"threshold": None, "block": None, "step": None, "seed": None, "segments": 1.0}
+            rows.append({**common, "baseline": ONE_SEGMENT, **nowhere} | score(matched.one_segment[0, 0, 0]))
+        for number, seed in enumerate(settings.seeds):
+            for at, block in enumerate(settings.blocks):
+                seen = {"baseline": PERMUTED, "block": block, "step": settings.steps[0], "seed": seed}
+                seen["segments"] = _mean(matched.permuted_segments[number, at, place], outcome)
+                rows.append({**common, **seen} | score(matched.permuted[number, at, place]))
+    return rows
