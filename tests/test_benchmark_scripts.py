@@ -68,3 +68,11 @@ def test_both_sides_of_the_real_shapes_find_the_same_labels(tmp_path):
     assert figures["agreement"]["scores_differ"] <= 1e-5
     assert set(figures["rows"]) == {"release", "ours, batch 1", "ours, batch 2"}
     assert "% of matmul peak" in printed
+
+
+def test_reading_is_timed_through_the_evaluators_reader_for_each_layout():
+    printed = run("decode.py", "--images", "2", "--size", "64", "--batch", "2", "--repeats", "1")
+    for name, pixels in (("voc20", "500 x 375"), ("coco-171", "640 x 480"), ("cityscapes19", "2048 x 1024")):
+        (row,) = [line for line in printed.splitlines() if name in line]
+        assert pixels in row
+        assert float(row.split("│")[-2]) > 0
