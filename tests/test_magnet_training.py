@@ -25,10 +25,10 @@ from seg4diff_jax.models.lora import lora_state, remove_lora
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.adapter_files import head_tensors
 from seg4diff_jax.training.command import main, parse
-from seg4diff_jax.training.loop import training_step
 from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, Opened, loss, task
 from seg4diff_jax.training.optimizers import make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
+from seg4diff_jax.training.step import training_step
 from tests.reference.adapters import RANK, factors, mask_head, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.random_weights import relative_error

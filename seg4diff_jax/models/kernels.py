@@ -51,8 +51,12 @@ class Kernel:
 
 
 def default_kernel(dtype: DTypeLike, head_dim: int) -> Kernel:
-    """The fused kernel of the default backend where it takes this dtype and width of heads, else xla."""
-    backend = jax.default_backend()
+    """The fused kernel of the backend where it takes this dtype and width of heads, else xla.
+
+    The backend is that of the mesh in context, whose devices may be described and not there, or else the default one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    backend = jax.default_backend() if device is None else device.platform
     if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= _cudnn_width():
         return Kernel("cudnn")
     if backend == "tpu" and dtype == jnp.bfloat16:

@@ -17,12 +17,20 @@ from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.tasks import TASKS
 
 
-def make_parser(task: str) -> ArgumentParser:
-    """All options of one task."""
-    parser = ArgumentParser(prog="train.py", description=f"Train the task {task}.", allow_abbrev=False)
+def task_parser(task: str, prog: str, description: str) -> ArgumentParser:
+    """All options of one task's configuration."""
+    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     add: Any = parser.add_argument
     add("--config", action="config", help="YAML file; options given after it win")
     add("--task", type=str, choices=list(TASKS), default=task)
+    parser.add_class_arguments(TASKS[task].config, as_positional=False)
+    return parser
+
+
+def make_parser(task: str) -> ArgumentParser:
+    """The same, and those of a run."""
+    parser = task_parser(task, "train.py", f"Train the task {task}.")
+    add: Any = parser.add_argument
     add(
         "--distributed",
         action="store_true",
@@ -30,7 +38,6 @@ def make_parser(task: str) -> ArgumentParser:
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
     add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
-    parser.add_class_arguments(TASKS[task].config, as_positional=False)
     return parser
 
 
@@ -68,11 +75,17 @@ def parse(arguments: Sequence[str]) -> Parsed:
     parser = make_parser(task)
     options = parser.parse_args(list(arguments))
     flags = {name: options.pop(name) for name in ("resume", "distributed")}
+    config, record = configuration(task, parser, options)
+    return Parsed(task, config, record, **flags)
+
+
+def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any, dict[str, Any]]:
+    """A task's configuration of the options that `task_parser` adds, and the same as plain values."""
     options.pop("config", None)
     record = yaml.safe_load(parser.dump(options, skip_unset=False))
     values = parser.instantiate(options)
     values.pop("task")
-    return Parsed(task, TASKS[task].config(**values), record, **flags)
+    return TASKS[task].config(**values), record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

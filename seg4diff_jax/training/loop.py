@@ -18,19 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import yaml
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
 from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
@@ -38,8 +34,9 @@ from seg4diff_jax.parallel import BATCH, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import Logs, Throughput
-from seg4diff_jax.training.optimizers import OptimizerConfig, average_decay, make_optimizer, make_schedule
-from seg4diff_jax.training.state import Parameters, Structure, TrainState, initial_state, state_shardings, take_apart
+from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
+from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
+from seg4diff_jax.training.step import Loss, make_step
 
 CONFIG = "config.yaml"
 IN_FLIGHT = 2
@@ -67,7 +64,7 @@ class Task:
 
     name: str
     init: Callable[[int, Mesh], Any]
-    loss: Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
+    loss: Loss
     source: Source
     augment: Augment | None = None
     trainable: Any = nnx.Param
@@ -129,7 +126,7 @@ def train(
     """
     out = Path(run.out)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    _check_batch(run, mesh)
+    check_batch(run, mesh)
     with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, _termination() as stop:
         if checkpoints.latest is not None and not resume:
             raise TrainingError(
@@ -157,7 +154,7 @@ def train(
     return model
 
 
-def _check_batch(run: RunConfig, mesh: Mesh) -> None:
+def check_batch(run: RunConfig, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.batch_size % parts:
         raise ValueError(
@@ -229,47 +226,9 @@ class Trainer:
 
 def _prepare(task: Task, run: RunConfig, config: OptimizerConfig, mesh: Mesh) -> Trainer:
     structure, trainable, frozen = take_apart(task.init(run.seed, mesh), task.trainable)
-    optimizer = make_optimizer(config, run.steps)
-    key = jax.random.key_data(jax.random.fold_in(jax.random.key(run.seed), 1))
-    make = partial(initial_state, optimizer=optimizer, average=config.average is not None, key=key)
-    places = state_shardings(jax.eval_shape(make, trainable), mesh)
-    state = jax.jit(make, out_shardings=places)(trainable)
-    whole = NamedSharding(mesh, P())
-    step = jax.jit(
-        partial(training_step, task.loss, structure, optimizer, config),
-        donate_argnums=0,
-        out_shardings=(places, whole),
-    )
-    return Trainer(task, config, structure, state, frozen, places, mesh, step, make_schedule(config, run.steps))
-
-
-def training_step(
-    loss: Callable,
-    structure: Structure,
-    optimizer: optax.GradientTransformationExtraArgs,
-    config: OptimizerConfig,
-    state: TrainState,
-    frozen: Parameters,
-    batch: Batch,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One batch: gradient, update (or accumulation), average. Metrics: `loss`, its parts and `gradient_norm`."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.batches)
-
-    def objective(trainable: Parameters):
-        return loss(structure.model(trainable, frozen), batch, key)
-
-    (value, parts), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable)
-    updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-    trainable: Any = optax.apply_updates(state.trainable, updates)
-    batches = state.batches + 1
-    average = state.average
-    if average is not None:
-        decay = average_decay(config, batches // config.accumulate)
-        # Between updates nothing has moved, and the average stays.
-        decay = jnp.where(batches % config.accumulate == 0, decay, 1.0)
-        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trainable)
-    metrics = {"loss": value, **parts, "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(batches, trainable, moments, average, state.key), metrics
+    step = make_step(task.loss, structure, trainable, config, mesh, steps=run.steps, seed=run.seed)
+    state, schedule = step.initial(trainable), make_schedule(config, run.steps)
+    return Trainer(task, config, structure, state, frozen, step.places, mesh, step.take, schedule)
 
 
 # ---- all steps ------------------------------------------------------------------------------------------------------

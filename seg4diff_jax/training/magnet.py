@@ -139,11 +139,14 @@ class Opened:
 
     Attributes:
       source: of weights.
+      tokenizers: None if nothing will be tokenized.
+      clip_tokens: of a prompt.
       zeros: tokens that stand for an absent T5.
     """
 
     source: Any
     tokenizers: Any
+    clip_tokens: int
     block: int
     size: int
     zeros: int
@@ -153,9 +156,14 @@ class Opened:
     @classmethod
     def of(cls, config: MagnetConfig) -> Opened:
         """Raises CheckpointError when the checkpoint cannot be used, ValueError when an option does not fit it."""
+        source, tokenizers = open_for_masks(config.model, t5=config.t5, tokenizers=config.tokenizers)
+        return cls.described(config, source, tokenizers, tokenizers.clip_l.model_max_length)
+
+    @classmethod
+    def described(cls, config: MagnetConfig, source: Any, tokenizers: Any, clip_tokens: int) -> Opened:
+        """The same of an opened source, which need not have any weights."""
         from convert.components import parse_config
 
-        source, tokenizers = open_for_masks(config.model, t5=config.t5, tokenizers=config.tokenizers)
         transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
         block = source.expert_block if config.block is None else config.block
         if block is None:
@@ -167,8 +175,12 @@ class Opened:
         largest = multiple * transformer.pos_embed_max_size
         if size % multiple or size > largest:
             raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
-        zeros = 0 if config.t5 else tokenizers.clip_l.model_max_length
-        return cls(source, tokenizers, block, size, zeros, jnp.dtype(config.dtype), config.t5)
+        zeros = 0 if config.t5 else clip_tokens
+        return cls(source, tokenizers, clip_tokens, block, size, zeros, jnp.dtype(config.dtype), config.t5)
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        return ("vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if self.t5 else []))
 
     def load(self, name: str, mesh: Mesh | None = None) -> Any:
         from convert.load import open_component
@@ -177,8 +189,7 @@ class Opened:
         return open_component(self.source, name, dtype=self.dtype).fill(shardings=place)
 
     def encoders(self, mesh: Mesh | None = None) -> Encoders:
-        names = ("vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if self.t5 else []))
-        vae, clip_l, clip_g, *t5 = (self.load(name, mesh) for name in names)
+        vae, clip_l, clip_g, *t5 = (self.load(name, mesh) for name in self.encoder_names)
         return Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)
 
 
@@ -269,7 +280,7 @@ def loss(
         shown,
         config.objective,
         block=opened.block,
-        clip_tokens=opened.tokenizers.clip_l.model_max_length,
+        clip_tokens=opened.clip_tokens,
         head=model.head,
         kernel=config.kernel,
         remat=REMATERIALISED[config.remat],
