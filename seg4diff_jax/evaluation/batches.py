@@ -268,6 +268,8 @@ def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> I
 
 def _filled(array: np.ndarray, count: int) -> np.ndarray:
     """With zeros, to `count` rows."""
+    if len(array) == count:  # images are too large to be copied for nothing
+        return array
     return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
 
 
