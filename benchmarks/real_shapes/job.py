@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,24 +62,46 @@ def random_inputs(job: Job, images: int) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in named.items()}
 
 
+class Taken(NamedTuple):
+    """Seconds on the wall's clock, and of the processors that the process has kept busy."""
+
+    wall: float
+    processor: float
+
+
 class Clock:
-    """Seconds of things that have been waited for."""
+    """Times things, and waits for them.
 
-    def __init__(self, wait: Callable[[Any], Any]):
-        self.wait = wait
+    Args:
+      wait: returns when what it is given is there.
+      processor: let processor seconds decide where one number is asked for: on a CPU other programs hardly change them.
+    """
 
-    def median(self, work: Callable[[], Any], repeats: int) -> float:
-        return statistics.median(self.each(work, repeats))
+    def __init__(self, wait: Callable[[Any], Any], processor: bool):
+        self.wait, self.processor = wait, processor
 
-    def each(self, work: Callable[[], Any], repeats: int) -> list[float]:
+    def each(self, work: Callable[[], Any], repeats: int) -> list[Taken]:
         """Of every one of some repetitions, after one that is not counted."""
         self.wait(work())
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.wait(work())
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        return [self.once(work) for _ in range(repeats)]
+
+    def once(self, work: Callable[[], Any]) -> Taken:
+        start = self.now()
+        self.wait(work())
+        end = self.now()
+        return Taken(end.wall - start.wall, end.processor - start.processor)
+
+    def now(self) -> Taken:
+        return Taken(time.perf_counter(), time.process_time())
+
+    def deciding(self, taken: Taken) -> float:
+        return taken.processor if self.processor else taken.wall
+
+    def median(self, work: Callable[[], Any], repeats: int) -> float:
+        return statistics.median(self.deciding(taken) for taken in self.each(work, repeats))
+
+    def least(self, work: Callable[[], Any], repeats: int) -> float:
+        return min(self.deciding(taken) for taken in self.each(work, repeats))
 
 
 def forget_peak_memory() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from real_shapes.job import (
     STEP,
     Clock,
     Job,
+    Taken,
     forget_peak_memory,
     hand_back,
     load_average,
@@ -34,6 +34,14 @@ from tests.reference.random_weights import SD3_QUERIES, randomize_, temper_
 from tests.reference.release import Masks, Release
 
 CUDA = torch.cuda.is_available()
+
+
+def wait(_: Any) -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+CLOCK = Clock(wait, processor=not CUDA)
 NAMES = [" ".join([f"class{number}"] * count) for number, count in enumerate(CLASS_TOKENS)]
 
 
@@ -82,13 +90,15 @@ def main(directory: Path) -> None:
     found = {0: release.masks(0, job.block, job.size)}
     seconds = []
     for number in range(job.repeats):
-        start = time.perf_counter()
+        start = CLOCK.now()
         found[number % images] = release.masks(number % images, job.block, job.size)
-        seconds.append(time.perf_counter() - start)
+        end = CLOCK.now()
+        seconds.append(Taken(end.wall - start.wall, end.processor - start.processor))
     peak = torch.cuda.max_memory_allocated() if CUDA else peak_resident()
     stages = [stage_seconds(release, job) for _ in range(job.repeats)]
     figures = {
-        "seconds": seconds,
+        "seconds": [taken.wall for taken in seconds],
+        "processor_seconds": [taken.processor for taken in seconds],
         "stages": {name: float(np.median([each[name] for each in stages])) for name in stages[0]},
         "peak_bytes": peak,
         "matmul_flops": matmul_rate(dtype),
@@ -108,7 +118,7 @@ def stage_seconds(release: WithoutText, job: Job) -> dict[str, float]:
 
     def mark(name: str) -> None:
         wait(None)
-        marks[name] = time.perf_counter()
+        marks[name] = CLOCK.deciding(CLOCK.now())
 
     blocks = release.transformer.transformer_blocks
     hooks = [
@@ -133,16 +143,11 @@ def stage_seconds(release: WithoutText, job: Job) -> dict[str, float]:
     }
 
 
-def wait(_: Any) -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def matmul_rate(dtype: torch.dtype) -> float:
     """Operations a second of a large product of matrices, the best of some."""
     side, device = (8192, "cuda") if CUDA else (2048, "cpu")
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(Clock(wait).each(lambda: left @ right, 5))
+    return 2 * side**3 / CLOCK.least(lambda: left @ right, 5)
 
 
 if __name__ == "__main__":
