@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
+LEAST = 0.5
+"""Percent: smaller shares are not named."""
+
 
 class Confused(NamedTuple):
     """One class among all. Shares are percent.
@@ -38,7 +41,7 @@ def confused(
 
     Args:
       confusion: pixels of each class (rows) that are taken for each class.
-      others, sources: how many are named of `taken_for` and `made_of`; those without a pixel are not.
+      others, sources: how many are named of `taken_for` and `made_of`, at most.
     """
     found = []
     for index in classes:
@@ -61,5 +64,6 @@ def confused(
 
 
 def _largest(pixels: np.ndarray, itself: int, count: int, total: float) -> list[tuple[int, float]]:
-    order = [int(index) for index in np.argsort(-pixels, kind="stable") if index != itself and pixels[index]]
-    return [(index, 100 * float(pixels[index]) / total) for index in order[:count]]
+    order = [int(index) for index in np.argsort(-pixels, kind="stable") if index != itself]
+    shares = [(index, 100 * float(pixels[index]) / total) for index in order[:count]] if total else []
+    return [(index, share) for index, share in shares if share >= LEAST]

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, groups
+from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, groups, guesses
 from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import Card, card
@@ -32,11 +32,16 @@ FEW = 6
 """Columns of a heat map beside which there is room for another plot."""
 MOST_NAMED = 20
 """Images that were left out, by name."""
-TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
 OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 PROTOCOLS = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
 ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
-GUESSES = {"random": "random classes (chance)", "constant": "one class everywhere", "permuted": "positions permuted"}
+GUESSES = {
+    "random": "random classes (chance)",
+    "constant": "one class everywhere",
+    "one_segment": "each image one segment",
+    "permuted": "positions permuted",
+}
 
 Score = tuple[float, float] | None
 """Mean over seeds and spread, percent; None where there was nothing to score."""
@@ -51,7 +56,7 @@ class Way(NamedTuple):
     @property
     def title(self) -> str:
         if self.protocol == UNSUPERVISED:
-            return "segments without names"
+            return "divided into segments without names"
         return ASKED.get(self.prompts or "", str(self.prompts))
 
 
@@ -94,15 +99,15 @@ def contents(
     """Everything that the template names."""
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
-    names = ["miou", "pixel_accuracy", *groups(benchmark)]
-    names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    names = ["miou", "pixel_accuracy", *groups(benchmark), "segments"]
+    names = [name for name in names if name == "miou" or any(row.get(name) is not None for row in rows)]
     ways = by_way(rows)
     seeds = len({row["seed"] for row in rows})
     protocols = list(dict.fromkeys(PROTOCOLS.get(way.protocol, way.protocol) for way in ways))
-    tables = [(way.title, summary(evaluation, way, some, names)) for way, some in ways.items()]
+    tables = [(way.title, summary(evaluation, some, names)) for way, some in ways.items()]
     return {
         "title": f"Zero-shot {' and '.join(protocols)} segmentation",
-        "model": config["model"],
+        "model": config["model"] + (f" with {config['lora']}" if config.get("lora") else ""),
         "benchmark": benchmark,
         "images": best[0]["images"],
         "ways": [way.title for way in ways],
@@ -116,7 +121,7 @@ def contents(
         "tables": tables,
         "any_reported": any(line.reported is not None for _, lines in tables for line in lines),
         "plots": plots(evaluation, ways),
-        "settings": settings(evaluation, ways, names),
+        "settings": settings(ways, names),
         "classes": class_bars(evaluation, benchmark, ways),
         "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
         "others": [way.title for way in ways][1:2],
@@ -172,30 +177,22 @@ def by_way(rows: Sequence[Row]) -> dict[Way, list[Row]]:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def summary(evaluation: Evaluation, way: Way, rows: list[Row], names: list[str]) -> list[Line]:
+def summary(evaluation: Evaluation, rows: list[Row], names: list[str]) -> list[Line]:
     """The best setting of a way of asking, the one that the paper has a figure for, and what guessing scores."""
     best = best_setting(rows)
     lines = []
     for setting, some in by_setting(rows).items():
         reported = some[0].get("reported")
         if setting == best or reported is not None:
-            title = f"block {setting.block}, noise level {setting.step}"
-            lines.append(Line(title, mean(some, names), reported, best=setting == best))
+            lines.append(Line(setting.title, mean(some, names), reported, best=setting == best))
     lines.sort(key=lambda line: not line.best)
-    for some in guesses_of(evaluation, way, best.block):
-        title = GUESSES.get(some[0]["baseline"], some[0]["baseline"].replace("_", " "))
-        lines.append(Line(title, mean(some, names), remark=_remark(some[0]), guess=True))
+    for name, some in guesses(evaluation.baselines, best).items():
+        lines.append(Line(guess_title(name), mean(some, names), remark=_remark(some[0]), guess=True))
     return lines
 
 
-def guesses_of(evaluation: Evaluation, way: Way, block: int) -> list[list[Row]]:
-    """Rows of each baseline of a way of asking, one for each seed; of those that follow a block the best one's."""
-    found: dict[str, list[Row]] = {}
-    for row in evaluation.baselines:
-        if Way(row["protocol"], row.get("prompts")) == way and row.get("block") in (None, block):
-            found.setdefault(row["baseline"], []).append(row)
-    order = [*GUESSES, *found]
-    return [found[name] for name in sorted(found, key=order.index)]
+def guess_title(name: str) -> str:
+    return GUESSES.get(name, name.replace("_", " "))
 
 
 def _remark(row: Row) -> str:
@@ -203,67 +200,81 @@ def _remark(row: Row) -> str:
     return {
         "random": f"for each image token one of the classes {of}",
         "constant": f"the {row.get('choice')} of those {of}",
-        "permuted": f"block {row.get('block')}'s own scores in random places",
+        "permuted": f"block {row.get('block')}'s own maps in random places",
     }.get(row["baseline"], "")
 
 
-def settings(evaluation: Evaluation, ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str, list[Line]]]:
+def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str, list[Line]]]:
     """All blocks and noise levels, where there are several, up to `MOST_SETTINGS`."""
     tables = []
     for way, rows in ways.items():
         best, lines = best_setting(rows), []
         for setting, some in by_setting(rows).items():
-            title = f"block {setting.block}, noise level {setting.step}"
-            lines.append(Line(title, mean(some, names), some[0].get("reported"), best=setting == best))
+            lines.append(Line(setting.title, mean(some, names), some[0].get("reported"), best=setting == best))
         tables.append((way.title, lines))
     count = sum(len(lines) for _, lines in tables)
     return tables if len(tables) < count <= MOST_SETTINGS else []
 
 
-def plots(evaluation: Evaluation, ways: Mapping[Way, list[Row]]) -> list[tuple[str, str, Markup]]:
-    """Kind, caption and drawing of mIoU by block, by noise level, and by both: each where there are several."""
-    found: list[tuple[str, str, Markup]] = []
-    blocks = sorted({row["block"] for rows in ways.values() for row in rows})
-    steps = sorted({row["step"] for rows in ways.values() for row in rows})
+@dataclass(frozen=True)
+class Plot:
+    """A drawing. `legend`: what its lines are, each with the class that gives it its colour."""
+
+    kind: str
+    caption: str
+    drawing: Markup
+    legend: Sequence[tuple[str, str]] = ()
+
+
+def plots(evaluation: Evaluation, ways: Mapping[Way, list[Row]]) -> list[Plot]:
+    """Mean IoU by block, by noise level, and by both: each where there are several."""
+    blocks = sorted({row["block"] for row in evaluation.rows})
+    steps = sorted({row["step"] for row in evaluation.rows})
     best = {way: best_setting(rows) for way, rows in ways.items()}
-    scores = {
-        way: {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in by_setting(rows).items()}
-        for way, rows in ways.items()
-    }
-    first = next(iter(ways))
-    guesses = [
-        (GUESSES.get(some[0]["baseline"], some[0]["baseline"].replace("_", " ")), score[0])
-        for some in guesses_of(evaluation, first, best[first].block)
+    scores = {way: _miou(rows, best[way].threshold) for way, rows in ways.items()}
+    guessed = [
+        (score[0], guess_title(name))
+        for name, some in guesses(evaluation.baselines, next(iter(best.values()))).items()
         if (score := mean(some, ["miou"])["miou"]) is not None
     ]
-    level = max(guesses, key=lambda guess: guess[1], default=None)
-    words = {"vertical": "mean IoU, %", "level": level}
+    level, guess = max(guessed, default=(None, ""))
+    legend = [(f"series{number}", way.title) for number, way in enumerate(ways)] if len(ways) > 1 else []
+    legend += [] if level is None else [("level", f"{guess}, {level:.1f}")]
+    found: list[Plot] = []
     if len(blocks) > 1:
-        series = [
-            Series(way.title, [scores[way].get((block, at.step)) for block in blocks], blocks.index(at.block))
+        lines = [
+            Series([scores[way].get((block, at.step)) for block in blocks], blocks.index(at.block))
             for way, at in best.items()
         ]
-        title = f"by block, at noise level {_each(best.values(), 'step')}"
-        found.append(("line", title, line_plot(f"mean IoU {title}", blocks, series, horizontal="block", **words)))
+        caption = f"by block, at noise level {_each(best.values(), 'step')}"
+        drawn = line_plot(caption, blocks, lines, horizontal="block", vertical="mean IoU, %", level=level)
+        found.append(Plot("line", caption, drawn, legend))
     if len(steps) > 1:
-        series = [
-            Series(way.title, [scores[way].get((at.block, step)) for step in steps], steps.index(at.step))
+        lines = [
+            Series([scores[way].get((at.block, step)) for step in steps], steps.index(at.step))
             for way, at in best.items()
         ]
-        title = f"by noise level, at block {_each(best.values(), 'block')}"
-        axis = "noise level, of 28 from the clean end"
-        found.append(("line", title, line_plot(f"mean IoU {title}", steps, series, horizontal=axis, **words)))
+        caption, axis = (
+            f"by noise level, at block {_each(best.values(), 'block')}",
+            "noise level, of 28 from the clean end",
+        )
+        drawn = line_plot(caption, steps, lines, horizontal=axis, vertical="mean IoU, %", level=level)
+        found.append(Plot("line", caption, drawn, legend))
     if len(blocks) > 1 and len(steps) > 1:
         for way, at in best.items():
             table = [[scores[way].get((block, step)) for step in steps] for block in blocks]
             values = np.array([[cell[0] if cell else np.nan for cell in line] for line in table])
             mark = blocks.index(at.block), steps.index(at.step)
-            title = "by block and noise level" + (f", {way.title}" if len(ways) > 1 else "")
-            drawn = heat_plot(
-                f"mean IoU {title}", values, blocks, steps, vertical="block", horizontal="noise level", mark=mark
-            )
-            found.append(("heat wide" if len(steps) > FEW else "heat", title, drawn))
+            caption = "by block and noise level" + (f", {way.title}" if len(ways) > 1 else "")
+            drawn = heat_plot(caption, values, blocks, steps, vertical="block", horizontal="noise level", mark=mark)
+            found.append(Plot("heat wide" if len(steps) > FEW else "heat", caption, drawn))
     return found
+
+
+def _miou(rows: Sequence[Row], threshold: float | None) -> dict[tuple[int, int], Score]:
+    """By block and noise level."""
+    settings = by_setting([row for row in rows if row.get("threshold") == threshold])
+    return {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in settings.items()}
 
 
 def _each(settings: Any, name: str) -> str:

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from seg4diff_jax.reporting.colors import hexadecimal, ink_on, tint
 
-WIDTH, HEIGHT = 560, 280
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 32, 44
+WIDTH, HEIGHT = 560, 270
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 22, 44
 """Space around the axes of a line plot."""
 MOST_LABELLED = 12
 """Points whose values are written beside them."""
@@ -24,13 +24,12 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its values with their spread, one for each place on the axis; None leaves a gap.
+    """A line: its values with their spread, one for each place on the axis; nothing is drawn for None.
 
     Attributes:
       mark: place of the point that stands out.
     """
 
-    title: str
     values: Sequence[tuple[float, float] | None]
     mark: int | None = None
 
@@ -42,36 +41,28 @@ def line_plot(
     *,
     horizontal: str,
     vertical: str,
-    level: tuple[str, float] | None = None,
+    level: float | None = None,
 ) -> Markup:
     """Lines over whole numbers, from 0 upwards, in percent.
 
     Args:
       title: for those who cannot see it.
-      level: a dashed horizontal line: its name, and how high.
+      level: how high a dashed horizontal line is.
     """
-    known = [value[0] + value[1] for one in series for value in one.values if value] + ([level[1]] if level else [])
+    known = [value[0] + value[1] for one in series for value in one.values if value] + ([level] if level else [])
     top = min(100, 10 * int(np.ceil(max(known, default=0) / 10 + 0.3)))
     span = max(places) - min(places) or 1
     x = lambda place: LEFT + 14 + (WIDTH - LEFT - RIGHT - 28) * (place - min(places)) / span
-    y = lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / max(top, 1)
+    y = lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(value, 0), top) / max(top, 1)
     parts = [_axes(places, top, x, y, horizontal, vertical)]
-    if level:
+    if level is not None:
         parts.append(
-            Markup(
-                '<line class="level" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'
-                '<text x="{1}" y="13" text-anchor="end">- - {3} {4:.1f}</text>'
-            ).format(LEFT, WIDTH - RIGHT, y(level[1]), *level)
+            Markup('<line class="level" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                LEFT, WIDTH - RIGHT, y(level), y(level)
+            )
         )
     labelled = len(places) <= MOST_LABELLED and len(series) == 1
     parts += [_line(one, number, places, x, y, labelled=labelled) for number, one in enumerate(series)]
-    if len(series) > 1:
-        parts += [
-            Markup('<g class="series{}"><circle cx="{}" cy="9" r="4"/><text x="{}" y="13">{}</text></g>').format(
-                number, LEFT + 8 + 220 * number, LEFT + 18 + 220 * number, one.title
-            )
-            for number, one in enumerate(series)
-        ]
     return _svg(title, WIDTH, HEIGHT, parts)
 
 
@@ -150,7 +141,7 @@ def heat_plot(
     cell = min(WIDEST, (WIDE - HEAD) / len(columns))
     digits = 1 if cell >= 36 else 0
     width, height = HEAD + cell * len(columns) + 3, HEAD + ROW * len(rows) + 3
-    least, greatest = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0, 1)
+    least, greatest = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0.0, 1.0)
     parts = [
         Markup('<text class="axis" x="{:.1f}" y="13" text-anchor="middle">{}</text>').format(
             HEAD + cell * len(columns) / 2, horizontal
@@ -177,7 +168,7 @@ def heat_plot(
             parts.append(
                 Markup(
                     '<rect x="{0:.1f}" y="{1}" width="{2:.1f}" height="{3}" fill="{4}"/>'
-                    '<text class="cell" x="{5:.1f}" y="{6}" text-anchor="middle" fill="{7}">{8:.{9}f}</text>'
+                    '<text class="cell" x="{5:.1f}" y="{6}" text-anchor="middle" style="fill:{7}">{8:.{9}f}</text>'
                 ).format(
                     HEAD + cell * at + 1,
                     y + 1,
@@ -200,7 +191,7 @@ def heat_plot(
     return _svg(title, width, height, parts)
 
 
-def _svg(title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
+def _svg(title: str, width: int | float, height: int | float, parts: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg class="plot" viewBox="0 0 {0:.0f} {1:.0f}" style="max-width:{0:.0f}px" role="img" aria-label="{2}">{3}'
         "</svg>"

@@ -40,7 +40,7 @@ class Visit(NamedTuple):
 
     Attributes:
       told: messages on the console, errors of scripts, and what the browser remarks of the page, refusals included.
-      requested: addresses that the page asked for, its own and inlined data left out; refused ones are only in `told`.
+      requested: addresses that the page asked for, whether it got them or not; its own and inlined data left out.
     """
 
     told: list[str]
@@ -87,6 +87,15 @@ class Browser:
         found = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    @contextmanager
+    def printing(self) -> Iterator[None]:
+        """The page laid out as for print, as wide as the window."""
+        self._ask("Emulation.setEmulatedMedia", media="print")
+        try:
+            yield
+        finally:
+            self._ask("Emulation.setEmulatedMedia", media="")
 
     def pdf(self) -> bytes:
         """The page as it is printed, on A4."""

@@ -1,0 +1,112 @@
+"""Evaluations of any size, made up: what a report is made of, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from seg4diff_jax.evaluation.batches import Example
+from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.pictured import pictured
+from seg4diff_jax.evaluation.run import Evaluation, Shown
+from seg4diff_jax.evaluation.scores import best_setting, metrics
+
+MADE = {
+    "seconds": {"loading": 3.2, "compiling": 10.0, "running": 61.5},
+    "device": {"kind": "cpu", "devices": 1, "processes": 1},
+    "versions": {"python": "3.11", "jax": "0.10"},
+}
+CONFIG = {"model": "sd3", "data": {"name": "made up", "root": None}, "blocks": [0, 1], "steps": [8]}
+
+
+def made_up_benchmark(names: Sequence[str], things: int = 0) -> Benchmark:
+    groups = {"things": range(things), "stuffs": range(things, len(names))} if things else {}
+    return Benchmark("made-up", tuple(names), [], groups, split="val")
+
+
+def confusion_of(classes: int, draw: np.random.Generator, skill: float) -> np.ndarray:
+    """Pixels of each class by class taken for: the more on the diagonal the greater the skill, 0..1."""
+    sizes = draw.integers(1000, 200_000, classes)
+    found = draw.random(classes) ** (0.3 / max(skill, 1e-3))
+    spread = draw.dirichlet(np.full(classes, 0.05), classes) * (1 - found)[:, None]
+    return np.round((np.diag(found) + spread) * sizes[:, None]).astype(np.int64)
+
+
+def made_up_evaluation(
+    benchmark: Benchmark,
+    *,
+    blocks: Sequence[int] = (9,),
+    steps: Sequence[int] = (8,),
+    seeds: Sequence[int] = (0,),
+    prompts: Sequence[str | None] = ("present",),
+    shown: Sequence[Shown] = (),
+    changes: dict[str, Any] | None = None,
+) -> Evaluation:
+    """Scores that are highest at the middle block and noise level; `changes` go into each row.
+
+    Args:
+      prompts: None for segments without names.
+    """
+    draw = np.random.default_rng(0)
+    rows, confusions = [], {}
+    for kind in prompts:
+        for step in steps:
+            for seed in seeds:
+                for block in blocks:
+                    far = abs(block - blocks[len(blocks) // 2]) + abs(step - steps[len(steps) // 2]) / 4
+                    matrix = confusion_of(len(benchmark.classes), draw, np.exp(-far / 3) * (1 if kind else 0.6))
+                    confusions[block, step, kind] = matrix
+                    row = {**_common(benchmark, kind), "block": block, "step": step, "seed": seed, "reported": None}
+                    rows.append(row | {"images_per_second": 4.0, "seconds": 15.0} | metrics(matrix, benchmark))
+                    rows[-1] |= changes or {}
+    baselines = []
+    for kind in prompts:
+        for name in ("constant", "random", "permuted") if kind else ("one_segment", "permuted"):
+            place = {"baseline": name, "choice": "commonest", "step": None, "seed": 0}
+            for block in blocks if name == "permuted" else (None,):
+                guess = metrics(confusion_of(len(benchmark.classes), draw, 0.05), benchmark)
+                baselines.append({**_common(benchmark, kind), **place, "block": block} | guess)
+    best = best_setting(rows)
+    confusion = confusions[best.block, best.step, best.prompts] if best.prompts else None
+    return Evaluation(rows, baselines, best, [*shown], [], [], {"compiling": 1.0, "running": 2.0}, confusion)
+
+
+def _common(benchmark: Benchmark, prompts: str | None) -> dict[str, Any]:
+    protocol = "unsupervised" if prompts is None else "open_vocabulary"
+    told = {"protocol": protocol, "prompts": prompts, "threshold": None if prompts else 0.1, "lora": None}
+    return told | {"dataset": benchmark.name, "split": "val", "images": 500}
+
+
+def made_up_images(
+    benchmark: Benchmark, count: int, size: tuple[int, int] = (480, 640), present: int = 6, seed: int = 0
+) -> list[Shown]:
+    """Images of smooth noise whose labels are cells around points; where it is dark the prediction is another class."""
+    draw = np.random.default_rng(seed)
+    accuracy, shown = draw.random(count) * 100, []
+    for number, why in pictured(accuracy, np.ones((count, 2), np.int64), count):
+        rough = draw.random((9, 9, 3))
+        rows, columns = (np.linspace(0, 7.99, side) for side in size)
+        image = (255 * _bilinear(rough, rows, columns) + draw.normal(0, 6, (*size, 3))).clip(0, 255).astype(np.uint8)
+        classes = np.sort(draw.choice(len(benchmark.classes), min(present, len(benchmark.classes)), replace=False))
+        points = draw.random((len(classes), 2)) * size
+        grid = np.stack(np.meshgrid(*(np.arange(side) for side in size), indexing="ij"), axis=-1)
+        nearest = ((grid[:, :, None] - points) ** 2).sum(axis=-1).argmin(axis=-1)
+        labels = classes[nearest].astype(np.uint8)
+        predicted = np.where(image[..., 0] < 80, classes[0], labels).astype(np.int32)
+        labels[:8] = 255
+        scores = draw.random((len(classes), 32, 32)).astype(np.float32) * 0.01
+        histogram = np.bincount(labels[8:].ravel(), minlength=len(benchmark.classes))
+        pixels = np.zeros((16, 16, 3), np.float32)
+        example = Example(number, f"{number:012d}", pixels, labels, histogram, tuple(classes.tolist()))
+        shown.append(Shown(example, image, predicted, tuple(classes.tolist()), scores, float(accuracy[number]), why))
+    return shown
+
+
+def _bilinear(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    top, left = rows.astype(int), columns.astype(int)
+    down, right = (rows - top)[:, None, None], (columns - left)[None, :, None]
+    upper = grid[top][:, left] * (1 - right) + grid[top][:, left + 1] * right
+    lower = grid[top + 1][:, left] * (1 - right) + grid[top + 1][:, left + 1] * right
+    return upper * (1 - down) + lower * down
