@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation text",
 }
 """Part to the parts that it may import besides itself."""
-COMMANDS = ("__init__", "__main__", "command_line", "evaluation")
+COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")
 """What people start, which may import everything; nothing above does so with them."""
 EXCEPTIONS = {
     ("convert.sources", "miniature"),  # one path: where the checkpoint that comes with the package lies

@@ -20,7 +20,8 @@ COMMANDS: dict[str, Command] = {
         merge_threshold.arguments, merge_threshold.run, "find what segments without names should be merged below"
     ),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
-    # Listed here; run by `main`, for its options are its own.
+    # Listed here; run by `main`, for their options are their own.
+    "plan": Command(lambda parser: None, lambda options: None, "what training needs of TPUs that are not here"),
     "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),
 }
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
@@ -34,4 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from convert.__main__ import main as convert
 
         return convert(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        from seg4diff_jax.command_line.plan import main as plan
+
+        return plan(arguments[1:])
     return run_command("seg4diff", DESCRIPTION, COMMANDS, arguments, at_fault=AT_FAULT)

@@ -1,0 +1,106 @@
+"""TPU chips and slices of them: what one chip has, and the devices of a slice that is described by its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has, as Google's documentation states it.
+
+    Attributes:
+      name: as topologies name it.
+      flops: peak bf16 operations per second.
+      memory: bytes of HBM. The compiler keeps some of it to itself.
+      memory_rate: bytes per second to and from HBM.
+      link_rate: bytes per second that reach the chip over its interconnect when all links are busy: half of what is
+        documented for both directions together.
+      axes: of the torus that its slices are.
+      source: of these figures.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+    axes: int
+    source: str
+
+
+DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 16.0 * 2**30, 819e9, 200e9, 2, f"{DOCUMENTATION}v5e"),
+        Chip("v5p", 459e12, 95.0 * 2**30, 2765e9, 600e9, 3, f"{DOCUMENTATION}v5p"),
+        Chip("v6e", 918e12, 32.0 * 2**30, 1600e9, 400e9, 2, f"{DOCUMENTATION}v6e"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips of one kind, as many along each axis as `sides` says."""
+
+    chip: Chip
+    sides: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> Slice:
+        """From a name such as `v5e:4x4` or `v5p:2x2x1`. Raises ValueError for one that is none."""
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+        chip = CHIPS.get(found[1]) if found else None
+        if found is None or chip is None:
+            raise ValueError(
+                f"topology is {name!r}; expected a chip and its slice's sides, as in v5e:4x4 or v5p:2x2x1, the chip "
+                f"one of {', '.join(CHIPS)}"
+            )
+        sides = tuple(map(int, found[2].split("x")))
+        if len(sides) != chip.axes or 0 in sides:
+            example = "x".join(["2"] * chip.axes)
+            raise ValueError(
+                f"topology is {name!r}; slices of {chip.name} have {chip.axes} sides, as in {chip.name}:{example}"
+            )
+        return cls(chip, sides)
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.sides)
+
+    def devices(self) -> list[Any]:
+        """Devices to compile for. None of them is there.
+
+        Raises:
+          ModuleNotFoundError: libtpu, which compiles, is not installed.
+          ValueError: it knows no such slice.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise ModuleNotFoundError(
+                "libtpu, which holds the compiler for TPUs, is not installed: pip install 'seg4diff-jax[tpu]' or "
+                "pip install libtpu; no TPU is needed"
+            )
+        from jax.experimental import topologies
+
+        # A host has 2 x 2 chips, or those that there are.
+        host = tuple(min(2, side) for side in self.sides) + (1,) * (3 - len(self.sides))
+        try:
+            described: Any = topologies.get_topology_desc(
+                self.name, platform="tpu", chips_per_host_bounds=(*host[:2], 1)
+            )
+        except JaxRuntimeError as error:
+            raise ValueError(f"topology is {self.name!r}, which libtpu refuses: {error}") from None
+        if len(described.devices) != self.chips:
+            raise ValueError(f"{self.name}: libtpu describes {len(described.devices)} devices for {self.chips} chips")
+        return described.devices

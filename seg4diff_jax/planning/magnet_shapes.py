@@ -1,0 +1,97 @@
+"""MAGNET's model and batch without numbers: what `training.magnet` makes of a checkpoint and of pictures, as shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from convert.components import abstract_model, parse_config
+from seg4diff_jax.data.loader import Batch
+from seg4diff_jax.parallel import BATCH, parameter_shardings
+from seg4diff_jax.planning.checkpoints import describe
+from seg4diff_jax.training import adapter_files
+from seg4diff_jax.training.encoded_items import Encoders
+from seg4diff_jax.training.magnet import Magnet, MagnetConfig, Opened
+from seg4diff_jax.training.mask_items import T5_LENGTH
+from seg4diff_jax.training.state import name as dotted
+
+
+def described(config: MagnetConfig) -> Opened:
+    """What `Opened.of` is, of a checkpoint that may have no weights and no tokenizers; errors as there."""
+    source = describe(config.model)
+    tokens = parse_config("text_encoder", source.configs["text_encoder"]).max_position_embeddings
+    return Opened.described(config, source, None, tokens)
+
+
+def abstract_magnet(config: MagnetConfig, opened: Opened, mesh: Mesh) -> Magnet:
+    """What `training.magnet.init` makes: every parameter's shape and dtype, and where it lies on the mesh."""
+    component = lambda name: abstract_model(name, opened.source.configs[name], opened.dtype)
+    encoders = None
+    if config.cache is None:
+        vae, clip_l, clip_g, *t5 = (component(name) for name in opened.encoder_names)
+        encoders = Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)  # pyright: ignore[reportArgumentType]
+
+    def build(transformer: Any, encoders: Encoders | None) -> Magnet:
+        with_head = config.objective.mask_head is not None
+        # Adapters to start from have the shapes of fresh ones.
+        adapted, head = adapter_files.begin(transformer, config.lora, None, with_head=with_head, seed=0)
+        return Magnet(adapted, head, encoders)
+
+    graph, state = nnx.split(nnx.eval_shape(build, component("transformer"), encoders))
+    rule = parameter_shardings(mesh)
+    placed = []
+    for path, variable in nnx.to_flat_state(state):
+        leaf = variable.get_value()
+        place = rule(dotted(path), leaf.shape)
+        placed.append((path, variable.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))))
+    return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+def item_shapes(config: MagnetConfig, opened: Opened) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each field of a training item, see `mask_items` and `encoded_items`.
+
+    How many tokens the longest name has is not known without tokenizers, where `positions: release` needs it: taken
+    for as many as a prompt has.
+    """
+    size, rows, tokens = opened.size, config.data.rows, opened.clip_tokens
+    ids = {"clip_l": ((tokens,), jnp.int32), "clip_g": ((tokens,), jnp.int32)}
+    if opened.t5:
+        ids["t5"] = ((T5_LENGTH,), jnp.int32)
+    if config.objective.targets == "matching":
+        masks = {"masks": ((rows, size, size // 8), jnp.uint8), "real": ((rows,), jnp.bool_)}
+    else:
+        masks = {
+            "labels": ((size, size), jnp.uint8),
+            "class_of_row": ((rows,), jnp.uint8),
+            "averaging": ((rows, tokens), jnp.float32),
+        }
+        if config.positions == "release":
+            masks["name_ids"] = ((rows, tokens), jnp.int32)
+    index = {"index": ((), jnp.int32)}
+    if config.cache is None:
+        return {"image": ((size, size, 3), jnp.uint8), **ids, **masks, **index}
+    return {**_encoded(opened), "clip_l": ids["clip_l"], **masks, **index}
+
+
+def _encoded(opened: Opened) -> dict[str, tuple[tuple[int, ...], Any]]:
+    parsed = {name: parse_config(name, opened.source.configs[name]) for name in opened.encoder_names}
+    vae, towers = parsed["vae"], (parsed["text_encoder"], parsed["text_encoder_2"])
+    side = opened.size // vae.downsampling
+    states = (opened.clip_tokens, sum(tower.hidden_size for tower in towers))
+    if opened.t5:
+        states = (opened.clip_tokens + T5_LENGTH, parsed["text_encoder_3"].d_model)
+    return {
+        "latents": ((side, side, vae.latent_channels), jnp.float16),
+        "states": (states, jnp.float16),
+        "pooled": ((sum(tower.projection_dim for tower in towers),), jnp.float16),
+    }
+
+
+def abstract_batch(config: MagnetConfig, opened: Opened, mesh: Mesh) -> Batch:
+    place = NamedSharding(mesh, BATCH)
+    batch = lambda shape, dtype: jax.ShapeDtypeStruct((config.run.batch_size, *shape), dtype, sharding=place)
+    return {name: batch(*each) for name, each in item_shapes(config, opened).items()}

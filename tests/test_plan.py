@@ -1,0 +1,393 @@
+"""`seg4diff plan`: shapes are those of a real run, counts those of a brute force, and the verdict is the compiler's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.errors import JaxRuntimeError
+
+from convert.errors import CheckpointError
+from seg4diff_jax.command_line import main
+from seg4diff_jax.data.loader import training_batches
+from seg4diff_jax.data.shapes import scene, write_folder
+from seg4diff_jax.models.flops import mmdit_flops
+from seg4diff_jax.models.kernels import Kernel, attend
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.parallel import make_mesh
+from seg4diff_jax.planning import plan as planning
+from seg4diff_jax.planning.arithmetic import operations
+from seg4diff_jax.planning.checkpoints import TRANSFORMERS, describe
+from seg4diff_jax.planning.chips import CHIPS, Slice
+from seg4diff_jax.planning.hlo import Collective, Program
+from seg4diff_jax.planning.largest import largest_batch
+from seg4diff_jax.planning.magnet_shapes import abstract_batch, abstract_magnet, described
+from seg4diff_jax.planning.plan import Memory, Moved, Plan
+from seg4diff_jax.training.command import parse
+from seg4diff_jax.training.magnet import Opened, task
+from seg4diff_jax.training.state import name as dotted
+
+ROOT = Path(__file__).parents[1]
+COCO = ["--config", str(ROOT / "configs" / "magnet" / "coco.yaml")]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+# ---- what is compiled is what is trained ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def options(sd3_checkpoint, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("plan") / "folder"
+    write_folder(folder, [scene("train", index, 64) for index in range(3)])
+    texts = {"model": sd3_checkpoint, "block": 3, "data.name": "folder", "data.root": folder, "data.size": 64}
+    texts |= {"lora.rank": 2, "run.batch_size": 2, "held_out.count": 0, "data.crop": "center", "dtype": "float32"}
+    return [*COCO, *(f"--{name}={value}" for name, value in texts.items())]
+
+
+VARIANTS = {
+    "words": [],
+    "T5": ["--t5=true"],
+    "a cache": ["--cache=CACHE"],
+    "the release's positions and head": ["--positions=release", "--objective.mask_head=conv"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_and_batch_have_the_shapes_and_places_of_a_real_run(variant, options, tmp_path):
+    changes = [change.replace("CACHE", str(tmp_path / "cache")) for change in VARIANTS[variant]]
+    config = parse([*options, *changes]).config
+    mesh, made = make_mesh(), task(config)
+    seen, planned = Opened.of(config), described(config)
+    assert replace(planned, source=None, tokenizers=None) == replace(seen, source=None, tokenizers=None)
+    assert facts(abstract_magnet(config, planned, mesh)) == facts(made.init(0, mesh))
+    batch = next(training_batches(made.source, batch_size=2, seed=0, augment=made.augment))
+    batch = {name: np.asarray(array) for name, array in batch.items()}
+    if "name_ids" in batch:  # whose width a plan does not know
+        assert batch["name_ids"].shape[2] <= planned.clip_tokens
+        batch["name_ids"] = np.zeros((2, config.data.rows, planned.clip_tokens), np.int32)
+    expected = abstract_batch(config, planned, mesh)
+    same = {name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == same
+
+
+def facts(model: nnx.Module) -> dict:
+    arrays = {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return {name: (array.shape, array.dtype, array.sharding.spec) for name, array in arrays.items()}
+
+
+def test_masks_without_names_have_the_items_shapes(options):
+    pytest.importorskip("pycocotools")
+    from seg4diff_jax.text import Tokenizers
+    from seg4diff_jax.training.mask_items import Pictures, ViewItems
+
+    words = [*options, "--data.name=sa1b", "--objective.targets=matching", "--data.rows=5"]
+    config = parse(words).config
+    tokenizers: Tokenizers = Opened.of(config).tokenizers
+    items = ViewItems(Pictures([], None, []), config.data, 64, tokenizers)
+    item = {"image": np.zeros((64, 64, 3), np.uint8), "masks": np.ones((1, 64, 64), bool), "caption": "cat"}
+    expected = abstract_batch(config, described(config), make_mesh())
+    expected.pop("index")
+    found = {name: (array.shape, array.dtype) for name, array in items.fixed(item).items()}
+    assert found == {name: (leaf.shape[1:], leaf.dtype) for name, leaf in expected.items()}
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_published_checkpoint_is_known_by_name_and_has_no_weights():
+    by_id = describe("stabilityai/stable-diffusion-3-medium-diffusers")
+    assert by_id.configs == describe("sd3-medium").configs
+    assert by_id.expert_block == 9
+    assert by_id.trained_size == 1024
+    with pytest.raises(CheckpointError, match="its transformer has no weights"):
+        by_id.component("transformer")
+
+
+def test_a_directory_needs_the_transformers_configuration_alone(tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected one of sd3-medium, .* or a directory with transformer/config"):
+        describe(str(tmp_path))
+    (tmp_path / "transformer").mkdir()
+    small = TRANSFORMERS["sd3-medium"] | {"num_layers": 3, "expert_block": 1}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(small))
+    source = describe(str(tmp_path))
+    assert source.expert_block == 1
+    assert source.configs["vae"] == describe("sd3-medium").configs["vae"]
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "whole"), [("sd3-medium", 8.437), ("sd3.5-medium", 10.783), ("sd3.5-large", 29.597)])
+def test_a_traced_forward_pass_has_the_published_models_operations(name, whole):
+    config = MMDiTConfig.from_json(TRANSFORMERS[name])
+    model = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    shapes = {"latents": (1, 128, 128, 16), "timesteps": (1,), "context": (1, 154, 4096), "pooled": (1, 2048)}
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    # One chunk, which is not made: the default's many are rounded up.
+    traced = jax.make_jaxpr(lambda model, inputs: model(**inputs, kernel=Kernel("xla", 4250)))(model, inputs)
+    assert operations(traced) == mmdit_flops(config, 4096, 154)
+    assert operations(traced) / 1e12 == pytest.approx(whole, abs=5e-4)
+
+
+def test_a_scanned_program_has_the_operations_of_the_unrolled_one():
+    weights, x, one = jnp.ones((5, 64, 64)), jnp.ones((32, 64)), 2 * 32 * 64 * 64
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    scanned = jax.grad(lambda weights, x: jax.lax.scan(jax.checkpoint(step), x, weights)[0].sum())
+    assert operations(jax.make_jaxpr(scanned)(weights, x)) == (5 + 5 + 2 * 5) * one  # forward, again, two products back
+    unrolled = jax.grad(lambda weights, x: [x := step(x, w)[0] for w in weights][-1].sum())
+    products = operations(jax.make_jaxpr(unrolled)(weights, x))
+    assert products == (5 + 2 * 5 - 1) * one  # of the first layer's input there is no gradient
+    counted = jax.jit(unrolled).lower(weights, x).compile().cost_analysis()
+    assert counted is not None
+    assert products <= counted["flops"] < 1.05 * products
+
+
+def test_a_kernels_operations_count_its_padded_tiles_and_are_those_of_each_chip():
+    q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)  # 300 tokens are three tiles of 128
+    program = lambda q: attend(q, q, q, kernel=Kernel("splash"))[0]
+    whole = operations(jax.make_jaxpr(program)(q))
+    assert whole == 2 * 4 * 4 * 384 * 384 * 64
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"))):
+        assert operations(jax.make_jaxpr(program)(q), chips=4) == whole / 4
+
+
+def test_a_loop_of_unknown_length_must_hold_no_products():
+    endless = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        operations(jax.make_jaxpr(endless)(jnp.ones((2, 2))))
+
+
+# ---- a compiled program's text --------------------------------------------------------------------------------------
+
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused (param_0.1: f32[6,4,4], param_1.1: s32[]) -> f32[1,4,4] {
+  %param_0.1 = f32[6,4,4]{2,1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  ROOT %dynamic-slice.1 = f32[1,4,4]{2,1,0} dynamic-slice(%param_0.1, %param_1.1), dynamic_slice_sizes={1,4,4}
+}
+
+%begin (param_0.2: f32[1,4,4]) -> (f32[1,4,4], f32[1,16,4], u32[]) {
+  %param_0.2 = f32[1,4,4]{2,1,0} parameter(0)
+  %all-gather.1 = f32[1,16,4]{2,1,0} all-gather(%param_0.2), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+  ROOT %start = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}, u32[]{:S(2)}) custom-call(%all-gather.1)
+}
+
+%end (param_0.3: f32[1,4,4]) -> f32[1,16,4] {
+  %param_0.3 = f32[1,4,4]{2,1,0} parameter(0)
+  ROOT %all-gather.2 = f32[1,16,4]{2,1,0} all-gather(%param_0.3), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+
+%condition (state: (s32[], f32[6,4,4])) -> pred[] {
+  %end = s32[] constant(6)
+  %state = (s32[], f32[6,4,4]{2,1,0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%counter, %end), direction=LT
+}
+
+%body (arg: (s32[], f32[6,4,4])) -> (s32[], f32[6,4,4]) {
+  %arg = (s32[], f32[6,4,4]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %w = f32[6,4,4]{2,1,0} get-tuple-element(%arg), index=1
+  %slice = f32[1,4,4]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%fused
+  %gather-start = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}) all-gather-start(%slice), replica_groups=[2,4]<=[8]
+  %gather-done = f32[1,16,4]{2,1,0} all-gather-done(%gather-start)
+  %begun = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}, u32[]{:S(2)}) fusion(%slice), kind=kCustom, calls=%begin
+  %half = f32[1,4,4]{2,1,0} get-tuple-element(%begun), index=0
+  %ended = f32[1,16,4]{2,1,0} fusion(%half), kind=kCustom, calls=%end
+  ROOT %out = (s32[], f32[6,4,4]{2,1,0}) tuple(%i, %w)
+}
+
+ENTRY %main (x: bf16[10,10], w: f32[6,4,4]) -> f32[8] {
+  %x = bf16[10,10]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = f32[6,4,4]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[6,4,4]{2,1,0}) tuple(%zero, %w.1)
+  %while = (s32[], f32[6,4,4]{2,1,0}) while(%in), condition=%condition, body=%body
+  %near = bf16[10,10]{1,0:T(8,128)(2,1)S(1)} copy(%x)
+  %sum = bf16[10,10]{1,0} all-reduce(%near), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %cut = f32[8]{0} custom-call(%sum), custom_call_target="x"
+}
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    program = Program.parse(TEXT)
+    # Each of four chips holds 64 bytes of what twice in six turns becomes 256; two chips sum 200 bytes.
+    assert program.collectives() == [
+        Collective("all-gather", 12, 12 * 3 * 64.0),
+        Collective("all-reduce", 1, 2 * 0.5 * 200.0),
+    ]
+
+
+def test_traffic_is_what_operations_read_and_write_outside_of_the_chips_own_memory():
+    slice_, gather = 64 + 64 + 4, 64 + 256
+    copy, reduce, cut = 200, 400, 200 + 32
+    assert Program.parse(TEXT).traffic() == 6 * (slice_ + 2 * gather) + copy + reduce + cut
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        Program.parse("HloModule nothing\n")
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+ANALYSIS = SimpleNamespace(
+    argument_size_in_bytes=1100,
+    temp_size_in_bytes=500,
+    output_size_in_bytes=400,
+    alias_size_in_bytes=390,
+    generated_code_size_in_bytes=20,
+)
+FULL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded by 2.75G."
+
+
+def test_memory_is_arguments_temporaries_and_what_is_not_given_back_in_place():
+    memory = planning.measured(ANALYSIS, {"base": 900.0, "batch": 150.0}, limit=1630.0)
+    assert memory.parts["padding"] == 50
+    assert memory.parts["output"] == 10
+    assert memory.total == 1100 + 500 + 10 + 20
+    assert memory.fits
+    assert not planning.measured(ANALYSIS, {"base": 900.0}, limit=1629.0).fits
+
+
+def test_the_compilers_refusal_is_a_verdict_and_every_other_error_is_one():
+    memory = planning.refused(FULL, {"base": 2.0**30}, limit=16.0 * 2**30)
+    assert not memory.fits
+    assert (memory.total, memory.limit) == (18.5 * 2**30, 15.75 * 2**30)
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        planning.refused("INTERNAL: something else", {}, limit=1.0)
+
+
+def made(batch: int, total: float, limit: float, where: str = "v5e:2x2") -> Plan:
+    memory = Memory({"temporaries": float(total)}, float(total), float(limit))
+    return Plan(Slice.parse(where), (4, 1, 1), batch, memory, 1e12, 2e12, Moved(8.19e9, ()), 1.0)
+
+
+@pytest.mark.parametrize(("limit", "status", "words"), [(10, 0, ": fits"), (9, 1, ": does not fit")])
+def test_the_exit_status_is_the_verdict(limit, status, words, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "plan_magnet", lambda config, where: made(config.run.batch_size, 10, limit))
+    assert main(["plan", *COCO, "--topology=v5e:2x2", "--run.batch_size=8"]) == status
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "batch 8" in printed
+    assert re.search(r"compute +10\.2\n +HBM +10\.0\n", printed)
+    assert "compute dominates" in printed
+
+
+def test_the_largest_batch_is_found_in_few_compilations(monkeypatch, capsys):
+    monkeypatch.setattr(
+        planning, "plan_magnet", lambda config, where: made(config.run.batch_size, 100 + config.run.batch_size, 200.5)
+    )
+    assert main(["plan", *COCO, "--topology=v5e:2x2", "--largest-batch", "--markdown"]) == 0
+    printed = capsys.readouterr()
+    assert "| 100 |" in printed.out
+    assert len(printed.err.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("limit", [104, 104.5, 117, 163, 5000])
+def test_the_next_larger_batch_does_not_fit(limit):
+    total = lambda batch: 100 + batch + (8 if batch > 12 else 0)  # not quite linear
+    plans = {plan.batch_size: plan for plan in largest_batch(lambda batch: made(batch, total(batch), limit), 4)}
+    best = max((batch for batch, plan in plans.items() if plan.memory.fits))
+    assert not plans[best + 4].memory.fits
+
+
+def test_a_step_that_never_fits_has_no_largest_batch():
+    assert [plan.memory.fits for plan in largest_batch(lambda batch: made(batch, 9, 1), 4)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v9:2x2"], "one of v5e, v5p, v6e"),
+        (["--topology=v5e"], "as in v5e:4x4"),
+        (["--topology=v5p:2x2"], "slices of v5p have 3 sides, as in v5p:2x2x2"),
+        (["--topology=v5e:2x2", "--model=nothing"], "nothing: expected one of sd3-medium"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments, words, capsys):
+    assert main(["plan", *COCO, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_tasks_without_plans_are_refused(capsys):
+    other = str(ROOT / "configs" / "miniature" / "autoencoder.yaml")
+    assert main(["plan", "--config", other, "--topology=v5e:2x2"]) == 2
+    assert "plans are made for magnet" in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_is_said_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", *COCO, "--topology=v5e:2x2"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_chips_have_their_documented_facts():
+    assert {name: (chip.flops, chip.memory / 2**30) for name, chip in CHIPS.items()} == {
+        "v5e": (197e12, 16),
+        "v5p": (459e12, 95),
+        "v6e": (918e12, 32),
+    }
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")
+    }
+    command = [sys.executable, "-m", "seg4diff_jax", "plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def total(printed: str) -> float:
+    """Bytes that a plan says a chip holds."""
+    found = re.search(r"^ +total +([\d.]+) ", printed, re.MULTILINE)
+    assert found is not None, printed
+    return float(found[1]) * 2**30
+
+
+@needs_libtpu
+def test_the_miniature_is_planned_for_four_chips():
+    config = ["--config", "configs/magnet/miniature.yaml", "--model=miniature", "--dtype=bfloat16"]
+    done = run(*config, "--topology=v5e:2x2", "--run.mesh.fsdp=4")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert total(done.stdout) < 1e9
+    assert re.search(r"all-gather +\d", done.stdout)
+    refused = run(*config, "--topology=v5e:2x2", "--run.mesh.fsdp=3")
+    assert refused.returncode == 2
+    assert "v5e:2x2: fsdp x tensor is 3 x 1 = 3, which does not divide the 4 devices" in refused.stderr
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("cache", [["--cache=cache"], []], ids=["cached", "with encoders"])
+def test_a_step_of_sd3_medium_at_1024_pixels_fits_in_24_gb(cache):
+    done = run(*COCO, "--topology=v6e:1x1", "--data.crop=center", *cache)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert total(done.stdout) <= 24e9
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_sd35_large_trains_on_chips_of_16_gb():
+    large = ["--model=sd3.5-large", "--block=19", "--data.crop=center", "--cache=cache", "--run.batch_size=16"]
+    done = run(*COCO, *large, "--topology=v5e:4x4", "--run.mesh.fsdp=16")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert total(done.stdout) <= 16e9
