@@ -14,6 +14,7 @@ from seg4diff_jax.flow import euler, guided, is_whole
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.text import TextConditioning
 
 
@@ -77,10 +78,10 @@ def finite_pictures(
     vae: VAE, latents: Float[Array, "images rows columns channels"]
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
     """Decoded, on the host. Raises FloatingPointError for pixels that are not finite."""
-    pictures, finite = decode_pictures(vae, latents)
+    pictures, finite = map(on_host, decode_pictures(vae, latents))
     if not finite:
         raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")
-    return list(np.asarray(pictures))
+    return list(pictures)
 
 
 def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
@@ -87,6 +88,16 @@ def batch_share(processes: Int[np.ndarray, "data fsdp tensor"], process: int) ->
             "expected neighbours, as many for each; make data x fsdp a multiple of the processes"
         )
     return shares.index(held[process]), len(shares)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """All of an array in this process's memory, wherever its parts lie.
+
+    Where they lie with other processes, all of these must ask for it together.
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation": "",
     "parallel": "",
     "magnet": "flow models segmentation",
-    "generation": "flow models text",
+    "generation": "flow models parallel text",
     "masks": "flow models segmentation text",
     # What is around them, in memory.
     "images": "",

@@ -21,6 +21,7 @@ from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.text import TextConditioning, TokenIds, encode_prompts
 from seg4diff_jax.training.mask_items import mirrored
 from seg4diff_jax.training.scenes import to_model_range
@@ -42,9 +43,9 @@ def encoded(encoders: Encoders, source: Source, batch_size: int, *, both: bool) 
     for batch, count in evaluation_batches(source, batch_size):
         images = batch.pop("image")
         views = [images, images[:, :, ::-1]] if both else [images]
-        latents = np.stack([np.asarray(_latents(encoders.vae, view), np.float16) for view in views], axis=1)
+        latents = np.stack([on_host(_latents(encoders.vae, view)).astype(np.float16) for view in views], axis=1)
         texts = _texts(encoders.clip_l, encoders.clip_g, encoders.t5, _ids(batch))
-        states, pooled = (np.asarray(each, np.float16) for each in texts)
+        states, pooled = (on_host(each).astype(np.float16) for each in texts)
         rest = {name: values for name, values in batch.items() if name != "index" and name not in IDS[1:]}
         whole = {**rest, "latents": latents, "states": states, "pooled": pooled}
         yield {name: values[:count] for name, values in whole.items()}

@@ -19,6 +19,7 @@ from seg4diff_jax.data.views import View
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.lora import remove_lora
 from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
 from seg4diff_jax.text import TokenIds, Tokenizers
 from seg4diff_jax.training.encoded_items import Encoders, conditioning, encoded
@@ -142,8 +143,8 @@ class HeldOut:
             for number, sigma in enumerate(self.sigmas):
                 level = jnp.float32(sigma)
                 matrix, loss = _score(transformer, batch, noise, level, self.classes, self.block, self.zeros)
-                losses.append(np.asarray(loss)[:count])
-                confusion += np.asarray(matrix, np.int64) * (number == 0)
+                losses.append(on_host(loss)[:count])
+                confusion += on_host(matrix).astype(np.int64) * (number == 0)
         return {"miou": 100 * mean_iou(confusion), "velocity_loss": float(np.concatenate(losses).mean())}
 
     def prompts(self, tokenizers: Tokenizers, count: int) -> tuple[TokenIds, TokenIds]:

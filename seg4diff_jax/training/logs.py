@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.tensorboard import EventFile
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
@@ -48,7 +50,7 @@ class Logs:
         self._bar = self._progress.add_task(name, total=steps, completed=start, values="")
         self._steps, self._name = steps, name
         self._begun: tuple[int, float] | None = None
-        self._events = None
+        self._events, self._directory = None, directory
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
             _drop_rows_after(directory / METRICS, start)
@@ -64,8 +66,10 @@ class Logs:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         if self._events is not None:
-            self._rows.close()
-            self._events.close()
+            with suppress(OSError):  # of a full disk has been told
+                self._rows.close()
+            with suppress(OSError):
+                self._events.close()
 
     def say(self, text: str) -> None:
         self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
@@ -81,9 +85,15 @@ class Logs:
             self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
         if self._events is not None:
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            self._rows.write(json.dumps({"step": step, **finite}) + "\n")
-            self._rows.flush()
-            self._events.scalars(step, values)
+            try:
+                self._rows.write(json.dumps({"step": step, **finite}) + "\n")
+                self._rows.flush()
+                self._events.scalars(step, values)
+            except OSError as error:
+                raise TrainingError(
+                    f"{self._directory}: the log of step {step} could not be written ({error.strerror}); checkpoints "
+                    "up to now are intact. Make room on the disk, then continue with --resume"
+                ) from error
 
     def _left(self, step: int) -> str:
         """As long as the steps since the first one took, all that was between them with it."""

@@ -30,13 +30,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
 from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
-from seg4diff_jax.parallel import BATCH, make_mesh
+from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import Logs, Throughput
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
+from seg4diff_jax.training.work import Work, measured_peak
 
 CONFIG = "config.yaml"
 IN_FLIGHT = 2
@@ -60,6 +61,7 @@ class Task:
       best: the metric whose largest value marks the best checkpoint.
       export: writes what the run is for into a directory; given the same model as `evaluate`.
       item: an item's number to what error messages call it.
+      work: what an item takes of a step, of which the log makes a fraction of the devices' peak; None: not known.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Task:
     best: str | None = None
     export: Callable[[Any, Path], None] | None = None
     item: Callable[[int], str] = "item {}".format
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def train(
     out = Path(run.out)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     check_batch(run, mesh)
+    if task.work is not None:
+        measured_peak(task.work.dtype)  # remembered; later a mesh is in context, and devices are busy
     with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, _termination() as stop:
         if checkpoints.latest is not None and not resume:
             raise TrainingError(
@@ -137,7 +142,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         trainer = _prepare(task, run, optimizer, mesh)
-        data = _data(task, run)
+        data = _data(task, run, mesh)
         start, changed = 0, []
         if checkpoints.latest is not None:
             start = checkpoints.latest
@@ -163,14 +168,15 @@ def check_batch(run: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _data(task: Task, run: RunConfig) -> Any:
+def _data(task: Task, run: RunConfig, mesh: Mesh) -> Any:
+    processes = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     return training_batches(
         task.source,
         batch_size=run.batch_size,
         seed=run.seed,
         augment=task.augment,
         workers=run.workers,
-        process=(jax.process_index(), jax.process_count()),
+        process=batch_share(processes, jax.process_index()),
     )
 
 
@@ -258,11 +264,7 @@ def _steps(
         logs.advance(done)
         if last or stopping or done % run.log_every == 0:
             values = watch.take()
-            rates = {
-                "learning_rate": float(trainer.schedule(done - 1)),
-                "images_per_second": throughput.take(),
-            }
-            logs.row(done, values | rates)
+            logs.row(done, values | _rates(trainer, done, throughput.take()))
         throughput.pause()
         scores = None
         if not stopping and (last or done % run.evaluate_every == 0):
@@ -276,6 +278,13 @@ def _steps(
             checkpoints.wait()
             logs.say(f"stopped by SIGTERM after step {done}, which is checkpointed: go on with --resume")
             return
+
+
+def _rates(trainer: Trainer, done: int, images_per_second: float) -> dict[str, float]:
+    rates = {"learning_rate": float(trainer.schedule(done - 1)), "images_per_second": images_per_second}
+    if work := trainer.task.work:
+        rates["fraction_of_peak"] = work.flops * images_per_second / measured_peak(work.dtype)
+    return rates
 
 
 def _evaluate(trainer: Trainer, done: int, logs: Logs) -> dict[str, float] | None:
@@ -313,7 +322,9 @@ class Watch:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(values[name])]
             if bad:
-                named = ", ".join(self._task.item(int(item)) for item in items)
+                if jax.process_count() > 1:
+                    items = multihost_utils.process_allgather(items)
+                named = ", ".join(self._task.item(item) for item in dict.fromkeys(items.ravel().tolist()))
                 parts = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
                 raise TrainingError(
                     f"step {step}: {' and '.join(bad)} not finite ({parts}). The batch held {named}. The checkpoints "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,22 +29,24 @@ from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
+from seg4diff_jax.models.flops import adapter_step_flops, clip_text_flops, t5_flops, vae_encoder_flops
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRA, LoRAConfig
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.mmdit import MMDiT
-from seg4diff_jax.parallel import parameter_shardings
+from seg4diff_jax.parallel import make_mesh, parameter_shardings
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training import adapter_files
 from seg4diff_jax.training.encoded_items import Encoders, Turned, conditioning, encoded, encoded_ids
 from seg4diff_jax.training.flow_matching import Denoiser
 from seg4diff_jax.training.held_out import HeldOut, HeldOutData, open_both
 from seg4diff_jax.training.loop import RunConfig, Task
-from seg4diff_jax.training.mask_items import MaskData, Pictures, ViewItems
+from seg4diff_jax.training.mask_items import T5_LENGTH, MaskData, Pictures, ViewItems
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.samples import Samples, sample_row
 from seg4diff_jax.training.scenes import Mapped, make_once, to_model_range
 from seg4diff_jax.training.state import name as dotted
+from seg4diff_jax.training.work import Work
 
 TRAINABLE = nnx.Any(LoRA, nnx.PathContains("head"))
 REMATERIALISED: dict[str, bool | Callable] = {
@@ -202,13 +204,12 @@ def task(config: MagnetConfig) -> Task:
         _name_uncaptioned(pictures.source)
     items = ViewItems(pictures, config.data, opened.size, opened.tokenizers, config.positions)
     held_out = None if scored is None else _held_out(config, opened, scored)
-    source, augment, encoders = pictures.source, items, None
+    source, augment = pictures.source, items
     if config.cache is not None:
-        encoders = opened.encoders()
+        encoders = opened.encoders(make_mesh(1, jax.local_device_count(), among=jax.local_devices()))
         if held_out is not None:
             held_out.encode(encoders)
         source, augment = _cached(config, opened, pictures, items, encoders), Turned(config.data.flip)
-    kept = encoders if config.samples is not None else None
     return Task(
         name="MAGNET",
         init=partial(init, config, opened),
@@ -219,10 +220,11 @@ def task(config: MagnetConfig) -> Task:
         evaluate=None if held_out is None else partial(_evaluate, held_out=held_out),
         pictures=None
         if held_out is None or config.samples is None
-        else partial(_pictures, held_out=held_out, opened=opened, samples=config.samples, encoders=kept),
+        else partial(_pictures, held_out=held_out, opened=opened, samples=config.samples, kept={}),
         best=None if held_out is None else "miou",
         export=partial(export, config=config),
         item=lambda index: f"{pictures.names[index]} (item {index})",
+        work=Work(step_flops(config, opened), config.dtype),
     )
 
 
@@ -230,6 +232,25 @@ def _name_uncaptioned(folder: MaskFolder) -> None:
     if without := folder.uncaptioned():
         some = ", ".join(without[:20]) + (" ..." if len(without) > 20 else "")
         warnings.warn(f"{len(without)} of {len(folder)} pictures have no caption: prompt '' for {some}", stacklevel=2)
+
+
+def step_flops(config: MagnetConfig, opened: Opened) -> int:
+    """What a picture needs of a step: the adapters' gradients through the transformer, and without a cache encoders."""
+    from convert.components import parse_config
+
+    names = ("transformer", *opened.encoder_names)
+    configs = {name: parse_config(name, opened.source.configs[name]) for name in names}
+    transformer, vae = configs["transformer"], configs["vae"]
+    clip_tokens, t5_tokens = opened.clip_tokens, T5_LENGTH if opened.t5 else 0
+    image = (opened.size // vae.downsampling // transformer.patch_size) ** 2
+    # The zeros that stand for an absent T5 are equal: one of them is computed for all.
+    text = clip_tokens + max(1, t5_tokens)
+    flops = adapter_step_flops(transformer, config.lora, image, text, mapped=clip_tokens).needed
+    if config.cache is None:
+        flops += vae_encoder_flops(vae, opened.size, opened.size)
+        flops += sum(clip_text_flops(configs[name], clip_tokens) for name in ("text_encoder", "text_encoder_2"))
+        flops += t5_flops(configs["text_encoder_3"], t5_tokens) if opened.t5 else 0
+    return flops
 
 
 def init(config: MagnetConfig, opened: Opened, seed: int, mesh: Mesh) -> Magnet:
@@ -351,11 +372,13 @@ def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:
 
 
 def _pictures(
-    model: Magnet, *, held_out: HeldOut, opened: Opened, samples: Samples, encoders: Encoders | None
+    model: Magnet, *, held_out: HeldOut, opened: Opened, samples: Samples, kept: dict[Mesh, Encoders]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """T5 is left out, as in masks."""
-    used = model.encoders or encoders
-    assert used is not None
+    """T5 is left out, as in masks. `kept`: encoders that the model lacks, beside it on its mesh."""
+    used = model.encoders
+    if used is None:
+        mesh = model.transformer.context_embed.kernel.get_value().sharding.mesh
+        used = kept[mesh] = kept.get(mesh) or replace(opened, t5=False).encoders(mesh)
     captions, empty = held_out.prompts(opened.tokenizers, samples.count)
     denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
     schedule = opened.source.schedule

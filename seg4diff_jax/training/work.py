@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 SIDE = {"cpu": 1024}
 LARGE, PRODUCTS, SECONDS = 8192, 4, 0.5
-"""Side of the matrices where the table has none, how often they are multiplied in one program, and for how long programs
-are timed."""
+"""Side of the matrices where the table has none, how often they are multiplied in one program, and for how long it is
+timed."""
 
 
 class Work(NamedTuple):
