@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.evaluation.batches import LeftOut, Reader
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.measure import check_batch_size
 from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.loading import load
 from seg4diff_jax.segmentation.metrics import mean_iou
+from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 from tests.reference.evaluation_run import measured
 from tests.test_evaluate import SIZES, write_images
 
@@ -34,7 +38,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(sd3_checkpoint, root) -> Outcome:
     """One device, one process, one sitting; two images a batch."""
-    return measured(str(sd3_checkpoint), str(root), 2)
+    return measured(load(sd3_checkpoint, blocks=1), str(root), 2)
 
 
 def run_apart(*arguments: str, flags: str = "") -> subprocess.Popen[str]:
@@ -43,24 +47,32 @@ def run_apart(*arguments: str, flags: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def assert_alike(found: Outcome, expected: Outcome) -> None:
-    """The same images and pixels; between classes that tie but for the order of sums a pixel may go to either."""
-    np.testing.assert_array_equal(found.indices, expected.indices)
-    np.testing.assert_array_equal(found.histograms, expected.histograms)
-    for ours, theirs in zip(found.counted[:3], expected.counted[:3], strict=True):
-        np.testing.assert_array_equal(ours.sum(axis=-1), theirs.sum(axis=-1))
-        assert np.abs(ours - theirs).sum() <= 4e-3 * theirs.sum()
-    assert 100 * mean_iou(found.counted.confusion[0, 0]) == pytest.approx(
-        100 * mean_iou(expected.counted.confusion[0, 0]), abs=0.05
-    )
-
-
-def test_eight_devices_that_share_batches_count_what_one_counts(sd3_checkpoint, root, alone, tmp_path):
+def test_eight_devices_that_share_batches_count_what_one_counts(tmp_path):
+    # Of the miniature: random weights tie so often that the order of sums decides about pixels.
+    write_folder(tmp_path / "scenes", (scene("validation", index, 64) for index in range(12)))
     flags = f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
-    process = run_apart("write", str(sd3_checkpoint), str(root), "8", str(tmp_path / "eight"), flags=flags)
+    process = run_apart("spread", str(tmp_path / "scenes"), str(tmp_path), flags=flags)
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
-    assert_alike(Outcome.from_bytes((tmp_path / "eight").read_bytes()), alone)
+    spread, alone, single = (
+        Outcome.from_bytes((tmp_path / name).read_bytes()) for name in ("spread", "alone", "one by one")
+    )
+    assert spread.indices.tolist() == list(range(12))
+    assert spread.counted.confusion.sum() == spread.histograms.sum() > 0
+    names = ("pixels", "permuted", "one_segment")
+    pairs = [*zip(spread.counted[:3], alone.counted[:3], strict=True)]
+    pairs += [(getattr(spread.matched, name), getattr(alone.matched, name)) for name in names]
+    for ours, theirs in pairs:
+        # Sums of another order may move a pixel whose two best maps tie within rounding: masks equal on 99.99 %.
+        assert np.abs(ours - theirs).sum(dtype=float) / 2 <= 1e-4 * spread.histograms.sum()
+    np.testing.assert_array_equal(spread.matched.segments, alone.matched.segments)
+    assert figures(spread) == pytest.approx(figures(single), abs=0.01)
+
+
+def figures(outcome: Outcome) -> list[float]:
+    """mIoU in percent: with names, then of each protocol without."""
+    (confusion,), (without,) = outcome.counted.confusion[0], outcome.matched.pixels[0]
+    return [100 * mean_iou(confusion), *(100 * MatchCounts(*pixels).mean_iou() for pixels in without)]
 
 
 def test_a_batch_that_devices_cannot_share_evenly_is_refused():
@@ -76,6 +88,7 @@ def test_two_processes_read_each_image_once_between_them_and_the_first_writes_th
         address = f"localhost:{free.getsockname()[1]}"
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
     options += ["--seeds", "5", "--batch-size", "2", "--pictures", "1", "--distributed"]
+    options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.02"]
     together = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     both = [
         subprocess.Popen(
@@ -93,9 +106,8 @@ def test_two_processes_read_each_image_once_between_them_and_the_first_writes_th
         assert process.returncode == 0, errors
     assert not (tmp_path / "1").exists()
     contents = json.loads((tmp_path / "0/results.json").read_text())
-    (row,) = contents["rows"]
-    assert row["images"] == len(alone.indices) == len(SIZES)
-    assert row["miou"] == pytest.approx(100 * mean_iou(alone.counted.confusion[0, 0]), abs=0.01)
+    assert {row["images"] for row in contents["rows"]} == {len(alone.indices)} == {len(SIZES)}
+    assert [row["miou"] for row in contents["rows"]] == pytest.approx(figures(alone)[:2], abs=0.01)
     assert (contents["device"]["devices"], contents["device"]["processes"]) == (2, 2)
 
 
@@ -104,6 +116,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 ):
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
     options += ["--batch-size", "2", "--shard-batches", "1", "--pictures", "0"]
+    options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.004,0.02"]
     of_one_seed, out = [*options, "--seeds", "5"], str(tmp_path / "out")
     process = run_apart("killed", *of_one_seed, "--out", out)
     _, errors = process.communicate(timeout=900)
@@ -112,6 +125,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     assert "holds an interrupted run: give --resume to go on" in capsys.readouterr().err
     assert main([*options, "--seeds", "5,6", "--out", out, "--resume"]) == 1
     assert "seeds was [5] and is [5, 6]" in capsys.readouterr().err
+    assert main([*of_one_seed, "--unsupervised.threshold", "0.02", "--out", out, "--resume"]) == 1
+    assert "unsupervised.threshold was [0.004, 0.02] and is [0.02]" in capsys.readouterr().err
     (tmp_path / "out/progress/000001.npz").write_bytes(b"damaged")
 
     read: list[int] = []
@@ -121,12 +136,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     assert sorted(read) == [2, 3, 4, 5, 6]
     assert not (tmp_path / "out/progress").exists()
     assert main([*of_one_seed, "--out", str(tmp_path / "whole")]) == 0
-    figures = [
+    scores = [
         [{name: row[name] for name in ("images", "miou", "pixel_accuracy", "iou")} for row in contents[part]]
         for contents in (json.loads((tmp_path / run / "results.json").read_text()) for run in ("out", "whole"))
         for part in ("rows", "baselines")
     ]
-    assert figures[:2] == figures[2:]
+    assert scores[:2] == scores[2:]
+    assert [len(some) for some in scores[:2]] == [3, 3 + 3]
     assert main([*of_one_seed, "--out", out, "--resume"]) == 1
     assert "is complete: there is nothing to --resume" in capsys.readouterr().err
 
@@ -134,9 +150,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 def test_what_was_counted_is_the_same_after_a_file():
     rng = np.random.default_rng(0)
     counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, 5))])
+    shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4)]
+    matched = Matched(*(rng.integers(0, 2**40, shape) for shape in shapes))
     histograms, left_out = rng.integers(0, 9, (5, 4)), (LeftOut(3, "skipped", "ünreadable"),)
-    outcome = Outcome(counted, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
+    outcome = Outcome(counted, matched, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
     again = Outcome.from_bytes(outcome.to_bytes())
-    for ours, theirs in zip((*again.counted, again.indices), (*counted, outcome.indices), strict=True):
+    for ours, theirs in zip(
+        (*again.counted, *again.matched, again.indices), (*counted, *matched, outcome.indices), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert again.left_out == left_out

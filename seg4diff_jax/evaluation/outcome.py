@@ -69,7 +69,8 @@ def together(parts: Sequence[Outcome]) -> Outcome:
     *sums, rights = (list(arrays) for arrays in counts)
     indices = np.concatenate([part.indices for part in parts])
     order = np.argsort(indices, kind="stable")
-    right = np.concatenate(rights, axis=2)[:, :, order]
+    right = np.concatenate(rights, axis=2)
+    right = right[:, :, order] if len(right) else right  # without passes there are no images in it
     return Outcome(
         Counted._make([*(sum(arrays) for arrays in sums), right]),
         Matched._make(sum(arrays) for arrays in zip(*(part.matched for part in parts), strict=True)),

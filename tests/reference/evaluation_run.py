@@ -1,4 +1,4 @@
-"""Measure a small model on a folder in a process of its own: on all its devices, or until it is killed."""
+"""Measure a model on a folder in a process of its own: on all its devices and on one, or until it is killed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from seg4diff_jax.evaluation.measure import Measurement, Settings
 from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.loading import load
+from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
+
+WITHOUT_NAMES = (UnsupervisedProtocol(0.02), UnsupervisedProtocol(0.1, "token", "row", absent_classes=True))
 
 
-def measured(model: str, root: str, batch_size: int) -> Outcome:
-    """Block 0 at noise level 8, seed 5, the classes that are present."""
-    settings = Settings(blocks=(0,), steps=(8,), seeds=(5,), batch_size=batch_size)
-    pipe = load(model, mesh=local_mesh(), blocks=1)
+def measured(pipe: Pipeline, root: str, batch_size: int, *, block: int = 0, step: int = 8) -> Outcome:
+    """One block at one noise level, seed 5: the classes that are present, and segments without names."""
+    settings = Settings((block,), (step,), (5,), batch_size, unsupervised=WITHOUT_NAMES)
     return Measurement(pipe, folder_benchmark(root), settings).outcome()
 
 
-def write(model: str, root: str, batch_size: str, target: str) -> None:
-    """What was counted, as a file."""
-    Path(target).write_bytes(measured(model, root, int(batch_size)).to_bytes())
+def spread(root: str, target: str) -> None:
+    """The miniature on all devices, then on one of them at the same batch size and at 1: what was counted, as files."""
+    mesh = local_mesh()
+    assert mesh is not None
+    for name, where, batch_size in (("spread", mesh, mesh.size), ("alone", None, mesh.size), ("one by one", None, 1)):
+        pipe = load("miniature", mesh=where, blocks=4)
+        outcome = measured(pipe, root, batch_size, block=3, step=3)
+        (Path(target) / name).write_bytes(outcome.to_bytes())
 
 
 def killed(*options: str) -> None:
@@ -43,4 +51,4 @@ def killed(*options: str) -> None:
 
 
 if __name__ == "__main__":
-    {"write": write, "killed": killed}[sys.argv[1]](*sys.argv[2:])
+    {"spread": spread, "killed": killed}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,273 @@
+"""evaluate.py without names: figures against the whole procedure in plain NumPy and SciPy, image by image."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import seg4diff_jax as s4d
+from seg4diff_jax.data.names import Background
+from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, open_benchmark
+from seg4diff_jax.evaluation.command import main, merging_protocols
+from seg4diff_jax.evaluation.measure import Settings
+from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols
+from seg4diff_jax.evaluation.run import Evaluation, evaluate
+from seg4diff_jax.flow import image_noise
+from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, UnsupervisedProtocol
+from tests.reference.adapters import RANK, factors, release_names, write_release
+from tests.reference.inputs import SQUARE, VARIED, an_image
+from tests.reference.label_files import label, picture
+from tests.reference.unsupervised import IGNORED, count_matches, labels_of, merged
+
+CLASSES = ("cat", "dog", "sky", "tree")
+SIZES = [(40, 60), (50, 30), (64, 64)]
+BLOCKS, SEED = (VARIED, 2), 5
+HERE = (
+    UnsupervisedProtocol(0.004),
+    UnsupervisedProtocol(0.02),
+    UnsupervisedProtocol(0.02, absent_classes=True),
+    UnsupervisedProtocol(0.1, "token", "row", absent_classes=True),
+    UnsupervisedProtocol(0.001, "token", "row", absent_classes=True),
+)
+"""Ours at two thresholds; then the release's, the last at one that leaves more segments than classes."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("set") / "patches"
+    for name in ("images", "labels"):
+        (root / name).mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    for number, (height, width) in enumerate(SIZES):
+        patches = np.random.default_rng(number).choice([0, 1, 3, IGNORED], (4, 3)).astype(np.uint8)
+        labels = np.kron(patches, np.ones((-(-height // 4), -(-width // 3)), np.uint8))[:height, :width]
+        Image.fromarray(an_image(height, width, number)).save(root / "images" / f"{number}.png")
+        Image.fromarray(labels).save(root / "labels" / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluation(sd3, root) -> Evaluation:
+    settings = Settings(BLOCKS, (8, 2), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
+    return evaluate(sd3, folder_benchmark(root), settings, shown=2)
+
+
+def row_of(rows: list[dict], protocol: UnsupervisedProtocol, block: int, step: int) -> dict:
+    found = [
+        row
+        for row in rows
+        if UnsupervisedProtocol(row["threshold"], row["minmax"], row["match"], row["absent_classes"]) == protocol
+        and (row["block"], row["step"]) == (block, step)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def attention_of(pipe: s4d.Pipeline, benchmark: Benchmark, index: int, block: int, step: int) -> np.ndarray:
+    """[image, tokens], the mean over heads."""
+    noise = np.asarray(image_noise(SEED, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+    image, how = benchmark.source[index]["image"], {"size": (SQUARE, SQUARE), "noise": noise, "step": step}
+    probs = pipe.attention(image, "", blocks=block, **how)[block].probs
+    assert probs is not None
+    return np.asarray(probs)[0].mean(axis=0)
+
+
+@pytest.mark.parametrize("step", [8, 2])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_figures_are_those_of_the_procedure_in_plain_loops(sd3, root, evaluation, block, step):
+    benchmark = folder_benchmark(root)
+    attention = [attention_of(sd3, benchmark, index, block, step) for index in range(len(SIZES))]
+    grid = (SQUARE // 16, SQUARE // 16)
+    for protocol in HERE:
+        counts, numbers = np.zeros((3, len(CLASSES)), int), []
+        for index, one in enumerate(attention):
+            labels = benchmark.source[index]["labels"]
+            segments = merged(one, protocol.threshold, protocol.minmax)
+            found = labels_of(segments, grid, labels.shape)
+            own = count_matches(labels, found, len(CLASSES), protocol.match, protocol.absent_classes)
+            counts += np.array([own.hits, own.false, own.missed])
+            numbers.append(len(segments))
+        hits, union = counts[0], counts.sum(axis=0)
+        row = row_of(evaluation.rows, protocol, block, step)
+        iou = {name: row["iou"][name] for name in CLASSES}
+        assert [name for name in CLASSES if iou[name] is None] == [CLASSES[i] for i in np.flatnonzero(union == 0)]
+        assert row["miou"] == pytest.approx(100 * (hits / np.maximum(union, 1))[union > 0].mean(), abs=0.05)
+        assert row["pixel_accuracy"] == pytest.approx(100 * hits.sum() / (counts[0] + counts[2]).sum(), abs=0.05)
+        assert row["segments"] == pytest.approx(np.mean(numbers), abs=0.01)
+        assert (row["images"], row["protocol"], row["prompts"]) == (len(SIZES), "unsupervised", "empty")
+
+
+def test_one_pass_serves_all_blocks_and_protocols_and_makes_a_row_for_each(evaluation):
+    assert len(evaluation.rows) == 2 * len(BLOCKS) * len(HERE)
+    assert len({row["seconds"] for row in evaluation.rows}) == 1
+    assert evaluation.best.prompts == "empty"
+    best = max(evaluation.rows, key=lambda row: row["miou"])
+    assert (evaluation.best.block, evaluation.best.step) == (best["block"], best["step"])
+    assert not evaluation.shown, "segments without names are not shown"
+
+
+def test_guessers_are_matched_as_segments_are(evaluation, root):
+    (whole,) = [row for row in evaluation.baselines if row["baseline"] == "one_segment"]
+    labels = [folder_benchmark(root).source[index]["labels"] for index in range(len(SIZES))]
+    commonest = [np.bincount(each[each != IGNORED], minlength=len(CLASSES)) for each in labels]
+    right, labelled = sum(each.max() for each in commonest), sum(each.sum() for each in commonest)
+    assert whole["pixel_accuracy"] == pytest.approx(100 * right / labelled, abs=1e-3)
+    for protocol in HERE:
+        permuted = [row for row in evaluation.baselines if row["baseline"] == "permuted"]
+        permuted = row_of(permuted, protocol, VARIED, 8)
+        own = row_of(evaluation.rows, protocol, VARIED, 8)
+        assert permuted["segments"] == own["segments"], "as many segments, in random places"
+        assert permuted["iou"] != own["iou"] or own["segments"] < 2
+
+
+@pytest.fixture(scope="module")
+def out(sd3_checkpoint, root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results") / "out"
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", f"{BLOCKS[0]},{BLOCKS[1]}"]
+    options += ["--steps", "8,2", "--seeds", str(SEED), "--batch-size", "2", "--pictures", "1"]
+    options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.004,0.02"]
+    assert main([*options, "--out", str(out)]) == 0
+    return out
+
+
+def test_both_protocols_from_one_command_are_reported_apart_with_the_figures_of_each_alone(out, evaluation):
+    contents = json.loads((out / "results.json").read_text())
+    kinds = [row["protocol"] for row in contents["rows"]]
+    assert (kinds.count("open_vocabulary"), kinds.count("unsupervised")) == (4, 8)
+    assert contents["best"].keys() == {"block", "step", "prompts"}
+    assert contents["best"]["prompts"] == "present"
+    without = [row for row in contents["rows"] if row["protocol"] == "unsupervised"]
+    for protocol in HERE[:2]:
+        for block in BLOCKS:
+            for step in (8, 2):
+                ours, theirs = (row_of(rows, protocol, block, step) for rows in (without, evaluation.rows))
+                assert all(ours[name] == theirs[name] for name in ("miou", "pixel_accuracy", "segments", "iou"))
+    guesses = {(row["protocol"], row["baseline"]) for row in contents["baselines"]}
+    assert guesses >= {("unsupervised", "one_segment"), ("unsupervised", "permuted"), ("open_vocabulary", "random")}
+
+
+def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolved(out):
+    with (out / "per_class.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["threshold"] for line in lines].count("0.02") == 4 * len(CLASSES)
+    assert {line["threshold"] for line in lines if line["protocol"] == "open_vocabulary"} == {""}
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["protocol"] == ["open_vocabulary", "unsupervised"]
+    expected = {"threshold": [0.004, 0.02], "minmax": "pixel", "match": "image", "absent_classes": False}
+    assert config["unsupervised"] == expected
+    again = parse(["--config", str(out / "config.yaml")])
+    assert merging_protocols(again) == HERE[:2]
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def test_options_make_ours_and_the_releases_protocols():
+    assert merging_protocols(Options()) == ()
+    chosen = lambda **options: merging_protocols(Options(protocol="unsupervised", unsupervised=Unsupervised(**options)))
+    assert chosen() == (PROTOCOLS["ours"],)
+    assert chosen(minmax="token")[0].threshold == MERGE_THRESHOLDS["token"]
+    release = {"minmax": "token", "match": "row", "absent_classes": True}
+    assert chosen(threshold="0.035,0.1", **release) == (PROTOCOLS["release_config"], PROTOCOLS["release"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "both"], "--protocol is 'both': expected open_vocabulary, unsupervised, or"),
+        (["--protocol", "unsupervised", "--unsupervised.threshold", "0"], "--unsupervised.threshold is 0.0: expected"),
+        (["--protocol", "unsupervised", "--unsupervised.threshold", "0.1,x"], "expected numbers above 0, each once"),
+        (["--unsupervised.match", "row"], "--unsupervised.match is 'row', but --protocol is 'open_vocabulary'"),
+        (["--unsupervised.absent-classes"], "--unsupervised.absent-classes is True, but --protocol"),
+        (["--lora", "absent.safetensors"], "absent.safetensors"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(sd3_checkpoint, root, options, message, tmp_path, capsys):
+    usual = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--out", str(tmp_path / "out")]
+    assert main([*usual, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["", "unsupervised,unsupervised", "unsupervised open_vocabulary"])
+def test_protocols_are_one_or_both(wrong):
+    assert protocols("open_vocabulary, unsupervised") == ("open_vocabulary", "unsupervised")
+    with pytest.raises(ValueError, match="--protocol is"):
+        protocols(wrong)
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen", "rule"),
+    [
+        ("open_vocabulary", None, "ignored"),
+        ("unsupervised", None, "scored"),
+        ("unsupervised", "ignored", "ignored"),
+        ("unsupervised,open_vocabulary", "scored", "scored"),
+    ],
+)
+def test_background_is_a_segment_to_find_unless_it_is_ignored(tmp_path, measured, chosen: Background | None, rule):
+    picture(tmp_path / "val2017/000000000001.jpg", (64, 64))
+    label(tmp_path / "stuffthingmaps/val2017/000000000001.png", np.zeros((64, 64), np.uint8))
+    data = Data(name="coco-object", root=str(tmp_path), background=chosen)
+    assert open_benchmark(data, 64, protocols(measured)).rule == rule
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen", "message"),
+    [
+        ("unsupervised", "asked", "unsupervised asks for nothing: give scored or ignored"),
+        ("open_vocabulary,unsupervised", None, "ignored by open_vocabulary and scored by unsupervised"),
+    ],
+)
+def test_protocols_that_would_count_other_pixels_are_measured_one_after_the_other(
+    tmp_path, measured, chosen: Background | None, message
+):
+    picture(tmp_path / "val2017/000000000001.jpg", (64, 64))
+    label(tmp_path / "stuffthingmaps/val2017/000000000001.png", np.zeros((64, 64), np.uint8))
+    with pytest.raises(ValueError, match=message):
+        open_benchmark(Data(name="coco-object", root=str(tmp_path), background=chosen), 64, protocols(measured))
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def merged_checkpoint(source: Path, target: Path, adapters: dict[str, torch.Tensor], scale: float) -> Path:
+    shutil.copytree(source, target)
+    (file,) = (target / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    for name, down in adapters.items():
+        if name.endswith("lora_A.weight"):
+            up = adapters[name.replace("lora_A", "lora_B")]
+            weights[name.replace("lora_A.", "")] += scale * up @ down
+    save_file(weights, file)
+    return target
+
+
+def test_adapters_change_scores_into_those_of_a_checkpoint_that_they_are_merged_into(
+    sd3, sd3_checkpoint, root, tmp_path
+):
+    adapters = factors()
+    file = write_release(tmp_path / "lora_weights.pth", release_names(adapters))
+    options = ["--model", str(sd3_checkpoint), "--lora", str(file), "--data.root", str(root), "--blocks", "2"]
+    options += ["--steps", "8", "--seeds", str(SEED), "--batch-size", "2", "--protocol", "open_vocabulary,unsupervised"]
+    assert main([*options, "--unsupervised.threshold", "0.02", "--out", str(tmp_path / "out")]) == 0
+    contents = json.loads((tmp_path / "out/results.json").read_text())
+    assert contents["config"]["lora"] == str(file)
+    assert {row["lora"] for row in contents["rows"]} == {str(file)}
+    merged = s4d.load(merged_checkpoint(sd3_checkpoint, tmp_path / "merged", adapters, 16 / RANK))
+    settings = Settings((2,), (8,), (SEED,), batch_size=2, unsupervised=HERE[1:2])
+    expected, plain = (evaluate(pipe, folder_benchmark(root), settings).rows for pipe in (merged, sd3))
+    accuracy = lambda rows: [row["pixel_accuracy"] for row in rows]
+    assert accuracy(contents["rows"]) == pytest.approx(accuracy(expected), abs=0.05)
+    for ours, without in zip(contents["rows"], plain, strict=True):
+        assert abs(ours["pixel_accuracy"] - without["pixel_accuracy"]) > 0.5
