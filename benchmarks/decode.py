@@ -5,8 +5,8 @@
 
 Writes pictures and labels of three published sets' layouts, sizes and file formats (smooth noise, about as many bytes
 as photographs), and reads them with the evaluator's own reader. Stages are timed in one thread by its processor time,
-which other programs on the machine hardly change; `reader`, the threads that read ahead and the batches put together
-meanwhile, by the clock on the wall. Files lie in the page cache. Target: 50 images/s.
+which other programs on the machine hardly change; `reader/s`, images a second of the threads that read ahead and the
+batches put together meanwhile, by the clock on the wall. Files lie in the page cache. Target: 50 images/s.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def main(size: int = 1024, images: int = 32, batch: int = 4, repeats: int = 3) -
     )
     table = Table(title=f"to {size} x {size} pixels; processor milliseconds an image in one thread")
     stages = ("label", "picture", "resize", "to -1..1", "presence", "batch")
-    columns = ("set", "pixels", "KiB", *stages, "sum", "longest", "reader, images/s")
+    columns = ("set", "pixels", "KiB", *stages, "sum", "longest", "reader/s")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("set", "pixels", "longest") else "right")
+        table.add_column(column, justify="left" if column in ("set", "pixels", "longest") else "right", no_wrap=True)
     for name, layout in LAYOUTS.items():
         with tempfile.TemporaryDirectory(prefix="decode-") as work:
             kilobytes = write_set(Path(work), layout, images)

@@ -145,9 +145,9 @@ def report(job: Job, release: Side, ours: list[Side], console: Console) -> dict[
     table = Table(
         title=f"an image of {job.size} px: {job.transformer['num_layers']} blocks, {job.dtype}, random weights"
     )
-    shown = ("", "images/s", "of it", "s", "processor s", "of it", "% of peak", "peak GiB", "first pass s", "load")
+    shown = ("", "images/s", "ratio", "s", "cores' s", "ratio", "% of peak", "peak GiB", "first s", "load")
     for column in shown:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows: dict[str, dict[str, float]] = {}
     for name, side, work in [("release", release, run), *((f"ours, batch {s.batch}", s, needed) for s in ours)]:
         rows[name] = {
@@ -158,7 +158,7 @@ def report(job: Job, release: Side, ours: list[Side], console: Console) -> dict[
             "peak_gib": side.figures["peak_bytes"] / 2**30,
         }
         first = f"{side.figures['first_pass']:.1f}" if "first_pass" in side.figures else "–"
-        load = " to ".join(f"{each:.1f}" for each in side.figures["load"])
+        load = "–".join(f"{each:.1f}" for each in side.figures["load"])
         one = rows[name]
         table.add_row(
             name,
