@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -19,7 +18,7 @@ from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setti
 from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import Card, card
-from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
+from seg4diff_jax.reporting.evaluation_plots import Sweep, plots
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.run import Evaluation
@@ -28,8 +27,6 @@ PAGE = "report.html"
 WORST_CLASSES = 8
 MOST_SETTINGS = 200
 """Lines of the table of all settings; `results.json` has more."""
-FEW = 6
-"""Columns of a heat map beside which there is room for another plot."""
 MOST_NAMED = 20
 """Images that were left out, by name."""
 TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
@@ -120,7 +117,7 @@ def contents(
         "speed": mean(best, ["images_per_second"])["images_per_second"],
         "tables": tables,
         "any_reported": any(line.reported is not None for _, lines in tables for line in lines),
-        "plots": plots(evaluation, ways),
+        "plots": plots([sweep(way, some) for way, some in ways.items()], best_guess(evaluation)),
         "settings": settings(ways, names),
         "classes": class_bars(evaluation, benchmark, ways),
         "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
@@ -216,69 +213,22 @@ def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str,
     return tables if len(tables) < count <= MOST_SETTINGS else []
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A drawing. `legend`: what its lines are, each with the class that gives it its colour."""
-
-    kind: str
-    caption: str
-    drawing: Markup
-    legend: Sequence[tuple[str, str]] = ()
+def sweep(way: Way, rows: Sequence[Row]) -> Sweep:
+    """Mean IoU of a way of asking by block and noise level, at the threshold of its best."""
+    best = best_setting(rows)
+    settings = by_setting([row for row in rows if row.get("threshold") == best.threshold])
+    scores = {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in settings.items()}
+    return Sweep(way.title, scores, (best.block, best.step))
 
 
-def plots(evaluation: Evaluation, ways: Mapping[Way, list[Row]]) -> list[Plot]:
-    """Mean IoU by block, by noise level, and by both: each where there are several."""
-    blocks = sorted({row["block"] for row in evaluation.rows})
-    steps = sorted({row["step"] for row in evaluation.rows})
-    best = {way: best_setting(rows) for way, rows in ways.items()}
-    scores = {way: _miou(rows, best[way].threshold) for way, rows in ways.items()}
-    guessed = [
-        (score[0], guess_title(name))
-        for name, some in guesses(evaluation.baselines, next(iter(best.values()))).items()
-        if (score := mean(some, ["miou"])["miou"]) is not None
-    ]
-    level, guess = max(guessed, default=(None, ""))
-    legend = [(f"series{number}", way.title) for number, way in enumerate(ways)] if len(ways) > 1 else []
-    legend += [] if level is None else [("level", f"{guess}, {level:.1f}")]
-    found: list[Plot] = []
-    if len(blocks) > 1:
-        lines = [
-            Series([scores[way].get((block, at.step)) for block in blocks], blocks.index(at.block))
-            for way, at in best.items()
-        ]
-        caption = f"by block, at noise level {_each(best.values(), 'step')}"
-        drawn = line_plot(caption, blocks, lines, horizontal="block", vertical="mean IoU, %", level=level)
-        found.append(Plot("line", caption, drawn, legend))
-    if len(steps) > 1:
-        lines = [
-            Series([scores[way].get((at.block, step)) for step in steps], steps.index(at.step))
-            for way, at in best.items()
-        ]
-        caption, axis = (
-            f"by noise level, at block {_each(best.values(), 'block')}",
-            "noise level, of 28 from the clean end",
-        )
-        drawn = line_plot(caption, steps, lines, horizontal=axis, vertical="mean IoU, %", level=level)
-        found.append(Plot("line", caption, drawn, legend))
-    if len(blocks) > 1 and len(steps) > 1:
-        for way, at in best.items():
-            table = [[scores[way].get((block, step)) for step in steps] for block in blocks]
-            values = np.array([[cell[0] if cell else np.nan for cell in line] for line in table])
-            mark = blocks.index(at.block), steps.index(at.step)
-            caption = "by block and noise level" + (f", {way.title}" if len(ways) > 1 else "")
-            drawn = heat_plot(caption, values, blocks, steps, vertical="block", horizontal="noise level", mark=mark)
-            found.append(Plot("heat wide" if len(steps) > FEW else "heat", caption, drawn))
-    return found
-
-
-def _miou(rows: Sequence[Row], threshold: float | None) -> dict[tuple[int, int], Score]:
-    """By block and noise level."""
-    settings = by_setting([row for row in rows if row.get("threshold") == threshold])
-    return {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in settings.items()}
-
-
-def _each(settings: Any, name: str) -> str:
-    return " and ".join(dict.fromkeys(str(getattr(setting, name)) for setting in settings))
+def best_guess(evaluation: Evaluation) -> tuple[str, float] | None:
+    """What guessing scores at best beside the best setting."""
+    scores = {
+        guess_title(name): mean(some, ["miou"])["miou"]
+        for name, some in guesses(evaluation.baselines, evaluation.best).items()
+    }
+    known = [(name, score[0]) for name, score in scores.items() if score]
+    return max(known, key=lambda guess: guess[1], default=None)
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -338,9 +288,10 @@ def cards(evaluation: Evaluation, benchmark: Benchmark) -> list[tuple[str, list[
     return list(found.items())
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under their dotted names."""
+def flat(config: Mapping[str, Any]) -> dict[str, str]:
+    """Options under their dotted names, for reading."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         found |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
-    return found
+    listed = lambda value: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return {name: "–" if value is None else listed(value) for name, value in found.items()}

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 22, 44
 """Space around the axes of a line plot."""
 MOST_LABELLED = 12
-"""Points whose values are written beside them."""
+"""Points whose values are written beside them, of a line that is alone."""
 WIDE, WIDEST, ROW, HEAD = 1100, 72, 26, 54
 """Of a heat map: greatest width, of a column too, height of a row, space for the names of rows and columns."""
 
@@ -61,8 +61,8 @@ def line_plot(
                 LEFT, WIDTH - RIGHT, y(level), y(level)
             )
         )
-    labelled = len(places) <= MOST_LABELLED and len(series) == 1
-    parts += [_line(one, number, places, x, y, labelled=labelled) for number, one in enumerate(series)]
+    alone = len(series) == 1
+    parts += [_line(one, number, places, x, y, alone=alone) for number, one in enumerate(series)]
     return _svg(title, WIDTH, HEIGHT, parts)
 
 
@@ -95,7 +95,8 @@ def _axes(places: Sequence[int], top: int, x: Scale, y: Scale, horizontal: str, 
     return Markup("").join(parts)
 
 
-def _line(one: Series, number: int, places: Sequence[int], x: Scale, y: Scale, *, labelled: bool) -> Markup:
+def _line(one: Series, number: int, places: Sequence[int], x: Scale, y: Scale, *, alone: bool) -> Markup:
+    labelled = alone and len(places) <= MOST_LABELLED
     known = [
         (index, place, *value) for index, (place, value) in enumerate(zip(places, one.values, strict=True)) if value
     ]
@@ -114,7 +115,7 @@ def _line(one: Series, number: int, places: Sequence[int], x: Scale, y: Scale, *
                 x(place), y(mean), 5.5 if marked else 3, place, mean
             )
         )
-        if labelled or marked:
+        if labelled or (marked and alone):
             parts.append(
                 Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{:.1f}</text>').format(
                     "value marked" if marked else "value", x(place), y(mean + spread) - 9, mean
