@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from absl import flags
 
 Item = dict[str, Any]
 """Field to NumPy array or number."""
@@ -85,6 +86,8 @@ def training_batches(
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
     batches = shares.to_iter_dataset(threads)
     if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain asks for options of its own, as if a program of absl's ran
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(batches)
 
