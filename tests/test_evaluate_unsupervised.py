@@ -82,8 +82,7 @@ def attention_of(pipe: s4d.Pipeline, benchmark: Benchmark, index: int, block: in
     return np.asarray(probs)[0].mean(axis=0)
 
 
-@pytest.mark.parametrize("step", [8, 2])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "step"), [(BLOCKS[0], 8), (BLOCKS[1], 2)])
 def test_figures_are_those_of_the_procedure_in_plain_loops(sd3, root, evaluation, block, step):
     benchmark = folder_benchmark(root)
     attention = [attention_of(sd3, benchmark, index, block, step) for index in range(len(SIZES))]

@@ -18,8 +18,8 @@ from seg4diff_jax.segmentation.open_vocabulary import CANVAS
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedScore, UnsupervisedTally
 
-THRESHOLDS = tuple(float(f"{0.001 * 2 ** (step / 2):.2g}") for step in range(17))
-"""0.001 to 0.26, each about 1.4 times the one before."""
+THRESHOLDS = tuple(float(f"{0.0001 * 2 ** (step / 2):.2g}") for step in range(23))
+"""0.0001 to 0.2, each about 1.4 times the one before."""
 READERS = 4
 """Threads that decode images: Pillow lets others run meanwhile."""
 
