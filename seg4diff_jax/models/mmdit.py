@@ -240,9 +240,7 @@ class MMDiT(nnx.Module):
         def step(state: StreamState, block: JointBlock) -> tuple[StreamState, JointAttention | None]:
             return block(state, conditioning, request, kernel, equal_tail)
 
-        if remat:
-            step = jax.checkpoint(step, policy=None if remat is True else remat)
-        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop)
+        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop, remat)
 
 
 def patchify(latents: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:

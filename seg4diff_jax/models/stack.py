@@ -81,14 +81,21 @@ def scan_layers(
     stack: nnx.Module,
     start: int = 0,
     stop: int | None = None,
+    remat: bool | Callable = False,
 ) -> tuple[Any, Any]:
     """Run `carry, output = step(carry, layer)` over layers `start` to `stop` of a stack; outputs come back stacked.
 
     A whole stack is scanned as it lies, so that gradients come back stacked too. Part of one is indexed inside the
-    loop: a slice taken before it would copy the parameters.
+    loop: a slice taken before it would copy the parameters. So would one taken before what is recomputed, which the
+    backward pass keeps the inputs of.
+
+    Args:
+      remat: recompute each layer in the backward pass; True, or a `jax.checkpoint` policy.
     """
     length = stack_length(stack)
     stop = length if stop is None else stop
-    if (start, stop) == (0, length):
-        return jax.lax.scan(step, carry, stack)
-    return jax.lax.scan(lambda state, index: step(state, take_layer(stack, index)), carry, jnp.arange(start, stop))
+    whole = (start, stop) == (0, length)
+    run = step if whole else lambda state, index: step(state, take_layer(stack, index))
+    if remat:
+        run = jax.checkpoint(run, policy=None if remat is True else remat)
+    return jax.lax.scan(run, carry, stack if whole else jnp.arange(start, stop))

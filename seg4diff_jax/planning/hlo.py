@@ -159,7 +159,10 @@ class Program:
         if line.kind in FREE or line.kind.endswith("-done") or _collective(line):
             return 0.0
         if line.kind in SLICES:
-            return 2 * _bytes(line.shape)
+            return _bytes(line.shape) + _bytes(line.shape, everywhere=True)
+        if line.kind == "slice-start":  # its operand, its result, a flag
+            made = _arrays(line.shape)[1]
+            return _bytes(made) + _bytes(made, everywhere=True)
         shapes = [where[name].shape for name in line.operands if name in where]
         if line.kind == "dynamic-update-slice":
             return 2 * _bytes(shapes[1])
@@ -222,6 +225,10 @@ def _users(inner: Mapping[str, Instruction], name: str) -> Iterator[Instruction]
                     yield user._replace(operands=tuple(name if old == each.name else old for old in user.operands))
             else:
                 yield each
+
+
+def _arrays(shape: str) -> list[str]:
+    return [found[0] for found in ARRAY.finditer(shape)]
 
 
 def _bytes(shape: str, *, everywhere: bool = False) -> float:
