@@ -44,7 +44,7 @@ def load_lora(
     """Adapters of a file in any format, for `seg4diff_jax.models.lora.apply_lora`.
 
     Args:
-      path: a file, or a directory that PEFT, diffusers or a training run (its `export`) wrote.
+      path: a file, or a directory that PEFT, diffusers or a training run wrote.
       alpha: for files that do not say. Default: 16 for the Seg4Diff release's, the rank for diffusers'.
       adapters_only: accept a file that holds other tensors too, such as the mask head of MAGNET's training, and leave
         them out.
@@ -182,6 +182,8 @@ def _detect(path: Path) -> tuple[Format, Path]:
             return "diffusers", path / formats.DIFFUSERS_FILE
         if (path / formats.NATIVE_FILE).is_file():
             return "native", path / formats.NATIVE_FILE
+        if (path / formats.EXPORT).is_dir():
+            return _detect(path / formats.EXPORT)
         names = f"{formats.NATIVE_FILE}, {formats.PEFT_CONFIG} or {formats.DIFFUSERS_FILE}"
         raise CheckpointError(f"{path}: no adapters: expected one of {names} in it")
     if not path.is_file():

@@ -15,7 +15,7 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "source",
         type=str,
-        help="the release's lora_weights.pth, a directory of PEFT's, diffusers' file, our file, or a run's export/",
+        help="the release's lora_weights.pth, a directory of PEFT's, diffusers' file, our file, or a training run's",
     )
     add("target", type=str, help=".safetensors file (native, diffusers), .pth file (release) or directory (peft)")
     add("--to", choices=list(FORMATS), help="format of the target; default: diffusers of ours, ours of all others")

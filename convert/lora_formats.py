@@ -34,6 +34,8 @@ NATIVE_FORMAT, NATIVE_VERSION = "seg4diff-jax lora", 1
 NATIVE_KEY = "lora"
 NATIVE_FILE = "adapters.safetensors"
 """Of a directory: what a training run exports."""
+EXPORT = "export"
+"""Where in a training run's directory."""
 DIFFUSERS_KEY = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

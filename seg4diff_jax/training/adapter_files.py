@@ -17,7 +17,7 @@ from seg4diff_jax.models.lora import LoRAConfig, add_lora, apply_lora, lora_stat
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.mmdit import MMDiT
 
-HEAD_FILE = "mask_head.safetensors"
+HEAD_FILE, EXPORT = "mask_head.safetensors", "export"
 PREFIX = "attn_mlp.attn_score_layer."
 """Of the head's tensors in checkpoints of the release; its ReLUs count as layers."""
 
@@ -101,8 +101,9 @@ def fill_head(head: MaskHead, tensors: Mapping[str, np.ndarray], where: object) 
 def _head_beside(place: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    file = (place if place.is_dir() else place.parent) / HEAD_FILE
-    return load_file(file) if file.is_file() else {}
+    folders = (place, place / EXPORT) if place.is_dir() else (place.parent,)
+    found = [folder / HEAD_FILE for folder in folders if (folder / HEAD_FILE).is_file()]
+    return load_file(found[0]) if found else {}
 
 
 def _check_equal(start: str, asked: LoRAConfig, found: LoRAConfig, depth: int) -> None:
