@@ -1,0 +1,91 @@
+"""What MAGNET changes on pictures that it does not train on: mIoU and flow-matching loss, before and after.
+
+    python benchmarks/magnet_gain.py                                     # the miniature, three seeds, 500 test scenes
+    python benchmarks/magnet_gain.py --vary optimizer.learning_rate=3e-4,1e-3 objective.masks_from=scores,log_probs \\
+        --vary run.seed=0 -- --run.steps=300 --held-out.split=validation --held-out.count=128
+
+Every combination of the varied options is a run of `train.py` (finished runs in --out are not repeated, interrupted
+ones go on); runs that differ only in their seed make one line, mean and spread. What follows `--` goes to train.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from seg4diff_jax.training.command import main as train
+
+SEED = "run.seed"
+COLUMNS = {"miou": "mIoU, %", "velocity_loss": "flow-matching loss"}
+
+
+def main(arguments: list[str]) -> int:
+    own, passed = _split(arguments)
+    options = _parser().parse_args(own)
+    varied = dict(pair.split("=", 1) for pair in options.vary)
+    varied = {name: values.split(",") for name, values in {SEED: "0,1,2", **varied}.items()}
+    found: dict[tuple[str, ...], list[dict[str, float]]] = defaultdict(list)
+    for values in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        out = Path(options.out) / "_".join(f"{name.split('.')[-1]}={value}" for name, value in chosen.items())
+        settings = [f"--{name}={value}" for name, value in chosen.items()]
+        if not (out / "export").exists():
+            status = train([f"--config={options.config}", f"--run.out={out}", *passed, *settings, "--resume"])
+            if status:
+                return status
+        chosen.pop(SEED)
+        found[tuple(chosen.values())].append(last_scores(out / "metrics.jsonl"))
+    Console().print(table([name for name in varied if name != SEED], found))
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="benchmarks/magnet_gain.py", description="MAGNET's gain on held-out pictures.")
+    parser.add_argument("--config", default="configs/magnet/miniature.yaml", help="of train.py")
+    parser.add_argument("--out", default="runs/magnet/gain", help="directory of the runs")
+    parser.add_argument("--vary", nargs="*", default=[], help="NAME=VALUE,VALUE ...; run.seed is 0,1,2 if not given")
+    return parser
+
+
+def last_scores(metrics: Path) -> dict[str, float]:
+    """Of the last evaluation that a run has logged."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if "validation/base_miou" in row][-1]
+    return {name.removeprefix("validation/"): value for name, value in last.items()}
+
+
+def table(names: list[str], found: dict[tuple[str, ...], list[dict[str, float]]]) -> Table:
+    shown = Table(*[name.split(".")[-1] for name in names], "seeds")
+    for title in COLUMNS.values():
+        for when in ("before", "after", "change"):
+            shown.add_column(f"{title}: {when}" if when == "before" else when, justify="right")
+    for values, rows in found.items():
+        cells = [*values, str(len(rows))]
+        for name in COLUMNS:
+            before, after = (np.array([row[kind + name] for row in rows]) for kind in ("base_", ""))
+            digits = 1 if name == "miou" else 4
+            cells += [_spread(before, digits), _spread(after, digits), _spread(after - before, digits, sign="+")]
+        shown.add_row(*cells)
+    return shown
+
+
+def _spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+    mean = f"{values.mean():{sign}.{digits}f}"
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
