@@ -254,6 +254,10 @@ ANALYSIS = SimpleNamespace(
     generated_code_size_in_bytes=20,
 )
 FULL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded by 2.75G."
+TOO_MANY = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (49.11G) exceeds available HBM (31.24G). HLO module: jit_training_step."
+)
 
 
 def test_memory_is_arguments_temporaries_and_what_is_not_given_back_in_place():
@@ -269,6 +273,9 @@ def test_the_compilers_refusal_is_a_verdict_and_every_other_error_is_one():
     memory = planning.refused(FULL, {"base": 2.0**30}, limit=16.0 * 2**30)
     assert not memory.fits
     assert (memory.total, memory.limit) == (18.5 * 2**30, 15.75 * 2**30)
+    beside = planning.refused(TOO_MANY, {"base": 2.0**30}, limit=32.0 * 2**30)
+    assert beside.parts == {"base": 2.0**30, "temporaries": pytest.approx(49.11 * 2**30)}
+    assert (beside.fits, beside.limit) == (False, 31.24 * 2**30)
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
         planning.refused("INTERNAL: something else", {}, limit=1.0)
 

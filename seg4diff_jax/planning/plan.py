@@ -31,8 +31,9 @@ class Memory:
 
     Attributes:
       parts: what holds them. Arguments by kind (base, encoders, adapters, optimizer, batch) and what their layout in
-        memory adds (padding), temporaries, output beside what lies in the arguments' memory, code.
-      total: of the parts; where the compiler has given up, its own figure.
+        memory adds (padding), temporaries, output beside what lies in the arguments' memory, code. Where the
+        compiler has given up: what it said.
+      total: of the parts.
       limit: of the chip; where the compiler has given up, what it would have had.
       gave_up: the compiler found no program that fits.
     """
@@ -169,10 +170,17 @@ def measured(analysis: Any, arguments: dict[str, float], limit: float) -> Memory
 
 
 def refused(message: str, arguments: dict[str, float], limit: float) -> Memory:
-    """From the compiler's message that no program fits. Raises JaxRuntimeError when it is about anything else."""
-    used = re.search(r"Used ([\d.]+)([KMG]?)\w* of ([\d.]+)([KMG]?)\w* hbm", message)
-    if used is None:
+    """From the compiler's message that no program fits, in one of the forms it has for it.
+
+    Raises JaxRuntimeError when the message is about anything else.
+    """
+    size = r"\(?([\d.]+)([KMG]?)\w*\)?"
+    beside = re.search(rf"required for HLO temporaries {size} exceeds available HBM {size}", message)
+    whole = re.search(rf"Used {size} of {size} hbm", message)
+    found = beside or whole
+    if found is None:
         raise JaxRuntimeError(message)
-    total, allowed = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
-    rest = {"everything else": total - sum(arguments.values())}
-    return Memory(arguments | rest, total, min(allowed, limit), gave_up=True)
+    needed, allowed = float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]]
+    taken = sum(arguments.values(), 0.0)
+    rest = {"temporaries": needed} if beside else {"everything else": needed - taken}
+    return Memory(arguments | rest, taken + sum(rest.values()), min(allowed, limit), gave_up=True)
