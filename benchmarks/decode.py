@@ -117,7 +117,7 @@ def main(size: int = 1024, images: int = 32, batch: int = 4, repeats: int = 3) -
             max(seconds, key=seconds.__getitem__),
             f"{images / reading:.1f}",
         )
-    console = Console(width=118, highlight=False)
+    console = Console(width=136, highlight=False)
     console.print(table)
     jpeg = (
         f"libjpeg-turbo {features.version_feature('libjpeg_turbo')}" if features.check("libjpeg_turbo") else "libjpeg"
