@@ -1,0 +1,155 @@
+"""What a plan counts: operations of traced programs, and what compiled ones move, beside a brute force."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from seg4diff_jax.models.flops import mmdit_flops
+from seg4diff_jax.models.kernels import Kernel, attend
+from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.planning.arithmetic import operations
+from seg4diff_jax.planning.checkpoints import TRANSFORMERS
+from seg4diff_jax.planning.hlo import Collective, Program
+from tests.test_magnet_training import shapes_in
+from tests.test_mmdit import VARIANTS, make_inputs
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "whole"), [("sd3-medium", 8.437), ("sd3.5-medium", 10.783), ("sd3.5-large", 29.597)])
+def test_a_traced_forward_pass_has_the_published_models_operations(name, whole):
+    config = MMDiTConfig.from_json(TRANSFORMERS[name])
+    model = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    shapes = {"latents": (1, 128, 128, 16), "timesteps": (1,), "context": (1, 154, 4096), "pooled": (1, 2048)}
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    # One chunk, which is not made: the default's many are rounded up.
+    traced = jax.make_jaxpr(lambda model, inputs: model(**inputs, kernel=Kernel("xla", 4250)))(model, inputs)
+    assert operations(traced) == mmdit_flops(config, 4096, 154)
+    assert operations(traced) / 1e12 == pytest.approx(whole, abs=5e-4)
+
+
+def test_a_scanned_program_has_the_operations_of_the_unrolled_one():
+    weights, x, one = jnp.ones((5, 64, 64)), jnp.ones((32, 64)), 2 * 32 * 64 * 64
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    scanned = jax.grad(lambda weights, x: jax.lax.scan(jax.checkpoint(step), x, weights)[0].sum())
+    assert operations(jax.make_jaxpr(scanned)(weights, x)) == (5 + 5 + 2 * 5) * one  # forward, again, two products back
+    unrolled = jax.grad(lambda weights, x: [x := step(x, w)[0] for w in weights][-1].sum())
+    products = operations(jax.make_jaxpr(unrolled)(weights, x))
+    assert products == (5 + 2 * 5 - 1) * one  # of the first layer's input there is no gradient
+    counted = jax.jit(unrolled).lower(weights, x).compile().cost_analysis()
+    assert counted is not None
+    assert products <= counted["flops"] < 1.05 * products
+
+
+def test_a_kernels_operations_count_its_padded_tiles_and_are_those_of_each_chip():
+    q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)  # 300 tokens are three tiles of 128
+    program = lambda q: attend(q, q, q, kernel=Kernel("splash"))[0]
+    whole = operations(jax.make_jaxpr(program)(q))
+    assert whole == 2 * 4 * 4 * 384 * 384 * 64
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"))):
+        assert operations(jax.make_jaxpr(program)(q), chips=4) == whole / 4
+
+
+def test_a_loop_of_unknown_length_must_hold_no_products():
+    endless = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        operations(jax.make_jaxpr(endless)(jnp.ones((2, 2))))
+
+
+@pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
+def test_what_is_recomputed_holds_no_copy_of_the_weights(remat):
+    config = VARIANTS["sd3"] | {"num_layers": 6}
+    model = MMDiT(MMDiTConfig.from_json(config), rngs=nnx.Rngs(0))
+    adapted = add_lora(model, LoRAConfig(rank=2), nnx.Rngs(0))
+    graph, adapters, base = nnx.split(adapted, LoRA, ...)
+
+    def loss(adapters, base, remat):
+        velocity, records = nnx.merge(graph, adapters, base)(**make_inputs(config), capture=(3,), remat=remat)
+        return (velocity**2).mean() + records[3].scores.mean()
+
+    kernel = model.stacks[0].image.mlp.up.kernel.get_value().shape
+    copy = (3, *kernel[1:])  # of the blocks before the captured one
+    shapes = lambda remat: shapes_in(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapters, base).jaxpr)
+    assert copy in shapes(False)
+    assert copy not in shapes(remat)
+
+
+# ---- a compiled program's text --------------------------------------------------------------------------------------
+
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused (param_0.1: f32[6,4,4], param_1.1: s32[]) -> f32[1,4,4] {
+  %param_0.1 = f32[6,4,4]{2,1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  ROOT %dynamic-slice.1 = f32[1,4,4]{2,1,0} dynamic-slice(%param_0.1, %param_1.1), dynamic_slice_sizes={1,4,4}
+}
+
+%begin (param_0.2: f32[1,4,4]) -> (f32[1,4,4], f32[1,16,4], u32[]) {
+  %param_0.2 = f32[1,4,4]{2,1,0} parameter(0)
+  %all-gather.1 = f32[1,16,4]{2,1,0} all-gather(%param_0.2), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+  ROOT %start = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}, u32[]{:S(2)}) custom-call(%all-gather.1)
+}
+
+%end (param_0.3: f32[1,4,4]) -> f32[1,16,4] {
+  %param_0.3 = f32[1,4,4]{2,1,0} parameter(0)
+  ROOT %all-gather.2 = f32[1,16,4]{2,1,0} all-gather(%param_0.3), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+
+%condition (state: (s32[], f32[6,4,4])) -> pred[] {
+  %end = s32[] constant(6)
+  %state = (s32[], f32[6,4,4]{2,1,0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] compare(%counter, %end), direction=LT
+}
+
+%body (arg: (s32[], f32[6,4,4])) -> (s32[], f32[6,4,4]) {
+  %arg = (s32[], f32[6,4,4]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %w = f32[6,4,4]{2,1,0} get-tuple-element(%arg), index=1
+  %slice = f32[1,4,4]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%fused
+  %gather-start = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}) all-gather-start(%slice), replica_groups=[2,4]<=[8]
+  %gather-done = f32[1,16,4]{2,1,0} all-gather-done(%gather-start)
+  %begun = (f32[1,4,4]{2,1,0}, f32[1,16,4]{2,1,0}, u32[]{:S(2)}) fusion(%slice), kind=kCustom, calls=%begin
+  %half = f32[1,4,4]{2,1,0} get-tuple-element(%begun), index=0
+  %ended = f32[1,16,4]{2,1,0} fusion(%half), kind=kCustom, calls=%end
+  ROOT %out = (s32[], f32[6,4,4]{2,1,0}) tuple(%i, %w)
+}
+
+ENTRY %main (x: bf16[10,10], w: f32[6,4,4]) -> f32[8] {
+  %x = bf16[10,10]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = f32[6,4,4]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %in = (s32[], f32[6,4,4]{2,1,0}) tuple(%zero, %w.1)
+  %while = (s32[], f32[6,4,4]{2,1,0}) while(%in), condition=%condition, body=%body
+  %near = bf16[10,10]{1,0:T(8,128)(2,1)S(1)} copy(%x)
+  %sum = bf16[10,10]{1,0} all-reduce(%near), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %cut = f32[8]{0} custom-call(%sum), custom_call_target="x"
+}
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    program = Program.parse(TEXT)
+    # Each of four chips holds 64 bytes of what twice in six turns becomes 256; two chips sum 200 bytes.
+    assert program.collectives() == [
+        Collective("all-gather", 12, 12 * 3 * 64.0),
+        Collective("all-reduce", 1, 2 * 0.5 * 200.0),
+    ]
+
+
+def test_traffic_is_what_operations_read_and_write_outside_of_the_chips_own_memory():
+    slice_, gather = 64 + 64 + 4, 64 + 256
+    copy, reduce, cut = 200, 400, 200 + 32
+    assert Program.parse(TEXT).traffic() == 6 * (slice_ + 2 * gather) + copy + reduce + cut
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        Program.parse("HloModule nothing\n")
