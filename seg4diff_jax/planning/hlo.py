@@ -94,7 +94,7 @@ class Program:
 
         One that other work is overlapped with stands in each of the fusions that it is spread over, with one number.
         """
-        seen: set[str] = set()
+        seen: set[str | None] = set()
         for line, where, count in self._run(fusions=True):
             kind, channel = _collective(line), line.attribute("channel_id")
             if kind is not None and channel not in seen:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from seg4diff_jax.data.array_cache import ArrayCache, write_cache
@@ -377,7 +377,9 @@ def _pictures(
     """T5 is left out, as in masks. `kept`: encoders that the model lacks, beside it on its mesh."""
     used = model.encoders
     if used is None:
-        mesh = model.transformer.context_embed.kernel.get_value().sharding.mesh
+        place = model.transformer.context_embed.kernel.get_value().sharding
+        assert isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh), "the loop puts models on its mesh"
+        mesh = place.mesh
         used = kept[mesh] = kept.get(mesh) or replace(opened, t5=False).encoders(mesh)
     captions, empty = held_out.prompts(opened.tokenizers, samples.count)
     denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
