@@ -378,8 +378,8 @@ def _pictures(
     used = model.encoders
     if used is None:
         place = model.transformer.context_embed.kernel.get_value().sharding
-        assert isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh), "the loop puts models on its mesh"
-        mesh = place.mesh
+        mesh = place.mesh if isinstance(place, NamedSharding) else None
+        assert isinstance(mesh, Mesh), "the loop puts models on its mesh"
         used = kept[mesh] = kept.get(mesh) or replace(opened, t5=False).encoders(mesh)
     captions, empty = held_out.prompts(opened.tokenizers, samples.count)
     denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
