@@ -24,7 +24,8 @@ from rich.table import Table
 from seg4diff_jax.training.command import main as train
 
 SEED = "run.seed"
-COLUMNS = {"miou": "mIoU, %", "velocity_loss": "flow-matching loss"}
+COLUMNS = {"miou": ("mIoU, %", 2), "velocity_loss": ("flow-matching loss", 5)}
+"""Title and digits of what is scored."""
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
                 return status
         chosen.pop(SEED)
         found[tuple(chosen.values())].append(last_scores(out / "metrics.jsonl"))
-    Console().print(table([name for name in varied if name != SEED], found))
+    Console(width=140).print(table([name for name in varied if name != SEED], found))
     return 0
 
 
@@ -69,14 +70,13 @@ def last_scores(metrics: Path) -> dict[str, float]:
 
 def table(names: list[str], found: dict[tuple[str, ...], list[dict[str, float]]]) -> Table:
     shown = Table(*[name.split(".")[-1] for name in names], "seeds")
-    for title in COLUMNS.values():
-        for when in ("before", "after", "change"):
-            shown.add_column(f"{title}: {when}" if when == "before" else when, justify="right")
+    for title, _ in COLUMNS.values():
+        for when in (f"{title}: before", "after", "change"):
+            shown.add_column(when, justify="right", no_wrap=True)
     for values, rows in found.items():
         cells = [*values, str(len(rows))]
-        for name in COLUMNS:
+        for name, (_, digits) in COLUMNS.items():
             before, after = (np.array([row[kind + name] for row in rows]) for kind in ("base_", ""))
-            digits = 1 if name == "miou" else 4
             cells += [_spread(before, digits), _spread(after, digits), _spread(after - before, digits, sign="+")]
         shown.add_row(*cells)
     return shown
