@@ -221,7 +221,7 @@ def test_the_default_threshold_depends_on_the_normalisation():
 
 @pytest.mark.parametrize("threshold", [0, -1, float("nan"), float("inf"), "0.1", True])
 def test_a_threshold_must_be_a_number_above_zero(threshold):
-    with pytest.raises(ValueError, match=r"threshold is .*; expected a number above 0, such as 0\.01"):
+    with pytest.raises(ValueError, match=r"threshold is .*; expected a number above 0, such as 0\.0002"):
         check_threshold(threshold, "pixel")
 
 
