@@ -309,7 +309,7 @@ def test_the_saved_configuration_is_resolved_and_runs_again_to_the_same_scores(r
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     table = capsys.readouterr().out
     assert "block 3, noise level 4" in table
-    assert "random (chance)" in table
+    assert "random classes (chance)" in table
 
 
 def test_unusable_images_stop_the_run_by_name_or_are_skipped_and_counted(sd3_checkpoint, tmp_path, capsys):

@@ -22,8 +22,8 @@ from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora
 from seg4diff_jax.models.mmdit import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.planning.arithmetic import operations
 from tests.reference.attention import ExplicitSoftmax, explicit_softmax
-from tests.reference.flop_counter import traced_flops
 from tests.test_mmdit import VARIANTS, make_inputs, make_pair, run_torch
 
 IMAGE, TEXT = 64, 9  # tokens of `make_inputs`
@@ -33,6 +33,10 @@ SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_d
 SD3_VAE = VAEConfig(
     latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, use_quant_conv=False
 )
+
+
+def traced_flops(function, *args) -> float:
+    return operations(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,11 @@ from rich.table import Table
 from seg4diff_jax.command_line.segment import versions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.run import Evaluation
-from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, guesses
+from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, guesses
 from seg4diff_jax.reporting.evaluation_page import number, write_page
 
 RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
-BASELINES = {
-    "random": "random (chance)",
-    "constant": "one class everywhere",
-    "permuted": "positions permuted",
-    "one_segment": "each image one segment",
-}
 PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "step", "seed")
 ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5

@@ -13,6 +13,13 @@ from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_acc
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 Row = dict[str, Any]
+BASELINES = {
+    "random": "random classes (chance)",
+    "constant": "one class everywhere",
+    "permuted": "positions permuted",
+    "one_segment": "each image one segment",
+}
+"""What each guesser is called."""
 
 
 class Setting(NamedTuple):

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.scores import Row, averaged, best_setting, by_setting, groups, guesses
+from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, groups, guesses
 from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import Card, card
@@ -30,15 +31,8 @@ MOST_SETTINGS = 200
 MOST_NAMED = 20
 """Images that were left out, by name."""
 TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
-OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 PROTOCOLS = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
 ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
-GUESSES = {
-    "random": "random classes (chance)",
-    "constant": "one class everywhere",
-    "one_segment": "each image one segment",
-    "permuted": "positions permuted",
-}
 
 Score = tuple[float, float] | None
 """Mean over seeds and spread, percent; None where there was nothing to score."""
@@ -189,7 +183,7 @@ def summary(evaluation: Evaluation, rows: list[Row], names: list[str]) -> list[L
 
 
 def guess_title(name: str) -> str:
-    return GUESSES.get(name, name.replace("_", " "))
+    return BASELINES[name]
 
 
 def _remark(row: Row) -> str:
