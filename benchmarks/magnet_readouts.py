@@ -64,7 +64,8 @@ def readings(pipe: Pipeline, scenes: int) -> list[float]:
         inside, truth = by_scores > 0, shown.labels == classes[:, None, None]
         overlaps[0, classes] += (inside & truth).sum(axis=(1, 2))
         overlaps[1, classes] += (inside | truth).sum(axis=(1, 2))
-    return [*(100 * mean_iou(confusion) for confusion in confusions), float(100 * np.mean(overlaps[0] / overlaps[1]))]
+    intersections, unions = overlaps[:, overlaps[1] > 0]
+    return [*(100 * mean_iou(confusion) for confusion in confusions), float(100 * np.mean(intersections / unions))]
 
 
 def upsampled(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:

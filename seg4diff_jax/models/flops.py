@@ -81,7 +81,26 @@ def mmdit_flops(config: MMDiTConfig, image: int, text: int) -> int:
       text: tokens that are computed; of equal ones at the end (`equal_tail`) that is one.
     """
     blocks = sum(block_flops(config, block, image, text) for block in range(config.num_layers))
-    return blocks + _around_blocks(config, image, text)
+    return embedding_flops(config, image, text) + blocks + head_flops(config, image)
+
+
+def embedding_flops(config: MMDiTConfig, image: int, text: int) -> int:
+    """Patches, context, and what modulates all blocks."""
+    width, channels = config.width, config.patch_size**2 * config.in_channels
+    conditioning = TIME_FEATURES + config.pooled_projection_dim + 2 * width
+    return 2 * width * (conditioning + image * channels + text * config.joint_attention_dim)
+
+
+def head_flops(config: MMDiTConfig, image: int) -> int:
+    """From the last block's image states to the velocity."""
+    return 2 * config.width * (2 * config.width + image * config.patch_size**2 * config.out_channels)
+
+
+def maps_flops(config: MMDiTConfig, image: int, text: int) -> int:
+    """What a block's image-to-text attention takes, see `MMDiT.attention_at`: image queries, all keys, every score."""
+    width = config.width
+    weights = 2 * width**2 * (2 * image + text + 4)  # and the scales and shifts of both streams
+    return weights + 2 * image * (image + text) * width
 
 
 def adapter_step_flops(
@@ -104,7 +123,7 @@ def adapter_step_flops(
         gradient needs; or attention alone.
     """
     maps = 2 * image * mapped * config.width
-    forward, again = _around_blocks(config, image, text) + maps, 0
+    forward, again = embedding_flops(config, image, text) + head_flops(config, image) + maps, 0
     backward = _linear("image", (config.width, config.patch_size**2 * config.out_channels), image, text) + 2 * maps
     adapted = range(config.num_layers) if lora.blocks is None else lora.blocks
     for block in range(config.num_layers):
@@ -182,13 +201,6 @@ def _last_products(
     last = {path: sides for path, sides in layers.items() if path.endswith("mlp.down")}
     adapted = sum(_linear(path, (rank, last[path][1]), image, text) for path in last if path in targets)
     return _weights(last, image, text) + adapted
-
-
-def _around_blocks(config: MMDiTConfig, image: int, text: int) -> int:
-    width, patch = config.width, config.patch_size**2
-    once = TIME_FEATURES * width + width**2 + config.pooled_projection_dim * width + width**2 + 2 * width**2
-    tokens = image * patch * (config.in_channels + config.out_channels) + text * config.joint_attention_dim
-    return 2 * once + 2 * tokens * width
 
 
 def _conv(pixels: int, before: int, after: int) -> int:
