@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import seg4diff_jax as s4d
+from seg4diff_jax.analysis.clip import load_clip
 from seg4diff_jax.data.shapes import CLASSES, scene
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.flow import image_noise
@@ -93,9 +94,22 @@ def test_pictures_are_those_of_diffusers(pipe):
     assert np.abs(np.stack(found) - 255 * expected).max() <= 1.01
 
 
-def test_its_vision_tower_is_transformers():
-    encoder = CLIPVisionModelWithProjection.from_pretrained(CHECKPOINT / "image_encoder")
-    assert encoder.config.image_size == 64
+def test_transformers_clip_judges_pictures_as_ours_does(pipe):
+    clip = load_clip(CHECKPOINT)
+    scenes = [scene("test", index, pipe.trained_size) for index in range(8)]
+    vision = CLIPVisionModelWithProjection.from_pretrained(CHECKPOINT / "image_encoder").float().eval()
+    text = CLIPTextModelWithProjection.from_pretrained(CHECKPOINT / "text_encoder").float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    preprocess = CLIPImageProcessor.from_pretrained(CHECKPOINT / "image_encoder")
+    captions = [shown.caption for shown in scenes]
+    with torch.no_grad():
+        pixels = preprocess([shown.image for shown in scenes], return_tensors="pt")["pixel_values"]
+        ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt")
+        pictures, prompts = vision(pixels).image_embeds, text(ids.input_ids).text_embeds
+        theirs = torch.cosine_similarity(pictures[:, None], prompts[None], dim=-1).numpy()
+    ours = clip.similarities([shown.image for shown in scenes], captions)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert (ours.argmax(1) == np.arange(len(scenes))).mean() > 0.5  # chance: 0.125
 
 
 def test_evaluation_without_arguments_is_of_the_miniature_on_test_scenes(tmp_path: Path):

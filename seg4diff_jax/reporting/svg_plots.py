@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from seg4diff_jax.reporting.colors import hexadecimal, ink_on, tint
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 22, 44
 """Space around the axes of a line plot."""
+DIGIT = 8
+"""Width of a digit beside an axis, at most."""
 MOST_LABELLED = 12
 """Points whose values are written beside them, of a line that is alone."""
 WIDE, WIDEST, ROW, HEAD = 1100, 72, 26, 54
@@ -79,7 +82,9 @@ def _axes(places: Sequence[int], top: int, x: Scale, y: Scale, horizontal: str, 
                 LEFT - 7, y(value) + 4, value
             )
         )
-    every = -(-len(places) // 14)
+    room = DIGIT * (len(str(places[-1])) + 1)
+    apart = lambda some: all(x(after) - x(before) >= room for before, after in pairwise(some))
+    every = next(every for every in range(1, len(places) + 1) if apart(places[::every]))
     for place in places[::every]:
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
