@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
 from seg4diff_jax.loading import load
+from seg4diff_jax.reporting.evaluation_page import PAGE
 from seg4diff_jax.segmentation.metrics import mean_iou
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 from tests.reference.evaluation_run import measured
@@ -75,6 +77,12 @@ def figures(outcome: Outcome) -> list[float]:
     return [100 * mean_iou(confusion), *(100 * MatchCounts(*pixels).mean_iou() for pixels in without)]
 
 
+def test_right_pixels_of_all_images_are_those_of_all_classes(alone):
+    np.testing.assert_array_equal(alone.matched.right.sum(axis=-1), alone.matched.pixels[..., 0, :].sum(axis=-1))
+    assert alone.matched.right.shape == (1, 1, 2, len(SIZES))
+    assert (alone.matched.right <= alone.histograms.sum(axis=1)).all()
+
+
 def test_a_batch_that_devices_cannot_share_evenly_is_refused():
     with pytest.raises(ValueError, match="--batch-size is 6: expected a multiple of the 8 devices"):
         check_batch_size(6, 8)
@@ -109,13 +117,14 @@ def test_two_processes_read_each_image_once_between_them_and_the_first_writes_th
     assert {row["images"] for row in contents["rows"]} == {len(alone.indices)} == {len(SIZES)}
     assert [row["miou"] for row in contents["rows"]] == pytest.approx(figures(alone)[:2], abs=0.01)
     assert (contents["device"]["devices"], contents["device"]["processes"]) == (2, 2)
+    assert (tmp_path / "0" / PAGE).read_text().count("<article") == 2, "an image for each protocol"
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figures(
     sd3_checkpoint, root, tmp_path, monkeypatch, capsys
 ):
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
-    options += ["--batch-size", "2", "--shard-batches", "1", "--pictures", "0"]
+    options += ["--batch-size", "2", "--shard-batches", "1", "--pictures", "3"]
     options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.004,0.02"]
     of_one_seed, out = [*options, "--seeds", "5"], str(tmp_path / "out")
     process = run_apart("killed", *of_one_seed, "--out", out)
@@ -133,7 +142,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     example = Reader.example
     monkeypatch.setattr(Reader, "example", lambda self, index: (read.append(index), example(self, index))[1])
     assert main([*of_one_seed, "--out", out, "--resume"]) == 0
-    assert sorted(read) == [2, 3, 4, 5, 6]
+    assert (sorted(read[:5]), len(read)) == ([2, 3, 4, 5, 6], 5 + 2 * 3), "shown images are read once more"
     assert not (tmp_path / "out/progress").exists()
     assert main([*of_one_seed, "--out", str(tmp_path / "whole")]) == 0
     scores = [
@@ -143,6 +152,11 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     ]
     assert scores[:2] == scores[2:]
     assert [len(some) for some in scores[:2]] == [3, 3 + 3]
+    images = [
+        re.findall("<h2>Images.*(?=<h2>How)", (tmp_path / run / PAGE).read_text(), re.S) for run in ("out", "whole")
+    ]
+    assert images[0] == images[1]
+    assert images[0][0].count("<article") == 2 * 3
     assert main([*of_one_seed, "--out", out, "--resume"]) == 1
     assert "is complete: there is nothing to --resume" in capsys.readouterr().err
 
@@ -150,7 +164,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 def test_what_was_counted_is_the_same_after_a_file():
     rng = np.random.default_rng(0)
     counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, 5))])
-    shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4)]
+    shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, 5)]
     matched = Matched(*(rng.integers(0, 2**40, shape) for shape in shapes))
     histograms, left_out = rng.integers(0, 9, (5, 4)), (LeftOut(3, "skipped", "ünreadable"),)
     outcome = Outcome(counted, matched, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)

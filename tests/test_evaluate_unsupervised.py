@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from seg4diff_jax.evaluation.command import main, merging_protocols
 from seg4diff_jax.evaluation.measure import Settings
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
+from seg4diff_jax.evaluation.shown import UNMATCHED, owners_of
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, UnsupervisedProtocol
 from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.inputs import SQUARE, VARIED, an_image
 from tests.reference.label_files import label, picture
-from tests.reference.unsupervised import IGNORED, count_matches, labels_of, merged
+from tests.reference.unsupervised import IGNORED, count_matches, labels_of, matched_segments, merged
 
 CLASSES = ("cat", "dog", "sky", "tree")
 SIZES = [(40, 60), (50, 30), (64, 64)]
@@ -112,7 +114,35 @@ def test_one_pass_serves_all_blocks_and_protocols_and_makes_a_row_for_each(evalu
     assert evaluation.best.prompts == "empty"
     best = max(evaluation.rows, key=lambda row: row["miou"])
     assert (evaluation.best.block, evaluation.best.step) == (best["block"], best["step"])
-    assert not evaluation.shown, "segments without names are not shown"
+    assert not evaluation.shown, "nothing was asked for by its name"
+
+
+def test_shown_segments_have_the_classes_that_scipy_matches_them_with(sd3, root, evaluation):
+    best, benchmark = evaluation.best, folder_benchmark(root)
+    (protocol, *_) = [one for one in HERE if one.threshold == best.threshold]
+    assert [one.why for one in evaluation.divided] == ["best", "worst"]
+    assert evaluation.divided[0].accuracy > evaluation.divided[1].accuracy
+    for one in evaluation.divided:
+        attention = attention_of(sd3, benchmark, one.example.index, best.block, best.step)
+        truth = benchmark.source[one.example.index]["labels"]
+        segments = labels_of(merged(attention, protocol.threshold, protocol.minmax), (SQUARE // 16,) * 2, truth.shape)
+        assert (one.segments == segments).mean() > 0.999
+        expected = matched_segments(truth.ravel(), segments.ravel(), len(CLASSES), protocol.absent_classes)
+        owners = {int(owner): segment for segment, owner in enumerate(one.owners) if owner != UNMATCHED}
+        assert owners == {owner: segment for owner, segment in expected.items() if segment <= one.segments.max()}
+        counted = count_matches(truth, segments, len(CLASSES), protocol.match, protocol.absent_classes)
+        assert one.accuracy == pytest.approx(100 * counted.hits.sum() / (truth != IGNORED).sum(), abs=0.1)
+
+
+@pytest.mark.parametrize("absent_classes", [False, True])
+def test_segments_that_no_class_is_left_for_have_none(absent_classes):
+    draw = np.random.default_rng(1)
+    segments = np.kron(draw.permutation(12).reshape(3, 4), np.ones((5, 5), int)).astype(np.int32)
+    truth = np.where(draw.random((15, 20)) < 0.2, IGNORED, segments % 3).astype(np.uint8)
+    owners = owners_of(truth, segments, len(CLASSES), absent_classes=absent_classes)
+    expected = matched_segments(truth.ravel(), segments.ravel(), len(CLASSES), absent_classes)
+    assert {int(owners[segment]): segment for segment in np.flatnonzero(owners != UNMATCHED)} == expected
+    assert (owners == UNMATCHED).sum() == 12 - (len(CLASSES) if absent_classes else 3)
 
 
 def test_guessers_are_matched_as_segments_are(evaluation, root):
@@ -160,6 +190,12 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
         lines = list(csv.DictReader(file))
     assert [line["threshold"] for line in lines].count("0.02") == 4 * len(CLASSES)
     assert {line["threshold"] for line in lines if line["protocol"] == "open_vocabulary"} == {""}
+    page = (out / "report.html").read_text()
+    assert re.findall("<h2>(Images .*)</h2>", page) == [
+        "Images asked for the classes present",
+        "Images divided into segments without names",
+    ]
+    assert page.count("<article") == 2, "one of each"
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["protocol"] == ["open_vocabulary", "unsupervised"]
     expected = {"threshold": [0.004, 0.02], "minmax": "pixel", "match": "image", "absent_classes": False}
@@ -265,7 +301,9 @@ def test_adapters_change_scores_into_those_of_a_checkpoint_that_they_are_merged_
     assert {row["lora"] for row in contents["rows"]} == {str(file)}
     merged = s4d.load(merged_checkpoint(sd3_checkpoint, tmp_path / "merged", adapters, 16 / RANK))
     settings = Settings((2,), (8,), (SEED,), batch_size=2, unsupervised=HERE[1:2])
-    expected, plain = (evaluate(pipe, folder_benchmark(root), settings).rows for pipe in (merged, sd3))
+    found = [evaluate(pipe, folder_benchmark(root), settings) for pipe in (merged, sd3)]
+    assert not any(one.shown or one.divided for one in found), "pictures are made when they are asked for"
+    expected, plain = (one.rows for one in found)
     accuracy = lambda rows: [row["pixel_accuracy"] for row in rows]
     assert accuracy(contents["rows"]) == pytest.approx(accuracy(expected), abs=0.05)
     for ours, without in zip(contents["rows"], plain, strict=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,20 @@ from PIL import Image
 from seg4diff_jax.data.coco_categories import CATEGORIES
 from seg4diff_jax.evaluation.pictured import pictured
 from seg4diff_jax.evaluation.scores import by_setting
-from seg4diff_jax.reporting.colors import ink_on, palette, tint
+from seg4diff_jax.reporting.colors import class_colors, ink_on, neutral_colors, oklab, palette, tint
 from seg4diff_jax.reporting.confusions import confused
-from seg4diff_jax.reporting.evaluation_images import HEAT_LONGEST, LONGEST, card
+from seg4diff_jax.reporting.evaluation_images import HEAT_LONGEST, LONGEST, card, segments_card
 from seg4diff_jax.reporting.evaluation_page import PAGE, write_page
 from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
 from tests.reference.browser import BROWSER, Browser, browser
-from tests.reference.evaluations import CONFIG, MADE, made_up_benchmark, made_up_evaluation, made_up_images
+from tests.reference.evaluations import (
+    CONFIG,
+    MADE,
+    made_up_benchmark,
+    made_up_evaluation,
+    made_up_images,
+    made_up_segments,
+)
 
 MARKUP = '<script>console.error("let in")</script> & "sofa"'
 """The name of a class."""
@@ -63,6 +72,20 @@ def large(tmp_path_factory) -> Path:
     return written(tmp_path_factory.mktemp("large"), evaluation, benchmark)
 
 
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory) -> Path:
+    """Both protocols, the second as the release matches; images of each."""
+    benchmark = made_up_benchmark([f"class {index}" for index in range(30)])
+    evaluation = made_up_evaluation(
+        benchmark,
+        prompts=("present", None),
+        shown=made_up_images(benchmark, 6, (48, 64), present=20),
+        divided=made_up_segments(benchmark, 6, (150, 100), present=20),
+        changes={"match": "row", "absent_classes": True},
+    )
+    return written(tmp_path_factory.mktemp("divided"), evaluation, benchmark)
+
+
 def written(directory: Path, evaluation, benchmark) -> Path:
     write_page(directory, evaluation, benchmark, CONFIG, MADE)
     assert [path.name for path in directory.iterdir()] == [PAGE]
@@ -73,7 +96,7 @@ def written(directory: Path, evaluation, benchmark) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("page", ["sweep", "large"])
+@pytest.mark.parametrize("page", ["sweep", "large", "divided"])
 def test_it_opens_without_a_complaint_or_a_request_and_fits_the_window(chromium, page, width, request):
     file = request.getfixturevalue(page)
     visit = chromium.open(file, width)
@@ -85,7 +108,7 @@ def test_it_opens_without_a_complaint_or_a_request_and_fits_the_window(chromium,
     assert all(loaded and title for loaded, title in pictures)
 
 
-@pytest.mark.parametrize("page", ["sweep", "large"])
+@pytest.mark.parametrize("page", ["sweep", "large", "divided"])
 def test_nothing_is_cut_off_in_print(chromium, page, request):
     chromium.open(request.getfixturevalue(page), A4_BETWEEN_MARGINS)
     with chromium.printing():
@@ -144,7 +167,7 @@ def test_complaints_and_requests_do_not_go_unnoticed(chromium, tmp_path, sweep, 
 # ---- what it says ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["sweep", "large"])
+@pytest.mark.parametrize("page", ["sweep", "large", "divided"])
 def test_it_holds_everything_that_it_names(page, request):
     text = request.getfixturevalue(page).read_text()
     addresses = re.findall(r"""\b(?:src|href|srcset|data|action)\s*=\s*["']?([^"'\s>]*)""", text)
@@ -186,8 +209,25 @@ def test_segments_without_names_have_a_page_too(tmp_path):
         "threshold 0.1",
     ):
         assert part in text
-    for part in ("taken for", "<h2>Images</h2>", "pixel accuracy"):
+    for part in ("taken for", "<h2>Images", "pixel accuracy"):
         assert part not in text
+
+
+def test_images_of_both_protocols_are_shown_one_after_the_other_as_they_were_matched(divided):
+    text = divided.read_text()
+    assert re.findall("<h2>(Images .*)</h2>", text) == [
+        "Images asked for the classes present",
+        "Images divided into segments without names",
+    ]
+    named, without = text.split("<h2>Images")[1:]
+    for part in (named, without):
+        assert re.findall("<h3>(.*)</h3>", part) == ["The best", "At random", "The worst"]
+        assert part.count("<article") == 6
+    assert "Heat" in named
+    assert "match" not in named
+    assert "Heat" not in without
+    for said in ("a match of each row of pixels by itself", "Classes that are not there are matched too", "as drawn"):
+        assert said in without
 
 
 def test_nothing_to_score_is_no_error(tmp_path):
@@ -251,6 +291,62 @@ def test_a_card_has_small_pictures_and_the_iou_of_each_class_in_the_image():
         true, said = (shown.example.labels == index), (shown.predicted == index) & counts
         assert entry.iou == pytest.approx(100 * (true & said).sum() / (true | said).sum())
     assert made.legend[-1].name == "not labelled"
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_matched_segments_have_the_colour_of_their_class_and_others_greys_of_their_own(by_rows):
+    benchmark = made_up_benchmark([f"class {index}" for index in range(30)])
+    (shown,) = made_up_segments(benchmark, 1, (210, 280), present=8)
+    made = segments_card(shown, benchmark.classes, by_rows=by_rows)
+    assert [one.title for one in made.pictures] == ["image", "truth", "segments"]
+    picture = Image.open(BytesIO(b64decode(made.pictures[2].source.split(",")[1]))).convert("RGB")
+    drawn = np.asarray(picture)
+    assert drawn.shape == (210, 280, 3)
+    of_segment = [np.unique(drawn[shown.segments == segment], axis=0) for segment in range(len(shown.owners))]
+    assert all(len(colors) == 1 for colors in of_segment)
+    colors = np.concatenate(of_segment)
+    np.testing.assert_array_equal(colors[::2], class_colors(30)[shown.owners[::2]])
+    greys = colors[1::2].astype(int)
+    assert np.ptp(greys, axis=1).max() < 40
+    np.testing.assert_array_less(0.035, distances(colors), "apart from each other, and from the colours of classes")
+
+    names = {benchmark.classes[owner] for owner in shown.owners[::2]}
+    assert {entry.name for entry in made.legend[:-2]} == names
+    assert made.legend[-2].name == "not labelled"
+    assert made.legend[-1].name == "8 segments without a class"
+    assert set(made.legend[-1].colors) == {"#{:02x}{:02x}{:02x}".format(*grey) for grey in greys}
+    share = (shown.owners[shown.segments] < 0).mean()
+    assert made.legend[-1].remark == f"{100 * share:.1f} % of the image"
+    counts = shown.example.labels != 255
+    as_drawn = 100 * (shown.owners[shown.segments] == shown.example.labels)[counts].mean()
+    assert made.as_drawn == (pytest.approx(as_drawn) if by_rows else None)
+
+
+def test_a_class_that_a_segment_has_and_the_image_has_not_is_named_so():
+    benchmark = made_up_benchmark(("cat", "dog", "sky"))
+    (shown,) = made_up_segments(benchmark, 1, (40, 60), present=2)
+    absent = ({0, 1, 2} - {*shown.owners.tolist()}).pop()
+    given = replace(shown, owners=np.array([*shown.owners[:3], absent]))
+    made = segments_card(given, benchmark.classes, by_rows=False)
+    (entry,) = [one for one in made.legend if one.name == benchmark.classes[absent]]
+    assert (entry.iou, entry.remark) == (None, "not in the truth")
+    assert made.legend[-1].name == "a segment without a class"
+
+
+def test_greys_are_apart_from_each_other_and_from_what_they_are_beside():
+    beside = palette()[15:40]  # some of them are nearly grey
+    for count in (0, 1, 12, 76):
+        greys = neutral_colors(count, beside)
+        assert greys.shape == (count, 3)
+        least = 0.02 if count > 12 else 0.035
+        assert count == 0 or distances(np.concatenate([greys, beside]))[:count].min() > least
+
+
+def distances(colors: np.ndarray) -> np.ndarray:
+    """Of each colour to the nearest other; from 0.02 on people tell them apart side by side."""
+    lab = oklab(colors)
+    apart = np.linalg.norm(lab[:, None] - lab, axis=-1)
+    return np.where(np.eye(len(lab)) > 0, np.inf, apart).min(axis=1)
 
 
 def test_points_of_a_line_lie_where_their_values_are():

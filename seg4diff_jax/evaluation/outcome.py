@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from seg4diff_jax.evaluation.zero_shot import Counted
 
 LEFT_OUT = "left_out"
 PROTOCOLS = {"counted": Counted, "matched": Matched}
+Kind = TypeVar("Kind", Counted, Matched)
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,22 @@ ARRAYS = [field.name for field in fields(Outcome) if field.name not in (*PROTOCO
 
 def together(parts: Sequence[Outcome]) -> Outcome:
     """Parts of one set as one, images in their order. There must be at least one."""
-    counts = zip(*(part.counted for part in parts), strict=True)
-    *sums, rights = (list(arrays) for arrays in counts)
     indices = np.concatenate([part.indices for part in parts])
     order = np.argsort(indices, kind="stable")
-    right = np.concatenate(rights, axis=2)
-    right = right[:, :, order] if len(right) else right  # without passes there are no images in it
     return Outcome(
-        Counted._make([*(sum(arrays) for arrays in sums), right]),
-        Matched._make(sum(arrays) for arrays in zip(*(part.matched for part in parts), strict=True)),
+        _added([part.counted for part in parts], order),
+        _added([part.matched for part in parts], order),
         indices[order],
         np.concatenate([part.histograms for part in parts])[order],
         cast(np.ndarray, sum(part.forwards for part in parts)),
         cast(np.ndarray, sum(part.seconds for part in parts)),
         tuple(sorted(each for part in parts for each in part.left_out)),
     )
+
+
+def _added(parts: Sequence[Kind], order: Int[np.ndarray, " images"]) -> Kind:
+    """Counts of one protocol as one; what has a place for each image is in their order."""
+    *sums, rights = zip(*parts, strict=True)
+    right = np.concatenate(rights, axis=-1)
+    right = right[..., order] if right.size else right  # where nothing was counted there are no images in it
+    return type(parts[0])._make([*(sum(arrays) for arrays in sums), right])

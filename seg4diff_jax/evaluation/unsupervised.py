@@ -19,7 +19,7 @@ from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.forward import Forward, Latents
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, guess_keys
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
-from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTally
+from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTally, counted_segments
 
 ONE_SEGMENT = "one_segment"
 
@@ -40,6 +40,7 @@ class Matched(NamedTuple):
       permuted: of the maps of the first noise level with their positions permuted, image by image.
       one_segment: of images that are one segment each.
       segments: how many all images have; `permuted_segments` those of the permuted maps.
+      right: how many pixels of each image are right.
     """
 
     pixels: Int[np.ndarray, "looks blocks protocols 3 classes"]
@@ -47,6 +48,7 @@ class Matched(NamedTuple):
     permuted: Int[np.ndarray, "seeds blocks protocols 3 classes"]
     permuted_segments: Int[np.ndarray, "seeds blocks protocols"]
     one_segment: Int[np.ndarray, "1 1 protocols 3 classes"]
+    right: Int[np.ndarray, "looks blocks protocols images"]
 
 
 class Unsupervised:
@@ -90,16 +92,38 @@ class Unsupervised:
             return
         pipe, images = self.forward.pipe, len(latents)
         grid, truth = self.forward.grid(latents), Truth(len(batch.examples), batch.truth, batch.sizes)
-        prompts, every = self.forward.encoded([""] * images), np.arange(images, dtype=np.int32)
-        columns = pipe.tokenizers.clip_l.model_max_length
         with pipe.settings():
-            alike = pipe.spread(jnp.zeros((images, grid[0] * grid[1], columns)))
+            alike = pipe.spread(jnp.zeros((images, grid[0] * grid[1], self._columns)))
             self.tallies[ONE_SEGMENT][0].add(alike, grid, truth)
             for one in self.looks:
-                maps = self.forward.maps(latents, batch.indices, prompts, every, **one._asdict(), columns=columns)
+                maps = self._maps(latents, batch, one)
                 self._count(one, maps, grid, truth)
                 if one.step == self._first_step:
                     self._count((PERMUTED, one.seed), permuted_tokens(maps, batch.indices, one.seed), grid, truth)
+
+    @property
+    def _columns(self) -> int:
+        return self.forward.pipe.tokenizers.clip_l.model_max_length
+
+    def _maps(
+        self, latents: Latents, batch: EvaluationBatch, one: Look
+    ) -> Float[Array, "blocks images tokens columns"]:
+        images = len(latents)
+        prompts, every = self.forward.encoded([""] * images), np.arange(images, dtype=np.int32)
+        return self.forward.maps(latents, batch.indices, prompts, every, **one._asdict(), columns=self._columns)
+
+    def segments(
+        self, batch: EvaluationBatch, one: Look, block: int, protocol: int
+    ) -> list[Int[np.ndarray, "height width"]]:
+        """The segment of every pixel of each image in one look, by places of the block and of the protocol."""
+        latents, chosen = self.forward.latents(batch.pixels), self.protocols[protocol]
+        with self.forward.pipe.settings():
+            maps = self._maps(latents, batch, one)[block]
+            options = {"grid": self.forward.grid(latents), "classes": self.classes, "minmax": chosen.minmax}
+            thresholds = np.array([chosen.threshold], np.float32)
+            labels, _ = counted_segments(maps, batch.truth, batch.sizes, thresholds, **options, match="row")
+        sizes = batch.sizes[: len(batch.examples)].tolist()
+        return [each[0, :height, :width] for each, (height, width) in zip(np.asarray(labels), sizes, strict=False)]
 
     def _count(
         self,
@@ -123,6 +147,7 @@ class Unsupervised:
             self._pixels(permuted),
             self._segments(permuted),
             self._pixels([ONE_SEGMENT]),
+            self._right(),
         )
         self._reset()
         return matched
@@ -133,6 +158,11 @@ class Unsupervised:
 
     def _segments(self, names: Sequence[tuple | str]) -> Int[np.ndarray, "names blocks protocols"]:
         return np.array([[tally.segments for tally in self.tallies[name]] for name in names], np.int64)
+
+    def _right(self) -> Int[np.ndarray, "looks blocks protocols images"]:
+        tallies = [self.tallies[look] for look in self.looks]
+        shape = len(tallies), len(tallies[0]), len(self.protocols), tallies[0][0].images
+        return np.array([[tally.right for tally in some] for some in tallies], np.int64).reshape(shape)
 
     def running_miou(self, before: Matched | None) -> float | None:
         """Of the best block and protocol in the first look, 0 to 1, over the images matched so far; None for none."""

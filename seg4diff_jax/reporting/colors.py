@@ -36,6 +36,8 @@ HAND_PICKED = (
 
 HEAT = ((12, 7, 60), (70, 10, 125), (150, 25, 125), (215, 60, 80), (250, 130, 40), (252, 200, 60), (252, 253, 190))
 """Hues of the heat map on the way from low to high."""
+NEUTRAL_LIGHTNESS, NEUTRAL_CHROMA = (0.5, 0.87), 0.025
+"""Of greys, in OKLab: from dark to light, and how far they may lean towards a hue."""
 TINT_PALE, TINT_DEEP = (244, 248, 253), (20, 66, 128)
 
 _TO_CONES = np.array(
@@ -90,6 +92,20 @@ def palette() -> UInt8[np.ndarray, "colors 3"]:
 def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
     """One colour for each class; they repeat after 256."""
     return palette()[np.arange(count) % PALETTE_SIZE]
+
+
+def neutral_colors(count: int, beside: UInt8[np.ndarray, "others 3"]) -> UInt8[np.ndarray, "count 3"]:
+    """Greys, some of them with a tinge, each the farthest from all before it and from the colours beside them."""
+    angles = np.arange(6) * np.pi / 3
+    tinges = NEUTRAL_CHROMA * np.array([(0, 0), *zip(np.cos(angles), np.sin(angles), strict=True)])
+    levels = np.linspace(*NEUTRAL_LIGHTNESS, max(12, -(-count // len(tinges))))
+    candidates = np.array([(level, *tinge) for level in levels for tinge in tinges])
+    distance = np.min([np.linalg.norm(candidates - other, axis=-1) for other in oklab(beside)], axis=0)
+    chosen = []
+    for _ in range(count):
+        chosen.append(candidates[distance.argmax()])
+        distance = np.minimum(distance, np.linalg.norm(candidates - chosen[-1], axis=-1))
+    return _srgb(np.array(chosen).reshape(-1, 3))
 
 
 def ink_on(color: UInt8[np.ndarray, 3]) -> tuple[int, int, int]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,10 +17,10 @@ from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
-from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, groups, guesses
+from seg4diff_jax.evaluation.scores import BASELINES, Row, Setting, averaged, best_setting, by_setting, groups, guesses
 from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
-from seg4diff_jax.reporting.evaluation_images import Card, card
+from seg4diff_jax.reporting.evaluation_images import Card, card, segments_card
 from seg4diff_jax.reporting.evaluation_plots import Sweep, plots
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def contents(
         "others": [way.title for way in ways][1:2],
         "confused": worst_classes(evaluation, benchmark),
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
-        "cards": cards(evaluation, benchmark),
+        "grids": grids(evaluation, benchmark, ways),
         "left_out": {"skipped": evaluation.skipped, "without a labelled pixel": evaluation.unlabelled},
         "most_named": MOST_NAMED,
         "config": flat(config),
@@ -274,12 +276,39 @@ def worst_classes(evaluation: Evaluation, benchmark: Benchmark) -> list[dict[str
     ]
 
 
-def cards(evaluation: Evaluation, benchmark: Benchmark) -> list[tuple[str, list[Card]]]:
-    """Images by why they are shown."""
-    found: dict[str, list[Card]] = {}
-    for shown in evaluation.shown:
-        found.setdefault(shown.why, []).append(card(shown, benchmark.classes))
-    return list(found.items())
+@dataclass(frozen=True)
+class Grid:
+    """Images segmented in one way.
+
+    Attributes:
+      title: what the model was told; `setting` is how it segments them best.
+      match: what is matched with the classes by itself, None where classes have names.
+      absent_classes: they are matched too.
+      cards: by why they are shown.
+    """
+
+    title: str
+    setting: Setting
+    match: str | None
+    absent_classes: bool
+    cards: dict[str, list[Card]]
+
+
+def grids(evaluation: Evaluation, benchmark: Benchmark, ways: Mapping[Way, list[Row]]) -> list[Grid]:
+    """Images of each protocol that was run, if any are to be shown."""
+    found = []
+    for way, rows in ways.items():
+        best, match, absent_classes = best_setting(rows), None, False
+        cards: list[Card] = []
+        if way.protocol == UNSUPERVISED:
+            match, absent_classes = rows[0]["match"], rows[0]["absent_classes"]
+            cards = [segments_card(one, benchmark.classes, by_rows=match == "row") for one in evaluation.divided]
+        elif best == evaluation.best:
+            cards = [card(one, benchmark.classes) for one in evaluation.shown]
+        if cards:
+            by_why = {why: list(some) for why, some in groupby(cards, key=attrgetter("why"))}
+            found.append(Grid(way.title, best, match, absent_classes, by_why))
+    return found
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, str]:

@@ -114,14 +114,27 @@ def matched_counts(
     for unit in units:
         if not unit[:-1].any():  # nothing labelled, so nothing that could be right or wrong
             continue
-        counted = released_matrix(unit) if absent_classes else unit[:-1].astype(np.int64)
-        owners, chosen = linear_sum_assignment(counted, maximize=True) if absent_classes else match_present(counted)
+        counted, owners, chosen = matched_pairs(unit, absent_classes=absent_classes)
         shared = counted[owners, chosen]
         total.hits[owners] += shared
         total.false[owners] += counted[:, chosen].sum(axis=0) - shared
         total.missed[:] += counted.sum(axis=1)
         total.missed[owners] -= shared
     return total
+
+
+def matched_pairs(
+    unit: Integer[np.ndarray, "classes_and_ignored most"], *, absent_classes: bool
+) -> tuple[Int[np.ndarray, "classes segments"], Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    """The match of one unit: the pixels that it is made by, classes, and the segment of each.
+
+    Where absent classes are matched too, some may get segments past the last that there is.
+    """
+    if absent_classes:
+        counted = released_matrix(unit)
+        return counted, *linear_sum_assignment(counted, maximize=True)
+    counted = unit[:-1].astype(np.int64)
+    return counted, *match_present(counted)
 
 
 def match_present(

@@ -61,6 +61,7 @@ class UnsupervisedTally:
     Attributes:
       counts: of each protocol, over all images that have been matched.
       segments: how many there were in all images, by protocol.
+      right: how many pixels of each image are right after its match, for each protocol.
       images: how many have been matched.
     """
 
@@ -68,6 +69,7 @@ class UnsupervisedTally:
         self.protocols, self.classes, self.images = tuple(protocols), classes, 0
         self.counts = [no_counts(classes) for _ in protocols]
         self.segments = np.zeros(len(protocols), np.int64)
+        self.right: list[list[int]] = [[] for _ in protocols]
         self._places: dict[Way, list[int]] = {}
         for place, protocol in enumerate(protocols):
             self._places.setdefault((protocol.minmax, protocol.match), []).append(place)
@@ -107,21 +109,31 @@ class UnsupervisedTally:
             for number, place in enumerate(self._places[way]):
                 absent = self.protocols[place].absent_classes
                 own = found[:, number]
-                units = row_tables(truth, own, self.classes) if way[1] == "row" else iter(own)
-                self.counts[place] += matched_counts(units, classes=self.classes, absent_classes=absent)
+                tables = row_tables(truth, own, self.classes) if way[1] == "row" else own[:, None]
+                for units in tables:
+                    counts = matched_counts(units, classes=self.classes, absent_classes=absent)
+                    self.counts[place] += counts
+                    self.right[place].append(int(counts.hits.sum()))
                 self.segments[place] += numbers[:, number].sum()
         self.images += counted[0][1].count if counted else 0
 
 
 def row_tables(
     truth: Truth, segments: Int16[np.ndarray, "images height width"], classes: int
-) -> Iterator[Integer[np.ndarray, "classes_and_ignored most"]]:
-    """What `intersections` counts, of each row of pixels of each image, on the host."""
+) -> Iterator[Iterator[Integer[np.ndarray, "classes_and_ignored most"]]]:
+    """Of each image the tables of its rows of pixels."""
     for labels, found, (height, width) in zip(truth.labels, segments, truth.sizes.tolist(), strict=False):
-        true, own = (array[:height, :width].astype(np.int64) for array in (labels, found))
-        most = int(own.max()) + 1
-        for row in np.where(true == IGNORED, classes, true) * most + own:
-            yield np.bincount(row, minlength=(classes + 1) * most).reshape(classes + 1, most)
+        yield tables(labels[:height, :width], found[:height, :width], classes)
+
+
+def tables(
+    truth: Integer[np.ndarray, "units pixels"], segments: Integer[np.ndarray, "units pixels"], classes: int
+) -> Iterator[Integer[np.ndarray, "classes_and_ignored most"]]:
+    """What `intersections` counts, of each unit, on the host."""
+    true, own = truth.astype(np.int64), segments.astype(np.int64)
+    most = int(own.max()) + 1
+    for unit in np.where(true == IGNORED, classes, true) * most + own:
+        yield np.bincount(unit, minlength=(classes + 1) * most).reshape(classes + 1, most)
 
 
 @partial(jax.jit, static_argnames=("grid", "classes", "minmax", "match"))

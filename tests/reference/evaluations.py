@@ -10,8 +10,9 @@ import numpy as np
 from seg4diff_jax.evaluation.batches import Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.pictured import pictured
-from seg4diff_jax.evaluation.run import Evaluation, Shown
+from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import best_setting, metrics
+from seg4diff_jax.evaluation.shown import UNMATCHED, Shown, ShownSegments
 
 MADE = {
     "seconds": {"loading": 3.2, "compiling": 10.0, "running": 61.5},
@@ -42,6 +43,7 @@ def made_up_evaluation(
     seeds: Sequence[int] = (0,),
     prompts: Sequence[str | None] = ("present",),
     shown: Sequence[Shown] = (),
+    divided: Sequence[ShownSegments] = (),
     changes: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Scores that are highest at the middle block and noise level; `changes` go into each row.
@@ -70,12 +72,15 @@ def made_up_evaluation(
                 baselines.append({**_common(benchmark, kind), **place, "block": block} | guess)
     best = best_setting(rows)
     confusion = confusions[best.block, best.step, best.prompts] if best.prompts else None
-    return Evaluation(rows, baselines, best, [*shown], [], [], {"compiling": 1.0, "running": 2.0}, confusion)
+    return Evaluation(
+        rows, baselines, best, [*shown], [], [], {"compiling": 1.0, "running": 2.0}, confusion, [*divided]
+    )
 
 
 def _common(benchmark: Benchmark, prompts: str | None) -> dict[str, Any]:
     protocol = "unsupervised" if prompts is None else "open_vocabulary"
     told = {"protocol": protocol, "prompts": prompts, "threshold": None if prompts else 0.1, "lora": None}
+    told |= {} if prompts else {"match": "image", "absent_classes": False}
     return told | {"dataset": benchmark.name, "split": "val", "images": 500}
 
 
@@ -90,10 +95,7 @@ def made_up_images(
         rows, columns = (np.linspace(0, 7.99, side) for side in size)
         image = (255 * _bilinear(rough, rows, columns) + draw.normal(0, 6, (*size, 3))).clip(0, 255).astype(np.uint8)
         classes = np.sort(draw.choice(len(benchmark.classes), min(present, len(benchmark.classes)), replace=False))
-        points = draw.random((len(classes), 2)) * size
-        grid = np.stack(np.meshgrid(*(np.arange(side) for side in size), indexing="ij"), axis=-1)
-        nearest = ((grid[:, :, None] - points) ** 2).sum(axis=-1).argmin(axis=-1)
-        labels = classes[nearest].astype(np.uint8)
+        labels = classes[_cells(len(classes), size, draw)].astype(np.uint8)
         predicted = np.where(image[..., 0] < 80, classes[0], labels).astype(np.int32)
         labels[:8] = 255
         scores = draw.random((len(classes), 32, 32)).astype(np.float32) * 0.01
@@ -102,6 +104,26 @@ def made_up_images(
         example = Example(number, f"{number:012d}", pixels, labels, histogram, tuple(classes.tolist()))
         shown.append(Shown(example, image, predicted, tuple(classes.tolist()), scores, float(accuracy[number]), why))
     return shown
+
+
+def made_up_segments(
+    benchmark: Benchmark, count: int, size: tuple[int, int] = (480, 640), present: int = 6, seed: int = 0
+) -> list[ShownSegments]:
+    """The same images in twice as many segments as classes, of which every other has one."""
+    draw, found = np.random.default_rng(seed), []
+    for one in made_up_images(benchmark, count, size, present, seed):
+        segments = _cells(2 * len(one.classes), size, draw).astype(np.int32)
+        owners = np.full(2 * len(one.classes), UNMATCHED)
+        owners[::2] = one.classes
+        found.append(ShownSegments(one.example, one.image, segments, owners, one.accuracy, one.why))
+    return found
+
+
+def _cells(count: int, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+    """Which of some points is the nearest, for each pixel."""
+    points = draw.random((count, 2)) * size
+    grid = np.stack(np.meshgrid(*(np.arange(side) for side in size), indexing="ij"), axis=-1)
+    return ((grid[:, :, None] - points) ** 2).sum(axis=-1).argmin(axis=-1)
 
 
 def _bilinear(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

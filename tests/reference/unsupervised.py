@@ -57,6 +57,18 @@ class Counts:
     missed: np.ndarray
 
 
+def matched_segments(truth: np.ndarray, segments: np.ndarray, classes: int, absent_classes: bool) -> dict[int, int]:
+    """Of one unit's pixels, in a row: the segment that each class is matched with; some of it in the truth."""
+    labelled = truth != IGNORED
+    if absent_classes:
+        rows, columns = list(range(classes)), list(range(max(classes, segments.max() + 1)))
+    else:
+        rows, columns = sorted(set(truth[labelled].tolist())), sorted(set(segments[labelled].tolist()))
+    shared = np.array([[((truth == c) & (segments == s)).sum() for s in columns] for c in rows])
+    pairs = linear_sum_assignment(shared, maximize=True)
+    return {rows[r]: columns[s] for r, s in zip(*pairs, strict=True)}
+
+
 def count_matches(truth: np.ndarray, segments: np.ndarray, classes: int, match: str, absent_classes: bool) -> Counts:
     """Of one image, pixel by pixel."""
     counts = Counts(*(np.zeros(classes, int) for _ in range(3)))
@@ -65,13 +77,7 @@ def count_matches(truth: np.ndarray, segments: np.ndarray, classes: int, match: 
         labelled = true != IGNORED
         if not labelled.any():
             continue
-        if absent_classes:
-            rows, columns = list(range(classes)), list(range(max(classes, guess.max() + 1)))
-        else:
-            rows, columns = sorted(set(true[labelled].tolist())), sorted(set(guess[labelled].tolist()))
-        shared = np.array([[((true == c) & (guess == s)).sum() for s in columns] for c in rows])
-        pairs = linear_sum_assignment(shared, maximize=True)
-        segment_of = {rows[r]: columns[s] for r, s in zip(*pairs, strict=True)}
+        segment_of = matched_segments(true, guess, classes, absent_classes)
         for c in range(classes):
             own = segment_of.get(c, -1)
             for t, s in zip(true[labelled], guess[labelled], strict=True):

@@ -1,0 +1,131 @@
+"""Images of the data set that people are shown, segmented once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+from seg4diff_jax.evaluation.batches import Example, assemble
+from seg4diff_jax.evaluation.measure import Measurement
+from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.pictured import Why, pictured
+from seg4diff_jax.evaluation.scores import Setting
+from seg4diff_jax.evaluation.unsupervised import Look
+from seg4diff_jax.evaluation.zero_shot import Pass
+from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
+from seg4diff_jax.segmentation.unsupervised_scores import matched_pairs
+from seg4diff_jax.segmentation.unsupervised_tally import tables
+
+UNMATCHED = -1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image of the data set for people to look at.
+
+    Attributes:
+      example: the image, its labels and name; `image` are its pixels as they are.
+      predicted: class of every pixel.
+      classes: those that were asked for; `scores` are theirs, on the grid of image tokens.
+      accuracy: percent of the labelled pixels that are right.
+      why: it is shown: see `pictured`.
+    """
+
+    example: Example
+    image: np.ndarray
+    predicted: Int[np.ndarray, "height width"]
+    classes: tuple[int, ...]
+    scores: Float[np.ndarray, "classes rows columns"]
+    accuracy: float
+    why: Why
+
+
+@dataclass(frozen=True)
+class ShownSegments:
+    """One image of the data set in segments without names.
+
+    Attributes:
+      example, image, why: as of `Shown`.
+      segments: the segment of every pixel.
+      owners: the class that each segment is matched with, `UNMATCHED` for none; always in a match of the whole image.
+      accuracy: percent of the labelled pixels that are right as they are scored: of rows, where rows are matched.
+    """
+
+    example: Example
+    image: np.ndarray
+    segments: Int[np.ndarray, "height width"]
+    owners: Int[np.ndarray, " segments"]
+    accuracy: float
+    why: Why
+
+
+def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
+    """The images that `pictured` names, by the pixels that are right at the first seed."""
+    settings, counting = measurement.settings, measurement.zero_shot
+    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.blocks.index(best.block)
+    accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
+    asked = measurement.asked[best.prompts]
+    found: list[Shown] = []
+    for numbers, why, examples in _batches(measurement, outcome, accuracy, count):
+        scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
+        for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
+            classes, _ = asked(example)
+            grid = grid[: len(classes)]
+            predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
+            if best.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
+                kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
+                classes, grid = tuple(classes[at] for at in kept), grid[kept]
+            image = measurement.benchmark.source[example.index]["image"]
+            found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason))
+    return found
+
+
+def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[ShownSegments]:
+    """The images that `pictured` names, by the pixels that are right after the match, at the first seed."""
+    settings, counting = measurement.settings, measurement.unsupervised
+    look, block = Look(best.step, settings.seeds[0]), settings.blocks.index(best.block)
+    thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
+    place = thresholds.index(best.threshold)
+    accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)
+    absent_classes, classes = settings.unsupervised[place].absent_classes, len(measurement.benchmark.classes)
+    found: list[ShownSegments] = []
+    for numbers, why, examples in _batches(measurement, outcome, accuracy, count):
+        divided = counting.segments(assemble(examples, settings.batch_size), look, block, place)
+        for number, reason, example, segments in zip(numbers, why, examples, divided, strict=True):
+            image = measurement.benchmark.source[example.index]["image"]
+            owners = owners_of(example.labels, segments, classes, absent_classes=absent_classes)
+            found.append(ShownSegments(example, image, segments, owners, float(accuracy[number]), reason))
+    return found
+
+
+def owners_of(
+    labels: Integer[np.ndarray, "height width"],
+    segments: Int[np.ndarray, "height width"],
+    classes: int,
+    *,
+    absent_classes: bool,
+) -> Int[np.ndarray, " segments"]:
+    """The class that each segment of an image is matched with, `UNMATCHED` for none."""
+    (unit,) = tables(labels.reshape(1, -1), segments.reshape(1, -1), classes)
+    owners = np.full(unit.shape[1], UNMATCHED)
+    _, matched, chosen = matched_pairs(unit, absent_classes=absent_classes)
+    there = chosen < len(owners)
+    owners[chosen[there]] = matched[there]
+    return owners
+
+
+def _percent(right: Int[np.ndarray, " images"], outcome: Outcome) -> Float[np.ndarray, " images"]:
+    return 100 * right / outcome.histograms.sum(axis=1)
+
+
+def _batches(
+    measurement: Measurement, outcome: Outcome, accuracy: Float[np.ndarray, " images"], count: int
+) -> Iterator[tuple[Sequence[int], Sequence[Why], Sequence[Example]]]:
+    """Places of images in the outcome, why they are shown, and they themselves, a batch at a time."""
+    chosen, size = pictured(accuracy, outcome.histograms, count), measurement.settings.batch_size
+    for start in range(0, len(chosen), size):
+        numbers, why = zip(*chosen[start : start + size], strict=True)
+        yield numbers, why, [measurement.reader.example(int(outcome.indices[number])) for number in numbers]
