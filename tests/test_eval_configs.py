@@ -34,6 +34,7 @@ def test_a_configuration_is_understood_and_names_a_set_that_exists(file):
     assert (options.blocks, options.steps, numbers(options.seeds, "", range(10))) == (9, 8, (0, 1, 2))
     assert numbers(options.steps, "--steps", STEPS) == (8,)
     assert kinds_of_prompts(options.prompts) == ("present",)
+    assert options.data.resize == ("release" if file.stem.endswith("_release") else "square")
     assert options.unsupervised.threshold is None or thresholds(options.unsupervised.threshold, "") == THRESHOLDS
     assert options.out == f"runs/evaluate/{file.stem}"
 

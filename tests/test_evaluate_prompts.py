@@ -37,6 +37,7 @@ AS_REPORTED = {
     "names": "own",
     "background": None,
     "block": 9,
+    "head": None,
     "step": 8,
 }
 WITHOUT = {
@@ -154,6 +155,7 @@ def test_a_constant_guesser_that_does_not_know_the_classes_says_one_class_of_all
         ({"prompts": "all"}, None),
         ({"names": "readable"}, None),
         ({"block": 8}, None),
+        ({"head": 3}, None),
         ({"step": 7}, None),
         ({"lora": "adapters.safetensors"}, 89.8),
         (WITHOUT, 54.9),

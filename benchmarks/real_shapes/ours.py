@@ -28,7 +28,7 @@ from real_shapes.job import (
 )
 
 from convert.load import load_component
-from seg4diff_jax.evaluation.forward import attention_maps, encode_images
+from seg4diff_jax.evaluation.forward import Place, attention_maps, encode_images
 from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.segmentation.open_vocabulary import label_map
@@ -53,7 +53,7 @@ def main(directory: Path, batch: int) -> None:
     def maps(latents, noise, block):
         images = latents, noise, rows
         how = {"columns": CLIP_TOKENS, "equal_tail": CLIP_TOKENS}
-        return attention_maps(transformer, images, texts, sigma, blocks=(block,), **how)
+        return attention_maps(transformer, images, texts, sigma, places=(Place(block),), **how)
 
     def masks(maps):
         scores = add_scores(jnp.zeros((1, batch, len(CLASS_TOKENS), grid**2)), maps, averaging, rows)[0]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.images import ImageError, resize, to_model_range
+from seg4diff_jax.images import ImageError, Resize, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
 
@@ -99,16 +99,27 @@ class Reader:
     """The examples of a benchmark; a few threads read ahead.
 
     Args:
+      size, resize: what the model sees, and how images come to it; see `images.resize`.
       ahead: how many images are read before their turn.
     """
 
-    def __init__(self, benchmark: Benchmark, size: tuple[int, int], *, skip_unreadable: bool = False, ahead: int = 64):
-        self.benchmark, self.size, self.skip_unreadable, self.ahead = benchmark, size, skip_unreadable, ahead
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        size: tuple[int, int],
+        *,
+        resize: Resize = "square",
+        skip_unreadable: bool = False,
+        ahead: int = 64,
+    ):
+        self.benchmark, self.size = benchmark, size
+        self.resize: Resize = resize
+        self.skip_unreadable, self.ahead = skip_unreadable, ahead
 
     def example(self, index: int) -> Example:
         """Raises ImageError or FolderError when the image or its label is not usable."""
         item = self.benchmark.source[index]
-        pixels = to_model_range(resize(item["image"], self.size, "square"))
+        pixels = to_model_range(resize(item["image"], self.size, self.resize))
         labels, (background, rule) = item["labels"], (self.benchmark.background, self.benchmark.rule)
         histogram = np.bincount(labels.ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
         present = histogram > 0

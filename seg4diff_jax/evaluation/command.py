@@ -18,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
     GROUPS,
+    MEAN,
     OPEN_VOCABULARY,
     STEPS,
     UNSUPERVISED,
     Options,
     Unsupervised,
     chosen_blocks,
+    chosen_heads,
     kinds_of_prompts,
     numbers,
     parse,
@@ -71,6 +73,7 @@ def run(options: Options) -> None:
         from seg4diff_jax.evaluation.progress import Progress
         from seg4diff_jax.evaluation.results import tell, write
         from seg4diff_jax.evaluation.run import evaluate
+        from seg4diff_jax.evaluation.scores import best_setting
         from seg4diff_jax.reporting.evaluation_page import PAGE
 
         if options.distributed:
@@ -86,10 +89,10 @@ def run(options: Options) -> None:
     images, kinds = len(benchmark.source), len(settings.prompts) + bool(settings.unsupervised)
     passes = len(settings.steps) * len(settings.seeds) * kinds
     adapters = f" with adapters of {options.lora}" if options.lora else ""
-    console.print(
-        f"{options.model}{adapters} on {images} images of {benchmark.where}: {counted(len(settings.blocks), 'block')}, "
-        f"{counted(len(settings.steps), 'noise level')}, {counted(len(settings.seeds), 'seed')}"
-    )
+    counts = {"block": settings.blocks, "noise level": settings.steps, "seed": settings.seeds}
+    told = ", ".join(counted(len(some), what) for what, some in counts.items())
+    where = f"{images} images of {benchmark.where}"
+    console.print(f"{options.model}{adapters} on {where}: {told}{told_heads(settings.heads)}")
     resolved = resolve(options, pipe, benchmark, settings, out)
     kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
     if kept and not options.resume:
@@ -106,10 +109,9 @@ def run(options: Options) -> None:
         kept.clear()
     tell(console, evaluation)
     if options.name_expert:
-        name_expert(options.model, evaluation.best.block, evaluation.best.step)
-        console.print(
-            f"{options.model}: block {evaluation.best.block} and noise level {evaluation.best.step} are its own now"
-        )
+        best = best_setting([row for row in evaluation.rows if row["head"] is None])
+        name_expert(options.model, best.block, best.step)
+        console.print(f"{options.model}: block {best.block} and noise level {best.step} are its own now")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and a page of them: {out / PAGE}")
 
@@ -137,6 +139,7 @@ def results_directory(options: Options) -> Path:
 def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Settings, out: Path) -> dict[str, Any]:
     """All options as plain values, those left open as they turned out. How a run was started is not among them."""
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
+    known["heads"] = [MEAN if head is None else head for head in settings.heads]
     known |= {"protocol": list(protocols(options.protocol)), "prompts": list(kinds_of_prompts(options.prompts))}
     if settings.unsupervised:
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
@@ -152,7 +155,7 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Se
 
 def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Of the resolved options those that decide about figures, flat."""
-    names = ("model", "lora", "protocol", "blocks", "steps", "seeds", "prompts", "batch_size", "dtype")
+    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "batch_size", "dtype")
     grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
     return {name: resolved[name] for name in names} | grouped
 
@@ -194,14 +197,19 @@ def settle(options: Options, devices: int) -> tuple[Settings, int]:
         configuration(options.model)
     transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
     tokens = (source.trained_size // (vae.downsampling * transformer.patch_size)) ** 2
+    heads = chosen_heads(options.heads, transformer.num_attention_heads)
+    if options.name_expert and None not in heads:
+        raise ValueError(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
     best = source.expert_step if options.steps == "expert" else options.steps
     settings = Settings(
+        heads=heads,
         blocks=chosen_blocks(options.blocks, transformer.num_layers, source.expert_block, options.model),
         steps=numbers(best, "--steps", STEPS),
         seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
         prompts=kinds_of_prompts(options.prompts) if OPEN_VOCABULARY in protocols(options.protocol) else (),
         unsupervised=merging_protocols(options),
+        resize=options.data.resize,
         lora=options.lora,
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
@@ -225,6 +233,12 @@ def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:
     threshold = given.pop("threshold")
     chosen = MERGE_THRESHOLDS[given["minmax"]] if threshold is None else threshold
     return tuple(UnsupervisedProtocol(each, **given) for each in thresholds(chosen, "--unsupervised.threshold"))
+
+
+def told_heads(heads: Sequence[int | None]) -> str:
+    single = len(heads) - (None in heads)
+    mean = " beside the mean" if None in heads else ""
+    return f"; {counted(single, 'head')} of each block{mean}" if single else ""
 
 
 def counted(number: int, what: str) -> str:

@@ -1,13 +1,14 @@
 """One model's passes over batches of images, which all protocols read: images and prompts encoded, attention recorded.
 
 Of every batch images are encoded once, and prompts once for as long as they are remembered; each noise level and seed
-is one pass of the transformer, in which all blocks asked for are recorded.
+is one pass of the transformer, in which all blocks and heads asked for are recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +30,24 @@ REMEMBERED = 256
 Latents = Float[Array, "images latent_rows latent_columns channels"]
 
 
+class Place(NamedTuple):
+    """Where attention is read: a block, and which of its heads; None is the mean of all of them."""
+
+    block: int
+    head: int | None = None
+
+
 class Forward:
-    """A model whose attention is read, block by block.
+    """A model whose attention is read, place by place.
 
     Images are split over the devices of the model's mesh, if it has one.
 
     Attributes:
-      blocks: whose attention is recorded; all come out of one pass, which ends in the last of them.
+      places: all come out of one pass, which ends in the last of their blocks.
     """
 
-    def __init__(self, pipe: Pipeline, blocks: Sequence[int]):
-        self.pipe, self.blocks = pipe, tuple(blocks)
+    def __init__(self, pipe: Pipeline, places: Sequence[Place]):
+        self.pipe, self.places = pipe, tuple(places)
         self._texts: dict[str, TextConditioning] = {}
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
@@ -61,7 +69,7 @@ class Forward:
         step: int,
         seed: int,
         columns: int,
-    ) -> Float[Array, "blocks rows tokens columns"]:
+    ) -> Float[Array, "places rows tokens columns"]:
         """Attention of image tokens to the first `columns` text tokens, for rows of prompts; see `attention_maps`.
 
         Args:
@@ -77,7 +85,7 @@ class Forward:
                 (latents, noise, image_of_row),
                 prompts,
                 jnp.float32(pipe.schedule.sigma_at(step)),
-                blocks=self.blocks,
+                places=self.places,
                 columns=columns,
                 equal_tail=pipe.zero_tokens,
             )
@@ -122,26 +130,35 @@ def stack_texts(texts: list[TextConditioning]) -> TextConditioning:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
 
 
-@partial(jax.jit, static_argnames=("blocks", "columns", "equal_tail"))
+@partial(jax.jit, static_argnames=("places", "columns", "equal_tail"))
 def attention_maps(
     transformer: MMDiT,
     images: tuple[Float[Array, "images r c ch"], Float[Array, "images r c ch"], Int[Array, " rows"]],
     texts: TextConditioning,
     sigma: Float[Array, ""],
     *,
-    blocks: tuple[int, ...],
+    places: tuple[Place, ...],
     columns: int,
     equal_tail: int,
-) -> Float[Array, "blocks rows tokens columns"]:
-    """Attention of every image token to the first `columns` text tokens, averaged over heads, for rows of prompts.
+) -> Float[Array, "places rows tokens columns"]:
+    """Attention of every image token to the first `columns` text tokens, for rows of prompts.
 
     Args:
       images: clean latents, noise, and which image each row is about.
-      blocks: all come out of one pass, which ends in the last of them.
+      places: all come out of one pass, which ends in the last of their blocks.
     """
     latents, noise, image_of_row = images
     noisy = add_noise(latents, noise, sigma)[image_of_row]
     inputs = noisy, jnp.full(len(noisy), 1000 * sigma), *texts
-    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, columns))
+    mean_heads = all(place.head is None for place in places)
+    request = AttentionRequest(scores=False, mean_heads=mean_heads, text_tokens=(0, columns))
+    blocks = tuple(dict.fromkeys(place.block for place in places))
     records = attentions_at(transformer, *inputs, blocks=blocks, request=request, equal_tail=equal_tail)
-    return jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
+
+    def read(place: Place) -> Array:
+        probs: Array = records[place.block].probs  # pyright: ignore
+        if mean_heads:
+            return probs
+        return probs.mean(axis=1) if place.head is None else probs[:, place.head]
+
+    return jnp.stack([read(place) for place in places])

@@ -19,12 +19,13 @@ import numpy as np
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.forward import Forward
+from seg4diff_jax.evaluation.forward import Forward, Place
 from seg4diff_jax.evaluation.hosts import gathered, in_step
 from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
+from seg4diff_jax.images import Resize
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -36,12 +37,14 @@ TELL_EVERY = 5.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: all blocks, at every noise level (1 clean to 28 noise), for every seed of the noise.
+    """What is measured: all blocks and heads, at every noise level (1 clean to 28 noise), for every seed of the noise.
 
     Attributes:
+      heads: None is the mean of all heads.
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
       prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
       unsupervised: protocols for segments without names; each has figures of its own.
+      resize: how images come to the size that the model sees, see `images.resize`.
       lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
     """
@@ -50,11 +53,17 @@ class Settings:
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     batch_size: int
+    heads: tuple[int | None, ...] = (None,)
     prompts: tuple[str, ...] = ("present",)
     unsupervised: tuple[UnsupervisedProtocol, ...] = ()
+    resize: Resize = "square"
     lora: str | None = None
     skip_unreadable: bool = False
     shard_batches: int = 8
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(Place(block, head) for block in self.blocks for head in self.heads)
 
 
 def check_batch_size(size: int, devices: int) -> None:
@@ -74,9 +83,10 @@ class Measurement:
         mesh = pipe.mesh
         check_batch_size(settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
         size, ahead = (pipe.trained_size, pipe.trained_size), 2 * settings.batch_size
-        self.reader = Reader(benchmark, size, skip_unreadable=settings.skip_unreadable, ahead=ahead)
+        how = {"resize": settings.resize, "skip_unreadable": settings.skip_unreadable}
+        self.reader = Reader(benchmark, size, **how, ahead=ahead)
         self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
-        self.forward = Forward(pipe, settings.blocks)
+        self.forward = Forward(pipe, settings.places)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
         self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts)
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)

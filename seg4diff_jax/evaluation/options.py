@@ -10,8 +10,10 @@ from jsonargparse import ArgumentParser
 
 from seg4diff_jax.data.names import Background, Spelling
 
-Numbers = int | str | list[int]
+Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
+MEAN = "mean"
+"""Of all heads of a block."""
 STEPS = range(1, 29)
 PROMPTS = ("present", "all")
 EMPTY = "empty"
@@ -31,6 +33,7 @@ class Data:
     labels: str | None = None
     names: Spelling = "own"
     background: Background | None = None
+    resize: Literal["square", "release"] = "square"
     scenes: int = 500
 
 
@@ -53,6 +56,7 @@ class Options:
     protocol: str | list[str] = OPEN_VOCABULARY
     data: Data = field(default_factory=Data)
     blocks: Numbers = "expert"
+    heads: Numbers = MEAN
     steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
@@ -96,8 +100,13 @@ HELP = {
         "of voc21, context60 and coco-object: scored as a class, ignored, or asked for without being scored, as the "
         "release does with coco-object; default: the set's rule"
     ),
+    "data.resize": (
+        "how images come to the size that the model sees: square, straight to it, antialiased; release, as the release "
+        "does it, by way of a shorter side of 640 pixels"
+    ),
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
+    "heads": "whose attention is read: mean (of all heads), all (each by itself), 3, 0..5 or mean,all",
     "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
     "seeds": "of the noise; a pass each, averaged in the tables",
     "prompts": (
@@ -215,6 +224,19 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
     if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
         raise ValueError(f"{name} is {value!r}: expected numbers above 0, each once, as in 0.005,0.01")
     return found
+
+
+def chosen_heads(value: Numbers, heads: int) -> tuple[int | None, ...]:
+    """Which of a block's heads are read, in the order given; None is the mean of all of them.
+
+    Raises ValueError when the model has no such heads, or one is listed twice.
+    """
+    found: list[int | None] = []
+    for part in _parts(value):
+        found += [None] if str(part).strip() == MEAN else numbers(str(part).strip(), "--heads", range(heads))
+    if len(set(found)) < len(found):
+        raise ValueError(f"--heads is {value!r}: expected each once")
+    return tuple(found)
 
 
 def chosen_blocks(value: Numbers, depth: int, expert: int | None, model: str) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def reported_miou(row: Mapping[str, Any], config: MMDiTConfig, trained_size: int
     """
     sizes_alike = all(getattr(config, name) == value for name, value in SD3_MEDIUM.items())
     sd3_medium = sizes_alike and not config.dual_attention_layers and trained_size == TRAINED_SIZE
-    expert = (row["block"], row["step"]) == (BLOCK, STEP) and row["split"] in SPLITS
+    expert = (row["block"], row["head"], row["step"]) == (BLOCK, None, STEP) and row["split"] in SPLITS
     if row["protocol"] == UNSUPERVISED:
         found, alike = WITHOUT_NAMES, _released_match(row)
     else:

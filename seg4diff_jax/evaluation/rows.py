@@ -18,31 +18,31 @@ from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, Unsupervi
 
 
 def score_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
-    """Open vocabulary: one for each kind of prompts, step, seed and block."""
+    """Open vocabulary: one for each kind of prompts, step, seed, block and head."""
     settings, benchmark = measurement.settings, measurement.benchmark
     rows: list[Row] = []
     for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
         speed = _speed(outcome, measurement, settings.prompts.index(one.prompts))
-        for block, confusion in zip(settings.blocks, confusions, strict=True):
-            place = {"block": block, "step": one.step, "seed": one.seed}
-            row = {**_asked(outcome, measurement, one.prompts), **speed, **place}
+        for place, confusion in zip(settings.places, confusions, strict=True):
+            seen = {**place._asdict(), "step": one.step, "seed": one.seed}
+            row = {**_asked(outcome, measurement, one.prompts), **speed, **seen}
             rows.append(row | {"reported": _reported(row, measurement)} | metrics(confusion, benchmark))
     return rows
 
 
 def unsupervised_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
-    """Segments without names: one for each step, seed, block and protocol; `segments` an image has on average."""
+    """Segments without names: one for each step, seed, block, head and protocol; `segments` an image has on average."""
     settings, matched = measurement.settings, outcome.matched
     rows: list[Row] = []
     for look, one in enumerate(measurement.unsupervised.looks):
-        for number, block in enumerate(settings.blocks):
-            for place, protocol in enumerate(settings.unsupervised):
+        for at, place in enumerate(settings.places):
+            for number, protocol in enumerate(settings.unsupervised):
                 speed = _speed(outcome, measurement, -1)
-                seen = {"block": block, "step": one.step, "seed": one.seed}
+                seen = {**place._asdict(), "step": one.step, "seed": one.seed}
                 row = {**_merged(outcome, measurement, protocol), **speed, **seen}
                 row["reported"] = _reported(row, measurement)
-                row["segments"] = _mean(matched.segments[look, number, place], outcome)
-                counts = MatchCounts(*matched.pixels[look, number, place])
+                row["segments"] = _mean(matched.segments[look, at, number], outcome)
+                counts = MatchCounts(*matched.pixels[look, at, number])
                 rows.append(row | match_metrics(counts, measurement.benchmark))
     return rows
 
@@ -67,6 +67,7 @@ def _common(outcome: Outcome, measurement: Measurement) -> Row:
         "split": benchmark.split or None,
         "labels": benchmark.kind or None,
         "background": None if benchmark.background is None else benchmark.rule,
+        "resize": measurement.settings.resize,
         "lora": measurement.settings.lora,
         "images": len(outcome.indices),
     }
@@ -94,20 +95,21 @@ def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
     permuted: the model's own scores, each image's tokens in random order.
     """
     settings, benchmark, counting = measurement.settings, measurement.benchmark, measurement.zero_shot
+    nowhere = dict.fromkeys(("block", "head", "step", "seed"))
     rows: list[Row] = []
     for prompts in settings.prompts:
         common = _asked(outcome, measurement, prompts)
         choice, constant = best_constant(outcome.histograms, known=prompts == "present")
-        place: dict[str, Any] = {"baseline": "constant", "choice": choice, "block": None, "step": None, "seed": None}
+        place: dict[str, Any] = {"baseline": "constant", "choice": choice, **nowhere}
         rows.append({**common, **place} | metrics(constant, benchmark))
         for number, (kind, seed) in enumerate(counting.guesses):
             if kind != prompts:
                 continue
-            place = {"baseline": RANDOM, "block": None, "step": None, "seed": seed}
+            place = {"baseline": RANDOM, **nowhere, "seed": seed}
             rows.append({**common, **place} | metrics(outcome.counted.random[number, 0], benchmark))
-            place = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
-            permuted = zip(settings.blocks, outcome.counted.permuted[number], strict=True)
-            rows += [{**common, **place, "block": block} | metrics(matrix, benchmark) for block, matrix in permuted]
+            seen = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
+            permuted = zip(settings.places, outcome.counted.permuted[number], strict=True)
+            rows += [{**common, **seen, **place._asdict()} | metrics(each, benchmark) for place, each in permuted]
     return rows
 
 
@@ -119,15 +121,15 @@ def unsupervised_baselines(outcome: Outcome, measurement: Measurement) -> list[R
     """
     settings, matched = measurement.settings, outcome.matched
     rows: list[Row] = []
-    for place, protocol in enumerate(settings.unsupervised):
+    for which, protocol in enumerate(settings.unsupervised):
         common = _merged(outcome, measurement, protocol)
         score = lambda pixels: match_metrics(MatchCounts(*pixels), measurement.benchmark)
-        if not place:
-            nowhere = {"threshold": None, "block": None, "step": None, "seed": None, "segments": 1.0}
+        if not which:
+            nowhere = {**dict.fromkeys(("threshold", "block", "head", "step", "seed")), "segments": 1.0}
             rows.append({**common, "baseline": ONE_SEGMENT, **nowhere} | score(matched.one_segment[0, 0, 0]))
         for number, seed in enumerate(settings.seeds):
-            for at, block in enumerate(settings.blocks):
-                seen = {"baseline": PERMUTED, "block": block, "step": settings.steps[0], "seed": seed}
-                seen["segments"] = _mean(matched.permuted_segments[number, at, place], outcome)
-                rows.append({**common, **seen} | score(matched.permuted[number, at, place]))
+            for at, place in enumerate(settings.places):
+                seen = {"baseline": PERMUTED, **place._asdict(), "step": settings.steps[0], "seed": seed}
+                seen["segments"] = _mean(matched.permuted_segments[number, at, which], outcome)
+                rows.append({**common, **seen} | score(matched.permuted[number, at, which]))
     return rows

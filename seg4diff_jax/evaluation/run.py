@@ -93,4 +93,4 @@ def evaluate(
 def _confusion(measurement: Measurement, outcome: Outcome, best: Setting) -> Int[np.ndarray, "classes classes"]:
     settings, counting = measurement.settings, measurement.zero_shot
     passes = [counting.passes.index(Pass(best.step, seed, best.prompts)) for seed in settings.seeds]
-    return outcome.counted.confusion[passes, settings.blocks.index(best.block)].sum(axis=0)
+    return outcome.counted.confusion[passes, settings.places.index(best.place)].sum(axis=0)

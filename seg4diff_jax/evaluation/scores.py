@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.forward import Place
 from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
@@ -29,11 +30,17 @@ class Setting(NamedTuple):
     step: int
     prompts: str
     threshold: float | None = None
+    head: int | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.block, self.head)
 
     @property
     def title(self) -> str:
+        head = "" if self.head is None else f", head {self.head}"
         merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
-        return f"block {self.block}, noise level {self.step}{merged}"
+        return f"block {self.block}{head}, noise level {self.step}{merged}"
 
 
 def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchmark) -> Row:
@@ -121,7 +128,7 @@ def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """Rows of one setting together, in the order in which they come: one for each seed."""
     settings: dict[Setting, list[Row]] = {}
     for row in rows:
-        setting = Setting(row["block"], row["step"], row["prompts"], row.get("threshold"))
+        setting = Setting(row["block"], row["step"], row["prompts"], row.get("threshold"), row.get("head"))
         settings.setdefault(setting, []).append(row)
     return settings
 
@@ -135,10 +142,10 @@ def best_setting(rows: Sequence[Row]) -> Setting:
 
 
 def guesses(baselines: Sequence[Row], best: Setting) -> dict[str, list[Row]]:
-    """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best block."""
+    """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best place."""
     named: dict[str, list[Row]] = {}
     for row in sorted(baselines, key=lambda row: row["baseline"] != "random"):
         alike = row["prompts"] == best.prompts and row.get("threshold") in (None, best.threshold)
-        if alike and row["block"] in (None, best.block):
+        if alike and (row["block"] is None or Place(row["block"], row.get("head")) == best.place):
             named.setdefault(row["baseline"], []).append(row)
     return named

@@ -65,7 +65,7 @@ class ShownSegments:
 def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
     """The images that `pictured` names, by the pixels that are right at the first seed."""
     settings, counting = measurement.settings, measurement.zero_shot
-    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.blocks.index(best.block)
+    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.places.index(best.place)
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
     asked = measurement.asked[best.prompts]
     found: list[Shown] = []
@@ -86,7 +86,7 @@ def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, cou
 def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[ShownSegments]:
     """The images that `pictured` names, by the pixels that are right after the match, at the first seed."""
     settings, counting = measurement.settings, measurement.unsupervised
-    look, block = Look(best.step, settings.seeds[0]), settings.blocks.index(best.block)
+    look, block = Look(best.step, settings.seeds[0]), settings.places.index(best.place)
     thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
     place = thresholds.index(best.threshold)
     accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)

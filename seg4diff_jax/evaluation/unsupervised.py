@@ -77,7 +77,7 @@ class Unsupervised:
         self._reset()
 
     def _reset(self) -> None:
-        blocks = {name: len(self.forward.blocks) for name in (*self.looks, *((PERMUTED, seed) for seed in self.seeds))}
+        blocks = {name: len(self.forward.places) for name in (*self.looks, *((PERMUTED, seed) for seed in self.seeds))}
         self.tallies: dict[tuple | str, list[UnsupervisedTally]] = {
             name: [UnsupervisedTally(self.protocols, self.classes) for _ in range(count)]
             for name, count in (blocks | {ONE_SEGMENT: 1}).items()

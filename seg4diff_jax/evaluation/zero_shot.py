@@ -48,28 +48,28 @@ class Counted(NamedTuple):
 
     Attributes:
       permuted: of the maps of the first noise level with their positions permuted, image by image.
-      random: of random scores in place of the first block's.
+      random: of random scores in place of the first place's.
       right: how many pixels of each image are right.
     """
 
-    confusion: Int[np.ndarray, "passes blocks classes classes"]
-    permuted: Int[np.ndarray, "guesses blocks classes classes"]
+    confusion: Int[np.ndarray, "passes places classes classes"]
+    permuted: Int[np.ndarray, "guesses places classes classes"]
     random: Int[np.ndarray, "guesses 1 classes classes"]
-    right: Int[np.ndarray, "passes blocks images"]
+    right: Int[np.ndarray, "passes places images"]
 
 
 class Tally:
-    """Confusion matrices of several blocks: counted on the device, summed up on the host in 64 bits when need be."""
+    """Confusion matrices of several places: counted on the device, summed up on the host in 64 bits when need be."""
 
-    def __init__(self, blocks: int, classes: int):
-        self._shape = (blocks, classes, classes)
+    def __init__(self, places: int, classes: int):
+        self._shape = (places, classes, classes)
         self._device: Array | None = None
         self._host = np.zeros(self._shape, np.int64)
         self._pixels = 0
 
     def count(
-        self, scores: Float[Array, "blocks images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
-    ) -> Int[Array, "blocks images"]:
+        self, scores: Float[Array, "places images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
+    ) -> Int[Array, "places images"]:
         """Add a batch; returns how many pixels of each image are right."""
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
@@ -78,7 +78,7 @@ class Tally:
         self._device, right = count(former, scores, batch.truth, batch.sizes, batch.class_of_row, grid=grid)
         return right
 
-    def total(self) -> Int[np.ndarray, "blocks classes classes"]:
+    def total(self) -> Int[np.ndarray, "places classes classes"]:
         if self._device is not None:
             self._host += np.asarray(self._device)
             self._device, self._pixels = None, 0
@@ -86,7 +86,7 @@ class Tally:
 
 
 class ZeroShot:
-    """Confusion matrices of a set of images, for several blocks, noise levels and seeds of one model.
+    """Confusion matrices of a set of images, for several blocks, heads, noise levels and seeds of one model.
 
     Attributes:
       passes: every noise level with every seed, for each kind of prompts; each is a pass of its own.
@@ -114,9 +114,9 @@ class ZeroShot:
         self._reset()
 
     def _reset(self) -> None:
-        blocks = len(self.forward.blocks)
+        places = len(self.forward.places)
         names = [*self.passes, *((PERMUTED, *guess) for guess in self.guesses)]
-        self.tallies: dict[tuple, Tally] = {name: Tally(blocks, self.classes) for name in names}
+        self.tallies: dict[tuple, Tally] = {name: Tally(places, self.classes) for name in names}
         self.tallies |= {(RANDOM, *guess): Tally(1, self.classes) for guess in self.guesses}
         self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
 
@@ -150,7 +150,7 @@ class ZeroShot:
         """All that has been counted since the last call."""
         self._keep(self._pending)
         self._pending = []
-        none = np.zeros((len(self.forward.blocks), 0), np.int64)
+        none = np.zeros((len(self.forward.places), 0), np.int64)
         pieces = [np.concatenate([none, *some], axis=1) for some in self._right.values()]
         counted = Counted(
             self._total(self.passes, len(none)),
@@ -161,16 +161,16 @@ class ZeroShot:
         self._reset()
         return counted
 
-    def _total(self, names: Sequence[tuple], blocks: int) -> Int[np.ndarray, "names blocks classes classes"]:
-        none = np.zeros((0, blocks, self.classes, self.classes), np.int64)
+    def _total(self, names: Sequence[tuple], places: int) -> Int[np.ndarray, "names places classes classes"]:
+        none = np.zeros((0, places, self.classes, self.classes), np.int64)
         return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
 
     def running_miou(self, before: Counted | None) -> float:
-        """Of the best block in the first pass, 0 to 1, with what was counted before; waits for the device."""
+        """Of the best place in the first pass, 0 to 1, with what was counted before; waits for the device."""
         confusions = self.tallies[self.passes[0]].total() + (before.confusion[0] if before else 0)
         return float(np.nanmax([mean_iou(confusion) for confusion in confusions]))
 
-    def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "blocks images classes rows columns"]:
+    def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "places images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
         latents = self.forward.latents(batch.pixels)
         conditioning = [self.forward.encoded(rows.texts) for rows in batch.prompts]
@@ -186,9 +186,9 @@ class ZeroShot:
 
     def _scores(
         self, batch: EvaluationBatch, latents: Latents, conditioning: list[TextConditioning], one: Pass
-    ) -> Float[Array, "blocks images classes tokens"]:
+    ) -> Float[Array, "places images classes tokens"]:
         forward, (rows, columns) = self.forward, self.forward.grid(latents)
-        shape = len(forward.blocks), len(latents), batch.class_of_row.shape[1], rows * columns
+        shape = len(forward.places), len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros(shape, jnp.float32)
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
             looked = {"step": one.step, "seed": one.seed, "columns": asked.averaging.shape[-1]}
@@ -204,14 +204,14 @@ class ZeroShot:
 
 @partial(jax.jit, donate_argnames=("scores",))
 def add_scores(
-    scores: Float[Array, "blocks images classes tokens"],
-    maps: Float[Array, "blocks rows tokens columns"],
+    scores: Float[Array, "places images classes tokens"],
+    maps: Float[Array, "places rows tokens columns"],
     averaging: Float[Array, "rows classes columns"],
     image_of_row: Int[Array, " rows"],
-) -> Float[Array, "blocks images classes tokens"]:
+) -> Float[Array, "places images classes tokens"]:
     """Class scores of some prompts, added to those of the others: each class is named by one."""
     images = scores.shape[1]
-    some = jax.lax.map(lambda block: combine_prompts(class_scores(block, averaging), image_of_row, images), maps)
+    some = jax.lax.map(lambda place: combine_prompts(class_scores(place, averaging), image_of_row, images), maps)
     return _split(scores + some, 1)
 
 
@@ -223,14 +223,14 @@ def _split(array: Array, axis: int) -> Array:
 
 @partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid",))
 def count(
-    confusion: Int[Array, "blocks classes classes"],
-    scores: Float[Array, "blocks images rows tokens"],
+    confusion: Int[Array, "places classes classes"],
+    scores: Float[Array, "places images rows tokens"],
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
     class_of_row: Int[Array, "images rows"],
     *,
     grid: tuple[int, int],
-) -> tuple[Int[Array, "blocks classes classes"], Int[Array, "blocks images"]]:
+) -> tuple[Int[Array, "places classes classes"], Int[Array, "places images"]]:
     """Upsample scores to each image's own size on the canvas, take the best class of each pixel and count.
 
     Also how many pixels of each image are right: -1 where a score is not finite.
@@ -242,20 +242,20 @@ def count(
         rows = scores.reshape(-1, *grid)
         return classes[label_map(rows, size, canvas=canvas, present=classes != IGNORED)]
 
-    def of_block(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
+    def of_place(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
         labels = _split(jax.vmap(predicted)(_split(scores, 0), sizes, class_of_row), 0)
         right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
         finite = jnp.isfinite(scores).all(axis=(1, 2))
         return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)
 
-    return jax.lax.map(of_block, (confusion, scores))
+    return jax.lax.map(of_place, (confusion, scores))
 
 
 @jax.jit
 def without_images(
-    scores: Float[Array, "blocks images classes tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
-) -> tuple[Float[Array, "blocks images classes tokens"], Float[Array, "1 images classes tokens"]]:
+    scores: Float[Array, "places images classes tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
+) -> tuple[Float[Array, "places images classes tokens"], Float[Array, "1 images classes tokens"]]:
     """Scores that cannot know where anything is: each image's own with the tokens in random order, and random ones."""
 
     def of_image(index: Array) -> tuple[Array, Array]:

@@ -210,11 +210,13 @@ def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str,
 
 
 def sweep(way: Way, rows: Sequence[Row]) -> Sweep:
-    """Mean IoU of a way of asking by block and noise level, at the threshold of its best."""
+    """Mean IoU of a way of asking by block, noise level and head, at the threshold of its best."""
     best = best_setting(rows)
     settings = by_setting([row for row in rows if row.get("threshold") == best.threshold])
-    scores = {(at.block, at.step): mean(some, ["miou"])["miou"] for at, some in settings.items()}
-    return Sweep(way.title, scores, (best.block, best.step))
+    scores = {at: mean(some, ["miou"])["miou"] for at, some in settings.items()}
+    levels = {(at.block, at.step): score for at, score in scores.items() if at.head == best.head}
+    heads = {(at.block, at.head): score for at, score in scores.items() if at.head is not None and at.step == best.step}
+    return Sweep(way.title, levels, heads, (best.block, best.step), best.head)
 
 
 def best_guess(evaluation: Evaluation) -> tuple[str, float] | None:

@@ -1,8 +1,8 @@
-"""Plots of an evaluation: mean IoU by block, by noise level, and by both."""
+"""Plots of an evaluation: mean IoU by block, by noise level, by head, and by two of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,21 +12,26 @@ from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
 
 FEW = 6
 """Columns of a heat map beside which there is room for another plot."""
+Score = tuple[float, float] | None
+Scores = Mapping[tuple[int, int], Score]
 LEVELS = "noise level, of 28 from the clean end"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Blocks and noise levels of one way of asking, which `title` names.
+    """Blocks, noise levels and heads of one way of asking, which `title` names.
 
     Attributes:
-      scores: mean IoU in percent and its spread, by block and noise level.
-      best: block and noise level of the highest.
+      scores: mean IoU in percent and its spread, by block and noise level, of the best head or of the heads' mean.
+      heads: the same by block and single head, at the best noise level.
+      best: block and noise level of the highest; `head` is None where that is the mean of the heads.
     """
 
     title: str
-    scores: Mapping[tuple[int, int], tuple[float, float] | None]
+    scores: Scores
+    heads: Scores
     best: tuple[int, int]
+    head: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,23 +52,30 @@ def plots(sweeps: Sequence[Sweep], guess: tuple[str, float] | None) -> list[Plot
     """
     blocks = sorted({block for sweep in sweeps for block, _ in sweep.scores})
     steps = sorted({step for sweep in sweeps for _, step in sweep.scores})
+    heads = sorted({head for sweep in sweeps for _, head in sweep.heads})
+    block, level = _each(sweep.best[0] for sweep in sweeps), _each(sweep.best[1] for sweep in sweeps)
     found: list[Plot] = []
     if len(blocks) > 1:
-        at = _each(sweep.best[1] for sweep in sweeps)
-        lines = [
-            Series([one.scores.get((block, one.best[1])) for block in blocks], blocks.index(one.best[0]))
-            for one in sweeps
-        ]
-        found.append(_lines(f"by block, at noise level {at}", "block", blocks, lines, sweeps, guess))
+        lines = [_series(blocks, lambda at, one=one: one.scores.get((at, one.best[1])), one.best[0]) for one in sweeps]
+        found.append(_lines(f"by block, at noise level {level}", "block", blocks, lines, sweeps, guess))
     if len(steps) > 1:
-        at = _each(sweep.best[0] for sweep in sweeps)
-        lines = [
-            Series([one.scores.get((one.best[0], step)) for step in steps], steps.index(one.best[1])) for one in sweeps
-        ]
-        found.append(_lines(f"by noise level, at block {at}", LEVELS, steps, lines, sweeps, guess))
-    if len(blocks) > 1 and len(steps) > 1:
-        found += [_heat(one, blocks, steps, alone=len(sweeps) == 1) for one in sweeps]
+        lines = [_series(steps, lambda at, one=one: one.scores.get((one.best[0], at)), one.best[1]) for one in sweeps]
+        found.append(_lines(f"by noise level, at block {block}", LEVELS, steps, lines, sweeps, guess))
+    if len(heads) > 1:
+        lines = [_series(heads, lambda at, one=one: one.heads.get((one.best[0], at)), one.head) for one in sweeps]
+        found.append(_lines(f"by head, at block {block} and noise level {level}", "head", heads, lines, sweeps, guess))
+    for one in sweeps:
+        where = "" if len(sweeps) == 1 else f", {one.title}"
+        if len(blocks) > 1 and len(steps) > 1:
+            found.append(_heat(where, "noise level", one.scores, one.best))
+        if len(blocks) > 1 and len(heads) > 1:
+            found.append(_heat(where, "head", one.heads, None if one.head is None else (one.best[0], one.head)))
     return found
+
+
+def _series(places: Sequence[int], score: Callable[[int], Score], best: int | None) -> Series:
+    """A score at each place; that of `best` stands out."""
+    return Series([score(place) for place in places], None if best is None else places.index(best))
 
 
 def _lines(
@@ -87,15 +99,15 @@ def _lines(
     return Plot("line", caption, drawn, legend)
 
 
-def _heat(one: Sweep, blocks: Sequence[int], steps: Sequence[int], *, alone: bool) -> Plot:
-    table = [[one.scores.get((block, step)) for step in steps] for block in blocks]
+def _heat(where: str, axis: str, scores: Scores, best: tuple[int, int] | None) -> Plot:
+    """Mean IoU by block and another `axis`; the cell of `best` is framed."""
+    blocks, places = sorted({block for block, _ in scores}), sorted({place for _, place in scores})
+    table = [[scores.get((block, place)) for place in places] for block in blocks]
     values = np.array([[cell[0] if cell else np.nan for cell in line] for line in table])
-    mark = blocks.index(one.best[0]), steps.index(one.best[1])
-    caption = "by block and noise level" + ("" if alone else f", {one.title}")
-    drawn = heat_plot(
-        f"mean IoU {caption}", values, blocks, steps, vertical="block", horizontal="noise level", mark=mark
-    )
-    return Plot("heat wide" if len(steps) > FEW else "heat", caption, drawn)
+    mark = (blocks.index(best[0]), places.index(best[1])) if best else None
+    caption = f"by block and {axis}{where}"
+    drawn = heat_plot(f"mean IoU {caption}", values, blocks, places, vertical="block", horizontal=axis, mark=mark)
+    return Plot("heat wide" if len(places) > FEW else "heat", caption, drawn)
 
 
 def _each(numbers: Iterable[int]) -> str:

@@ -1,0 +1,137 @@
+"""Heads are scored one by one, beside their mean, and images come to the model's size as the release's do."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seg4diff_jax.data.shapes import scene, write_folder
+from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
+from seg4diff_jax.evaluation.command import main
+from seg4diff_jax.evaluation.forward import Place
+from seg4diff_jax.evaluation.measure import Measurement, Settings
+from seg4diff_jax.evaluation.options import chosen_heads
+from seg4diff_jax.evaluation.run import evaluate
+from seg4diff_jax.flow import image_noise
+from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.segmentation.metrics import mean_iou
+from tests.reference.inputs import SQUARE
+from tests.reference.release import squashed
+
+HEADS = (None, 2, 0)
+SETTINGS = Settings((2,), (8,), (5,), batch_size=4, heads=HEADS)
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory) -> Benchmark:
+    root = tmp_path_factory.mktemp("scenes")
+    write_folder(root, [scene("test", index, 200) for index in range(4)])
+    return folder_benchmark(root)
+
+
+@pytest.fixture(scope="module")
+def evaluation(sd3, benchmark):
+    return evaluate(sd3, benchmark, SETTINGS)
+
+
+def head_by_head(pipe, benchmark: Benchmark) -> np.ndarray:
+    """Of every head of block 2 by itself its confusion matrix, interpolated by PyTorch: [heads, classes, classes]."""
+    classes = len(benchmark.classes)
+    found = np.zeros((4, classes, classes), np.int64)
+    for index in range(len(benchmark.source)):
+        item = benchmark.source[index]
+        present = [label for label in np.unique(item["labels"]).tolist() if label != 255]
+        names = [benchmark.classes[label] for label in present]
+        how = {
+            "noise": np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0],
+            "size": (SQUARE, SQUARE),
+        }
+        request = AttentionRequest(scores=False)
+        probs = pipe.attention(item["image"], " ".join(names), blocks=2, step=8, request=request, **how)[2].probs[0]
+        counts = [len(pipe.tokenizers.clip_l(name, add_special_tokens=False).input_ids) for name in names]
+        ends = 1 + np.cumsum([0, *counts])
+        side = SQUARE // 16
+        for head, maps in enumerate(np.asarray(probs)):
+            spans = [maps[:, first:last].mean(axis=1) for first, last in pairwise(ends)]
+            scores = np.stack(spans).reshape(-1, side, side)
+            grown = F.interpolate(torch.tensor(scores)[None], size=item["labels"].shape, mode="bilinear")[0]
+            predicted = np.array(present)[grown.argmax(0).numpy()]
+            labelled = item["labels"] != 255
+            np.add.at(found[head], (item["labels"][labelled], predicted[labelled]), 1)
+    return found
+
+
+def test_each_head_scores_what_its_own_maps_score_by_themselves(sd3, benchmark, evaluation):
+    expected = head_by_head(sd3, benchmark)
+    scores = {row["head"]: row for row in evaluation.rows}
+    assert list(scores) == [*HEADS]
+    for head in (2, 0):
+        # Where two classes tie within rounding a pixel may go to either.
+        assert scores[head]["miou"] == pytest.approx(100 * mean_iou(expected[head]), abs=0.02)
+    assert abs(scores[2]["miou"] - scores[0]["miou"]) > 0.1, "heads that score alike would tell nothing"
+
+
+def test_the_mean_over_heads_scores_what_it_does_alone(sd3, benchmark, evaluation):
+    alone = evaluate(sd3, benchmark, Settings((2,), (8,), (5,), batch_size=4))
+    assert [row["head"] for row in alone.rows] == [None]
+    assert evaluation.rows[0]["miou"] == pytest.approx(alone.rows[0]["miou"], abs=0.02)
+
+
+def test_permuted_maps_are_those_of_the_same_head(evaluation):
+    permuted = {row["head"]: row["miou"] for row in evaluation.baselines if row["baseline"] == "permuted"}
+    assert list(permuted) == [*HEADS]
+    assert len(set(permuted.values())) == len(HEADS)
+
+
+def test_images_come_to_the_size_of_the_model_as_the_released_code_resizes_them(sd3, benchmark):
+    settings = Settings((0,), (8,), (0,), batch_size=1, resize="release")
+    example = Measurement(sd3, benchmark, settings).reader.example(1)
+    expected = squashed(benchmark.source[1]["image"], SQUARE)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(example.pixels, expected, atol=2e-4)
+    plain = Measurement(sd3, benchmark, Settings((0,), (8,), (0,), batch_size=1)).reader.example(1)
+    assert np.abs(plain.pixels - expected).max() > 0.05
+
+
+def test_heads_and_blocks_make_places_in_their_order():
+    settings = Settings((4, 1), (8,), (0,), batch_size=1, heads=(None, 3))
+    assert settings.places == (Place(4), Place(4, 3), Place(1), Place(1, 3))
+
+
+def test_what_heads_are_read_is_said_in_words_and_numbers():
+    assert chosen_heads("mean", 4) == (None,)
+    assert chosen_heads("all", 4) == (0, 1, 2, 3)
+    assert chosen_heads("mean,2..3", 4) == (None, 2, 3)
+    assert chosen_heads(["mean", 1], 4) == (None, 1)
+    assert chosen_heads(2, 4) == (2,)
+
+
+@pytest.mark.parametrize("value", ["4", "mean,mean", "all,1", "", "first"])
+def test_heads_that_are_not_there_are_refused(value):
+    with pytest.raises(ValueError, match="--heads is"):
+        chosen_heads(value, 4)
+
+
+def test_results_name_the_head_and_the_page_plots_them(tmp_path: Path, capsys):
+    options = ["--data.scenes", "6", "--seeds", "0", "--heads", "mean,all", "--pictures", "2", "--blocks", "2,3"]
+    assert main([*options, "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["block"], row["head"]) for row in rows[:6]] == [
+        (2, None),
+        *((2, head) for head in range(4)),
+        (3, None),
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "by head, at block 3" in page
+    assert "by block and head" in page
+    assert "block 3, head 1" in capsys.readouterr().out
+
+
+def test_a_block_cannot_be_named_the_expert_by_single_heads(tmp_path: Path, capsys):
+    assert main(["--heads", "all", "--name-expert", "--out", str(tmp_path / "out")]) == 1
+    assert "add mean to --heads" in capsys.readouterr().err
