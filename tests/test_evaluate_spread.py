@@ -18,7 +18,7 @@ from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.evaluation.batches import LeftOut, Reader
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.measure import check_batch_size
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
 from seg4diff_jax.loading import load
@@ -97,12 +97,12 @@ def test_two_processes_read_each_image_once_between_them_and_the_first_writes_th
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0", "--steps", "8"]
     options += ["--seeds", "5", "--batch-size", "2", "--pictures", "1", "--distributed"]
     options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.02"]
-    together = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    alike = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     both = [
         subprocess.Popen(
             [sys.executable, "evaluate.py", *options, "--out", str(tmp_path / str(number))],
             cwd=ROOT,
-            env=together | {"JAX_PROCESS_ID": str(number)},
+            env=alike | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -161,16 +161,36 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     assert "is complete: there is nothing to --resume" in capsys.readouterr().err
 
 
-def test_what_was_counted_is_the_same_after_a_file():
-    rng = np.random.default_rng(0)
-    counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, 5))])
-    shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, 5)]
+def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tuple[LeftOut, ...] = ()) -> Outcome:
+    images = len(indices)
+    counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
+    shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, images)]
     matched = Matched(*(rng.integers(0, 2**40, shape) for shape in shapes))
-    histograms, left_out = rng.integers(0, 9, (5, 4)), (LeftOut(3, "skipped", "ünreadable"),)
-    outcome = Outcome(counted, matched, np.arange(5), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
+    histograms = rng.integers(0, 9, (images, 4))
+    return Outcome(counted, matched, np.array(indices), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
+
+
+def test_what_was_counted_is_the_same_after_a_file():
+    left_out = (LeftOut(3, "skipped", "ünreadable"),)
+    outcome = made_up_outcome(np.random.default_rng(0), [0, 1, 2, 4, 5], left_out)
     again = Outcome.from_bytes(outcome.to_bytes())
     for ours, theirs in zip(
-        (*again.counted, *again.matched, again.indices), (*counted, *matched, outcome.indices), strict=True
+        (*again.counted, *again.matched, again.indices),
+        (*outcome.counted, *outcome.matched, outcome.indices),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
     assert again.left_out == left_out
+
+
+def test_parts_add_up_and_images_are_in_their_order_whatever_that_of_the_parts():
+    rng = np.random.default_rng(1)
+    later, sooner = made_up_outcome(rng, [3, 5]), made_up_outcome(rng, [0, 1, 4])
+    both = together([later, sooner])
+    assert both.indices.tolist() == [0, 1, 3, 4, 5]
+    for part in (later, sooner):
+        places = np.searchsorted(both.indices, part.indices)
+        np.testing.assert_array_equal(both.histograms[places], part.histograms)
+        np.testing.assert_array_equal(both.counted.right[..., places], part.counted.right)
+        np.testing.assert_array_equal(both.matched.right[..., places], part.matched.right)
+    np.testing.assert_array_equal(both.matched.pixels, later.matched.pixels + sooner.matched.pixels)
