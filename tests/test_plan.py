@@ -151,6 +151,8 @@ def test_the_compilers_refusal_is_a_verdict_and_every_other_error_is_one():
     beside = planning.refused(TOO_MANY, {"base": 2.0**30}, limit=32.0 * 2**30)
     assert beside.parts == {"base": 2.0**30, "temporaries": pytest.approx(49.11 * 2**30)}
     assert (beside.fits, beside.limit) == (False, 31.24 * 2**30)
+    vast = planning.refused(TOO_MANY.replace("49.11G", "2.15T"), {}, limit=32.0 * 2**30)
+    assert vast.total == pytest.approx(2.15 * 2**40)
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
         planning.refused("INTERNAL: something else", {}, limit=1.0)
 
@@ -187,6 +189,21 @@ def test_the_next_larger_batch_does_not_fit(limit):
     plans = {plan.batch_size: plan for plan in largest_batch(lambda batch: made(batch, total(batch), limit), 4)}
     best = max((batch for batch, plan in plans.items() if plan.memory.fits))
     assert not plans[best + 4].memory.fits
+
+
+def test_a_compiler_that_holds_a_larger_batch_in_less_does_not_mislead_the_search():
+    total = lambda batch: 100 + 10 * batch - (15 if batch % 2 == 0 else 0)
+
+    def plan(batch: int) -> Plan:
+        found = made(batch, total(batch), 316)
+        refused = Memory({"temporaries": 7.0}, 7.0, 315.0, gave_up=True)  # of what does not fit the size is unknown
+        return found if found.memory.fits else replace(found, memory=refused)
+
+    plans = {plan.batch_size: plan for plan in largest_batch(plan, 1)}
+    best = max(batch for batch, plan in plans.items() if plan.memory.fits)
+    assert not plans[best + 1].memory.fits
+    assert best in (21, 22)  # 20 and 22 fit, 21 just so, 23 does not
+    assert len(plans) <= 8
 
 
 def test_a_step_that_never_fits_has_no_largest_batch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from seg4diff_jax.planning.plan import Plan
+from seg4diff_jax.planning.plan import Memory, Plan
 
 MOST = 4096
 """Units of the batch beyond which nobody looks."""
@@ -20,20 +20,33 @@ def largest_batch(plan: Callable[[int], Plan], unit: int) -> Iterator[Plan]:
       plan: of a batch size.
       unit: that batch sizes are multiples of.
     """
-    seen: dict[int, Plan] = {}
-    fits, fails, guess = 0, MOST + 1, 1
+    fitting: dict[int, Memory] = {}
+    fits, fails, limit, guess = 0, MOST + 1, float("inf"), 1
     while fails - fits > 1:
-        seen[guess] = found = plan(guess * unit)
+        found = plan(guess * unit)
         yield found
-        fits, fails = (guess, fails) if found.memory.fits else (fits, guess)
-        guess = min(max(_estimate(seen), fits + 1), fails - 1)
+        limit = min(limit, found.memory.limit)
+        if found.memory.fits:
+            fits = guess
+            fitting[guess] = found.memory
+        else:
+            fails = guess
+        guess = _next(fits, fails, _estimate(fitting, limit))
 
 
-def _estimate(seen: dict[int, Plan]) -> int:
-    """The most units that would fit if memory went on as between the largest two batches seen."""
-    if len(seen) == 1:
+def _estimate(fitting: dict[int, Memory], limit: float) -> int:
+    """The most units that would fit if memory went on as between the smallest and the largest batch that do.
+
+    Not as between neighbours: of two batches the compiler may hold the larger one in less. Nor as to one that does not
+    fit, of which it says too little.
+    """
+    if len(fitting) < 2:
         return 2
-    less, more = sorted(seen)[-2:]
-    a, b = seen[less].memory, seen[more].memory
-    each = (b.total - a.total) / (more - less)
-    return MOST if each <= 0 else less + int((a.limit - a.total) // each)
+    less, *_, more = sorted(fitting)
+    each = (fitting[more].total - fitting[less].total) / (more - less)
+    return 2 * more if each <= 0 else less + int((limit - fitting[less].total) // each)
+
+
+def _next(fits: int, fails: int, estimate: int) -> int:
+    """The estimate, or the middle if what has failed says that it is too high."""
+    return max(estimate, fits + 1) if estimate < fails else (fits + fails) // 2

@@ -22,7 +22,7 @@ from seg4diff_jax.training.loop import check_batch
 from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, loss, step_flops
 from seg4diff_jax.training.step import traced_step
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def refused(message: str, arguments: dict[str, float], limit: float) -> Memory:
 
     Raises JaxRuntimeError when the message is about anything else.
     """
-    size = r"\(?([\d.]+)([KMG]?)\w*\)?"
+    size = r"\(?([\d.]+)([KMGT]?)\w*\)?"
     beside = re.search(rf"required for HLO temporaries {size} exceeds available HBM {size}", message)
     whole = re.search(rf"Used {size} of {size} hbm", message)
     found = beside or whole
