@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
@@ -137,7 +138,7 @@ def _reconstruction_error(vae: VAE, image: Array) -> Float[Array, " batch"]:
 def evaluate(vae: VAE, *, source: Source, batch_size: int = 16) -> dict[str, float]:
     """`psnr` in dB: of the mean squared error over all pictures, from the posterior's mean."""
     errors = [
-        np.asarray(_reconstruction_error(vae, batch["image"]))[:count]
+        on_host(_reconstruction_error(vae, batch["image"]))[:count]
         for batch, count in evaluation_batches(source, batch_size)
     ]
     return {"psnr": float(-10 * np.log10(np.concatenate(errors).mean()))}

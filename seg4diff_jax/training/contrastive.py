@@ -26,6 +26,7 @@ from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.text import Tokenizers, load_tokenizers
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -141,7 +142,8 @@ def evaluate(towers: Towers, *, source: Source, choices: int = 16) -> dict[str, 
         if count < choices:
             break
         images, texts = _embed(towers, {name: batch[name] for name in ("image", "clip_l", "clip_g")})
-        right.append(np.stack([np.asarray((images @ text.T).argmax(axis=1)) == np.arange(choices) for text in texts]))
+        nearest = [on_host((images @ text.T).argmax(axis=1)) for text in texts]
+        right.append(np.stack(nearest) == np.arange(choices))
     if not right:
         raise ValueError(f"data.validation is {len(source)}; expected at least {choices} scenes")
     clip_l, clip_g = np.concatenate(right, axis=1).mean(axis=1)

@@ -21,6 +21,7 @@ from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
 from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
 from seg4diff_jax.text import TextConditioning, TokenIds, Tokenizers, class_prompts, encode_prompts
@@ -118,8 +119,8 @@ def grounding(
         labels = np.where((np.arange(batch_size) < count)[:, None, None], batch["labels"], IGNORED)
         for sigma in sigmas:
             matrices, loss = block_confusions(denoiser, {**batch, "labels": labels}, noise, jnp.float32(sigma), classes)
-            confusions[sigma] = confusions[sigma] + np.asarray(matrices, np.int64)
-            losses.append(np.asarray(loss)[:count])
+            confusions[sigma] = confusions[sigma] + on_host(matrices).astype(np.int64)
+            losses.append(on_host(loss)[:count])
     table = {
         (block, sigma): {
             "miou": 100 * mean_iou(matrix),

@@ -55,7 +55,8 @@ class Task:
       source: the training items.
       augment: what is done to them anew in every epoch, see `data.loader.training_batches`.
       trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
-      evaluate: model to metrics. It is given the averaged parameters where there are any.
+      evaluate: model to metrics. It is given the averaged parameters where there are any. Every process calls it, and
+        what it computes may lie with several of them: it is read through `parallel.on_host`.
       pictures: model, as `evaluate` is given it, to a picture of fixed size that shows how far it is: one is kept of
         every evaluation, below each other.
       best: the metric whose largest value marks the best checkpoint.

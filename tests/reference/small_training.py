@@ -69,15 +69,5 @@ def die(_: nnx.Module) -> dict[str, float]:
     raise AssertionError("unreachable")
 
 
-def train_together(out: str, port: str, process: str) -> None:
-    """One of two processes of a run."""
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
-    report = lambda model, directory: (directory.parent / "up.npy").write_bytes(np.asarray(model.up.kernel).tobytes())
-    train(make_task(loss=loss, export=report), make_run(out), OPTIMIZER, resume=True)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        train_together(*sys.argv[1:])
-    else:  # dies without a word at step 15, with checkpoints of steps 5 and 10
-        train(make_task(evaluate=die), make_run(sys.argv[1], evaluate_every=15), OPTIMIZER)
+if __name__ == "__main__":  # dies without a word at step 15, with checkpoints of steps 5 and 10
+    train(make_task(evaluate=die), make_run(sys.argv[1], evaluate_every=15), OPTIMIZER)
