@@ -19,10 +19,12 @@ import seg4diff_jax as s4d
 from seg4diff_jax.data.names import Background
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, open_benchmark
 from seg4diff_jax.evaluation.command import main, merging_protocols
-from seg4diff_jax.evaluation.measure import Settings
+from seg4diff_jax.evaluation.measure import Measurement, Settings
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols
+from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
-from seg4diff_jax.evaluation.shown import UNMATCHED, owners_of
+from seg4diff_jax.evaluation.scores import Setting
+from seg4diff_jax.evaluation.shown import UNMATCHED, owners_of, shown_segments
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, UnsupervisedProtocol
@@ -34,6 +36,7 @@ from tests.reference.unsupervised import IGNORED, count_matches, labels_of, matc
 CLASSES = ("cat", "dog", "sky", "tree")
 SIZES = [(40, 60), (50, 30), (64, 64)]
 BLOCKS, SEED = (VARIED, 2), 5
+GRID = (SQUARE // 16, SQUARE // 16)
 HERE = (
     UnsupervisedProtocol(0.004),
     UnsupervisedProtocol(0.02),
@@ -88,13 +91,12 @@ def attention_of(pipe: s4d.Pipeline, benchmark: Benchmark, index: int, block: in
 def test_figures_are_those_of_the_procedure_in_plain_loops(sd3, root, evaluation, block, step):
     benchmark = folder_benchmark(root)
     attention = [attention_of(sd3, benchmark, index, block, step) for index in range(len(SIZES))]
-    grid = (SQUARE // 16, SQUARE // 16)
     for protocol in HERE:
         counts, numbers = np.zeros((3, len(CLASSES)), int), []
         for index, one in enumerate(attention):
             labels = benchmark.source[index]["labels"]
             segments = merged(one, protocol.threshold, protocol.minmax)
-            found = labels_of(segments, grid, labels.shape)
+            found = labels_of(segments, GRID, labels.shape)
             own = count_matches(labels, found, len(CLASSES), protocol.match, protocol.absent_classes)
             counts += np.array([own.hits, own.false, own.missed])
             numbers.append(len(segments))
@@ -115,23 +117,34 @@ def test_one_pass_serves_all_blocks_and_protocols_and_makes_a_row_for_each(evalu
     best = max(evaluation.rows, key=lambda row: row["miou"])
     assert (evaluation.best.block, evaluation.best.step) == (best["block"], best["step"])
     assert not evaluation.shown, "nothing was asked for by its name"
-
-
-def test_shown_segments_have_the_classes_that_scipy_matches_them_with(sd3, root, evaluation):
-    best, benchmark = evaluation.best, folder_benchmark(root)
-    (protocol, *_) = [one for one in HERE if one.threshold == best.threshold]
     assert [one.why for one in evaluation.divided] == ["best", "worst"]
-    assert evaluation.divided[0].accuracy > evaluation.divided[1].accuracy
-    for one in evaluation.divided:
-        attention = attention_of(sd3, benchmark, one.example.index, best.block, best.step)
-        truth = benchmark.source[one.example.index]["labels"]
-        segments = labels_of(merged(attention, protocol.threshold, protocol.minmax), (SQUARE // 16,) * 2, truth.shape)
+
+
+@pytest.fixture(scope="module")
+def counted(sd3, root) -> tuple[Measurement, Outcome]:
+    settings = Settings(BLOCKS, (8,), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
+    measurement = Measurement(sd3, folder_benchmark(root), settings)
+    return measurement, measurement.outcome()
+
+
+@pytest.mark.parametrize(("protocol", "block"), [(HERE[0], BLOCKS[1]), (HERE[1], BLOCKS[0]), (HERE[4], BLOCKS[1])])
+def test_shown_segments_have_the_classes_that_scipy_matches_them_with(sd3, counted, protocol, block):
+    measurement, outcome = counted
+    shown = shown_segments(measurement, outcome, Setting(block, 8, "empty", protocol.threshold), len(SIZES))
+    assert sorted(one.example.index for one in shown) == list(range(len(SIZES)))
+    assert max(one.segments.max() for one in shown) > 2
+    for one in shown:
+        attention = attention_of(sd3, measurement.benchmark, one.example.index, block, 8)
+        truth = measurement.benchmark.source[one.example.index]["labels"]
+        segments = labels_of(merged(attention, protocol.threshold, protocol.minmax), GRID, truth.shape)
         assert (one.segments == segments).mean() > 0.999
-        expected = matched_segments(truth.ravel(), segments.ravel(), len(CLASSES), protocol.absent_classes)
+        expected = matched_segments(truth.ravel(), one.segments.ravel(), len(CLASSES), protocol.absent_classes)
         owners = {int(owner): segment for segment, owner in enumerate(one.owners) if owner != UNMATCHED}
         assert owners == {owner: segment for owner, segment in expected.items() if segment <= one.segments.max()}
-        counted = count_matches(truth, segments, len(CLASSES), protocol.match, protocol.absent_classes)
-        assert one.accuracy == pytest.approx(100 * counted.hits.sum() / (truth != IGNORED).sum(), abs=0.1)
+        matches = count_matches(truth, segments, len(CLASSES), protocol.match, protocol.absent_classes)
+        assert one.accuracy == pytest.approx(100 * matches.hits.sum() / (truth != IGNORED).sum(), abs=0.1)
+    accuracy = {one.why: one.accuracy for one in shown}
+    assert accuracy["best"] >= accuracy["random"] >= accuracy["worst"]
 
 
 @pytest.mark.parametrize("absent_classes", [False, True])
