@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.labelled import LabelledImages, read_fitting
 from seg4diff_jax.evaluation.batches import READERS, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, open_benchmark
@@ -101,7 +102,7 @@ def main(size: int = 1024, images: int = 32, batch: int = 4, repeats: int = 3) -
         with tempfile.TemporaryDirectory(prefix="decode-") as work:
             kilobytes = write_set(Path(work), layout, images)
             benchmark = open_benchmark(Data(name=name, root=work), size)
-            reader = Reader(benchmark, (size, size), ahead=2 * batch)
+            reader = Reader(benchmark, ModelView(size, 16, size, 8, 16), ahead=2 * batch)
             asked = PresentClasses(tokenizers, benchmark.prompts)
             seconds = one_thread(reader, benchmark, size, repeats)
             examples = [reader.example(index) for index in range(min(batch, images))]

@@ -15,6 +15,9 @@ from PIL import Image, ImageOps
 Resize = Literal["aspect", "square", "release"]
 """How an image comes to the model's size: aspect kept, squashed to the trained square, or as the release does it."""
 
+ASPECTS = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1))
+"""Height to width: those of photographs, and of panoramas from 2:1 on."""
+
 ImageInput = str | PathLike | Image.Image | np.ndarray
 
 
@@ -90,6 +93,11 @@ def model_size(height: int, width: int, *, trained: int, multiple: int, largest:
     scale = trained / math.sqrt(height * width)
     nearest = lambda side: min(max(multiple, round(side * scale / multiple) * multiple), largest // multiple * multiple)
     return nearest(height), nearest(width)
+
+
+def nearest_aspect(height: int, width: int) -> tuple[int, int]:
+    """The one of `ASPECTS` that an image comes to with the least stretching."""
+    return min(ASPECTS, key=lambda aspect: abs(math.log(height * aspect[1] / (width * aspect[0]))))
 
 
 def check_size(size: tuple[int, int], *, multiple: int, largest: int) -> tuple[int, int]:

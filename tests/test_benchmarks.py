@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.evaluation.batches import Example, LeftOut, PresentClasses, Reader, assemble
@@ -35,7 +36,7 @@ def write_coco(root: Path, *columns: tuple[int, ...]) -> Path:
 
 
 def examples(benchmark: Benchmark) -> tuple[list[LeftOut], list[Example]]:
-    items = list(Reader(benchmark, (SIDE, SIDE)).read(range(len(benchmark.source))))
+    items = list(Reader(benchmark, ModelView(SIDE, 16, SIDE, 8, 16)).read(range(len(benchmark.source))))
     left_out = [item for item in items if isinstance(item, LeftOut)]
     return left_out, [item for item in items if isinstance(item, Example)]
 

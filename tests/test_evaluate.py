@@ -35,6 +35,7 @@ from tests.reference.small_tokenizers import WORDS
 NAMES = (*dict.fromkeys(WORDS), "zebra crossing", "giraffe")
 """Too many for one prompt."""
 SIZES = [(40, 60), (100, 70), (64, 64), (33, 129), (90, 120), (128, 50), (57, 58)]
+SQUARES = [(SQUARE, SQUARE)] * len(SIZES)
 CROWDED = 4
 """The image that has all classes."""
 COMPILATIONS: list[str] = []
@@ -83,15 +84,18 @@ def evaluation(sd3, benchmark) -> Evaluation:
     return evaluate(sd3, benchmark, SETTINGS, shown=4)
 
 
-def asked_one_by_one(pipe: s4d.Pipeline, benchmark: Benchmark, block: int, step: int, seed: int) -> np.ndarray:
-    """True and predicted class of every labelled pixel of the set: int [pixels, 2]."""
+def asked_one_by_one(
+    pipe: s4d.Pipeline, benchmark: Benchmark, block: int, step: int, seed: int, sizes: list[tuple[int, int]]
+) -> np.ndarray:
+    """True and predicted class of every labelled pixel of the set, int [pixels, 2]; each image is seen at its size."""
     pairs = []
     for index in range(len(benchmark.source)):
         item = benchmark.source[index]
         present = [label for label in np.unique(item["labels"]).tolist() if label != 255]
-        noise = np.asarray(image_noise(seed, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+        rows, columns = sizes[index]
+        noise = np.asarray(image_noise(seed, [index], (rows // 8, columns // 8, 16)))[0]
         names = [benchmark.classes[label] for label in present]
-        found = pipe.segment(item["image"], names, block=block, step=step, noise=noise, size=(SQUARE, SQUARE))
+        found = pipe.segment(item["image"], names, block=block, step=step, noise=noise, size=sizes[index])
         labelled = item["labels"] != 255
         pairs.append(np.stack([item["labels"][labelled], np.array(present)[found.labels][labelled]], axis=-1))
     return np.concatenate(pairs)
@@ -99,7 +103,7 @@ def asked_one_by_one(pipe: s4d.Pipeline, benchmark: Benchmark, block: int, step:
 
 def one_batch(pipe: s4d.Pipeline, benchmark: Benchmark, images: int) -> tuple[PresentClasses, EvaluationBatch]:
     """All images of a benchmark, filled up to that many."""
-    items = Reader(benchmark, (SQUARE, SQUARE)).read(range(len(benchmark.source)))
+    items = Reader(benchmark, pipe.view).read(range(len(benchmark.source)))
     asked = PresentClasses(pipe.tokenizers, benchmark.classes)
     return asked, assemble([item for item in items if isinstance(item, Example)], images, asked)
 
@@ -121,13 +125,26 @@ def scored(pairs: np.ndarray, classes: int) -> tuple[float, float]:
 @pytest.mark.parametrize("block", SETTINGS.blocks)
 @pytest.mark.parametrize("step", SETTINGS.steps)
 def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(sd3, benchmark, evaluation, block, step):
-    miou, accuracy = scored(asked_one_by_one(sd3, benchmark, block, step, 5), len(NAMES))
+    miou, accuracy = scored(asked_one_by_one(sd3, benchmark, block, step, 5, SQUARES), len(NAMES))
     (row,) = [row for row in evaluation.rows if (row["block"], row["step"]) == (block, step)]
     # Where two classes tie but for the order of sums, a pixel may go to either.
     assert row["pixel_accuracy"] == pytest.approx(accuracy, abs=0.02)
     assert row["miou"] == pytest.approx(miou, abs=0.05)
     assert (row["images"], row["seed"], row["prompts"]) == (len(SIZES), 5, "present")
     assert set(row["iou"]) == set(NAMES)
+
+
+def test_images_are_seen_in_the_nearest_of_a_few_aspects_and_batched_by_it(sd3, benchmark):
+    sizes = [(112, 160), (160, 112), (128, 128), (96, 176), (112, 144), (176, 96), (128, 128)]
+    rows = asked_one_by_one(sd3, benchmark, 3, 8, 5, sizes)
+    one = Settings(blocks=(3,), steps=(8,), seeds=(5,), batch_size=3, resize="aspect")
+    found = evaluate(sd3, benchmark, one, shown=6)
+    miou, accuracy = scored(rows, len(NAMES))
+    assert found.rows[0]["pixel_accuracy"] == pytest.approx(accuracy, abs=0.02)
+    assert found.rows[0]["miou"] == pytest.approx(miou, abs=0.05)
+    assert [one.why for one in found.shown] == ["best"] * 2 + ["random"] * 2 + ["worst"] * 2
+    for shown in found.shown:
+        assert shown.scores.shape[1:] == tuple(side // 16 for side in sizes[shown.example.index])
 
 
 def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several_prompts(sd3, benchmark):
@@ -162,7 +179,7 @@ def test_neither_batch_size_nor_images_left_out_before_it_change_an_images_noise
     assert other.baselines[1]["pixel_accuracy"] == pytest.approx(evaluation.baselines[1]["pixel_accuracy"], abs=1e-3)
     write_images(tmp_path / "set", SIZES, CROWDED)
     (tmp_path / "set" / "images" / "0.png").write_bytes(b"")
-    reader = Reader(folder_benchmark(tmp_path / "set"), (SQUARE, SQUARE), skip_unreadable=True)
+    reader = Reader(folder_benchmark(tmp_path / "set"), sd3.view, skip_unreadable=True)
     items = list(reader.read(range(len(SIZES))))
     assert [item.index for item in items if isinstance(item, Example)] == [1, 2, 3, 4, 5, 6]
 

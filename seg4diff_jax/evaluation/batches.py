@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.images import ImageError, Resize, resize, to_model_range
+from seg4diff_jax.images import ImageError, Resize, nearest_aspect, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
 
@@ -99,27 +100,30 @@ class Reader:
     """The examples of a benchmark; a few threads read ahead.
 
     Args:
-      size, resize: what the model sees, and how images come to it; see `images.resize`.
+      view: how the model sees images.
+      how: they come to its size, see `images.Resize`; of aspects the nearest of `images.ASPECTS` is kept, so that there
+        are few sizes.
       ahead: how many images are read before their turn.
     """
 
     def __init__(
         self,
         benchmark: Benchmark,
-        size: tuple[int, int],
+        view: ModelView,
         *,
-        resize: Resize = "square",
+        how: Resize = "square",
         skip_unreadable: bool = False,
         ahead: int = 64,
     ):
-        self.benchmark, self.size = benchmark, size
-        self.resize: Resize = resize
+        self.benchmark, self.view = benchmark, view
+        self.how: Resize = how
         self.skip_unreadable, self.ahead = skip_unreadable, ahead
 
     def example(self, index: int) -> Example:
         """Raises ImageError or FolderError when the image or its label is not usable."""
         item = self.benchmark.source[index]
-        pixels = to_model_range(resize(item["image"], self.size, self.resize))
+        size = self.view.size(nearest_aspect(*item["image"].shape[:2]), None, self.how)
+        pixels = to_model_range(resize(item["image"], size, self.how))
         labels, (background, rule) = item["labels"], (self.benchmark.background, self.benchmark.rule)
         histogram = np.bincount(labels.ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
         present = histogram > 0

@@ -82,9 +82,9 @@ class Measurement:
         self.benchmark, self.settings = benchmark, settings
         mesh = pipe.mesh
         check_batch_size(settings.batch_size, mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
-        size, ahead = (pipe.trained_size, pipe.trained_size), 2 * settings.batch_size
-        how = {"resize": settings.resize, "skip_unreadable": settings.skip_unreadable}
-        self.reader = Reader(benchmark, size, **how, ahead=ahead)
+        ahead = 2 * settings.batch_size
+        how = {"how": settings.resize, "skip_unreadable": settings.skip_unreadable}
+        self.reader = Reader(benchmark, pipe.view, **how, ahead=ahead)
         self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
         self.forward = Forward(pipe, settings.places)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
@@ -204,15 +204,14 @@ class Measurement:
 
 
 def groups(items: Iterable[Example | LeftOut], size: int, left_out: list[LeftOut]) -> Iterator[Sequence[Example]]:
-    """Examples, `size` at a time, the last fewer; others are put on the list."""
-    group: list[Example] = []
+    """Examples that are seen at one size, `size` of them at a time, the last fewer; others are put on the list."""
+    begun: dict[tuple[int, ...], list[Example]] = {}
     for item in items:
         if isinstance(item, LeftOut):
             left_out.append(item)
             continue
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+        seen_at = item.pixels.shape
+        begun.setdefault(seen_at, []).append(item)
+        if len(begun[seen_at]) == size:
+            yield begun.pop(seen_at)
+    yield from begun.values()

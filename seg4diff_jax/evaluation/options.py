@@ -9,6 +9,7 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ArgumentParser
 
 from seg4diff_jax.data.names import Background, Spelling
+from seg4diff_jax.images import Resize
 
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
@@ -33,7 +34,7 @@ class Data:
     labels: str | None = None
     names: Spelling = "own"
     background: Background | None = None
-    resize: Literal["square", "release"] = "square"
+    resize: Resize = "square"
     scenes: int = 500
 
 
@@ -102,7 +103,7 @@ HELP = {
     ),
     "data.resize": (
         "how images come to the size that the model sees: square, straight to it, antialiased; release, as the release "
-        "does it, by way of a shorter side of 640 pixels"
+        "does it, by way of a shorter side of 640 pixels; aspect, to as many pixels in the nearest of 11 common aspects"
     ),
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.batches import Example, assemble
-from seg4diff_jax.evaluation.measure import Measurement
+from seg4diff_jax.evaluation.measure import Measurement, groups
 from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.pictured import Why, pictured
 from seg4diff_jax.evaluation.scores import Setting
@@ -67,9 +67,9 @@ def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, cou
     settings, counting = measurement.settings, measurement.zero_shot
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.places.index(best.place)
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
-    asked = measurement.asked[best.prompts]
-    found: list[Shown] = []
-    for numbers, why, examples in _batches(measurement, outcome, accuracy, count):
+    asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
+    found: dict[int, Shown] = {}
+    for numbers, why, examples in _batches(measurement, outcome, chosen):
         scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
         for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
             classes, _ = asked(example)
@@ -79,8 +79,8 @@ def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, cou
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
                 classes, grid = tuple(classes[at] for at in kept), grid[kept]
             image = measurement.benchmark.source[example.index]["image"]
-            found.append(Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason))
-    return found
+            found[number] = Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason)
+    return [found[number] for number, _ in chosen]
 
 
 def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[ShownSegments]:
@@ -91,14 +91,14 @@ def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, co
     place = thresholds.index(best.threshold)
     accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)
     absent_classes, classes = settings.unsupervised[place].absent_classes, len(measurement.benchmark.classes)
-    found: list[ShownSegments] = []
-    for numbers, why, examples in _batches(measurement, outcome, accuracy, count):
+    chosen, found = pictured(accuracy, outcome.histograms, count), dict[int, ShownSegments]()
+    for numbers, why, examples in _batches(measurement, outcome, chosen):
         divided = counting.segments(assemble(examples, settings.batch_size), look, block, place)
         for number, reason, example, segments in zip(numbers, why, examples, divided, strict=True):
             image = measurement.benchmark.source[example.index]["image"]
             owners = owners_of(example.labels, segments, classes, absent_classes=absent_classes)
-            found.append(ShownSegments(example, image, segments, owners, float(accuracy[number]), reason))
-    return found
+            found[number] = ShownSegments(example, image, segments, owners, float(accuracy[number]), reason)
+    return [found[number] for number, _ in chosen]
 
 
 def owners_of(
@@ -122,10 +122,10 @@ def _percent(right: Int[np.ndarray, " images"], outcome: Outcome) -> Float[np.nd
 
 
 def _batches(
-    measurement: Measurement, outcome: Outcome, accuracy: Float[np.ndarray, " images"], count: int
+    measurement: Measurement, outcome: Outcome, chosen: Sequence[tuple[int, Why]]
 ) -> Iterator[tuple[Sequence[int], Sequence[Why], Sequence[Example]]]:
-    """Places of images in the outcome, why they are shown, and they themselves, a batch at a time."""
-    chosen, size = pictured(accuracy, outcome.histograms, count), measurement.settings.batch_size
-    for start in range(0, len(chosen), size):
-        numbers, why = zip(*chosen[start : start + size], strict=True)
-        yield numbers, why, [measurement.reader.example(int(outcome.indices[number])) for number in numbers]
+    """Places of images in the outcome, why they are shown, and they themselves, a batch of one size at a time."""
+    known = {int(outcome.indices[number]): (number, why) for number, why in chosen}
+    for some in groups(map(measurement.reader.example, known), measurement.settings.batch_size, []):
+        numbers, why = zip(*(known[example.index] for example in some), strict=True)
+        yield numbers, why, some
