@@ -2,6 +2,7 @@
 
     python benchmarks/generated_pictures.py                              # 256 captions of test scenes
     python benchmarks/generated_pictures.py --sheet docs/pictures/samples.png
+    python benchmarks/generated_pictures.py --lora runs/magnet/miniature/export
 
 Beside them the scenes that the captions are of, as they are and through the autoencoder, and pictures of other
 captions, which is chance: 1 in 16.
@@ -31,6 +32,7 @@ COLUMNS = 12
 
 def main(
     model: str = str(CHECKPOINT),
+    lora: str | None = None,
     pictures: int = 256,
     batch: int = 32,
     steps: int = 28,
@@ -42,12 +44,13 @@ def main(
 
     Args:
       model: directory in diffusers' format, with an image_encoder.
+      lora: adapters for the transformer, such as MAGNET's.
       pictures: one for each of the first test scenes' captions.
       batch: pictures at once.
       steps, guidance, seed: as for `Pipeline.generate`.
       sheet: PNG file for some of them: scenes above, pictures of their captions below.
     """
-    pipe, clip = s4d.load(model, dtype="float32"), load_clip(model)
+    pipe, clip = s4d.load(model, lora=lora, dtype="float32"), load_clip(model)
     size = pipe.trained_size
     scenes = [scene("test", index, size) for index in range(pictures)]
     captions = [shown.caption for shown in scenes]
