@@ -8,6 +8,8 @@ Random weights of SD3's widths. Every step: latents of pictures (not of `ours, c
 losses of velocity and masks, gradients of the adapters, clipping, AdamW. Text encoders are left out on both sides. The
 released step keeps the expert block's whole score matrix beside its fused attention, multiplies T5's zeros out and
 encodes every picture anew; its weights are fp32, under fp16 autocast on a GPU. Each one runs in a process of its own.
+Of ours the table also says what the compiled step takes beside its arguments (temp.), and on a CPU what the
+process held before its first step (begun).
 """
 
 from __future__ import annotations
@@ -110,13 +112,15 @@ def main(case: Case = Case(), variants: tuple[Variant, ...] = VARIANTS, only: Va
         command = [sys.executable, __file__, *options, f"--only={variant}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1]) | {"load": load}
-    table = Table("", "images/s", "x", "images / CPU s", "x", "peak GiB", "load", title=str(case))
+    columns = ("", "images/s", "x", "images / CPU s", "x", "peak GiB", "begun", "temp.", "load")
+    table = Table(*columns, title=str(case))
     base = found.get("release") or next(iter(found.values()))
     for variant, figures in found.items():
         rate, thrift = case.batch / figures["seconds"], case.batch / figures["cpu_seconds"]
         ratios = base["seconds"] / figures["seconds"], base["cpu_seconds"] / figures["cpu_seconds"]
         row = (f"{rate:.3f}", f"{ratios[0]:.2f}", f"{thrift:.3f}", f"{ratios[1]:.2f}", f"{figures['peak']:.2f}")
-        table.add_row(variant, *row, f"{figures['load']:.1f}")
+        parts = (f"{figures[part]:.2f}" if part in figures else "" for part in ("begun", "temporaries"))
+        table.add_row(variant, *row, *parts, f"{figures['load']:.1f}")
     console.print(table)
     console.print("; ".join(dict.fromkeys(figures["on"] for figures in found.values())))
 
@@ -155,7 +159,7 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.training.magnet import REMATERIALISED
     from seg4diff_jax.training.optimizers import OptimizerConfig
-    from seg4diff_jax.training.state import fresh, take_apart
+    from seg4diff_jax.training.state import take_apart
     from seg4diff_jax.training.step import make_step
 
     dtypes: dict[str, Any] = {"dtype": jnp.dtype(case.dtype), "param_dtype": jnp.dtype(case.dtype)}
@@ -167,6 +171,13 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
             base = MMDiT(MMDiTConfig(**case.transformer()), rngs=rngs, **dtypes)
             self.transformer = add_lora(base, LoRAConfig(case.rank, case.rank), rngs)
             self.vae = None if cached else Autoencoder(encoder, rngs=rngs, **dtypes)
+
+    def drawn() -> Both:
+        """Of noise, an array at a time: to draw all of them in one program takes more memory than a step."""
+        rng = np.random.default_rng(0)
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: Both(nnx.Rngs(0))))
+        draw = lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02), leaf.dtype)
+        return nnx.merge(graph, jax.tree.map(draw, shapes))
 
     objective = MagnetObjective()
 
@@ -190,20 +201,23 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
 
     mesh = make_mesh(1, 1, 1, among=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        structure, trainable, frozen = take_apart(fresh(Both)(0, mesh), LoRA)
+        structure, trainable, frozen = take_apart(drawn(), LoRA)
         config = OptimizerConfig(RATE, "constant", weight_decay=DECAY, clip=CLIP_NORM)
         step = make_step(loss, structure, trainable, config, mesh, steps=1000, seed=0)
         state, batch = step.initial(trainable), case.inputs()
+        compiled = step.take.lower(state, frozen, batch).compile()
+        begun, memory = resident(), compiled.memory_analysis()
 
         def once() -> None:
             nonlocal state
-            state, metrics = step.take(state, frozen, batch)
+            state, metrics = compiled(state, frozen, batch)
             assert np.isfinite(float(metrics["loss"]))
 
-        figures = timed(once, case)
-    memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    peak = resident() if memory is None else memory / 2**30
-    return figures | {"peak": peak, "on": f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {host()}"}
+        figures: dict[str, Any] = timed(once, case)
+    figures |= {} if memory is None else {"temporaries": memory.temp_size_in_bytes / 2**30}
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    figures |= {"peak": resident(), "begun": begun} if used is None else {"peak": used / 2**30}
+    return figures | {"on": f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {host()}"}
 
 
 def host() -> str:
