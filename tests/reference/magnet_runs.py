@@ -1,8 +1,9 @@
 """Runs of MAGNET in processes of their own: on many devices, in several processes, until they are killed.
 
 python -m tests.reference.magnet_runs layouts DIR [LAYOUT[,cached] ...] -- OPTION ...
-python -m tests.reference.magnet_runs {killed | full} STEP -- OPTION ...
+python -m tests.reference.magnet_runs {killed | told | full} STEP -- OPTION ...
 python -m tests.reference.magnet_runs train -- OPTION ...
+python -m tests.reference.magnet_runs resume RUN ... -- OPTION ...
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from seg4diff_jax.data.shapes import scene, write_folder
+from tests.reference.processes import one_of_several
 
 
 def arguments(options: dict) -> list[str]:
@@ -33,36 +34,19 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(*command: str, devices: int = 1, compiled: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """This module with a number of simulated devices; `compiled`: where programs are kept for the next such process."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
-    variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
-    if compiled is not None:
-        kept = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-        variables |= kept | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.reference.magnet_runs", *command],
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes: subprocess.Popen[str], code: int = 0, seconds: float = 900) -> list[str]:
-    """Standard output of processes that end with this exit status. Raises AssertionError with what went wrong."""
-    said = []
-    for process in processes:
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            raise
-        assert process.returncode == code, errors[-6000:]
-        said.append(output)
-    return said
+def small_run(model: Path, folder: Path, scenes: int, size: int) -> dict[str, Any]:
+    """Options of a run on a folder of scenes, which is written."""
+    write_folder(folder, [scene("train", index, size) for index in range(scenes)])
+    return {
+        "task": "magnet",
+        "model": str(model),
+        "block": 4,
+        "remat": "nothing",
+        "data.root": str(folder),
+        "data.size": size,
+        "data.rows": 4,
+        "run.log_every": 1,
+    }
 
 
 def held(frozen: dict) -> dict[str, float]:
@@ -121,6 +105,10 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def tell() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def fill() -> None:
     """Files can no longer grow past what the log needs, as on a disk that is full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
@@ -129,14 +117,22 @@ def fill() -> None:
 if __name__ == "__main__":
     place = sys.argv.index("--")
     words, others = sys.argv[2:place], sys.argv[place + 1 :]
+    if one_of_several():
+        others.append("--distributed")
     match sys.argv[1]:
         case "layouts":
             layouts(words[0], words[1:], others)
         case "killed":
             after(words[0], others, kill)
+        case "told":
+            sys.exit(after(words[0], others, tell))
         case "full":
             sys.exit(after(words[0], others, fill))
         case "train":
             from seg4diff_jax.training.command import main
 
             sys.exit(main(others))
+        case "resume":
+            from seg4diff_jax.training.command import main
+
+            sys.exit(max(main([*others, f"--run.out={out}", "--resume"]) for out in words))
