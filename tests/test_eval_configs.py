@@ -82,3 +82,5 @@ def test_the_releases_way_is_a_configuration_of_its_own_where_options_make_it():
             assert (how.minmax, how.match, how.absent_classes) == (theirs if released else ours)
         if options.data.name == "coco-object" and not file.stem.startswith("unsupervised_"):
             assert options.data.background == ("asked" if released else "ignored")
+    asked = [file for file in FILES if not file.stem.startswith("unsupervised_") and file.stem.endswith("_release")]
+    assert {parse(["--config", str(file)]).data.name for file in asked} == set(BY_NAMES)

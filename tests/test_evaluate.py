@@ -134,6 +134,15 @@ def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(sd3
     assert set(row["iou"]) == set(NAMES)
 
 
+def test_scores_in_bfloat16_are_near_those_in_fp32(sd3, sd3_checkpoint, benchmark):
+    _, batch = one_batch(sd3, benchmark, len(SIZES))
+    looked = {"classes": len(NAMES), "steps": [8], "seeds": [5]}
+    exact = ZeroShot(Forward(sd3, (Place(3),)), **looked).scores(batch, Pass(8, 5))
+    half = s4d.load(sd3_checkpoint, dtype="bfloat16")
+    rounded = ZeroShot(Forward(half, (Place(3),)), **looked).scores(batch, Pass(8, 5))
+    assert 1e-4 < relative_error(rounded, exact) < 0.05
+
+
 def test_images_are_seen_in_the_nearest_of_a_few_aspects_and_batched_by_it(sd3, benchmark):
     sizes = [(112, 160), (160, 112), (128, 128), (96, 176), (112, 144), (176, 96), (128, 128)]
     rows = asked_one_by_one(sd3, benchmark, 3, 8, 5, sizes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from seg4diff_jax.evaluation.options import chosen_heads
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.reporting.evaluation_page import Way, sweep
+from seg4diff_jax.reporting.evaluation_plots import plots
 from seg4diff_jax.segmentation.metrics import mean_iou
 from tests.reference.inputs import SQUARE
 from tests.reference.release import squashed
@@ -83,10 +87,14 @@ def test_the_mean_over_heads_scores_what_it_does_alone(sd3, benchmark, evaluatio
     assert evaluation.rows[0]["miou"] == pytest.approx(alone.rows[0]["miou"], abs=0.02)
 
 
-def test_permuted_maps_are_those_of_the_same_head(evaluation):
+def test_permuted_maps_are_those_of_the_same_head(sd3, benchmark, evaluation):
+    alone = evaluate(sd3, benchmark, replace(SETTINGS, heads=(2,)))
+    (expected,) = [row["miou"] for row in alone.baselines if row["baseline"] == "permuted"]
     permuted = {row["head"]: row["miou"] for row in evaluation.baselines if row["baseline"] == "permuted"}
     assert list(permuted) == [*HEADS]
-    assert len(set(permuted.values())) == len(HEADS)
+    assert permuted[2] == pytest.approx(expected, abs=0.02)
+    assert abs(permuted[0] - expected) > 0.1
+    assert abs(permuted[None] - expected) > 0.1
 
 
 def test_images_come_to_the_size_of_the_model_as_the_released_code_resizes_them(sd3, benchmark):
@@ -130,6 +138,28 @@ def test_results_name_the_head_and_the_page_plots_them(tmp_path: Path, capsys):
     assert "by head, at block 3" in page
     assert "by block and head" in page
     assert "block 3, head 1" in capsys.readouterr().out
+    with (tmp_path / "out" / "per_class.csv").open() as file:
+        of_cone = [(row["block"], row["head"]) for row in csv.DictReader(file) if row["class"] == "cone"]
+    assert of_cone == [(block, head) for block in "23" for head in ("", *"0123")]
+
+
+def test_lines_over_blocks_are_of_the_mean_of_heads_even_where_a_single_head_is_better():
+    row = {"step": 8, "seed": 0, "prompts": "present"}
+    scores = {(1, None): 50.0, (1, 0): 20.0, (1, 1): 60.0, (2, None): 40.0, (2, 0): 45.0, (2, 1): 10.0}
+    rows = [row | {"block": block, "head": head, "miou": miou} for (block, head), miou in scores.items()]
+    way = Way("open_vocabulary", "present")
+    found = sweep(way, rows)
+    assert (found.best, found.head, found.read) == ((1, 8), 1, None)
+    assert found.scores == {(1, 8): (50.0, 0.0), (2, 8): (40.0, 0.0)}
+    assert found.heads[2, 0] == (45.0, 0.0)
+    single = sweep(way, [row for row in rows if row["head"] is not None])
+    assert single.scores == {(1, 8): (60.0, 0.0), (2, 8): (10.0, 0.0)}
+    captions = [plot.caption for plot in plots([single], None)]
+    assert captions == [
+        "by block, at noise level 8, of head 1",
+        "by head, at block 1 and noise level 8",
+        "by block and head",
+    ]
 
 
 def test_a_block_cannot_be_named_the_expert_by_single_heads(tmp_path: Path, capsys):

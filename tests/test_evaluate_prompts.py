@@ -38,6 +38,7 @@ AS_REPORTED = {
     "background": None,
     "block": 9,
     "head": None,
+    "resize": "release",
     "step": 8,
 }
 WITHOUT = {
@@ -156,12 +157,15 @@ def test_a_constant_guesser_that_does_not_know_the_classes_says_one_class_of_all
         ({"names": "readable"}, None),
         ({"block": 8}, None),
         ({"head": 3}, None),
+        ({"resize": "square"}, 89.2),
+        ({"resize": "aspect"}, None),
         ({"step": 7}, None),
         ({"lora": "adapters.safetensors"}, 89.8),
         (WITHOUT, 54.9),
         (WITHOUT | {"threshold": 0.035, "dataset": "coco-object"}, 38.5),
         (WITHOUT | {"lora": "adapters.safetensors", "dataset": "coco-stuff27", "background": None}, 53.5),
         (WITHOUT | {"threshold": 0.01}, None),
+        (WITHOUT | {"resize": "square"}, None),
         (WITHOUT | {"minmax": "pixel"}, None),
         (WITHOUT | {"match": "image"}, None),
         (WITHOUT | {"absent_classes": False}, None),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg4diff_jax.data.folder import FolderError, LabelledFolder
+from seg4diff_jax.data.folder import FolderError, LabelledFolder, listed_ids
 from seg4diff_jax.data.shapes import CLASSES, scene, write_folder
 from seg4diff_jax.images import ImageError
 
@@ -139,3 +139,9 @@ def test_a_folder_without_its_parts_is_refused(root, tmp_path):
         file.unlink()
     with pytest.raises(FolderError, match="images holds no file"):
         LabelledFolder(root)
+
+
+def test_more_classes_than_a_label_of_8_bits_can_tell_apart_are_refused():
+    assert listed_ids(255, "the set names")
+    with pytest.raises(FolderError, match="the set names 256 classes: expected 1 to 255"):
+        listed_ids(256, "the set names")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, jaccard_score
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 
@@ -42,3 +44,15 @@ def test_iou_is_intersection_over_union_and_the_mean_is_over_classes_that_occur(
     assert mean_iou(confusion, [1, 2, 4]) == pytest.approx(np.mean(expected[1:]))
     assert np.isnan(mean_iou(confusion, [4]))
     assert pixel_accuracy(confusion) == pytest.approx((truth == predicted)[kept].mean())
+
+
+def test_scores_are_scikit_learns_on_random_labels_with_ignored_pixels():
+    truth, predicted = make_maps(2)
+    kept = truth != IGNORED
+    found = np.asarray(confusion_matrix(jnp.asarray(truth), jnp.asarray(predicted), CLASSES))
+    pairs = truth[kept], predicted[kept]
+    np.testing.assert_array_equal(found, sklearn_confusion_matrix(*pairs, labels=range(CLASSES)))
+    present = np.unique(truth[kept])
+    assert mean_iou(found) == pytest.approx(jaccard_score(*pairs, labels=present, average="macro"))
+    np.testing.assert_allclose(iou_per_class(found)[present], jaccard_score(*pairs, labels=present, average=None))
+    assert pixel_accuracy(found) == pytest.approx(accuracy_score(*pairs))

@@ -59,7 +59,12 @@ class LabelledFolder:
 
 
 def listed_ids(classes: int, names: str) -> IdTable:
-    """Ids that are indices into a list of classes, or 255. `names`: whose list it is, for messages."""
+    """Ids that are indices into a list of classes, or 255. `names`: whose list it is, for messages.
+
+    Raises FolderError when there are more classes than labels of 8 bits can tell apart.
+    """
+    if classes > IGNORED:
+        raise FolderError(f"{names} {classes} classes: expected 1 to {IGNORED}")
     expected = f"{names} {classes} classes, so expected 0 to {classes - 1}, or {IGNORED} for what is ignored"
     return IdTable({**{index: index for index in range(classes)}, IGNORED: IGNORED}, expected)
 

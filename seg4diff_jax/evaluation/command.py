@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
@@ -249,15 +249,15 @@ def counted(number: int, what: str) -> str:
 def progress(console: Console, images: int, passes: int) -> Iterator[Told]:
     """A bar of images, or now and then a line; how many pass through the transformer in a second, and the mIoU."""
     columns = (
-        TextColumn("[bold]evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}{task.fields[miou]}"),
-        TimeRemainingColumn(),
+        bars.TextColumn("[bold]evaluating"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[rate]}{task.fields[miou]}"),
+        bars.TimeRemainingColumn(),
     )
     start = told = time.perf_counter()
     first, score = 0, ""
-    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
+    with bars.Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
         bar = shown.add_task("", total=images, rate="compiling", miou="")
 
         def advance(done: int, miou: float | None) -> None:

@@ -189,8 +189,8 @@ class Measurement:
                 size = self._images_per_shard()
                 if kept:
                     kept.begin(size)
-            done = kept.done() if kept else {}
-            return json.dumps([size, sorted(done)]).encode(), together([*done.values()]).to_bytes() if done else b""
+            done, counted = kept.done() if kept else ([], None)
+            return json.dumps([size, done]).encode(), counted.to_bytes() if counted else b""
 
         description, former = (gathered(message)[0] for message in in_step(known))
         size, done = json.loads(description)

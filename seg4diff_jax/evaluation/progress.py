@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Outcome, together
 
 DIRECTORY, RUN = "progress", "run.json"
 SHARD = "images_per_shard"
@@ -62,15 +62,19 @@ class Progress:
         self.clear()
         self._images_per_shard = images_per_shard
 
-    def done(self) -> dict[int, Outcome]:
-        """Finished shards by their numbers; a file that is damaged counts as none."""
-        found: dict[int, Outcome] = {}
+    def done(self) -> tuple[list[int], Outcome | None]:
+        """Numbers of the finished shards, and what was counted over all of them; a damaged file counts as none."""
+        numbers: list[int] = []
+        total: Outcome | None = None
         for path in sorted(self.directory.glob("[0-9]*.npz")):
             try:
-                found[int(path.stem)] = Outcome.from_bytes(path.read_bytes())
+                part = Outcome.from_bytes(path.read_bytes())
             except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile):
                 path.unlink(missing_ok=True)
-        return found
+                continue
+            numbers.append(int(path.stem))
+            total = together([total, part] if total else [part])  # one at a time: many are more than memory holds
+        return numbers, total
 
     def save(self, number: int, outcome: Outcome) -> None:
         if not (self.directory / RUN).exists():

@@ -54,9 +54,10 @@ def reported_miou(row: Mapping[str, Any], config: MMDiTConfig, trained_size: int
 
 def _asked_alike(row: Mapping[str, Any]) -> bool:
     # The release asks for the background and does not score it.
-    return row["prompts"] == "present" and row["names"] != "readable" and row["background"] in (None, "asked")
+    asked = row["prompts"] == "present" and row["names"] != "readable" and row["background"] in (None, "asked")
+    return asked and row["resize"] != "aspect"
 
 
 def _released_match(row: Mapping[str, Any]) -> bool:
-    made = row["minmax"] == "token" and row["threshold"] in THRESHOLDS
+    made = row["resize"] == "release" and row["minmax"] == "token" and row["threshold"] in THRESHOLDS
     return made and row["match"] == "row" and row["absent_classes"] and row["background"] in (None, "scored")

@@ -21,7 +21,7 @@ from seg4diff_jax.reporting.evaluation_page import number, write_page
 
 RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
 SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
-PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "step", "seed")
+PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "step", "seed", "images", "skipped")
 ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5
 """Left-out images that are named on the terminal; `results.json` has all."""

@@ -70,6 +70,7 @@ def _common(outcome: Outcome, measurement: Measurement) -> Row:
         "resize": measurement.settings.resize,
         "lora": measurement.settings.lora,
         "images": len(outcome.indices),
+        "skipped": sum(each.why == "skipped" for each in outcome.left_out),
     }
 
 

@@ -24,8 +24,8 @@ class Evaluation:
     """What came out. Rows are plain values, scores in percent; `seconds` are compiling and running.
 
     Attributes:
-      rows: one for each kind of prompts, block, step and seed; after them those of segments without names, one for
-        each threshold, block, step and seed.
+      rows: one for each kind of prompts, block, head, step and seed; after them those of segments without names, one
+        for each threshold, block, head, step and seed.
       baselines: guessers on the same images, `baseline` says which: see `rows`.
       best: what has the highest mIoU, of segments without names only where nothing was asked for.
       shown: the best images, some at random and the worst, segmented at `best`; none without names.

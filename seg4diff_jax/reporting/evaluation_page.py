@@ -115,6 +115,7 @@ def contents(
         "any_reported": any(line.reported is not None for _, lines in tables for line in lines),
         "plots": plots([sweep(way, some) for way, some in ways.items()], best_guess(evaluation)),
         "settings": settings(ways, names),
+        "unlisted": len(by_setting(rows)) if len(by_setting(rows)) > MOST_SETTINGS else 0,
         "classes": class_bars(evaluation, benchmark, ways),
         "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
         "others": [way.title for way in ways][1:2],
@@ -171,12 +172,13 @@ def by_way(rows: Sequence[Row]) -> dict[Way, list[Row]]:
 
 
 def summary(evaluation: Evaluation, rows: list[Row], names: list[str]) -> list[Line]:
-    """The best setting of a way of asking, the one that the paper has a figure for, and what guessing scores."""
+    """The best setting of a way of asking, the best by the mean of heads, the paper's, and what guessing scores."""
     best = best_setting(rows)
+    of_all_heads = best_setting(means) if (means := [row for row in rows if row.get("head") is None]) else best
     lines = []
     for setting, some in by_setting(rows).items():
         reported = some[0].get("reported")
-        if setting == best or reported is not None:
+        if setting in (best, of_all_heads) or reported is not None:
             lines.append(Line(setting.title, mean(some, names), reported, best=setting == best))
     lines.sort(key=lambda line: not line.best)
     for name, some in guesses(evaluation.baselines, best).items():
@@ -193,12 +195,16 @@ def _remark(row: Row) -> str:
     return {
         "random": f"for each image token one of the classes {of}",
         "constant": f"the {row.get('choice')} of those {of}",
-        "permuted": f"block {row.get('block')}'s own maps in random places",
+        "permuted": f"block {row.get('block')}'s own maps{_of_head(row.get('head'))} in random places",
     }.get(row["baseline"], "")
 
 
+def _of_head(head: int | None) -> str:
+    return "" if head is None else f" of head {head}"
+
+
 def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str, list[Line]]]:
-    """All blocks and noise levels, where there are several, up to `MOST_SETTINGS`."""
+    """All blocks, heads and noise levels, where there are several, up to `MOST_SETTINGS`."""
     tables = []
     for way, rows in ways.items():
         best, lines = best_setting(rows), []
@@ -214,9 +220,11 @@ def sweep(way: Way, rows: Sequence[Row]) -> Sweep:
     best = best_setting(rows)
     settings = by_setting([row for row in rows if row.get("threshold") == best.threshold])
     scores = {at: mean(some, ["miou"])["miou"] for at, some in settings.items()}
-    levels = {(at.block, at.step): score for at, score in scores.items() if at.head == best.head}
+    # The same number means another head in another block: lines over blocks are of the mean, where it was measured.
+    read = None if any(at.head is None for at in scores) else best.head
+    levels = {(at.block, at.step): score for at, score in scores.items() if at.head == read}
     heads = {(at.block, at.head): score for at, score in scores.items() if at.head is not None and at.step == best.step}
-    return Sweep(way.title, levels, heads, (best.block, best.step), best.head)
+    return Sweep(way.title, levels, heads, (best.block, best.step), best.head, read)
 
 
 def best_guess(evaluation: Evaluation) -> tuple[str, float] | None:

@@ -22,7 +22,7 @@ class Sweep:
     """Blocks, noise levels and heads of one way of asking, which `title` names.
 
     Attributes:
-      scores: mean IoU in percent and its spread, by block and noise level, of the best head or of the heads' mean.
+      scores: mean IoU in percent and its spread, by block and noise level, of the head `read`; None is their mean.
       heads: the same by block and single head, at the best noise level.
       best: block and noise level of the highest; `head` is None where that is the mean of the heads.
     """
@@ -32,6 +32,7 @@ class Sweep:
     heads: Scores
     best: tuple[int, int]
     head: int | None = None
+    read: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,16 @@ def plots(sweeps: Sequence[Sweep], guess: tuple[str, float] | None) -> list[Plot
     blocks = sorted({block for sweep in sweeps for block, _ in sweep.scores})
     steps = sorted({step for sweep in sweeps for _, step in sweep.scores})
     heads = sorted({head for sweep in sweeps for _, head in sweep.heads})
+    single = [f"head {sweep.read}" for sweep in sweeps if sweep.read is not None]
+    of = f", of {_each(single)}" if single else ""
     block, level = _each(sweep.best[0] for sweep in sweeps), _each(sweep.best[1] for sweep in sweeps)
     found: list[Plot] = []
     if len(blocks) > 1:
         lines = [_series(blocks, lambda at, one=one: one.scores.get((at, one.best[1])), one.best[0]) for one in sweeps]
-        found.append(_lines(f"by block, at noise level {level}", "block", blocks, lines, sweeps, guess))
+        found.append(_lines(f"by block, at noise level {level}{of}", "block", blocks, lines, sweeps, guess))
     if len(steps) > 1:
         lines = [_series(steps, lambda at, one=one: one.scores.get((one.best[0], at)), one.best[1]) for one in sweeps]
-        found.append(_lines(f"by noise level, at block {block}", LEVELS, steps, lines, sweeps, guess))
+        found.append(_lines(f"by noise level, at block {block}{of}", LEVELS, steps, lines, sweeps, guess))
     if len(heads) > 1:
         lines = [_series(heads, lambda at, one=one: one.heads.get((one.best[0], at)), one.head) for one in sweeps]
         found.append(_lines(f"by head, at block {block} and noise level {level}", "head", heads, lines, sweeps, guess))
@@ -110,5 +113,5 @@ def _heat(where: str, axis: str, scores: Scores, best: tuple[int, int] | None) -
     return Plot("heat wide" if len(places) > FEW else "heat", caption, drawn)
 
 
-def _each(numbers: Iterable[int]) -> str:
-    return " and ".join(map(str, dict.fromkeys(numbers)))
+def _each(values: Iterable[int | str]) -> str:
+    return " and ".join(map(str, dict.fromkeys(values)))
