@@ -37,7 +37,11 @@ def assert_alike(found: Path, expected: Path) -> None:
     ours, theirs = (np.load(run / "export/transformer.npz") for run in (found, expected))
     assert set(ours) == set(theirs)
     for name, array in theirs.items():
-        np.testing.assert_allclose(ours[name], array, rtol=1e-4, atol=2e-5, err_msg=name)
+        apart = np.abs(ours[name] - array)
+        assert np.sqrt(np.mean(apart**2)) < 1e-6, (found.name, name)
+        # Adam moves each number by as much, however small its gradient: of one that is all rounding even its direction
+        # is chance. Four steps of 3e-3 move none by more than 1.2e-2.
+        assert apart.max() < 1.2e-4, (found.name, name)
 
 
 def test_two_processes_of_two_devices_give_the_figures_pictures_and_model_of_one(tmp_path):
