@@ -78,10 +78,12 @@ def assert_split(said: str, layouts: list[str]) -> None:
     assert list(parts) == layouts
     for layout, held in parts.items():
         assert held.keys() == ({"transformer"} if "cached" in layout else {"transformer", "vae", "clip_l", "clip_g"})
-        # Convolutions are split over `fsdp` alone; of the small models' norms, biases and tables more is whole.
+        # Convolutions are split over `fsdp` alone; of the small models' norms and biases more is whole, and of the CLIPs
+        # the tables, 0.42 of them: their 725 and 77 rows are no multiples of anything.
         _, fsdp, tensor = map(int, layout.split(",")[0].split("x"))
         assert held["transformer"] <= 1 / (fsdp * tensor) + 0.1
-        assert fsdp == 1 or max(held.values()) <= 1 / fsdp + 0.1, held
+        for name, share in held.items():
+            assert fsdp == 1 or share <= 1 / fsdp + (0.42 if name.startswith("clip") else 0.1), held
 
 
 @pytest.fixture(scope="module")
