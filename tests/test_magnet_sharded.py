@@ -78,8 +78,8 @@ def assert_split(said: str, layouts: list[str]) -> None:
     assert list(parts) == layouts
     for layout, held in parts.items():
         assert held.keys() == ({"transformer"} if "cached" in layout else {"transformer", "vae", "clip_l", "clip_g"})
-        # Convolutions are split over `fsdp` alone; of the small models' norms and biases more is whole, and of the CLIPs
-        # the tables, 0.42 of them: their 725 and 77 rows are no multiples of anything.
+        # Convolutions are split over `fsdp` alone; of the small models' norms and biases more is whole, and of the
+        # CLIPs their tables, 0.42 of them, whose 725 and 77 rows divide by none of the sizes.
         _, fsdp, tensor = map(int, layout.split(",")[0].split("x"))
         assert held["transformer"] <= 1 / (fsdp * tensor) + 0.1
         for name, share in held.items():
