@@ -23,7 +23,6 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scen
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.forward import Forward, Place
 from seg4diff_jax.evaluation.measure import Settings
-from seg4diff_jax.evaluation.options import numbers
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import constant_choices, metrics
 from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, without_images
@@ -394,14 +393,3 @@ def test_options_that_cannot_be_are_refused_before_weights_are_read(sd3_checkpoi
     usual = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", "0"]
     assert main([*usual, *options]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
-
-
-def test_lists_of_numbers_are_read_as_they_are_written():
-    assert numbers("0..3", "--blocks", range(24)) == (0, 1, 2, 3)
-    assert numbers("2,4,8..10", "--steps", range(1, 29)) == (2, 4, 8, 9, 10)
-    assert numbers(8, "--steps", range(1, 29)) == (8,)
-    assert numbers([2, 4], "--steps", range(1, 29)) == (2, 4)
-    assert numbers("all", "--steps", range(1, 29)) == tuple(range(1, 29))
-    for wrong in ("", "8,8", "3..1", "x", "-1"):
-        with pytest.raises(ValueError, match="--steps is"):
-            numbers(wrong, "--steps", range(1, 29))

@@ -15,7 +15,7 @@ from seg4diff_jax.evaluation.batches import AllClasses, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.measure import Settings
-from seg4diff_jax.evaluation.options import kinds_of_prompts
+from seg4diff_jax.evaluation.options import kinds_of_prompts, numbers
 from seg4diff_jax.evaluation.reported import BY_NAMES, WITHOUT_NAMES, reported_miou
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices
@@ -196,3 +196,14 @@ def test_ways_of_asking_are_present_all_or_both(wrong):
     assert kinds_of_prompts("present, all") == kinds_of_prompts(["present", "all"]) == ("present", "all")
     with pytest.raises(ValueError, match=r"--prompts is .*: expected present, all, or present,all"):
         kinds_of_prompts(wrong)
+
+
+def test_lists_of_numbers_are_read_as_they_are_written():
+    assert numbers("0..3", "--blocks", range(24)) == (0, 1, 2, 3)
+    assert numbers("2,4,8..10", "--steps", range(1, 29)) == (2, 4, 8, 9, 10)
+    assert numbers(8, "--steps", range(1, 29)) == (8,)
+    assert numbers([2, 4], "--steps", range(1, 29)) == (2, 4)
+    assert numbers("all", "--steps", range(1, 29)) == tuple(range(1, 29))
+    for wrong in ("", "8,8", "3..1", "x", "-1"):
+        with pytest.raises(ValueError, match="--steps is"):
+            numbers(wrong, "--steps", range(1, 29))
