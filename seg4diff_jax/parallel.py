@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Array, Int, Shaped
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -24,6 +24,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (LAYERS + r"(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
     (LAYERS + r"(out|down)\.kernel", P(None, "tensor", "fsdp")),
     (LAYERS + r"(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
+    # Adapters as the kernels beside them; the rank is whole.
+    (LAYERS + r"(out|down)\.lora_a", P(None, "tensor", None)),
+    (LAYERS + r"(out|down)\.lora_b", P(None, None, "fsdp")),
     (r".*\.lora_a", P(None, "fsdp", None)),
     (r".*\.lora_b", P(None, None, "tensor")),
     (r".*\.embedding", P("fsdp", None)),
@@ -98,6 +101,22 @@ def on_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
+
+
+def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, "*shape"]:
+    """The same numbers, their axis of a batch split over `data` and `fsdp`, and the other axes whole.
+
+    Models say so of their streams of tokens, before and behind every layer: left to itself XLA splits them over
+    `tensor` here and there, which costs collectives, and numbers. Of x W with W split over `tensor` and `fsdp` it has
+    been seen to compute wrong ones (jaxlib 0.10.2 and 0.12.0) when the result was to be split over `tensor`, these axes
+    had as many devices as each other, and `data` had some too.
+
+    Without a mesh in context that has these axes, or where the batch does not divide, nothing is said.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not {*AXES} <= {*mesh.axis_names} or array.shape[axis] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return array
+    return jax.lax.with_sharding_constraint(array, P(*[None] * axis, *BATCH))
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -16,7 +16,7 @@ FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
 
 MAY_IMPORT: dict[str, str] = {
     # Arrays to arrays.
-    "models": "",
+    "models": "parallel",
     "flow": "",
     "segmentation": "",
     "parallel": "",

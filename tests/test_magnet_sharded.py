@@ -93,13 +93,13 @@ def found(options, alone, tmp_path_factory) -> tuple[Path, list[str]]:
     share_cache(alone, out)
     how = "magnet_runs", "layouts", str(out)
     two = together(*how, "2x2x2", "--", *arguments(options), devices=4)
-    return out, finish(start(*how, "1x2x4,cached", "--", *arguments(options), devices=8), *two)
+    return out, finish(start(*how, "2x2x2,cached", "--", *arguments(options), devices=8), *two)
 
 
 def test_eight_devices_give_the_losses_and_adapters_of_one_from_a_cache(found, alone):
     out, (said, *_) = found
-    assert_split(said, ["1x2x4,cached"])
-    assert_alike(out / "1x2x4,cached", alone("cached"))
+    assert_split(said, ["2x2x2,cached"])
+    assert_alike(out / "2x2x2,cached", alone("cached"))
 
 
 def test_two_processes_of_four_devices_give_the_losses_scores_and_adapters_of_one(found, alone):

@@ -121,6 +121,14 @@ def test_an_axis_that_does_not_divide_is_not_split(mesh, model, path, spec):
     assert parameter_shardings(mesh_of(*mesh))(path, shapes_of(model)[path]).spec == spec
 
 
+@pytest.mark.parametrize("layer", ["attention.q", "attention.v", "attention.out", "mlp.up", "mlp.down"])
+def test_an_adapter_is_split_as_the_kernel_beside_it(layer):
+    place, path = parameter_shardings(mesh_of(1, 4, 2)), f"transformer.stacks.0.image.{layer}."
+    _, into, out = place(path + "kernel", (24, 1536, 1536)).spec
+    assert place(path + "lora_a", (24, 1536, 16)).spec == P(None, into, None)
+    assert place(path + "lora_b", (24, 16, 1536)).spec == P(None, None, out)
+
+
 def test_a_mesh_takes_all_devices_unless_told_otherwise():
     for mesh in (make_mesh(), make_mesh(data=jax.device_count())):
         assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.forward import Forward, Latents
-from seg4diff_jax.parallel import BATCH
+from seg4diff_jax.parallel import split_batch
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
 from seg4diff_jax.text import TextConditioning
@@ -212,13 +211,7 @@ def add_scores(
     """Class scores of some prompts, added to those of the others: each class is named by one."""
     images = scores.shape[1]
     some = jax.lax.map(lambda place: combine_prompts(class_scores(place, averaging), image_of_row, images), maps)
-    return _split(scores + some, 1)
-
-
-def _split(array: Array, axis: int) -> Array:
-    """Split the axis of images over the mesh's data axes, if there is a mesh."""
-    no_mesh = jax.sharding.get_abstract_mesh().empty
-    return array if no_mesh else jax.lax.with_sharding_constraint(array, PartitionSpec(*[None] * axis, *BATCH))
+    return split_batch(scores + some, 1)
 
 
 @partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid",))
@@ -236,7 +229,7 @@ def count(
     Also how many pixels of each image are right: -1 where a score is not finite.
     """
     canvas = (truth.shape[1], truth.shape[2])
-    truth, sizes, class_of_row = (_split(array, 0) for array in (truth, sizes, class_of_row))
+    truth, sizes, class_of_row = (split_batch(array) for array in (truth, sizes, class_of_row))
 
     def predicted(scores: Array, size: Array, classes: Array) -> Array:
         rows = scores.reshape(-1, *grid)
@@ -244,7 +237,7 @@ def count(
 
     def of_place(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
-        labels = _split(jax.vmap(predicted)(_split(scores, 0), sizes, class_of_row), 0)
+        labels = split_batch(jax.vmap(predicted)(split_batch(scores), sizes, class_of_row))
         right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
         finite = jnp.isfinite(scores).all(axis=(1, 2))
         return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.self_attention import SelfAttention
 from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+from seg4diff_jax.parallel import split_batch
 
 LEGACY_EOS = 2
 """The end token's id in published configs, which is not the tokenizer's: there the end is found as the largest id."""
@@ -120,7 +121,7 @@ class CLIPBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         x = x + self.attention(self.attention_norm(x), causal=self.causal)
-        return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+        return x + split_batch(self.down(self.activation(self.up(self.mlp_norm(x)))))
 
 
 def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

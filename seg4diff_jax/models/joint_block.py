@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from seg4diff_jax.models.attention import QKV, AttentionRequest, JointAttention, joint_attention
 from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.parallel import split_batch
 
 MODULATIONS = {"joint": 6, "dual": 9, "keys only": 2}
 
@@ -35,7 +36,8 @@ def modulate(
     x: Float[Array, "batch tokens dim"], shift: Float[Array, "batch dim"], scale: Float[Array, "batch dim"]
 ) -> Float[Array, "batch tokens dim"]:
     """Layer norm, then the shift and scale that time and pooled text ask for (adaLN)."""
-    return (layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]).astype(x.dtype)
+    modulated = layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]
+    return split_batch(modulated.astype(x.dtype))
 
 
 class MLP(nnx.Module):
@@ -47,7 +49,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        return self.down(self.activation(self.up(x)))
+        return split_batch(self.down(self.activation(self.up(x))))
 
 
 def gelu(x: Array) -> Array:
@@ -73,7 +75,7 @@ class Projections(nnx.Module):
 
     def merge(self, heads: Float[Array, "batch tokens heads head_dim"]) -> Float[Array, "batch tokens dim"]:
         assert self.out is not None
-        return self.out(heads.reshape(*heads.shape[:2], -1))
+        return split_batch(self.out(heads.reshape(*heads.shape[:2], -1)))
 
 
 class Stream(nnx.Module):
@@ -91,7 +93,7 @@ class Stream(nnx.Module):
 
     def modulations(self, conditioning: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
         """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or 2 of them."""
-        modulation = self.modulation(jax.nn.silu(conditioning))
+        modulation = split_batch(self.modulation(jax.nn.silu(conditioning)))
         return jnp.split(modulation, modulation.shape[-1] // conditioning.shape[-1], axis=-1)
 
     def update(

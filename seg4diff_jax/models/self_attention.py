@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from seg4diff_jax.parallel import split_batch
+
 
 class SelfAttention(nnx.Module):
     """Projections to queries, keys and values, softmax attention, and the projection back.
@@ -59,4 +61,4 @@ class SelfAttention(nnx.Module):
         if causal:
             scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
         probs = jax.nn.softmax(scores).astype(v.dtype)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", probs, v).reshape(*x.shape[:2], -1))
+        return split_batch(self.out(jnp.einsum("bhqk,bkhd->bqhd", probs, v).reshape(*x.shape[:2], -1)))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.self_attention import SelfAttention
 from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+from seg4diff_jax.parallel import split_batch
 
 IMPLEMENTED = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_decoder": False}
 
@@ -85,7 +86,7 @@ class T5Block(nnx.Module):
     ) -> Float[Array, "batch tokens width"]:
         x = x + self.attention(self.attention_norm(x), scale=1.0, bias=bias)
         h = self.mlp_norm(x)
-        return x + self.down(jax.nn.gelu(self.gate(h), approximate=True) * self.up(h))
+        return x + split_batch(self.down(jax.nn.gelu(self.gate(h), approximate=True) * self.up(h)))
 
 
 def rms_norm(config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+IN_ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Simulated devices of a process come to their collectives in one order: otherwise some wait in one and some in the
+next, until XLA gives them up."""
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
@@ -17,7 +20,7 @@ def start(
     module: str, *command: str, devices: int = 1, compiled: Path | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     """`tests.reference.MODULE` with a number of simulated devices. `compiled`: where programs are kept for the next."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE} {IN_ONE_ORDER}"
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
     if compiled is not None:
         kept = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_ENABLE_COMPILATION_CACHE": "true"}

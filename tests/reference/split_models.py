@@ -1,0 +1,122 @@
+"""Small models split over devices, beside the same on one: python -m tests.reference.split_models LAYOUT ...
+
+One JSON line for each layout and model: the largest error of its output and of each gradient, of the largest entry.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.lora import IMAGE_ATTENTION, TEXT_ATTENTION, LoRA, LoRAConfig, add_lora
+from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.stack import take_layer
+from seg4diff_jax.models.t5 import T5Config, T5Encoder
+from seg4diff_jax.parallel import BATCH, make_mesh, parameter_shardings
+from seg4diff_jax.training.state import take_apart
+
+BATCH_SIZE, TOKENS, WIDTH, HEADS = 8, 8, 64, 8
+MMDIT = MMDiTConfig.from_json(
+    {"num_layers": 4, "num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "sample_size": 8}
+    | {"caption_projection_dim": WIDTH, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
+    | {"pos_embed_max_size": 8}
+)
+ADAPTERS = LoRAConfig(rank=2, alpha=4, targets=(*IMAGE_ATTENTION, *TEXT_ATTENTION))
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Case(NamedTuple):
+    model: nnx.Module
+    trained: Any
+    output: Callable
+    inputs: tuple[np.ndarray, ...]
+
+
+def mmdit(trained: Any, *, remat: bool) -> Case:
+    model = add_lora(MMDiT(MMDIT, rngs=nnx.Rngs(0)), ADAPTERS, nnx.Rngs(1))
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(draw(*leaf.shape) / 10), nnx.state(model, LoRA))
+    nnx.update(model, drawn)  # B is not zero: neither is any gradient
+
+    def output(model: MMDiT, latents, timesteps, context, pooled):
+        velocity, records = model(latents, timesteps, context, pooled, capture=(2,), remat=remat)
+        return velocity, records[2].scores, records[2].probs
+
+    inputs = draw(BATCH_SIZE, 8, 8, 16), 500 + 100 * draw(BATCH_SIZE), draw(BATCH_SIZE, TOKENS, WIDTH)
+    return Case(model, trained, output, (*inputs, draw(BATCH_SIZE, WIDTH)))
+
+
+def layers() -> Case:
+    """Layers that leave a stream of tokens whole, asked for results that are split over `tensor`."""
+    over_tensor = P(*BATCH, None, "tensor")
+
+    def output(model: MMDiT, x):
+        block = take_layer(model.stacks[0], 0)
+        heads = x.reshape(*x.shape[:2], HEADS, -1)
+        found = block.image.attention.merge(heads), block.text.attention.merge(heads), block.text.mlp(x)
+        return jax.lax.with_sharding_constraint(found, over_tensor)
+
+    return mmdit(LoRA, remat=False)._replace(output=output, inputs=(draw(BATCH_SIZE, TOKENS, WIDTH),))
+
+
+def encoder(model: nnx.Module) -> Case:
+    ids = np.random.default_rng(0).integers(0, 32, (BATCH_SIZE, TOKENS)).astype(np.int32)
+    return Case(model, nnx.Param, lambda model, ids: jax.tree.leaves(model(ids)), (ids,))
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    yield "layers", layers()
+    yield "mmdit", mmdit(nnx.Any(nnx.Param, LoRA), remat=False)
+    yield "adapters", mmdit(LoRA, remat=False)
+    yield "adapters, blocks computed again", mmdit(LoRA, remat=True)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS}
+    texts = {"vocab_size": 32, "max_position_embeddings": TOKENS, "eos_token_id": 31, "projection_dim": WIDTH}
+    yield "clip", encoder(CLIPText(CLIPTextConfig(num_hidden_layers=2, **sizes, **texts), rngs=nnx.Rngs(0)))
+    t5 = T5Config(vocab_size=32, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=2 * WIDTH, num_layers=2, num_heads=HEADS)
+    yield "t5", encoder(T5Encoder(t5, rngs=nnx.Rngs(0)))
+
+
+def computed(case: Case, mesh: Mesh) -> Any:
+    """Output, and the gradient of every parameter that is trained, on a mesh."""
+    structure, *parts = take_apart(case.model, case.trained)
+    place = parameter_shardings(mesh)
+    put = lambda part: {name: jax.device_put(array, place(name, array.shape)) for name, array in part.items()}
+    trainable, frozen = map(put, parts)
+    inputs = jax.device_put(case.inputs, NamedSharding(mesh, BATCH))
+
+    def loss(trainable: dict, frozen: dict, *inputs):
+        found = case.output(structure.model(trainable, frozen), *inputs)
+        return sum(jnp.square(part.astype(jnp.float32) - 1).sum() for part in found), found
+
+    with jax.set_mesh(mesh):
+        (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, frozen, *inputs)
+    return jax.device_get((list(found), gradient))
+
+
+def error(found: Any, expected: Any) -> float:
+    """What is zero but for rounding, as a gradient of keys' biases is, counts as a thousandth of the largest."""
+    largest = lambda array: float(np.abs(array).max())
+    floor = max(map(largest, jax.tree.leaves(expected))) / 1000
+    relative = lambda a, b: largest(a - b) / max(largest(b), floor)
+    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
+
+
+if __name__ == "__main__":
+    for name, case in cases():
+        alone = computed(case, make_mesh(1, among=jax.devices()[:1]))
+        for layout in sys.argv[1:]:
+            found = computed(case, make_mesh(*map(int, layout.split("x"))))
+            print(json.dumps({"model": name, "layout": layout, "error": error(found, alone)}), flush=True)
