@@ -17,11 +17,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.training.command import main as train
+from seg4diff_jax.training.command import parse
+from seg4diff_jax.training.loop import CONFIG
 
 SEED = "run.seed"
 COLUMNS = {"miou": ("mIoU, %", 2), "velocity_loss": ("flow-matching loss", 5)}
@@ -38,8 +41,12 @@ def main(arguments: list[str]) -> int:
         chosen = dict(zip(varied, values, strict=True))
         out = Path(options.out) / "_".join(f"{name.split('.')[-1]}={value}" for name, value in chosen.items())
         settings = [f"--{name}={value}" for name, value in chosen.items()]
+        run = [f"--config={options.config}", f"--run.out={out}", *passed, *settings]
+        if (out / CONFIG).exists() and yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")) != parse(run).record:
+            print(f"error: {out} is a run with other options: remove it, or name another --out", file=sys.stderr)
+            return 1
         if not (out / "export").exists():
-            status = train([f"--config={options.config}", f"--run.out={out}", *passed, *settings, "--resume"])
+            status = train([*run, "--resume"])
             if status:
                 return status
         chosen.pop(SEED)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -106,15 +107,19 @@ def on_host(array: Any) -> np.ndarray:
 def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, "*shape"]:
     """The same numbers, their axis of a batch split over `data` and `fsdp`, and the other axes whole.
 
-    Models say so of their streams of tokens, before and behind every layer: left to itself XLA splits them over
-    `tensor` here and there, which costs collectives, and numbers. Of x W with W split over `tensor` and `fsdp` it has
-    been seen to compute wrong ones (jaxlib 0.10.2 and 0.12.0) when the result was to be split over `tensor`, these axes
-    had as many devices as each other, and `data` had some too.
+    Models say so of what enters and leaves their layers: left to itself XLA splits it over `tensor` here and there,
+    which costs collectives, and numbers. Of x W with W split over `tensor` and `fsdp` it has been seen to compute wrong
+    ones (jaxlib 0.10.2 and 0.12.0) when the result was to be split over `tensor`, these axes had as many devices as
+    each other, and `data` had some too. In a backward pass the layers that enter are such products.
 
-    Without a mesh in context that has these axes, or where the batch does not divide, nothing is said.
+    Nothing is said outside jit, without a mesh in context that has these axes and leaves them to the compiler, or where
+    the batch does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not {*AXES} <= {*mesh.axis_names} or array.shape[axis] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not isinstance(array, Tracer) or not {"data", "fsdp"} <= automatic:
+        return array
+    if array.shape[axis] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return array
     return jax.lax.with_sharding_constraint(array, P(*[None] * axis, *BATCH))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from seg4diff_jax.data.folder import LabelledFolder
@@ -16,6 +18,8 @@ from seg4diff_jax.data.shapes import CLASSES, scene, write_folder
 from seg4diff_jax.data.views import View
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import class_prompts, load_tokenizers, tokenize
+from seg4diff_jax.training.encoded_items import hash_of_files, sum_of_weights
+from seg4diff_jax.training.held_out import HeldOutData, open_both
 from seg4diff_jax.training.mask_items import MaskData, Pictures, ViewItems, mirrored, open_pictures
 
 
@@ -159,6 +163,41 @@ def test_pictures_without_a_caption_are_named_and_have_the_empty_prompt(nameless
     assert source[1]["caption"] == ""
     assert first_sentences("no stop at all") == "no stop at all"
     assert first_sentences("It is 2.5 m long. Two. Three.") == "It is 2.5 m long. Two."
+
+
+def test_captions_of_other_pictures_are_refused(nameless, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({"sa_1": "A ball.", "sa_2": "Sand."}))
+    with pytest.raises(
+        FolderError, match=r"has a caption for none of the 2 pictures .* first key is 'sa_1', .* be '1'"
+    ):
+        MaskFolder(nameless, tmp_path / "captions.json")
+
+
+def test_pictures_that_are_trained_on_are_not_scored(folder, tmp_path):
+    data = MaskData(root=str(folder), size=32)
+    train, scored = open_both(data, HeldOutData(count=2), 32)
+    assert scored is not None
+    assert not {*train.names} & {*scored.names}
+    for same in (HeldOutData(name="folder"), HeldOutData(root=str(folder / ".." / folder.name))):
+        with pytest.raises(ValueError, match="held_out names the pictures that are trained on"):
+            open_both(data, same, 32)
+    with pytest.raises(ValueError, match="held_out names the pictures that are trained on"):
+        open_both(MaskData(name="scenes", split="validation", size=32), HeldOutData(), 32)
+
+
+def test_a_cache_of_other_files_or_weights_is_told_apart(folder, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    listed = hash_of_files(root, root / "cache")
+    assert listed == hash_of_files(folder, tmp_path)
+    (root / "cache").mkdir()
+    (root / "cache" / "latents.npy").write_bytes(b"1")
+    assert hash_of_files(root, root / "cache") == listed
+    label = next((root / "labels").iterdir())
+    label.write_bytes(label.read_bytes() + b"1")
+    assert hash_of_files(root, root / "cache") != listed
+    weights = [sum_of_weights(nnx.Linear(4, 4, rngs=nnx.Rngs(seed))) for seed in (0, 0, 1)]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_damaged_masks_are_named(nameless, tmp_path):

@@ -46,6 +46,16 @@ def test_a_scanned_program_has_the_operations_of_the_unrolled_one():
     assert products <= counted["flops"] < 1.05 * products
 
 
+def test_convolutions_are_divided_over_what_has_pictures_of_its_own():
+    x, kernel = jnp.ones((8, 16, 16, 4)), jnp.ones((3, 3, 4, 8))
+    convolve = lambda x: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    whole = operations(jax.make_jaxpr(convolve)(x))
+    assert whole == 2 * 8 * 16 * 16 * 8 * 3 * 3 * 4
+    assert operations(jax.make_jaxpr(convolve)(x), chips=8, shares=4) == whole / 4
+
+
 def test_a_kernels_operations_count_its_padded_tiles_and_are_those_of_each_chip():
     q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)  # 300 tokens are three tiles of 128
     program = lambda q: attend(q, q, q, kernel=Kernel("splash"))[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from PIL import Image
 
@@ -110,6 +111,40 @@ def test_a_run_is_not_overwritten_by_another(tmp_path):
     train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
     with pytest.raises(TrainingError, match="holds a run, checkpointed at step 5: give --resume"):
         train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
+
+
+def test_a_refused_resume_leaves_the_runs_own_configuration(tmp_path):
+    train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER, {"optimizer": {"accumulate": 1}})
+    twice = replace(OPTIMIZER, accumulate=2)
+    with pytest.raises(
+        TrainingError, match=r"accumulate is 2, .* counts its steps by 1 batches each|cannot be resumed"
+    ):
+        train(make_task(), make_run(tmp_path), twice, {"optimizer": {"accumulate": 2}}, resume=True)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"optimizer": {"accumulate": 1}}
+
+
+def test_steps_of_another_number_of_batches_are_not_gone_on_with(tmp_path):
+    by = lambda count: (replace(OPTIMIZER, accumulate=count), {"optimizer": {"accumulate": count}})
+    train(make_task(), make_run(tmp_path, steps=5), *by(2))
+    with pytest.raises(TrainingError, match="accumulate is 4, and the run's checkpoint counts its steps by 2 batches"):
+        train(make_task(), make_run(tmp_path), *by(4), resume=True)
+
+
+def test_an_evaluation_that_fails_loses_no_step(tmp_path):
+    def broken(_):
+        raise ValueError("no such picture")
+
+    with pytest.raises(ValueError, match="no such picture"):
+        train(make_task(evaluate=broken), make_run(tmp_path, checkpoint_every=20), OPTIMIZER)
+    assert checkpointed(tmp_path) == [5]
+    whole = train(make_task(), make_run(tmp_path / "whole"), OPTIMIZER)
+    assert bytes_of(train(make_task(), make_run(tmp_path), OPTIMIZER, resume=True)) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep"])
+def test_counts_of_a_run_that_are_zero_are_refused(name):
+    with pytest.raises(ValueError, match=f"run.{name} is 0; expected at least 1"):
+        make_run("somewhere", **{name: 0})
 
 
 def test_a_loss_that_is_no_number_stops_and_names_step_and_items(tmp_path):

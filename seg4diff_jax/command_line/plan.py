@@ -39,14 +39,14 @@ def main(arguments: Sequence[str]) -> int:
         where = Slice.parse(options["topology"])
         plan = lambda batch: plan_magnet(replace(config, run=replace(config.run, batch_size=batch)), where)
         if options["largest_batch"]:
-            unit = where.chips // config.run.mesh.tensor
+            unit = max(1, where.chips // max(1, config.run.mesh.tensor))
             tried = list(_told(largest_batch(plan, unit)))
             plans = [
                 max((each for each in tried if each.memory.fits), key=lambda each: each.batch_size, default=tried[0])
             ]
         else:
             plans = [plan(config.run.batch_size)]
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(table(plans) if options["markdown"] else lines(plans[0])))

@@ -62,11 +62,13 @@ class ArrayCache:
       fields: those that items have; the files of others are not read. Default: all.
 
     Raises:
-      ValueError: the items were made of something else than `identity`.
+      ValueError: the directory is no cache, or its items were made of something else than `identity`.
     """
 
     def __init__(self, directory: str | Path, identity: Mapping[str, Any], fields: Sequence[str] | None = None):
         self.directory = Path(directory)
+        if not (self.directory / MANIFEST).is_file():
+            raise ValueError(f"{self.directory} is there and no cache ({MANIFEST} is missing): name another directory")
         manifest = json.loads((self.directory / MANIFEST).read_text())
         made_of = manifest["identity"]
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):

@@ -73,6 +73,12 @@ class MaskFolder:
             some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
             raise FolderError(f"{self.root}: no .json with masks beside {some}: expected {ORIGIN}")
         self.captions = {} if captions is None else read_captions(captions)
+        if self.captions and len(self.uncaptioned()) == len(self):
+            key, name = next(iter(self.captions)), self.files[0].stem
+            raise FolderError(
+                f"{captions} has a caption for none of the {len(self)} pictures of {self.root}: its first key is "
+                f"{key!r}, and {name}.jpg would be {self._key(name)!r}"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -93,8 +99,12 @@ class MaskFolder:
         return [name for name in self.names if not self._caption(name)]
 
     def _caption(self, name: str) -> str:
+        return first_sentences(self.captions.get(self._key(name), ""))
+
+    @staticmethod
+    def _key(name: str) -> str:
         numbered = re.fullmatch(r"sa_(\d+)", name)
-        return first_sentences(self.captions.get(numbered[1] if numbered else name, ""))
+        return numbered[1] if numbered else name
 
     def _annotations(self, index: int) -> list[Any]:
         """The picture's masks, largest first."""

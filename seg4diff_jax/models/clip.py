@@ -35,7 +35,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @runtime_checkable
-@runtime_checkable
 class LayerConfig(Protocol):
     """What the layers of a tower read of its configuration."""
 
@@ -121,7 +120,7 @@ class CLIPBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         x = x + self.attention(self.attention_norm(x), causal=self.causal)
-        return x + split_batch(self.down(self.activation(self.up(self.mlp_norm(x)))))
+        return x + split_batch(self.down(self.activation(self.up(split_batch(self.mlp_norm(x))))))
 
 
 def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -173,7 +172,7 @@ class CLIPText(nnx.Module):
         )
         last = self.final_norm(x)
         end = self.end_position(ids)
-        pooled = self.projection(jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0])
+        pooled = self.projection(split_batch(jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]))
         return CLIPTextOutput(penultimate.astype(self.dtype), last.astype(self.dtype), pooled)
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax.models.clip import CLIPBlock, check_layers, layer_norm
 from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+from seg4diff_jax.parallel import split_batch
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,4 @@ class CLIPVision(nnx.Module):
         first = jnp.broadcast_to(self.class_embedding[...].astype(jnp.float32), (len(pixels), 1, patches.shape[-1]))
         x = jnp.concatenate([first, patches], axis=1) + self.position_embedding.embedding[...]
         x, _ = scan_layers(lambda state, block: (block(state), None), self.first_norm(x), self.blocks)
-        return self.projection(self.final_norm(x[:, 0]))
+        return self.projection(split_batch(self.final_norm(x[:, 0])))

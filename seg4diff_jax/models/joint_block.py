@@ -93,7 +93,7 @@ class Stream(nnx.Module):
 
     def modulations(self, conditioning: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
         """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or 2 of them."""
-        modulation = split_batch(self.modulation(jax.nn.silu(conditioning)))
+        modulation = split_batch(self.modulation(split_batch(jax.nn.silu(conditioning))))
         return jnp.split(modulation, modulation.shape[-1] // conditioning.shape[-1], axis=-1)
 
     def update(

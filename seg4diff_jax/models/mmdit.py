@@ -23,6 +23,7 @@ from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modula
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers, take_layer
+from seg4diff_jax.parallel import split_batch
 
 TIME_FEATURES = 256
 
@@ -168,7 +169,7 @@ class MMDiT(nnx.Module):
         image = (patches + position).astype(dtype).reshape(patches.shape[0], -1, self.config.width)
         time = self.time_embed(timestep_features(timesteps).astype(dtype))
         conditioning = time + self.pooled_embed(pooled.astype(dtype))
-        return StreamState(image, self.context_embed(context.astype(dtype))), conditioning
+        return StreamState(image, self.context_embed(split_batch(context.astype(dtype)))), conditioning
 
     def _crop_position(self, rows: int, columns: int, latents: tuple[int, ...]) -> Float[Array, "rows columns dim"]:
         size, patch = self.config.pos_embed_max_size, self.config.patch_size
@@ -189,7 +190,7 @@ class MMDiT(nnx.Module):
         self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"]
     ) -> Float[Array, "batch tokens patch"]:
         """The velocity of each image token's patch: rows, columns, channels in one."""
-        shift, scale = jnp.split(self.norm_out(jax.nn.silu(conditioning)), 2, axis=-1)
+        shift, scale = jnp.split(self.norm_out(split_batch(jax.nn.silu(conditioning))), 2, axis=-1)
         return self.proj_out(modulate(image, shift, scale))
 
     def _unpatchify(self, patches: Float[Array, "batch tokens features"], height: int, width: int):

@@ -53,6 +53,7 @@ class SelfAttention(nnx.Module):
           bias: added to the scaled scores, the same for the whole batch.
           causal: a token sees itself and those before it.
         """
+        x = split_batch(x)
         q, k, v = (project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q, self.k, self.v))
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)

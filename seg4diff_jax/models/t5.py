@@ -85,7 +85,7 @@ class T5Block(nnx.Module):
         self, x: Float[Array, "batch tokens width"], bias: Float[Array, "heads tokens tokens"]
     ) -> Float[Array, "batch tokens width"]:
         x = x + self.attention(self.attention_norm(x), scale=1.0, bias=bias)
-        h = self.mlp_norm(x)
+        h = split_batch(self.mlp_norm(x))
         return x + split_batch(self.down(jax.nn.gelu(self.gate(h), approximate=True) * self.up(h)))
 
 

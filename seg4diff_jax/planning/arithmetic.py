@@ -12,33 +12,35 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def operations(jaxpr: Any, chips: int = 1) -> float:
+def operations(jaxpr: Any, chips: int = 1, shares: int = 1) -> float:
     """Of one chip.
 
-    What the compiler divides is taken to be divided evenly; what is written for each chip (`shard_map`), as written.
-    Of a condition's branches the longest counts.
+    What the compiler divides is taken to be divided evenly: products over all chips, convolutions over those that have
+    pictures of their own, for their kernels are not split over `tensor`. What is written for each chip (`shard_map`)
+    counts as written. Of a condition's branches the longest counts.
 
     Args:
       jaxpr: of a function of the whole mesh's arrays.
       chips: of the mesh.
+      shares: into which a batch is divided.
 
     Raises:
       ValueError: a loop of unknown length holds products.
     """
-    return sum((_of_equation(equation, chips) for equation in _plain(jaxpr).eqns), 0.0)
+    return sum((_of_equation(equation, chips, shares) for equation in _plain(jaxpr).eqns), 0.0)
 
 
-def _of_equation(equation: Any, chips: int) -> float:
+def _of_equation(equation: Any, chips: int, shares: int) -> float:
     kind, params = equation.primitive.name, equation.params
     if kind == "dot_general":
         return _product(equation) / chips
     if kind == "conv_general_dilated":
-        return _convolution(equation) / chips
+        return _convolution(equation) / shares
     if kind == "cond":
-        return max(operations(branch, chips) for branch in params["branches"])
+        return max(operations(branch, chips, shares) for branch in params["branches"])
     if kind == "shard_map":
         return operations(params["jaxpr"])
-    inside = sum((operations(inner, chips) for inner in _inner(params)), 0.0)
+    inside = sum((operations(inner, chips, shares) for inner in _inner(params)), 0.0)
     if kind == "scan":
         return params["length"] * inside
     if kind == "pallas_call":

@@ -124,7 +124,7 @@ def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
         batch_size=config.run.batch_size,
         memory=memory,
         needed=step_flops(config, opened) * config.run.batch_size / where.chips,
-        done=operations(traced.jaxpr, where.chips),
+        done=operations(traced.jaxpr, where.chips, mesh.shape["data"] * mesh.shape["fsdp"]),
         moved=moved,
         seconds=time.perf_counter() - begun,
     )

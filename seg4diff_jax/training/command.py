@@ -41,14 +41,24 @@ def make_parser(task: str) -> ArgumentParser:
     return parser
 
 
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+
+
 def chosen_task(arguments: Sequence[str]) -> str:
-    """The task that the configuration or the command line names. Raises ValueError when none or an unknown one is."""
+    """The task that the configuration or the command line names.
+
+    Raises ValueError when none or an unknown one is named, or the file is no YAML; OSError when there is no such file.
+    """
     found = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         option, _, value = argument.partition("=")
         value = value or following
-        if option == "--config" and value and Path(value).is_file():
-            parsed = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        if option == "--config" and value:
+            parsed = _read(Path(value))
             found = parsed.get("task", found) if isinstance(parsed, dict) else found
         elif option == "--task":
             found = value
@@ -98,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if distributed:
             join_processes()
         train(TASKS[task].make(config), config.run, config.optimizer, record, resume=resume)
-    except (TrainingError, ValueError, OSError) as error:
+    except (TrainingError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

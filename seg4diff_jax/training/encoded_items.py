@@ -9,12 +9,16 @@ and an item is mirrored by taking the other.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
@@ -60,6 +64,23 @@ class Turned:
     def __call__(self, item: Item, random: np.random.Generator) -> Item:
         turned = bool(self.flip and random.random() < 0.5)
         return {**(mirrored(item) if turned else item), "latents": item["latents"][int(turned)]}
+
+
+def sum_of_weights(encoder: nnx.Module) -> float:
+    """Of its smaller parameters: other weights have another sum."""
+    leaves = [leaf for leaf in jax.tree.leaves(nnx.state(encoder)) if leaf.size <= 2**20][:16]
+    return sum(float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in leaves)
+
+
+def hash_of_files(root: Path, apart: Path) -> str:
+    """Names and sizes of all files below a directory, but for those in another, as one hash."""
+    listing = hashlib.sha256()
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if (Path(folder) / name).resolve() != apart.resolve())
+        for file in sorted(files):
+            path = Path(folder, file)
+            listing.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    return listing.hexdigest()
 
 
 def conditioning(batch: Batch, joint_dim: int, zeros: int) -> TextConditioning:

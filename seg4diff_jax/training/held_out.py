@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,20 @@ class HeldOutData:
     batch_size: int = 4
     sigmas: tuple[float, ...] = ()
 
+    def __post_init__(self):
+        if self.batch_size < 1 or self.count < 0:
+            raise ValueError(
+                f"held_out.batch_size is {self.batch_size} and held_out.count {self.count}; expected at least 1 and 0"
+            )
+        if not all(0 <= sigma <= 1 for sigma in self.sigmas):
+            raise ValueError(f"held_out.sigmas are {list(self.sigmas)}; noise levels are 0 (clean) to 1")
+
 
 def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, Pictures | None]:
     """Pictures to train on and to score, which share none.
 
     Raises:
-      FolderError, ValueError: as `open_pictures`; a folder would have nothing left to train on.
+      FolderError, ValueError: as `open_pictures`; a folder would have nothing left to train on; both are the same.
     """
     train = open_pictures(data, size)
     if held.count < 1 or (held.name is None and held.root is None and data.name == "sa1b"):
@@ -71,10 +80,21 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
     split = held.split or {"folder": None, "scenes": "validation"}.get(name, "val")
     root = None if name == "scenes" else held.root or (data.root if name == data.name else None)
     other = replace(data, name=name, root=root, split=split, labels=labels, captions=None)
+    if _place(other) == _place(data):
+        raise ValueError(
+            f"held_out names the pictures that are trained on ({name}, {root or 'drawn'}, {split or 'all'}): give it "
+            "another split or root" + ("; without either, some of the folder are held out" if name == "folder" else "")
+        )
     pictures = open_pictures(replace(other, scenes=held.count), size)
     if pictures.classes is None:
         raise ValueError("held_out.name is 'sa1b', whose masks have no names: give a labelled set to score on, or none")
     return train, some(pictures, _spread(len(pictures.source), held.count))
+
+
+def _place(data: MaskData) -> tuple[str, Path | None, str | None]:
+    """Where pictures lie: one picture has one place, whatever its labels."""
+    split = None if data.name == "folder" else data.split or "train"
+    return data.name, None if data.root is None else Path(data.root).resolve(), split
 
 
 def _spread(total: int, count: int) -> list[int]:

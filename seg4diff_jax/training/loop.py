@@ -114,6 +114,13 @@ class RunConfig:
     workers: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; expected at least 1")
+        if self.workers < 0:
+            raise ValueError(f"run.workers is {self.workers}; expected 0 (threads of this process) or more")
+
 
 def train(
     task: Task, run: RunConfig, optimizer: OptimizerConfig, record: Mapping[str, Any] | None = None, *, resume=False
@@ -139,17 +146,18 @@ def train(
                 f"{out} holds a run, checkpointed at step {checkpoints.latest}: give --resume to go on with it, or "
                 "another --run.out"
             )
-        if jax.process_index() == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         trainer = _prepare(task, run, optimizer, mesh)
         data = _data(task, run, mesh)
         start, changed = 0, []
         if checkpoints.latest is not None:
             start = checkpoints.latest
             trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
+            _check_accumulation(before, optimizer)
             data.set_state(position)
             changed = _differences(before, record or {})
+        if jax.process_index() == 0:  # once it is known to fit what is there
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         with Logs(out, name=task.name, steps=run.steps, start=start, writes=jax.process_index() == 0) as logs:
             if start:
                 logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
@@ -179,6 +187,15 @@ def _data(task: Task, run: RunConfig, mesh: Mesh) -> Any:
         workers=run.workers,
         process=batch_share(processes, jax.process_index()),
     )
+
+
+def _check_accumulation(before: Mapping[str, Any], optimizer: OptimizerConfig) -> None:
+    written = before.get("optimizer", {}).get("accumulate", optimizer.accumulate)
+    if written != optimizer.accumulate:
+        raise TrainingError(
+            f"optimizer.accumulate is {optimizer.accumulate}, and the run's checkpoint counts its steps by {written} "
+            "batches each: go on with that, or give another run.out"
+        )
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -267,13 +284,20 @@ def _steps(
             values = watch.take()
             logs.row(done, values | _rates(trainer, done, throughput.take()))
         throughput.pause()
-        scores = None
+        scores, failure = None, None
         if not stopping and (last or done % run.evaluate_every == 0):
             watch.check()
-            scores = _evaluate(trainer, done, logs)
-        if last or stopping or done % run.checkpoint_every == 0:
+            try:
+                scores = _evaluate(trainer, done, logs)
+            except Exception as error:  # the step was taken all the same, and its checkpoint is due
+                if jax.process_count() > 1:
+                    raise  # the others may not have failed, and would wait
+                failure = error
+        if last or stopping or failure or done % run.checkpoint_every == 0:
             watch.check()
             checkpoints.save(done, trainer.state, data.get_state(), record, scores)  # pyright: ignore
+        if failure is not None:
+            raise failure
         throughput.resume()
         if stopping:
             checkpoints.wait()

@@ -36,7 +36,7 @@ from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.parallel import make_mesh, parameter_shardings
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.training import adapter_files
+from seg4diff_jax.training import adapter_files, encoded_items
 from seg4diff_jax.training.encoded_items import Encoders, Turned, conditioning, encoded, encoded_ids
 from seg4diff_jax.training.flow_matching import Denoiser
 from seg4diff_jax.training.held_out import HeldOut, HeldOutData, open_both
@@ -44,7 +44,7 @@ from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.mask_items import T5_LENGTH, MaskData, Pictures, ViewItems
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.samples import Samples, sample_row
-from seg4diff_jax.training.scenes import Mapped, make_once, to_model_range
+from seg4diff_jax.training.scenes import Mapped, make_once, scene_sample, to_model_range
 from seg4diff_jax.training.state import name as dotted
 from seg4diff_jax.training.work import Work
 
@@ -63,6 +63,10 @@ class NoiseLevels:
     mean: float = 0.0
     std: float = 0.5
     shift: float | None = None
+
+    def __post_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"noise_levels.std is {self.std}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ class MagnetConfig:
             )
         if self.positions == "release" and matching:
             raise ValueError("positions is 'release', but matching knows no names whose positions could be read")
+        if self.samples is not None and self.held_out.count < 1:
+            raise ValueError(
+                "samples show held-out prompts, and held_out.count is 0: leave samples out, or hold some out"
+            )
         if self.cache is not None and self.data.crop == "random":
             raise ValueError(
                 f"cache is {self.cache!r} and data.crop 'random': a cache holds one view of each picture; give "
@@ -207,9 +215,9 @@ def task(config: MagnetConfig) -> Task:
     source, augment = pictures.source, items
     if config.cache is not None:
         encoders = opened.encoders(make_mesh(1, jax.local_device_count(), among=jax.local_devices()))
+        source, augment = _cached(config, opened, pictures, items, encoders), Turned(config.data.flip)
         if held_out is not None:
             held_out.encode(encoders)
-        source, augment = _cached(config, opened, pictures, items, encoders), Turned(config.data.flip)
     return Task(
         name="MAGNET",
         init=partial(init, config, opened),
@@ -336,9 +344,9 @@ def masks_of(
 
 
 def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
+    assert config.cache is not None
     data, size = config.data, config.held_out.batch_size
     source = Mapped(pictures.source, items.fixed)
-    first = [float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in jax.tree.leaves(nnx.state(encoders.vae))[:8]]
     names = ("name", "root", "split", "labels", "captions", "names", "crop", "flip", "rows", "least_area")
     identity = {
         **{key: getattr(data, key) for key in names},
@@ -347,10 +355,12 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
         "held_out": config.held_out.count if data.name == "folder" and config.held_out.root is None else 0,
         "positions": config.positions,
         "t5": config.t5,
-        "vae": sum(first),
+        "dtype": config.dtype,
+        "encoders": [encoded_items.sum_of_weights(encoder) for encoder in encoders if encoder is not None],
+        "files": None if data.root is None else encoded_items.hash_of_files(Path(data.root), Path(config.cache)),
+        "world": scene_sample(opened.size) if data.name == "scenes" else None,
         "classes": None if pictures.classes is None else " ".join(pictures.classes),
     }
-    assert config.cache is not None
     batches = lambda: encoded(encoders, source, size, both=data.flip)
     make_once(config.cache, lambda directory: write_cache(directory, batches(), len(source), identity))
     return ArrayCache(config.cache, identity)

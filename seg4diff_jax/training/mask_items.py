@@ -75,8 +75,12 @@ class MaskData:
             raise ValueError(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
         if self.captions is not None and self.name != "sa1b":
             raise ValueError(f"data.captions is {self.captions!r}: they are for sa1b; prompts of {self.name} are names")
-        if self.rows < 1:
-            raise ValueError(f"data.rows is {self.rows}; expected at least 1")
+        if self.rows < 1 or self.scenes < 1:
+            raise ValueError(f"data.rows is {self.rows} and data.scenes {self.scenes}; expected at least 1 each")
+        if not 0 <= self.least_area < 1:
+            raise ValueError(f"data.least_area is {self.least_area}; expected a share: 0 <= least_area < 1")
+        if self.labels is not None and self.name not in SETS:
+            raise ValueError(f"data.labels is {self.labels!r}, and {self.name} has one kind of labels: leave it out")
         if self.size is not None and (self.size < 8 or self.size % 8):
             raise ValueError(f"data.size is {self.size}; expected a multiple of 8")
 
@@ -127,12 +131,12 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
         source = SceneItems(split, data.scenes, size, ("image", "labels"))
         return Pictures(source, CLASSES, [name(index) for index in range(data.scenes)])
     assert data.root is not None
+    if data.name in ("sa1b", "folder") and data.split:
+        raise ValueError(f"data.split is {data.split!r}, but {data.name} has no splits: leave it out")
     if data.name == "sa1b":
         masks = MaskFolder(data.root, data.captions)
         return Pictures(masks, None, masks.names)
     if data.name == "folder":
-        if data.split:
-            raise ValueError(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
         folder = LabelledFolder(data.root)
         return Pictures(folder, spelled(folder.classes, data.names), [file.stem for file in folder.files])
     published = SETS[data.name]

@@ -52,6 +52,21 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate is {self.accumulate}; an update takes at least 1 batch")
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; expected more than 0")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optimizer.clip is {self.clip}; expected more than 0, or null for no clipping")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise ValueError(f"optimizer.average is {self.average}; expected 0 <= average < 1, or null for none")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer.warmup is {self.warmup} and weight_decay {self.weight_decay}; expected at least 0"
+            )
+        for pattern in (*self.rates, *([] if self.muon is None else [self.muon])):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"optimizer: {pattern!r} is no regular expression ({error})") from error
 
 
 def _warmed(rate: float, warmup: int, after: optax.Schedule) -> optax.Schedule:

@@ -32,6 +32,10 @@ class Samples:
     guidance: float = 4.0
     seed: int = 0
 
+    def __post_init__(self):
+        if self.count < 1 or self.steps < 1:
+            raise ValueError(f"samples.count is {self.count} and samples.steps {self.steps}; expected at least 1 each")
+
 
 def sample_row(
     denoiser: Any, *, vae: VAE, captions: TokenIds, empty: TokenIds, samples: Samples, schedule: FlowSchedule

@@ -78,7 +78,7 @@ def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> So
     source = SceneItems("train", config.train, config.size, fields)
     if config.cache is None:
         return source
-    identity = {"split": "train", "count": config.train, "size": config.size, "sample": _sample(config.size)}
+    identity = {"split": "train", "count": config.train, "size": config.size, "sample": scene_sample(config.size)}
     make_once(config.cache, lambda directory: write_cache(directory, _drawn(config), config.train, identity))
     return ArrayCache(config.cache, identity, fields)
 
@@ -98,7 +98,7 @@ def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> 
     return SceneItems("validation", config.validation, config.size, fields)
 
 
-def _sample(size: int) -> int:
+def scene_sample(size: int) -> int:
     """Changes when the world does: a cache of former scenes is not taken for one of these."""
     return int(sum(scene("train", index, size).image.astype(np.int64).sum() for index in range(4)))
 

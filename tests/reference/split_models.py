@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.joint_block import modulate
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, TEXT_ATTENTION, LoRA, LoRAConfig, add_lora
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
@@ -59,17 +60,53 @@ def mmdit(trained: Any, *, remat: bool) -> Case:
     return Case(model, trained, output, (*inputs, draw(BATCH_SIZE, WIDTH)))
 
 
+class Models(nnx.Module):
+    def __init__(self, mmdit: nnx.Module, clip: CLIPText, t5: T5Encoder):
+        self.mmdit, self.clip, self.t5 = mmdit, clip, t5
+
+
 def layers() -> Case:
-    """Layers that leave a stream of tokens whole, asked for results that are split over `tensor`."""
-    over_tensor = P(*BATCH, None, "tensor")
+    """Single layers, asked for results and for gradients of what enters them that are split over `tensor`."""
+    over_tensor = lambda part: jax.lax.with_sharding_constraint(part, P(*BATCH, *[None] * (part.ndim - 2), "tensor"))
 
-    def output(model: MMDiT, x):
-        block = take_layer(model.stacks[0], 0)
+    def results(model: Models, x, conditioning):
+        block, clip, t5 = (
+            take_layer(stack, 0) for stack in (model.mmdit.stacks[0], model.clip.blocks, model.t5.blocks)
+        )
         heads = x.reshape(*x.shape[:2], HEADS, -1)
-        found = block.image.attention.merge(heads), block.text.attention.merge(heads), block.text.mlp(x)
-        return jax.lax.with_sharding_constraint(found, over_tensor)
+        modulated = modulate(x, conditioning, conditioning)
+        return (
+            block.image.attention.merge(heads),
+            block.text.attention.merge(heads),
+            block.text.mlp(modulated),
+            *block.text.attention.qkv(modulated),
+            *block.image.modulations(conditioning),
+            clip(x),
+            t5(x, model.t5.relative_bias(TOKENS)),
+            model.mmdit.patch_velocity(x, conditioning),
+        )
 
-    return mmdit(LoRA, remat=False)._replace(output=output, inputs=(draw(BATCH_SIZE, TOKENS, WIDTH),))
+    def output(model: Models, x, conditioning):
+        def asked(x, conditioning):
+            found = results(model, x, conditioning)
+            return sum(jnp.square(part).sum() for part in found), found
+
+        (_, found), gradients = jax.value_and_grad(asked, argnums=(0, 1), has_aux=True)(x, conditioning)
+        return [over_tensor(part) for part in (*found, *gradients)]
+
+    model = Models(mmdit(LoRA, remat=False).model, clip(), t5())
+    return Case(model, LoRA, output, (draw(BATCH_SIZE, TOKENS, WIDTH), draw(BATCH_SIZE, WIDTH)))
+
+
+def clip() -> CLIPText:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS}
+    texts = {"vocab_size": 32, "max_position_embeddings": TOKENS, "eos_token_id": 31, "projection_dim": WIDTH}
+    return CLIPText(CLIPTextConfig(num_hidden_layers=2, **sizes, **texts), rngs=nnx.Rngs(0))
+
+
+def t5() -> T5Encoder:
+    sizes = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": HEADS}
+    return T5Encoder(T5Config(vocab_size=32, **sizes), rngs=nnx.Rngs(0))
 
 
 def encoder(model: nnx.Module) -> Case:
@@ -82,11 +119,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "mmdit", mmdit(nnx.Any(nnx.Param, LoRA), remat=False)
     yield "adapters", mmdit(LoRA, remat=False)
     yield "adapters, blocks computed again", mmdit(LoRA, remat=True)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": HEADS}
-    texts = {"vocab_size": 32, "max_position_embeddings": TOKENS, "eos_token_id": 31, "projection_dim": WIDTH}
-    yield "clip", encoder(CLIPText(CLIPTextConfig(num_hidden_layers=2, **sizes, **texts), rngs=nnx.Rngs(0)))
-    t5 = T5Config(vocab_size=32, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=2 * WIDTH, num_layers=2, num_heads=HEADS)
-    yield "t5", encoder(T5Encoder(t5, rngs=nnx.Rngs(0)))
+    yield "clip", encoder(clip())
+    yield "t5", encoder(t5())
 
 
 def computed(case: Case, mesh: Mesh) -> Any:
