@@ -83,7 +83,8 @@ def assert_split(said: str, layouts: list[str]) -> None:
         _, fsdp, tensor = map(int, layout.split(",")[0].split("x"))
         assert held["transformer"] <= 1 / (fsdp * tensor) + 0.1
         for name, share in held.items():
-            assert fsdp == 1 or share <= 1 / fsdp + (0.42 if name.startswith("clip") else 0.1), held
+            clip = name.startswith("clip")
+            assert share <= (1 / (fsdp * tensor) + 0.42 if clip else 1 / fsdp + 0.1), held
 
 
 @pytest.fixture(scope="module")

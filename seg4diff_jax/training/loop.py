@@ -162,7 +162,8 @@ def train(
             if start:
                 logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
             _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
-        model, finished = trainer.gathered_model(), trainer.done(run)
+        finished = trainer.done(run)
+        model = trainer.gathered_model() if finished else trainer.averaged_model()
     if finished and task.export is not None and jax.process_index() == 0:
         task.export(model, out / "export")
     return model

@@ -141,11 +141,18 @@ def computed(case: Case, mesh: Mesh) -> Any:
 
 
 def error(found: Any, expected: Any) -> float:
-    """What is zero but for rounding, as a gradient of keys' biases is, counts as a thousandth of the largest."""
+    """Of outputs and of gradients, each relative to its largest entry.
+
+    What is zero but for rounding, as a gradient of keys' biases is, counts as a thousandth of the largest of its kind.
+    """
     largest = lambda array: float(np.abs(array).max())
-    floor = max(map(largest, jax.tree.leaves(expected))) / 1000
-    relative = lambda a, b: largest(a - b) / max(largest(b), floor)
-    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
+
+    def of_part(found: Any, expected: Any) -> float:
+        floor = max(map(largest, jax.tree.leaves(expected))) / 1000
+        relative = lambda a, b: largest(a - b) / max(largest(b), floor)
+        return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
+
+    return max(map(of_part, found, expected))
 
 
 if __name__ == "__main__":
