@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.typing import DTypeLike
 
 from convert.components import parse_config
@@ -74,6 +74,8 @@ def load(
     keep_compiled_programs()
     if mesh is not None and tuple(mesh.axis_names) != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
+    if mesh is not None and {*mesh.axis_types} != {AxisType.Auto}:
+        raise ValueError("the mesh's axes are not left to the compiler: take seg4diff_jax.parallel.make_mesh()")
     source, words = open_for_masks(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
     depth = None if blocks is None else _depth(source, blocks)
     # What configurations say is judged before gigabytes are read, and so is whether adapters fit.

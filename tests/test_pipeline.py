@@ -334,6 +334,9 @@ def test_a_dtype_that_the_models_do_not_compute_in_is_refused(sd3_checkpoint, dt
 def test_a_mesh_with_other_axes_is_refused(sd3_checkpoint):
     with pytest.raises(ValueError, match="make_mesh"):
         s4d.load(sd3_checkpoint, mesh=jax.make_mesh((1,), ("batch",)))
+    explicit = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    with pytest.raises(ValueError, match="not left to the compiler"):
+        s4d.load(sd3_checkpoint, mesh=explicit)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from seg4diff_jax.models.flops import mmdit_flops
 from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.parallel import AXES
 from seg4diff_jax.planning.arithmetic import operations
 from seg4diff_jax.planning.checkpoints import TRANSFORMERS
 from seg4diff_jax.planning.hlo import Collective, Program
@@ -61,7 +63,7 @@ def test_a_kernels_operations_count_its_padded_tiles_and_are_those_of_each_chip(
     program = lambda q: attend(q, q, q, kernel=Kernel("splash"))[0]
     whole = operations(jax.make_jaxpr(program)(q))
     assert whole == 2 * 4 * 4 * 384 * 384 * 64
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"))):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)):
         assert operations(jax.make_jaxpr(program)(q), chips=4) == whole / 4
 
 
