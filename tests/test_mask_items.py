@@ -11,9 +11,10 @@ from flax import nnx
 from PIL import Image
 
 from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.image_captions import ImageCaptions, first_sentences
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import training_batches
-from seg4diff_jax.data.sa1b import MaskFolder, first_sentences
+from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.shapes import CLASSES, scene, write_folder
 from seg4diff_jax.data.views import View
 from seg4diff_jax.segmentation.metrics import IGNORED
@@ -159,18 +160,61 @@ def test_masks_without_names_come_largest_first_and_small_ones_are_dropped(namel
 
 def test_pictures_without_a_caption_are_named_and_have_the_empty_prompt(nameless):
     source = MaskFolder(nameless, nameless / "captions.json")
-    assert source.uncaptioned() == ["sa_2"]
+    assert source.captions.absent == ["sa_2"]
     assert source[1]["caption"] == ""
     assert first_sentences("no stop at all") == "no stop at all"
     assert first_sentences("It is 2.5 m long. Two. Three.") == "It is 2.5 m long. Two."
 
 
 def test_captions_of_other_pictures_are_refused(nameless, tmp_path):
-    (tmp_path / "captions.json").write_text(json.dumps({"sa_1": "A ball.", "sa_2": "Sand."}))
+    (tmp_path / "captions.json").write_text(json.dumps({"pic_1": "A ball.", "pic_2": "Sand."}))
     with pytest.raises(
-        FolderError, match=r"has a caption for none of the 2 pictures .* first key is 'sa_1', .* be '1'"
+        FolderError, match=r"has a caption for none of the 2 pictures: its first key is 'pic_1', .* be '1'"
     ):
         MaskFolder(nameless, tmp_path / "captions.json")
+
+
+def test_captions_are_read_in_every_published_form(tmp_path):
+    names = ["sa_1", "000000000139", "my dog"]
+    forms = (
+        {"1": "A.", "139": "B.", "my dog": "C."},
+        {"sa_1": "A.", "000000000139": "B.", "my dog": "C."},
+        {"annotations": [{"image_id": each, "caption": text} for each, text in ((139, "B."), (1, "A."), (139, "X."))]},
+    )
+    for number, form in enumerate(forms):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(form))
+        captions = ImageCaptions(names, file)
+        assert [captions(name) for name in names] == ["A.", "B.", "C." if number < 2 else ""]
+        assert captions.absent == names[:0] + (["my dog"] if number == 2 else [])
+    for broken in ("{", '["A."]', '{"1": 2}', '{"annotations": [{"caption": "A."}]}'):
+        (tmp_path / "broken.json").write_text(broken)
+        with pytest.raises(FolderError, match=r"broken\.json.* expected a JSON object"):
+            ImageCaptions(names, tmp_path / "broken.json")
+
+
+def test_labelled_pictures_with_captions_have_masks_without_names(folder, tokenizers, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({"0": "A ball on sand. Nothing else. And more."}))
+    named = open_pictures(MaskData(root=str(folder), size=32), 32)
+    pictures, items = items_of(folder, tokenizers, captions=str(tmp_path / "captions.json"), rows=4, crop="squash")
+    assert pictures.classes is None
+    assert list(pictures.uncaptioned) == list(named.names[1:])
+    item, labels = pictures.source[0], named.source[0]["labels"]
+    present, areas = np.unique(labels[labels != 255], return_counts=True)
+    assert [int(mask.sum()) for mask in item["masks"]] == sorted(areas.tolist(), reverse=True)
+    assert {int(labels[mask][0]) for mask in item["masks"]} == {*present.tolist()}
+    seen = items.fixed(item)
+    masks = np.unpackbits(seen["masks"], axis=-1).astype(bool)[seen["real"]]
+    small = View.of(labels.shape, "squash").nearest(labels, 32)
+    assert all(len(np.unique(small[mask])) == 1 for mask in masks)
+    assert [int(mask.sum()) for mask in masks] == sorted((int(mask.sum()) for mask in masks), reverse=True)
+    expected = tokenize(tokenizers, ["A ball on sand. Nothing else."]).clip_l[0]
+    np.testing.assert_array_equal(seen["clip_l"], expected)
+    train, scored = open_both(pictures_data := items.data, HeldOutData(count=2), 32)
+    assert pictures_data.nameless
+    assert train.classes is None
+    assert scored is not None
+    assert scored.classes == named.classes
 
 
 def test_pictures_that_are_trained_on_are_not_scored(folder, tmp_path):

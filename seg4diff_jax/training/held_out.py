@@ -74,7 +74,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
                 f"held_out.count is {held.count} and {data.root} has {len(train.source)} pictures: nothing is left to "
                 "train on; hold out fewer, or give held_out.root a folder of its own"
             )
-        return some(train, rest), some(train, chosen)
+        return some(train, rest), some(open_pictures(replace(data, captions=None), size), chosen)
     name = held.name or data.name
     labels = held.labels or (data.labels if name == data.name else None)
     split = held.split or {"folder": None, "scenes": "validation"}.get(name, "val")

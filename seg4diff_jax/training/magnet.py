@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Batch, Source
-from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
@@ -110,18 +109,15 @@ class MagnetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        nameless, matching = self.data.name == "sa1b", self.objective.targets == "matching"
+        nameless, matching = self.data.nameless, self.objective.targets == "matching"
         if nameless != matching:
             raise ValueError(
-                f"data.name is {self.data.name!r} and objective.targets {self.objective.targets!r}: masks of sa1b have "
-                "no names and are matched (matching); those of all other sets have (classes)"
+                f"data.name is {self.data.name!r}, data.captions {self.data.captions!r} and objective.targets "
+                f"{self.objective.targets!r}: masks of sa1b and of captioned pictures have no names and are matched "
+                "(matching); those of all others have (classes)"
             )
         if self.positions == "release" and matching:
             raise ValueError("positions is 'release', but matching knows no names whose positions could be read")
-        if self.samples is not None and self.held_out.count < 1:
-            raise ValueError(
-                "samples show held-out prompts, and held_out.count is 0: leave samples out, or hold some out"
-            )
         if self.cache is not None and self.data.crop == "random":
             raise ValueError(
                 f"cache is {self.cache!r} and data.crop 'random': a cache holds one view of each picture; give "
@@ -208,8 +204,9 @@ def task(config: MagnetConfig) -> Task:
     warnings.filterwarnings("ignore", message=r"prompt .* tokens and .* takes")
     opened = Opened.of(config)
     pictures, scored = open_both(config.data, config.held_out, opened.size)
-    if isinstance(pictures.source, MaskFolder):
-        _name_uncaptioned(pictures.source)
+    _name_uncaptioned(pictures)
+    if config.samples is not None and scored is None:
+        raise ValueError("samples show prompts of held-out pictures, and none are: leave samples out, or hold some out")
     items = ViewItems(pictures, config.data, opened.size, opened.tokenizers, config.positions)
     held_out = None if scored is None else _held_out(config, opened, scored)
     source, augment = pictures.source, items
@@ -236,10 +233,12 @@ def task(config: MagnetConfig) -> Task:
     )
 
 
-def _name_uncaptioned(folder: MaskFolder) -> None:
-    if without := folder.uncaptioned():
+def _name_uncaptioned(pictures: Pictures) -> None:
+    if without := pictures.uncaptioned:
         some = ", ".join(without[:20]) + (" ..." if len(without) > 20 else "")
-        warnings.warn(f"{len(without)} of {len(folder)} pictures have no caption: prompt '' for {some}", stacklevel=2)
+        warnings.warn(
+            f"{len(without)} of {len(pictures.names)} pictures have no caption: prompt '' for {some}", stacklevel=2
+        )
 
 
 def step_flops(config: MagnetConfig, opened: Opened) -> int:

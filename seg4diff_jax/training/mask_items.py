@@ -1,7 +1,8 @@
 """Pictures with masks as MAGNET's training items: a square view, its prompt, and which words stand for which mask.
 
 Of labelled pictures the prompt is the names of the classes in the view, in ascending order, joined by spaces (Seg4Diff,
-section 4); of pictures whose masks have no names it is the caption. All items have the same shapes:
+section 4); of pictures whose masks have no names, or whose captions are given, it is the caption. All items have equal
+shapes:
 
     image         uint8 [size, size, 3]
     clip_l, clip_g [, t5]   token ids
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
 from seg4diff_jax.data.labelled import LabelledImages
 from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.data.names import Spelling, spelled
@@ -46,7 +48,8 @@ class MaskData:
       root: where they lie; not of scenes.
       split: of a published set, or of scenes; null: train.
       labels: which labels, where a published set has several.
-      captions: of sa1b: file of captions, `{image id: caption}`; null: empty prompts.
+      captions: file of captions, see `data.image_captions`. Prompts are then these, and masks have no names. Null: of
+        sa1b prompts are empty, of labelled sets the classes' names.
       names: how prompts spell classes, see `data.names`.
       scenes: how many, of scenes.
       size: side of the square that the model sees; null: the checkpoint's own.
@@ -54,7 +57,7 @@ class MaskData:
       flip: mirror half of what is seen.
       rows: most masks of one picture. The largest are kept, of classes also only as many as have room in one prompt;
         what is left out is not in the prompt either.
-      least_area: of sa1b: share of what is seen that a mask must cover.
+      least_area: of masks without names: share of what is seen that each must cover.
     """
 
     name: str = "folder"
@@ -73,8 +76,8 @@ class MaskData:
     def __post_init__(self):
         if self.name not in (*SETS, *OTHERS):
             raise ValueError(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
-        if self.captions is not None and self.name != "sa1b":
-            raise ValueError(f"data.captions is {self.captions!r}: they are for sa1b; prompts of {self.name} are names")
+        if self.captions is not None and self.name == "scenes":
+            raise ValueError(f"data.captions is {self.captions!r}, and scenes have no file of captions: leave it out")
         if self.rows < 1 or self.scenes < 1:
             raise ValueError(f"data.rows is {self.rows} and data.scenes {self.scenes}; expected at least 1 each")
         if not 0 <= self.least_area < 1:
@@ -83,6 +86,11 @@ class MaskData:
             raise ValueError(f"data.labels is {self.labels!r}, and {self.name} has one kind of labels: leave it out")
         if self.size is not None and (self.size < 8 or self.size % 8):
             raise ValueError(f"data.size is {self.size}; expected a multiple of 8")
+
+    @property
+    def nameless(self) -> bool:
+        """Whether masks have no names, so that prompts do not say which words are whose."""
+        return self.name == "sa1b" or self.captions is not None
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,14 @@ class Pictures:
       classes: as prompts spell them; None where masks have no names.
       background: label of what is no class of its own; None: there is none.
       names: of each picture.
+      uncaptioned: names of those whose prompt is empty for want of a caption.
     """
 
     source: Source
     classes: tuple[str, ...] | None
     names: Sequence[str]
     background: int | None = None
+    uncaptioned: Sequence[str] = ()
 
 
 class Some:
@@ -135,18 +145,28 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
         raise ValueError(f"data.split is {data.split!r}, but {data.name} has no splits: leave it out")
     if data.name == "sa1b":
         masks = MaskFolder(data.root, data.captions)
-        return Pictures(masks, None, masks.names)
+        return Pictures(masks, None, masks.names, uncaptioned=masks.captions.absent)
     if data.name == "folder":
         folder = LabelledFolder(data.root)
-        return Pictures(folder, spelled(folder.classes, data.names), [file.stem for file in folder.files])
-    published = SETS[data.name]
-    images: LabelledImages = published.open(data.root, split, data.labels)
-    return Pictures(images, spelled(published.classes, data.names), images.names, published.background)
+        pictures = Pictures(folder, spelled(folder.classes, data.names), [file.stem for file in folder.files])
+    else:
+        published = SETS[data.name]
+        images: LabelledImages = published.open(data.root, split, data.labels)
+        pictures = Pictures(images, spelled(published.classes, data.names), images.names, published.background)
+    return pictures if data.captions is None else _captioned(pictures, data.captions)
+
+
+def _captioned(pictures: Pictures, file: str) -> Pictures:
+    captions = ImageCaptions(pictures.names, file)
+    source = CaptionedPictures(pictures.source, pictures.names, captions, pictures.background)
+    return Pictures(source, None, pictures.names, uncaptioned=captions.absent)
 
 
 def some(pictures: Pictures, indices: Sequence[int]) -> Pictures:
     names = [pictures.names[index] for index in indices]
-    return Pictures(Some(pictures.source, indices), pictures.classes, names, pictures.background)
+    uncaptioned = {*pictures.uncaptioned}
+    absent = [name for name in names if name in uncaptioned]
+    return Pictures(Some(pictures.source, indices), pictures.classes, names, pictures.background, absent)
 
 
 # ---- one item -------------------------------------------------------------------------------------------------------
