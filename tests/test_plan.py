@@ -217,13 +217,18 @@ def test_a_step_that_never_fits_has_no_largest_batch():
         (["--topology=v5e"], "as in v5e:4x4"),
         (["--topology=v5p:2x2"], "slices of v5p have 3 sides, as in v5p:2x2x2"),
         (["--topology=v5e:2x2", "--model=nothing"], "nothing: expected one of sd3-medium"),
-        (["--topology=v5e:2x2", "--largest-batch", "--run.mesh.tensor=0"], "tensor is 0; expected a whole number"),
         (["--topology=v5e:2x2", "--config=nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, words, capsys):
     assert main(["plan", *COCO, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_mesh_without_devices_is_refused(capsys):
+    assert main(["plan", *COCO, "--topology=v5e:2x2", "--largest-batch", "--run.mesh.tensor=0"]) == 2
+    assert "tensor is 0; expected a whole number of devices" in capsys.readouterr().err
 
 
 def test_tasks_without_plans_are_refused(capsys):
