@@ -2,9 +2,7 @@
 
 DIR/sa_1.jpg     a picture
 DIR/sa_1.json    {"annotations": [{"segmentation": RLE, "area": 5}, ...]}
-captions.json    {"1": "One sentence. Another."}: what each picture shows, by its number; lies anywhere
-
-Pictures of other names than `sa_NUMBER` have the whole name in the number's place.
+captions.json    {"1": "One sentence. Another."}: what each picture shows, see `data.image_captions`; lies anywhere
 """
 
 from __future__ import annotations
