@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import resource
 
 import numpy as np
 import pytest
 
-from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import evaluation_batches, training_batches
+from seg4diff_jax.data.record_cache import RecordCache, write_cache
 
 
 class Squares:
@@ -73,10 +75,45 @@ def test_a_cache_gives_back_what_was_written_and_refuses_other_items(tmp_path):
     write_cache(
         tmp_path / "cache", ({k: v[:n] for k, v in b.items()} for b, n in evaluation_batches(source, 3)), 7, identity
     )
-    cache = ArrayCache(tmp_path / "cache", identity)
+    cache = RecordCache(tmp_path / "cache", identity)
     assert [int(cache[i]["square"]) for i in range(len(cache))] == [i**2 for i in range(7)]
     with pytest.raises(ValueError, match="made of something else \\(count: 7, not 8\\)"):
-        ArrayCache(tmp_path / "cache", identity | {"count": 8})
+        RecordCache(tmp_path / "cache", identity | {"count": 8})
+
+
+def test_a_cache_keeps_dtypes_shapes_and_the_fields_asked_for_in_copies_too(tmp_path):
+    random = np.random.default_rng(0)
+    items = {"latents": random.normal(size=(5, 2, 3)).astype(np.float16), "real": random.random((5, 4)) < 0.5}
+    items |= {"index": np.arange(5, dtype=np.int64)}
+    in_another_order = {name: items[name][3:] for name in reversed(items)}
+    write_cache(tmp_path / "a[0:2]", [{name: values[:3] for name, values in items.items()}, in_another_order], 5, {})
+    for fields in (None, ["real", "latents"]):
+        cache = pickle.loads(pickle.dumps(RecordCache(tmp_path / "a[0:2]", {}, fields)))
+        assert len(cache) == 5
+        for index in (4, 0, 2):
+            item = cache[index]
+            assert {*item} == {*(fields or items)}
+            for name, value in item.items():
+                assert value.dtype == items[name].dtype
+                np.testing.assert_array_equal(value, items[name][index])
+
+
+@pytest.mark.parametrize("items", [{"x": np.zeros((2, 4))}, {"y": np.zeros((2, 3))}, {"x": np.zeros((2, 3), int)}])
+def test_a_cache_of_items_that_are_not_alike_never_appears(items, tmp_path):
+    with pytest.raises(ValueError, match="as the first"):
+        write_cache(tmp_path / "cache", [{"x": np.zeros((2, 3))}, items], 4, {})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_the_disk_does_not_take_never_appears(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            write_cache(tmp_path / "cache", [{"x": np.zeros((2, 100_000))}], 2, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_is_cut_short_never_appears(tmp_path):

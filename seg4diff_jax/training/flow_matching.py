@@ -23,8 +23,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_target
 from seg4diff_jax.models.clip import CLIPText
@@ -285,7 +285,7 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source
     identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
     write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
     make_once(config.cache, write)
-    cached = ArrayCache(config.cache, identity)
+    cached = RecordCache(config.cache, identity)
     return validation, PromptItems(cached, config.prompts, tokenizers)
 
 

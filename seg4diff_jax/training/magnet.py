@@ -22,8 +22,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
-from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Batch, Source
+from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
@@ -362,7 +362,7 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
     }
     batches = lambda: encoded(encoders, source, size, both=data.flip)
     make_once(config.cache, lambda directory: write_cache(directory, batches(), len(source), identity))
-    return ArrayCache(config.cache, identity)
+    return RecordCache(config.cache, identity)
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------

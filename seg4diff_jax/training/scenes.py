@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.data.array_cache import ArrayCache, write_cache
 from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.text import Tokenizers, tokenize
 
@@ -80,7 +80,7 @@ def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> So
         return source
     identity = {"split": "train", "count": config.train, "size": config.size, "sample": scene_sample(config.size)}
     make_once(config.cache, lambda directory: write_cache(directory, _drawn(config), config.train, identity))
-    return ArrayCache(config.cache, identity, fields)
+    return RecordCache(config.cache, identity, fields)
 
 
 def make_once(directory: str | Path, make: Callable[[Path], None]) -> None:
