@@ -16,6 +16,7 @@ from convert.errors import CheckpointError
 from convert.hub import is_repository_id
 from convert.lora_formats import Format, LoRACheckpoint
 from convert.lora_names import NATIVE, config_of, pair, refuse
+from convert.lora_run import CHECKPOINTS, read_run
 from convert.safetensors_stream import read_header
 from convert.staging import check_target, staged_directory
 from seg4diff_jax.models.lora import Adapter, LoRAConfig, apply_lora
@@ -115,6 +116,7 @@ def convert_lora(
     alpha: float | None = None,
     adapters_only: bool = False,
     overwrite: bool = False,
+    checkpoint: str | None = None,
 ) -> LoRACheckpoint:
     """Convert adapters, no bit of a number changed; returns what was read.
 
@@ -124,16 +126,18 @@ def convert_lora(
       adapters_only: leave out the source's other tensors. Otherwise native and release keep them, and diffusers and
         peft, which cannot hold them, are refused.
       overwrite: replace `target`.
+      checkpoint: of a training run, instead of its export; see `lora_run.read_run`.
 
     Raises:
-      CheckpointError: as `load_lora`; or the target is taken, ill-named, or cannot hold what the source does.
+      CheckpointError: as `load_lora` and `read_run`; or the target is taken, ill-named, or cannot hold what the source
+        does.
     """
-    checkpoint = read_lora(source, alpha=alpha)
+    read = read_lora(source, alpha=alpha) if checkpoint is None else read_run(source, checkpoint)
     if Path(source).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target} is the source: choose another name")
-    kept = replace(checkpoint, others={}) if adapters_only else checkpoint
+    kept = replace(read, others={}) if adapters_only else read
     write_lora(kept, target, to=to, overwrite=overwrite)
-    return checkpoint
+    return read
 
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRACheckpoint:
@@ -184,6 +188,11 @@ def _detect(path: Path) -> tuple[Format, Path]:
             return "native", path / formats.NATIVE_FILE
         if (path / formats.EXPORT).is_dir():
             return _detect(path / formats.EXPORT)
+        if (path / CHECKPOINTS).is_dir():
+            raise CheckpointError(
+                f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
+                f"`python -m convert lora {path} DST --checkpoint last`, or best"
+            )
         names = f"{formats.NATIVE_FILE}, {formats.PEFT_CONFIG} or {formats.DIFFUSERS_FILE}"
         raise CheckpointError(f"{path}: no adapters: expected one of {names} in it")
     if not path.is_file():

@@ -19,6 +19,11 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("target", type=str, help=".safetensors file (native, diffusers), .pth file (release) or directory (peft)")
     add("--to", choices=list(FORMATS), help="format of the target; default: diffusers of ours, ours of all others")
+    add(
+        "--checkpoint",
+        type=str,
+        help="of a training run, instead of what it left at its end: last, best (by held-out mIoU) or a step",
+    )
     add("--alpha", type=float, help="for files that do not say; default: 16 (release), the rank (diffusers)")
     add("--adapters-only", action="store_true", help="leave out tensors that are no adapters, such as a mask head")
     add("--overwrite", action="store_true", help="replace the target")
@@ -26,7 +31,8 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
-    to = options.to or ("diffusers" if read_lora(options.source, alpha=options.alpha).format == "native" else "native")
+    ours = options.checkpoint or read_lora(options.source, alpha=options.alpha).format == "native"
+    to = options.to or ("diffusers" if ours else "native")
     read = convert_lora(
         options.source,
         options.target,
@@ -34,6 +40,7 @@ def run(options: Any) -> None:
         alpha=options.alpha,
         adapters_only=options.adapters_only,
         overwrite=options.overwrite,
+        checkpoint=options.checkpoint,
     )
     config = read.config
     say(f"read {options.source} ({read.format}): rank {config.rank}, alpha {config.alpha:g}, ", end="", markup=False)
@@ -42,7 +49,7 @@ def run(options: Any) -> None:
         what = "left out" if options.adapters_only else "kept"
         say(f"{what} {len(read.others)} tensors that are no adapters: {', '.join(read.others)}", markup=False)
     if read.left_out:
-        say(f"left out what is no weights: {', '.join(read.left_out)}", markup=False)
+        say(f"left out: {', '.join(read.left_out)}", markup=False)
     say(f"wrote {options.target} ({to})", markup=False)
 
 

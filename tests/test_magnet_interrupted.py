@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
+from convert.__main__ import main as convert
+from convert.lora_run import arrays_of
 from seg4diff_jax.training.checkpoints import Checkpoints
 from tests.reference.magnet_runs import arguments, rows, small_run
 from tests.reference.processes import finish, start, together
@@ -54,10 +55,8 @@ def checkpointed(run: Path) -> list[int]:
 
 
 def state(run: Path, step: int) -> dict[str, bytes]:
-    """Every array of a checkpoint, wherever it lay: adapters, average, both moments, counts, random key."""
-    place, reader = (run / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointer()
-    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(place).item_metadata.tree)
-    flat, _ = jax.tree.flatten_with_path(reader.restore(place, restore_args=whole))
+    """Every array of a checkpoint: adapters, average, both moments, counts, random key."""
+    flat, _ = jax.tree.flatten_with_path(arrays_of((run / "checkpoints" / str(step) / "state").absolute()))
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 
 
@@ -66,9 +65,12 @@ def assert_same(run: Path, other: Path, step: int = STEPS) -> None:
     assert ours == theirs
     adapters = [name for name in ours if ".lora_" in name]
     assert len({name.split("'transformer")[0] for name in adapters}) >= 4, "adapters, average and two moments"
-    exported = [load_file(each / "export/adapters.safetensors") for each in (run, other)]
-    named = [{name: array.tobytes() for name, array in tensors.items()} for tensors in exported]
-    assert named[0] == named[1]
+    exported = [named_bytes(each / "export/adapters.safetensors") for each in (run, other)]
+    assert exported[0] == exported[1]
+
+
+def named_bytes(file: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in load_file(file).items()}
 
 
 class Stopped(NamedTuple):
@@ -94,6 +96,16 @@ def stopped(options, compiled, whole, tmp_path_factory) -> dict[str, Stopped]:
     runs = [str(each.run) for each in found.values()]
     finish(start("magnet_runs", "resume", *runs, "--", *arguments(options), compiled=compiled))
     return found
+
+
+def test_a_checkpoint_gives_the_adapters_that_the_export_has(whole, tmp_path):
+    """Those of the average, which an export is of."""
+    ours = ["--to", "native", "--checkpoint"]
+    assert convert(["lora", str(whole), str(tmp_path / "last.safetensors"), *ours, "last"]) == 0
+    assert convert(["lora", str(whole), str(tmp_path / "4.safetensors"), *ours, "4"]) == 0
+    exported = named_bytes(whole / "export" / "adapters.safetensors")
+    assert named_bytes(tmp_path / "last.safetensors") == exported
+    assert named_bytes(tmp_path / "4.safetensors") != exported
 
 
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(stopped, whole):

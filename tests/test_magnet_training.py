@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,41 @@ def test_held_out_pictures_are_scored_with_the_adapters_and_without(run, options
     shown = scene("train", 0, 64)
     maps = [p.segment(shown.image, ["ball", "sand"], block=BLOCK, size=(64, 64)).scores for p in (pipe, plain)]
     assert np.abs(maps[0] - maps[1]).max() > 1e-4
+
+
+def test_adapters_of_checkpoints_are_found_by_step_and_score(run, tmp_path, capsys):
+    """Without an average; the export is of the last step."""
+    scores = {row["step"]: row["validation/miou"] for row in rows(run) if "validation/miou" in row}
+    best = max(scores, key=lambda step: (scores[step], step))
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run / "checkpoints", unfinished / "checkpoints")
+    for which in ("20", "40", "best"):
+        assert convert(["lora", str(unfinished), str(tmp_path / f"{which}.safetensors"), "--checkpoint", which]) == 0
+    capsys.readouterr()
+    found = {which: load_lora(tmp_path / f"{which}.safetensors")[1] for which in ("20", "40", "best")}
+    found["export"] = load_lora(run / "export")[1]
+    bytes_of = {which: [factor.tobytes() for pair in each.values() for factor in pair] for which, each in found.items()}
+    assert bytes_of["40"] == bytes_of["export"] != bytes_of["20"]
+    assert bytes_of["best"] == bytes_of[str(best)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ([], "a training run that is not finished: take the adapters of one of its checkpoints"),
+        (["--checkpoint", "30"], "has no checkpoint 30: give last, best or one of 20, 40"),
+        (["--checkpoint", "best"], "none of the checkpoints 20, 40 was evaluated: give last or a step"),
+        (["--checkpoint", "20"], "20/config/metadata: not JSON"),
+    ],
+)
+def test_checkpoints_that_give_no_adapters_are_refused(chosen, said, run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints", tmp_path / "run" / "checkpoints")
+    for step in ("20", "40"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step / "metrics")
+    (tmp_path / "run" / "checkpoints" / "20" / "config" / "metadata").write_text("{")
+    assert convert(["lora", str(tmp_path / "run"), str(tmp_path / "to.safetensors"), *chosen]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "to.safetensors").exists()
 
 
 def test_diffusers_loads_the_export_and_computes_the_same_velocity(run, sd3_checkpoint, tmp_path):

@@ -186,6 +186,15 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert checkpointed(tmp_path) == [10, 20]
 
 
+def test_a_resumed_run_keeps_the_best_of_before(tmp_path):
+    scores = iter([0.9, 0.1, 0.3, 0.4])
+    task = make_task(evaluate=lambda _: {"score": next(scores)}, best="score")
+    train(task, make_run(tmp_path, keep=1, steps=10), OPTIMIZER)
+    assert checkpointed(tmp_path) == [5, 10]
+    train(task, make_run(tmp_path, keep=1), OPTIMIZER, resume=True)
+    assert checkpointed(tmp_path) == [5, 20]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(make_task(), make_run(tmp_path, steps=5), OPTIMIZER)
     with pytest.raises(TrainingError, match="5 cannot be resumed with this configuration"):

@@ -3,10 +3,12 @@
 RUN/checkpoints/<step>/state     parameters, optimizer, average, random key (Orbax, sharded as in training)
 RUN/checkpoints/<step>/data      where the data iterator stands
 RUN/checkpoints/<step>/config    the resolved configuration
+RUN/checkpoints/<step>/metrics   of the evaluation after that step, if there was one
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +23,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.state import TrainState
 
+# Most steps that are checkpointed are not evaluated; Orbax warns at each.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+
 
 class Checkpoints:
     """The checkpoints of one run, as a context that ends when the last of them is on the disk.
@@ -34,8 +39,8 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, best: str | None = None):
         self.directory = directory.absolute() / "checkpoints"
         kept: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
-            metric = lambda metrics: float(metrics[best])
+        metric = None if best is None else lambda metrics: float(metrics[best])
+        if metric is not None:
             kept.append(policies.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
         if jax.process_index() == 0:
             # Halves left by a run that was cut off. What cannot be removed now is when its step is written again.
@@ -45,6 +50,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=metric,  # with it metrics are written, and known to a run that is resumed
                 enable_async_checkpointing=True,
             ),
         )
