@@ -87,8 +87,8 @@ def _score(checkpoint: Path) -> float | None:
 def arrays_of(directory: Path) -> Any:
     """What a checkpoint holds, wherever its arrays lay, in this machine's memory."""
     reader = ocp.PyTreeCheckpointer()
-    tree = reader.metadata(directory).item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    stored: Any = reader.metadata(directory)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.item_metadata.tree)
     return reader.restore(directory, restore_args=as_numpy)
 
 

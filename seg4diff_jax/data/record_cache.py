@@ -88,7 +88,7 @@ class RecordCache:
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
             listing = "; ".join(f"{key}: {made_of.get(key)!r}, not {identity.get(key)!r}" for key in different)
             raise ValueError(f"{directory} was made of something else ({listing}): remove it, or name another")
-        self._records = ArrayRecordDataSource(str(directory / RECORDS))
+        self._records: Any = ArrayRecordDataSource(str(directory / RECORDS))
         self._places: dict[str, tuple[int, Field]] = {}
         start = 0
         for name, (dtype, shape) in manifest["fields"].items():

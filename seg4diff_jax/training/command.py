@@ -13,8 +13,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from seg4diff_jax.training.errors import TrainingError
-from seg4diff_jax.training.loop import train
+from seg4diff_jax.training.loop import check, train
 from seg4diff_jax.training.tasks import TASKS
+from seg4diff_jax.training.termination import Terminated, termination
 
 
 def task_parser(task: str, prog: str, description: str) -> ArgumentParser:
@@ -107,7 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_compiled_programs()
         if distributed:
             join_processes()
-        train(TASKS[task].make(config), config.run, config.optimizer, record, resume=resume)
+        check(config.run, config.optimizer)  # which takes no time, and to make a task may take long
+        with termination() as stop:
+            with stop.dispensable():
+                made = TASKS[task].make(config)
+            train(made, config.run, config.optimizer, record, resume=resume)
+    except Terminated:
+        print("stopped by SIGTERM before the first step", file=sys.stderr)
     except (TrainingError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

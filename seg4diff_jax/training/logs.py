@@ -38,7 +38,7 @@ class Logs:
     """The logs of one run, as a context.
 
     Args:
-      directory: of the run. Rows of `metrics.jsonl` and pictures past `start` are of a run that was cut off, and go.
+      directory: of the run. What there is past `start` is of a run that was cut off, and goes; TensorBoard is told.
       name, steps, start: of the run: its task, its number of steps, and how many are done.
       writes: whether this process is the one that writes.
     """
@@ -57,6 +57,8 @@ class Logs:
             _drop_pictures_after(directory / PICTURES, start)
             self._rows = (directory / METRICS).open("a", encoding="utf-8")
             self._events = EventFile(directory)
+            if start:
+                self._events.restarted(start + 1)
         self._pictures = directory / PICTURES
 
     def __enter__(self) -> Logs:
@@ -172,9 +174,9 @@ class Throughput:
     def resume(self) -> None:
         self._since = time.perf_counter()
 
-    def take(self) -> float:
-        """Since the last call."""
+    def take(self) -> float | None:
+        """Since the last call; None before anything was counted."""
         self.pause()
-        rate = self._images / max(self._seconds, 1e-9)
+        rate = self._images / max(self._seconds, 1e-9) if self._images else None
         self.restart()
         return rate

@@ -6,17 +6,14 @@
     RUN/checkpoints/<step>/  see `seg4diff_jax.training.checkpoints`
     RUN/export/              what the task makes of the trained model
 
-What stops it: the last step; SIGTERM (a checkpoint is written first); a loss or gradient that is not finite, a disk
-that is full (the last good checkpoint stays).
+What stops it: the last step; SIGTERM (a checkpoint is written first, see `seg4diff_jax.training.termination`); a loss
+or gradient that is not finite, a disk that is full (the last good checkpoint stays).
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +34,7 @@ from seg4diff_jax.training.logs import Logs, Throughput
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
+from seg4diff_jax.training.termination import Terminated, Termination, termination
 from seg4diff_jax.training.work import Work, measured_peak
 
 CONFIG = "config.yaml"
@@ -133,28 +131,29 @@ def train(
 
     Raises:
       TrainingError: the run cannot begin or go on.
-      ValueError: batch, mesh and optimizer settings do not fit each other.
+      ValueError: see `check`.
+      Terminated: SIGTERM came before the first step.
     """
     out = Path(run.out)
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    check_batch(run, mesh)
+    mesh = check(run, optimizer)
     if task.work is not None:
         measured_peak(task.work.dtype)  # remembered; later a mesh is in context, and devices are busy
-    with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, _termination() as stop:
+    with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, termination() as stop:
         if checkpoints.latest is not None and not resume:
             raise TrainingError(
                 f"{out} holds a run, checkpointed at step {checkpoints.latest}: give --resume to go on with it, or "
                 "another --run.out"
             )
-        trainer = _prepare(task, run, optimizer, mesh)
-        data = _data(task, run, mesh)
         start, changed = 0, []
-        if checkpoints.latest is not None:
-            start = checkpoints.latest
-            trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
-            _check_accumulation(before, optimizer)
-            data.set_state(position)
-            changed = _differences(before, record or {})
+        with stop.dispensable():
+            trainer = _prepare(task, run, optimizer, mesh)
+            data = _data(task, run, mesh)
+            if checkpoints.latest is not None:
+                start = checkpoints.latest
+                trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
+                _check_accumulation(before, optimizer)
+                data.set_state(position)
+                changed = _differences(before, record or {})
         if jax.process_index() == 0:  # once it is known to fit what is there
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
@@ -167,6 +166,14 @@ def train(
     if finished and task.export is not None and jax.process_index() == 0:
         task.export(model, out / "export")
     return model
+
+
+def check(run: RunConfig, optimizer: OptimizerConfig) -> Mesh:
+    """The mesh of a run. Raises ValueError when batch, mesh and optimizer settings do not fit each other."""
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    check_batch(run, mesh)
+    make_schedule(optimizer, run.steps)
+    return mesh
 
 
 def check_batch(run: RunConfig, mesh: Mesh) -> None:
@@ -266,7 +273,7 @@ def _steps(
     start: int,
     checkpoints: Checkpoints,
     logs: Logs,
-    stop: Callable[[int], bool],
+    stop: Termination,
     record: Mapping[str, Any],
 ) -> None:
     watch, throughput = Watch(trainer.task), Throughput()
@@ -279,7 +286,7 @@ def _steps(
             throughput.restart()  # compilation is no part of it
         else:
             throughput.count(run.batch_size * trainer.optimizer.accumulate)
-        last, stopping = done == run.steps, stop(done)
+        last, stopping = done == run.steps, stop.come(done)
         logs.advance(done)
         if last or stopping or done % run.log_every == 0:
             values = watch.take()
@@ -289,7 +296,10 @@ def _steps(
         if not stopping and (last or done % run.evaluate_every == 0):
             watch.check()
             try:
-                scores = _evaluate(trainer, done, logs)
+                with stop.dispensable():
+                    scores = _evaluate(trainer, done, logs)
+            except Terminated:
+                stopping = True
             except Exception as error:  # the step was taken all the same, and its checkpoint is due
                 if jax.process_count() > 1:
                     raise  # the others may not have failed, and would wait
@@ -306,8 +316,11 @@ def _steps(
             return
 
 
-def _rates(trainer: Trainer, done: int, images_per_second: float) -> dict[str, float]:
-    rates = {"learning_rate": float(trainer.schedule(done - 1)), "images_per_second": images_per_second}
+def _rates(trainer: Trainer, done: int, images_per_second: float | None) -> dict[str, float]:
+    rates = {"learning_rate": float(trainer.schedule(done - 1))}
+    if images_per_second is None:
+        return rates
+    rates["images_per_second"] = images_per_second
     if work := trainer.task.work:
         rates["fraction_of_peak"] = work.flops * images_per_second / measured_peak(work.dtype)
     return rates
@@ -366,20 +379,3 @@ class Watch:
         means = {name: float(np.mean([values[name] for values in self._seen])) for name in names}
         self._seen = []
         return means
-
-
-@contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Yield a function of the step that says whether to stop after it: SIGTERM has come, to any of the hosts."""
-    received = threading.Event()
-    if jax.process_count() > 1:
-        # JAX's preemption service catches the signal and lets all hosts agree on a step.
-        yield multihost_utils.reached_preemption_sync_point
-    elif threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-    else:
-        former = signal.signal(signal.SIGTERM, lambda *_: received.set())
-        try:
-            yield lambda step: received.is_set()
-        finally:
-            signal.signal(signal.SIGTERM, former)

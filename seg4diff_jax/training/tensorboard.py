@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 CASTAGNOLI = 0x82F63B78
+SESSION_START = 1
 
 
 @cache
@@ -63,6 +64,10 @@ class EventFile:
         name = f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}.{os.getpid()}"
         self._file = (directory / name).open("ab")
         self._record(_bytes(3, b"brain.Event:2"))
+
+    def restarted(self, step: int) -> None:
+        """What other files of the directory have of this step and later ones is void."""
+        self._record(_number(2, step) + _bytes(7, _number(1, SESSION_START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         summary = b"".join(_scalar(tag, value) for tag, value in values.items())

@@ -1,10 +1,14 @@
-"""A problem that trains in milliseconds, with a random part in its loss, to try the loop on."""
+"""A problem that trains in milliseconds, with a random part in its loss, to try the loop on.
+
+python -m tests.reference.small_training {dies | evaluates | told} OUT
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seg4diff_jax.training.command import join_processes
 from seg4diff_jax.training.loop import RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.state import fresh
@@ -69,5 +74,26 @@ def die(_: nnx.Module) -> dict[str, float]:
     raise AssertionError("unreachable")
 
 
-if __name__ == "__main__":  # dies without a word at step 15, with checkpoints of steps 5 and 10
-    train(make_task(evaluate=die), make_run(sys.argv[1], evaluate_every=15), OPTIMIZER)
+def endless(_: nnx.Module) -> dict[str, float]:
+    print("evaluating", flush=True)
+    while True:
+        time.sleep(0.01)
+
+
+def tell_the_second(_: nnx.Module) -> dict[str, float]:
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+
+if __name__ == "__main__":
+    out = sys.argv[2]
+    match sys.argv[1]:
+        case "dies":  # without a word at step 15, with checkpoints of steps 5 and 10
+            train(make_task(evaluate=die), make_run(out, evaluate_every=15), OPTIMIZER)
+        case "evaluates":  # for ever, after step 7
+            train(make_task(evaluate=endless), make_run(out, evaluate_every=7), OPTIMIZER)
+        case "told":  # one of two processes, after step 7
+            join_processes()
+            run = make_run(out, steps=5000, evaluate_every=7, checkpoint_every=5000, log_every=5000)
+            train(make_task(evaluate=tell_the_second), run, OPTIMIZER)
