@@ -271,6 +271,10 @@ def test_objectives_that_contradict_themselves_are_refused(adapted):
         MagnetObjective(masks_from="log_probs", focal="release")
     with pytest.raises(ValueError, match="mask_head is 'conv' and masks_from 'log_probs'"):
         MagnetObjective(masks_from="log_probs", mask_head="conv")
+    with pytest.raises(ValueError, match=r"alpha is 0\.5 and masks_from 'log_probs'"):
+        MagnetObjective(masks_from="log_probs", alpha=0.5)
+    with pytest.raises(ValueError, match=r"focal_cost is 5\.0 and targets 'classes', which match nothing"):
+        MagnetObjective(focal_cost=5.0)
     with pytest.raises(ValueError, match=r"gamma 1\.0; the release's is 2"):
         MagnetObjective(focal="release", gamma=1.0)
     with pytest.raises(ValueError, match=r"gamma is 0\.5; with log_probs"):

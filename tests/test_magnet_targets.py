@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import kstest
 
 from seg4diff_jax.magnet.targets import averaging_of_ids, class_maps, matched_maps
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.text import ClassPrompts, TokenSpan
 from tests.reference import magnet as reference
-from tests.reference.magnet import carried, random_masks, release_head
+from tests.reference.magnet import ReleaseHead, carried, random_masks, release_head
 from tests.reference.random_weights import relative_error
 
 GRID, HEADS, TEXT = (5, 6), 3, 9
@@ -39,6 +40,20 @@ def test_fresh_heads_are_trainable_parameters_of_that_shape():
         for _, variable in nnx.to_flat_state(nnx.state(MaskHead(rngs=nnx.Rngs(0)), nnx.Param))
     ]
     assert sorted(shapes) == sorted([(3, 3, 1, 64), (64,), (3, 3, 64, 64), (64,), (3, 3, 64, 1), (1,)])
+
+
+def test_fresh_heads_begin_as_pytorchs_convolutions_do():
+    """Of many heads: every layer's numbers lie within PyTorch's limits, and spread evenly over them."""
+    torch.manual_seed(0)
+    theirs = [[p.detach().numpy().ravel() for p in ReleaseHead().parameters()] for _ in range(40)]
+    ours = [
+        [np.asarray(each.get_value()).ravel() for layer in head.layers for each in (layer.kernel, layer.bias)]
+        for head in (MaskHead(rngs=nnx.Rngs(seed)) for seed in range(40))
+    ]
+    for mine, torchs in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        found, expected = np.concatenate(mine), np.concatenate(torchs)
+        assert found.shape == expected.shape
+        assert kstest(found, expected).pvalue > 0.01
 
 
 def test_a_classs_map_is_the_mean_of_its_span():

@@ -293,6 +293,7 @@ def test_training_goes_on_from_the_releases_file(options, tmp_path):
         ({"data.size": 72}, "data.size is 72; expected a multiple of 16, up to 384"),
         ({"held_out.count": 6}, "nothing is left to train on"),
         ({"held_out.name": "folder"}, "held_out names the pictures that are trained on"),
+        ({"held_out.split": "val"}, "held_out.split is given, and a folder has none"),
         ({"held_out.batch_size": 0}, "held_out.batch_size is 0"),
         ({"held_out.sigmas": [3.0]}, "held_out.sigmas are"),
         ({"held_out.count": 0, "samples.count": 1}, "samples show prompts of held-out pictures, and none are"),

@@ -22,6 +22,8 @@ SETTINGS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that others may have it loaded too
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",  # these two libtpu misses aloud; the compiler is told its slice by name
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 PLANNED = "magnet"
 

@@ -35,9 +35,9 @@ class MagnetObjective:
         raw score where its sigmoid is meant. For `scores` only.
       mask_head: `conv`: the release's head (`models.mask_head`) refines each token's map in training; None: no head.
         For `scores` only.
-      alpha, gamma: of the focal loss; alpha is for `scores` only. gamma is at least 0, for `log_probs` 0 or at least 1.
+      alpha, gamma: of the focal loss; alpha for `scores` only. gamma is at least 0, for `log_probs` 0 or at least 1.
       velocity_weight, focal_weight, dice_weight: of the losses in the sum.
-      focal_cost, dice_cost: of the losses in the matching's cost.
+      focal_cost, dice_cost: of the losses in the matching's cost. For `matching` only.
     """
 
     targets: Literal["classes", "matching"] = "classes"
@@ -55,6 +55,12 @@ class MagnetObjective:
     def __post_init__(self):
         if self.masks_from == "log_probs":
             self._check_log_probs()
+        for option in ("focal_cost", "dice_cost"):
+            if self.targets == "classes" and getattr(self, option) != getattr(type(self), option):
+                raise ValueError(
+                    f"{option} is {getattr(self, option)} and targets 'classes', which match nothing: leave {option} "
+                    "out, or take targets 'matching'"
+                )
         if self.gamma < 0:
             raise ValueError(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
         if self.focal == "release" and self.gamma != 2:
@@ -66,11 +72,11 @@ class MagnetObjective:
                 "masks_from is 'log_probs', a distribution over a prompt's classes, and targets is 'matching', where "
                 "masks have no classes: take masks_from 'scores', or targets 'classes'"
             )
-        for option in ("focal", "mask_head"):
+        for option in ("focal", "mask_head", "alpha"):
             if getattr(self, option) != getattr(type(self), option):
                 raise ValueError(
-                    f"{option} is {getattr(self, option)!r} and masks_from 'log_probs'; the release refines and weighs "
-                    f"scores: leave {option} out, or take masks_from 'scores'"
+                    f"{option} is {getattr(self, option)!r} and masks_from 'log_probs'; it refines and weighs scores: "
+                    f"leave {option} out, or take masks_from 'scores'"
                 )
         if 0 < self.gamma < 1:
             raise ValueError(

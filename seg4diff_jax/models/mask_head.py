@@ -5,13 +5,14 @@ In checkpoints of the release: `attn_mlp.attn_score_layer.{0,2,4}`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.models.stack import LayerStack
 
@@ -23,13 +24,17 @@ class MaskHead(nnx.Module):
 
     Args:
       dtype: of the computation.
-      param_dtype: of the parameters at initialisation.
+      param_dtype: of the parameters at initialisation, which is that of PyTorch's convolutions: uniform within
+        1 / sqrt(inputs of one output).
     """
 
     def __init__(self, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         sides = ((1, WIDTH), (WIDTH, WIDTH), (WIDTH, 1))
-        self.layers = nnx.List([nnx.Conv(before, after, (3, 3), **options) for before, after in sides])
+        initial = lambda before: dict.fromkeys(("kernel_init", "bias_init"), partial(_within, (9 * before) ** -0.5))
+        self.layers = nnx.List(
+            [nnx.Conv(before, after, (3, 3), **initial(before), **options) for before, after in sides]
+        )
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
@@ -42,3 +47,7 @@ class MaskHead(nnx.Module):
         for layer in rest:
             hidden = layer(jax.nn.relu(hidden))
         return maps + hidden[..., 0].astype(maps.dtype)
+
+
+def _within(limit: float, key: PRNGKeyArray, shape: Any, dtype: Any, *_: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -limit, limit)

@@ -23,6 +23,7 @@ class Chip:
       link_rate: bytes per second that reach the chip over its interconnect when all links are busy: half of what is
         documented for both directions together.
       axes: of the torus that its slices are.
+      most: chips of one slice.
       source: of these figures.
     """
 
@@ -32,6 +33,7 @@ class Chip:
     memory_rate: float
     link_rate: float
     axes: int
+    most: int
     source: str
 
 
@@ -39,9 +41,9 @@ DOCUMENTATION = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16.0 * 2**30, 819e9, 200e9, 2, f"{DOCUMENTATION}v5e"),
-        Chip("v5p", 459e12, 95.0 * 2**30, 2765e9, 600e9, 3, f"{DOCUMENTATION}v5p"),
-        Chip("v6e", 918e12, 32.0 * 2**30, 1600e9, 400e9, 2, f"{DOCUMENTATION}v6e"),
+        Chip("v5e", 197e12, 16.0 * 2**30, 819e9, 200e9, 2, 256, f"{DOCUMENTATION}v5e"),
+        Chip("v5p", 459e12, 95.0 * 2**30, 2765e9, 600e9, 3, 8960, f"{DOCUMENTATION}v5p"),
+        Chip("v6e", 918e12, 32.0 * 2**30, 1600e9, 400e9, 2, 256, f"{DOCUMENTATION}v6e"),
     )
 }
 
@@ -68,6 +70,10 @@ class Slice:
             example = "x".join(["2"] * chip.axes)
             raise ValueError(
                 f"topology is {name!r}; slices of {chip.name} have {chip.axes} sides, as in {chip.name}:{example}"
+            )
+        if math.prod(sides) > chip.most:
+            raise ValueError(
+                f"topology is {name!r}, {math.prod(sides)} chips; slices of {chip.name} have at most {chip.most}"
             )
         return cls(chip, sides)
 

@@ -35,6 +35,7 @@ class HeldOutData:
     Attributes:
       name, root, split, labels: as for `MaskData`; name null: the training data's set. Of a folder that is trained on
         the pictures are taken out of the training data; of a published set split null is val, of scenes validation.
+        Prompts are made as in training: data.names and data.rows hold for these pictures too.
       count: how many, evenly spread over the set; 0: none.
       batch_size: pictures at a time.
       sigmas: further noise levels of the velocity loss, beside the expert step's.
@@ -67,6 +68,8 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
     if held.count < 1 or (held.name is None and held.root is None and data.name == "sa1b"):
         return train, None
     if held.name is None and held.root is None and data.name == "folder":
+        if given := [name for name in ("split", "labels") if getattr(held, name) is not None]:
+            raise ValueError(f"held_out.{given[0]} is given, and a folder has none: leave it out")
         chosen = _spread(len(train.source), held.count)
         rest = sorted({*range(len(train.source))} - {*chosen})
         if not rest:

@@ -235,10 +235,9 @@ def task(config: MagnetConfig) -> Task:
 
 def _name_uncaptioned(pictures: Pictures) -> None:
     if without := pictures.uncaptioned:
-        some = ", ".join(without[:20]) + (" ..." if len(without) > 20 else "")
-        warnings.warn(
-            f"{len(without)} of {len(pictures.names)} pictures have no caption: prompt '' for {some}", stacklevel=2
-        )
+        total = len(pictures.names)
+        which = "all" if len(without) == total else ", ".join(without)
+        warnings.warn(f"{len(without)} of {total} pictures have no caption: prompt '' for {which}", stacklevel=2)
 
 
 def step_flops(config: MagnetConfig, opened: Opened) -> int:
@@ -357,6 +356,7 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
         "dtype": config.dtype,
         "encoders": [encoded_items.sum_of_weights(encoder) for encoder in encoders if encoder is not None],
         "files": None if data.root is None else encoded_items.hash_of_files(Path(data.root), Path(config.cache)),
+        "captions_size": None if data.captions is None else Path(data.captions).expanduser().stat().st_size,
         "world": scene_sample(opened.size) if data.name == "scenes" else None,
         "classes": None if pictures.classes is None else " ".join(pictures.classes),
     }
