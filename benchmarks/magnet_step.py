@@ -9,7 +9,8 @@ losses of velocity and masks, gradients of the adapters, clipping, AdamW. Text e
 released step keeps the expert block's whole score matrix beside its fused attention, multiplies T5's zeros out and
 encodes every picture anew; its weights are fp32, under fp16 autocast on a GPU. Each one runs in a process of its own.
 Of ours the table also says what the compiled step takes beside its arguments (temp.), and on a CPU what the
-process held before its first step (begun).
+process held before its first step (begun). `of peak`: the operations that the gradients need, whatever is done, over
+what each side's library reaches, in its dtype, in a product of large square matrices.
 """
 
 from __future__ import annotations
@@ -73,6 +74,16 @@ class Case:
         widths = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "caption_projection_dim": 64 * heads}
         return sizes | widths | {"num_layers": self.layers, "num_attention_heads": heads, "attention_head_dim": 64}
 
+    def needed(self, *, cached: bool) -> int:
+        """Operations that a step's gradients need."""
+        from seg4diff_jax.models.flops import adapter_step_flops, vae_encoder_flops
+        from seg4diff_jax.models.lora import LoRAConfig
+        from seg4diff_jax.models.mmdit_config import MMDiTConfig
+
+        adapters, tokens = LoRAConfig(self.rank, self.rank), (self.size // 16) ** 2
+        step = adapter_step_flops(MMDiTConfig(**self.transformer()), adapters, tokens, CLIP + 1, mapped=CLIP).needed
+        return self.batch * (step + (0 if cached else vae_encoder_flops(encoder(), self.size, self.size)))
+
     def inputs(self) -> dict[str, np.ndarray]:
         """Pictures, prompts and masks; channels last."""
         rng = np.random.default_rng(0)
@@ -104,7 +115,7 @@ def main(case: Case = Case(), variants: tuple[Variant, ...] = VARIANTS, only: Va
     if only is not None:
         print(json.dumps(released(case) if only == "release" else ours(case, cached="cached" in only)))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=120)
     options = [f"--case.{name}={value}" for name, value in asdict(case).items()]
     found: dict[str, dict[str, Any]] = {}
     for variant in variants:
@@ -112,13 +123,15 @@ def main(case: Case = Case(), variants: tuple[Variant, ...] = VARIANTS, only: Va
         command = [sys.executable, __file__, *options, f"--only={variant}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1]) | {"load": load}
-    columns = ("", "images/s", "x", "images / CPU s", "x", "peak GiB", "begun", "temp.", "load")
+    columns = ("", "images/s", "x", "images / CPU s", "x", "of peak", "peak GiB", "begun", "temp.", "load")
     table = Table(*columns, title=str(case))
     base = found.get("release") or next(iter(found.values()))
     for variant, figures in found.items():
         rate, thrift = case.batch / figures["seconds"], case.batch / figures["cpu_seconds"]
         ratios = base["seconds"] / figures["seconds"], base["cpu_seconds"] / figures["cpu_seconds"]
-        row = (f"{rate:.3f}", f"{ratios[0]:.2f}", f"{thrift:.3f}", f"{ratios[1]:.2f}", f"{figures['peak']:.2f}")
+        share = case.needed(cached="cached" in variant) / figures["seconds"] / figures["matmul"]
+        row = (f"{rate:.3f}", f"{ratios[0]:.2f}", f"{thrift:.3f}", f"{ratios[1]:.2f}", f"{share:.2f}")
+        row += (f"{figures['peak']:.2f}",)
         parts = (f"{figures[part]:.2f}" if part in figures else "" for part in ("begun", "temporaries"))
         table.add_row(variant, *row, *parts, f"{figures['load']:.1f}")
     console.print(table)
@@ -155,22 +168,21 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
     from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
     from seg4diff_jax.models.vae import VAE as Autoencoder
-    from seg4diff_jax.models.vae import VAEConfig
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.training.magnet import REMATERIALISED
     from seg4diff_jax.training.optimizers import OptimizerConfig
     from seg4diff_jax.training.state import take_apart
     from seg4diff_jax.training.step import make_step
+    from seg4diff_jax.training.work import measured_peak
 
+    matmul = measured_peak(case.dtype)
     dtypes: dict[str, Any] = {"dtype": jnp.dtype(case.dtype), "param_dtype": jnp.dtype(case.dtype)}
-    shape = {name: value for name, value in VAE.items() if name != "shift"}
-    encoder = VAEConfig(**shape, shift_factor=VAE["shift"], scaling_factor=SCALING, use_quant_conv=False)
 
     class Both(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             base = MMDiT(MMDiTConfig(**case.transformer()), rngs=rngs, **dtypes)
             self.transformer = add_lora(base, LoRAConfig(case.rank, case.rank), rngs)
-            self.vae = None if cached else Autoencoder(encoder, rngs=rngs, **dtypes)
+            self.vae = None if cached else Autoencoder(encoder(), rngs=rngs, **dtypes)
 
     def drawn() -> Both:
         """Of noise, an array at a time: to draw all of them in one program takes more memory than a step."""
@@ -217,7 +229,14 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     figures |= {} if memory is None else {"temporaries": memory.temp_size_in_bytes / 2**30}
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     figures |= {"peak": resident(), "begun": begun} if used is None else {"peak": used / 2**30}
-    return figures | {"on": f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {host()}"}
+    return figures | {"matmul": matmul, "on": f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {host()}"}
+
+
+def encoder() -> Any:
+    from seg4diff_jax.models.vae import VAEConfig
+
+    shape = {name: value for name, value in VAE.items() if name != "shift"}
+    return VAEConfig(**shape, shift_factor=VAE["shift"], scaling_factor=SCALING, use_quant_conv=False)
 
 
 def host() -> str:
@@ -232,7 +251,11 @@ def released(case: Case) -> dict[str, Any]:
 
     step = ReleasedStep(case.transformer(), VAE, SCALING, case.inputs(), block=case.block, rank=case.rank)
     figures = timed(step, case)
-    return figures | {"peak": step.peak() or resident(), "on": f"{step.versions()}, {host()}"}
+    return figures | {
+        "peak": step.peak() or resident(),
+        "matmul": step.matmul_peak(),
+        "on": f"{step.versions()}, {host()}",
+    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -118,6 +119,18 @@ class ReleasedStep:
     def peak(self) -> float | None:
         """GiB of the GPU's memory; None on a CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
+
+    def matmul_peak(self) -> float:
+        """Operations a second of a product of large square matrices, the best of some."""
+        side, dtype = (8192, torch.float16) if self.cuda else (2048, torch.float32)
+        matrix, seconds = torch.randn(side, side, device=self.device, dtype=dtype), []
+        for _ in range(8):
+            begun = time.perf_counter()
+            matrix @ matrix
+            if self.cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        return 2 * side**3 / min(seconds)
 
     def versions(self) -> str:
         where = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} threads"

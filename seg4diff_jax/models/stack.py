@@ -87,7 +87,7 @@ def scan_layers(
 
     A whole stack is scanned as it lies, so that gradients come back stacked too. Part of one is indexed inside the
     loop: a slice taken before it would copy the parameters. So would one taken before what is recomputed, which the
-    backward pass keeps the inputs of.
+    backward pass keeps the inputs of; and where nothing else is recomputed, the parameters are looked up again.
 
     Args:
       remat: recompute each layer in the backward pass; True, or a `jax.checkpoint` policy.
@@ -98,4 +98,11 @@ def scan_layers(
     run = step if whole else lambda state, index: step(state, take_layer(stack, index))
     if remat:
         run = jax.checkpoint(run, policy=None if remat is True else remat)
+    elif not whole:
+        run = jax.checkpoint(run, policy=_all_but_lookups, prevent_cse=False)
     return jax.lax.scan(run, carry, stack if whole else jnp.arange(start, stop))
+
+
+def _all_but_lookups(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: keep everything but what `take_layer` finds."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
