@@ -135,6 +135,8 @@ def main(case: Case = Case(), variants: tuple[Variant, ...] = VARIANTS, only: Va
         parts = (f"{figures[part]:.2f}" if part in figures else "" for part in ("begun", "temporaries"))
         table.add_row(variant, *row, *parts, f"{figures['load']:.1f}")
     console.print(table)
+    peaks = (f"{variant} {figures['matmul'] / 1e9:.0f}" for variant, figures in found.items())
+    console.print(f"peak, GFLOP/s: {', '.join(peaks)}")
     console.print("; ".join(dict.fromkeys(figures["on"] for figures in found.values())))
 
 
