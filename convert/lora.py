@@ -16,7 +16,6 @@ from convert.errors import CheckpointError
 from convert.hub import is_repository_id
 from convert.lora_formats import Format, LoRACheckpoint
 from convert.lora_names import NATIVE, config_of, pair, refuse
-from convert.lora_run import CHECKPOINTS, read_run
 from convert.safetensors_stream import read_header
 from convert.staging import check_target, staged_directory
 from seg4diff_jax.models.lora import Adapter, LoRAConfig, apply_lora
@@ -132,7 +131,14 @@ def convert_lora(
       CheckpointError: as `load_lora` and `read_run`; or the target is taken, ill-named, or cannot hold what the source
         does.
     """
-    read = read_lora(source, alpha=alpha) if checkpoint is None else read_run(source, checkpoint)
+    if checkpoint is None:
+        read = read_lora(source, alpha=alpha)
+    else:
+        from convert.lora_run import read_run  # with Orbax, which nothing else here needs
+
+        if alpha is not None or adapters_only:
+            raise CheckpointError("a checkpoint says its alpha and gives nothing but adapters: leave the options out")
+        read = read_run(source, checkpoint)
     if Path(source).resolve() == Path(target).resolve():
         raise CheckpointError(f"{target} is the source: choose another name")
     kept = replace(read, others={}) if adapters_only else read
@@ -188,7 +194,7 @@ def _detect(path: Path) -> tuple[Format, Path]:
             return "native", path / formats.NATIVE_FILE
         if (path / formats.EXPORT).is_dir():
             return _detect(path / formats.EXPORT)
-        if (path / CHECKPOINTS).is_dir():
+        if (path / formats.CHECKPOINTS).is_dir():
             raise CheckpointError(
                 f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
                 f"`python -m convert lora {path} DST --checkpoint last`, or best"

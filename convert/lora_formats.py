@@ -34,7 +34,7 @@ NATIVE_FORMAT, NATIVE_VERSION = "seg4diff-jax lora", 1
 NATIVE_KEY = "lora"
 NATIVE_FILE = "adapters.safetensors"
 """Of a directory: what a training run exports."""
-EXPORT = "export"
+EXPORT, CHECKPOINTS = "export", "checkpoints"
 """Where in a training run's directory."""
 DIFFUSERS_KEY = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

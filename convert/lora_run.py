@@ -7,7 +7,6 @@ average is taken, as its export does.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -20,13 +19,11 @@ import orbax.checkpoint as ocp
 from convert.components import parse_config
 from convert.errors import CheckpointError
 from convert.files import read_json
-from convert.lora_formats import LoRACheckpoint
+from convert.lora_formats import CHECKPOINTS, LoRACheckpoint
 from convert.lora_names import block_of, config_of
 from convert.sources import open_source
 from seg4diff_jax.models.lora import Adapter
 
-CHECKPOINTS = "checkpoints"
-"""Where in a training run's directory."""
 FACTOR = re.compile(r"transformer\.stacks\.(\d+)\.(.+)\.lora_a")
 
 # Orbax misses a file that it does not write.
@@ -46,19 +43,19 @@ def read_run(run: str | Path, which: str) -> LoRACheckpoint:
     """
     place = Path(run).expanduser() / CHECKPOINTS
     step = _step(place, which)
-    try:
-        record = read_json(place / str(step) / "config" / "metadata")
-        state = arrays_of((place / str(step) / "state").absolute())
-        chosen = state["average"] or state["trainable"]
-    except CheckpointError:
-        raise
-    except Exception as error:  # what Orbax and the file system say
-        raise CheckpointError(f"{place / str(step)} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    record = read_json(place / str(step) / "config" / "metadata")
     if record.get("task") != "magnet":
         raise CheckpointError(f"{run} is a run of {record.get('task')}, whose checkpoints hold no adapters")
+    try:
+        state = arrays_of((place / str(step) / "state").absolute())
+        chosen = state["average"] or state["trainable"]
+    except Exception as error:  # what Orbax and the file system say
+        raise CheckpointError(f"{place / str(step)} cannot be read: {' '.join(str(error).split())[:300]}") from error
     adapters = _adapters(chosen, record)
+    head = ("the mask head",) if any(name.startswith("head.") for name in chosen) else ()
+    left_out = (*head, f"the optimizer's state and what else there is of step {step}")
     config = config_of(adapters, record["lora"]["rank"], record["lora"]["alpha"])
-    return LoRACheckpoint(config, adapters, left_out=(f"what else there is of step {step}",))
+    return LoRACheckpoint(config, adapters, left_out=left_out)
 
 
 def _step(place: Path, which: str) -> int:
@@ -81,7 +78,7 @@ def _step(place: Path, which: str) -> int:
 
 def _score(checkpoint: Path) -> float | None:
     file = checkpoint / "metrics" / "metrics"
-    return json.loads(file.read_text())["miou"] if file.is_file() else None
+    return read_json(file).get("miou") if file.is_file() else None
 
 
 def arrays_of(directory: Path) -> Any:

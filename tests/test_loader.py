@@ -105,6 +105,27 @@ def test_a_cache_of_items_that_are_not_alike_never_appears(items, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_what_goes_wrong_while_items_are_computed_is_told_as_it_is(tmp_path):
+    def broken():
+        yield {"x": np.zeros((2, 3))}
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        write_cache(tmp_path / "cache", broken(), 4, {})
+
+
+def test_a_damaged_cache_is_refused_by_name(tmp_path):
+    write_cache(tmp_path / "cache", [{"x": np.random.default_rng(0).normal(size=(4, 30))}], 4, {})
+    records = tmp_path / "cache" / "items.arrayrecord"
+    whole = records.read_bytes()
+    records.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cache cannot be read .*: remove it, and it is made anew"):
+        RecordCache(tmp_path / "cache", {})[3]
+    records.unlink()
+    with pytest.raises(ValueError, match=r"cache cannot be read .*: remove it, and it is made anew"):
+        RecordCache(tmp_path / "cache", {})[3]
+
+
 def test_a_cache_that_the_disk_does_not_take_never_appears(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, limits[1]))

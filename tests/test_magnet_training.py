@@ -130,6 +130,7 @@ def test_adapters_of_checkpoints_are_found_by_step_and_score(run, tmp_path, caps
         (["--checkpoint", "30"], "has no checkpoint 30: give last, best or one of 20, 40"),
         (["--checkpoint", "best"], "none of the checkpoints 20, 40 was evaluated: give last or a step"),
         (["--checkpoint", "20"], "20/config/metadata: not JSON"),
+        (["--checkpoint", "40", "--alpha", "3"], "a checkpoint says its alpha"),
     ],
 )
 def test_checkpoints_that_give_no_adapters_are_refused(chosen, said, run, tmp_path, capsys):

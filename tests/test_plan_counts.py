@@ -74,7 +74,7 @@ def test_a_loop_of_unknown_length_must_hold_no_products():
 
 
 @pytest.mark.parametrize("remat", [False, True, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
-def test_the_backward_pass_is_handed_no_copy_of_the_weights(remat):
+def test_the_backward_pass_is_handed_no_copy_of_the_weights_and_no_whole_scores(remat):
     widths = {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -88,13 +88,16 @@ def test_the_backward_pass_is_handed_no_copy_of_the_weights(remat):
     inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     def loss(adapters, base, inputs, remat):
-        velocity, records = nnx.merge(graph, adapters, base)(**inputs, capture=(3,), remat=remat)
+        kernel = Kernel("xla", query_chunk=7)
+        velocity, records = nnx.merge(graph, adapters, base)(**inputs, capture=(3,), remat=remat, kernel=kernel)
         return (velocity**2).mean() + records[3].scores.mean()
 
     text = lambda remat: str(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapters, base, inputs))
     copy = "f32[3,32,128]"  # of the MLPs of the blocks before the captured one
     assert copy in text(jax.checkpoint_policies.everything_saveable)
     assert copy not in text(remat)
+    assert "f32[1,2,7,21]" in text(remat), "scores of a chunk of the queries"
+    assert "f32[3,3,1,2,7,21]" not in text(remat), "of all chunks of these blocks"
 
 
 # ---- a compiled program's text --------------------------------------------------------------------------------------

@@ -131,6 +131,35 @@ def test_sigterm_does_not_wait_for_an_evaluation(tmp_path):
     assert checkpointed(tmp_path) == [5, 7]
 
 
+@pytest.mark.parametrize("within", ["evaluate", "pictures"])
+def test_an_evaluation_that_sigterm_came_between_is_made_up_for(within, tmp_path):
+    def told(_):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("unreachable")
+
+    draw = lambda model: np.zeros((4, 4, 3), np.uint8)
+    parts = {"evaluate": lambda _: {"score": 0.5}, "pictures": draw}
+    task, run = make_task(**parts, best="score"), make_run(tmp_path, steps=5)
+    train(replace(task, **{within: told}), run, OPTIMIZER)
+    assert checkpointed(tmp_path) == [5]
+    assert not (tmp_path / "pictures").exists()
+    train(task, run, OPTIMIZER, resume=True)
+    scores = [row["validation/score"] for row in rows_of(tmp_path) if "validation/score" in row]
+    assert scores == [0.5]
+    assert (tmp_path / "pictures").exists() == (within == "evaluate"), "scores were there, and nothing is due"
+
+
+def test_what_an_interrupted_evaluation_makes_of_sigterm_is_no_failure(tmp_path):
+    def converted(_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Terminated as told:
+            raise OSError("something was interrupted") from told
+
+    train(make_task(evaluate=converted), make_run(tmp_path), OPTIMIZER)
+    assert checkpointed(tmp_path) == [5]
+
+
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
     first, second = together("small_training", "told", str(tmp_path), devices=1)
     said = [process.communicate(timeout=120)[1] for process in (first, second)]
@@ -150,7 +179,7 @@ def test_sigterm_before_the_first_step_leaves_nothing_behind(tmp_path, monkeypat
     assert checkpointed(tmp_path / "run") == []
     monkeypatch.setitem(TASKS, "magnet", TASKS["magnet"]._replace(make=told))
     assert main(["--task=magnet", "--model=m", f"--run.out={tmp_path}", "--run.steps=1", "--run.batch_size=1"]) == 0
-    assert capsys.readouterr().err == "stopped by SIGTERM before the first step\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM before a step was taken\n"
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(capsys):

@@ -7,7 +7,7 @@ DIR/items.json          the fields' names, dtypes and shapes, and what the items
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from math import prod
 from pathlib import Path
@@ -51,21 +51,37 @@ def write_cache(
     fields: dict[str, Field] = {}
     done = 0
     with staged_directory(Path(directory)) as work:
-        try:
-            with closing(ArrayRecordWriter(str(work / RECORDS), ONE_BY_ONE)) as writer:
-                for batch in batches:
-                    found = {name: Field(values.dtype.str, values.shape[1:]) for name, values in batch.items()}
-                    fields = fields or found
-                    if found != fields:
-                        raise ValueError(f"{directory}: items of {found}; expected {fields}, as the first")
-                    for values in zip(*(batch[name] for name in fields), strict=True):
-                        writer.write(b"".join(np.ascontiguousarray(value).tobytes() for value in values))
-                        done += 1
-        except RuntimeError as error:  # what ArrayRecord says of the file system
-            raise OSError(f"{directory}: the items could not be written ({error})") from error
+        with closing(Writer(work / RECORDS)) as writer:
+            for batch in batches:
+                found = {name: Field(values.dtype.name, values.shape[1:]) for name, values in batch.items()}
+                fields = fields or found
+                if found != fields:
+                    raise ValueError(f"{directory}: items of {found}; expected {fields}, as the first")
+                for values in zip(*(batch[name] for name in fields), strict=True):
+                    writer.write(b"".join(np.ascontiguousarray(value).tobytes() for value in values))
+                    done += 1
         if done != count:
             raise ValueError(f"{directory}: expected {count} items, found {done}")
         (work / MANIFEST).write_text(json.dumps({"fields": fields, "identity": dict(identity)}, indent=2))
+
+
+class Writer:
+    """ArrayRecord's, which says what the file system says in RuntimeErrors: OSErrors of these."""
+
+    def __init__(self, file: Path):
+        self._file, self._writer = file, ArrayRecordWriter(str(file), ONE_BY_ONE)
+
+    def write(self, record: bytes) -> None:
+        self._told(self._writer.write, record)
+
+    def close(self) -> None:
+        self._told(self._writer.close)
+
+    def _told(self, act: Callable[..., Any], *given: bytes) -> None:
+        try:
+            act(*given)
+        except RuntimeError as error:
+            raise OSError(f"{self._file} could not be written: {error}") from error
 
 
 class RecordCache:
@@ -76,7 +92,7 @@ class RecordCache:
       fields: those that items have. Default: all.
 
     Raises:
-      ValueError: the directory is no cache, or its items were made of something else than `identity`.
+      ValueError: the directory is no cache or damaged, or its items were made of something else than `identity`.
     """
 
     def __init__(self, directory: str | Path, identity: Mapping[str, Any], fields: Sequence[str] | None = None):
@@ -88,7 +104,8 @@ class RecordCache:
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
             listing = "; ".join(f"{key}: {made_of.get(key)!r}, not {identity.get(key)!r}" for key in different)
             raise ValueError(f"{directory} was made of something else ({listing}): remove it, or name another")
-        self._records: Any = ArrayRecordDataSource(str(directory / RECORDS))
+        self._directory = directory
+        self._records: Any = self._read(lambda: ArrayRecordDataSource(str(directory / RECORDS)))
         self._places: dict[str, tuple[int, Field]] = {}
         start = 0
         for name, (dtype, shape) in manifest["fields"].items():
@@ -101,8 +118,14 @@ class RecordCache:
         return len(self._records)
 
     def __getitem__(self, index: int, /) -> Item:
-        record = self._records[index]
+        record = self._read(lambda: self._records[index])
         return {
             name: np.frombuffer(record, field.dtype, prod(field.shape), start).reshape(field.shape)
             for name, (start, field) in self._places.items()
         }
+
+    def _read(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self._directory} cannot be read ({error}): remove it, and it is made anew") from error

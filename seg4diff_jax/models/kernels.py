@@ -135,7 +135,7 @@ def _attend_xla(
     size = -(-queries // chunks)
     padded = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
     pieces = jnp.moveaxis(padded.reshape(batch, chunks, size, heads, head_dim), 1, 0)
-    output, normalizer = jax.lax.map(jax.checkpoint(lambda piece: _softmax_chunk(piece, k, v, last_key_count)), pieces)
+    output, normalizer = jax.lax.map(lambda piece: _softmax_chunk_again(piece, k, v, last_key_count), pieces)
     if output is not None:
         output = jnp.moveaxis(output, 0, 1).reshape(batch, chunks * size, heads, -1)[:, :queries]
     return output, jnp.moveaxis(normalizer, 0, 2).reshape(batch, heads, chunks * size)[:, :, :queries]
@@ -156,6 +156,23 @@ def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
         "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=_precision(v)
     )
     return (output / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype), normalizer
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _softmax_chunk_again(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
+    """The same, its scores computed again in the backward pass, whatever a `jax.checkpoint` around all this keeps."""
+    return _softmax_chunk(q, k, v, last_key_count)
+
+
+def _softmax_chunk_forward(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
+    return _softmax_chunk(q, k, v, last_key_count), (q, k, v)
+
+
+def _softmax_chunk_backward(last_key_count: int, residuals, cotangents):
+    return jax.vjp(partial(_softmax_chunk, last_key_count=last_key_count), *residuals)[1](cotangents)
+
+
+_softmax_chunk_again.defvjp(_softmax_chunk_forward, _softmax_chunk_backward)
 
 
 def attention_scores(

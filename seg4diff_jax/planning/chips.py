@@ -42,7 +42,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", 197e12, 16.0 * 2**30, 819e9, 200e9, 2, 256, f"{DOCUMENTATION}v5e"),
-        Chip("v5p", 459e12, 95.0 * 2**30, 2765e9, 600e9, 3, 8960, f"{DOCUMENTATION}v5p"),
+        Chip("v5p", 459e12, 95.0 * 2**30, 2765e9, 600e9, 3, 6144, f"{DOCUMENTATION}v5p"),
         Chip("v6e", 918e12, 32.0 * 2**30, 1600e9, 400e9, 2, 256, f"{DOCUMENTATION}v6e"),
     )
 }

@@ -9,6 +9,7 @@ RUN/checkpoints/<step>/metrics   of the evaluation after that step, if there was
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -39,7 +40,7 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, best: str | None = None):
         self.directory = directory.absolute() / "checkpoints"
         kept: list[Any] = [policies.LatestN(keep)]
-        metric = None if best is None else lambda metrics: float(metrics[best])
+        metric = None if best is None else lambda metrics: float(metrics.get(best, -math.inf))
         if metric is not None:
             kept.append(policies.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
         if jax.process_index() == 0:
@@ -75,6 +76,10 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
+
+    def scored(self, step: int) -> bool:
+        """Whether a checkpoint was written with metrics, which is only so where there is a best one."""
+        return self._manager.metrics(step) is not None
 
     def save(
         self,

@@ -100,7 +100,8 @@ def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once a checkpoint is written."""
+    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once the step is checkpointed, or
+    before any was taken."""
     from seg4diff_jax.compilation import keep_compiled_programs
 
     try:
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 made = TASKS[task].make(config)
             train(made, config.run, config.optimizer, record, resume=resume)
     except Terminated:
-        print("stopped by SIGTERM before the first step", file=sys.stderr)
+        print("stopped by SIGTERM before a step was taken", file=sys.stderr)
     except (TrainingError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -56,8 +56,9 @@ class Logs:
             _drop_rows_after(directory / METRICS, start)
             _drop_pictures_after(directory / PICTURES, start)
             self._rows = (directory / METRICS).open("a", encoding="utf-8")
+            cut_off = any(directory.glob("events.out.tfevents.*"))
             self._events = EventFile(directory)
-            if start:
+            if cut_off:
                 self._events.restarted(start + 1)
         self._pictures = directory / PICTURES
 

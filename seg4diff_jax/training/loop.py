@@ -144,22 +144,23 @@ def train(
                 f"{out} holds a run, checkpointed at step {checkpoints.latest}: give --resume to go on with it, or "
                 "another --run.out"
             )
-        start, changed = 0, []
         with stop.dispensable():
             trainer = _prepare(task, run, optimizer, mesh)
             data = _data(task, run, mesh)
-            if checkpoints.latest is not None:
-                start = checkpoints.latest
-                trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
-                _check_accumulation(before, optimizer)
-                data.set_state(position)
-                changed = _differences(before, record or {})
+        start, changed = 0, []
+        if checkpoints.latest is not None:
+            start = checkpoints.latest
+            trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
+            _check_accumulation(before, optimizer)
+            data.set_state(position)
+            changed = _differences(before, record or {})
         if jax.process_index() == 0:  # once it is known to fit what is there
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         with Logs(out, name=task.name, steps=run.steps, start=start, writes=jax.process_index() == 0) as logs:
             if start:
                 logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+                _make_up(trainer, run, start, checkpoints, logs, stop)
             _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
         finished = trainer.done(run)
         model = trainer.gathered_model() if finished else trainer.averaged_model()
@@ -295,25 +296,29 @@ def _steps(
         scores, failure = None, None
         if not stopping and (last or done % run.evaluate_every == 0):
             watch.check()
-            try:
-                with stop.dispensable():
-                    scores = _evaluate(trainer, done, logs)
-            except Terminated:
-                stopping = True
-            except Exception as error:  # the step was taken all the same, and its checkpoint is due
-                if jax.process_count() > 1:
-                    raise  # the others may not have failed, and would wait
-                failure = error
+            scores, failure = _evaluate(trainer, done, logs, stop)
+            stopping = isinstance(failure, Terminated)
         if last or stopping or failure or done % run.checkpoint_every == 0:
             watch.check()
             checkpoints.save(done, trainer.state, data.get_state(), record, scores)  # pyright: ignore
-        if failure is not None:
+        if isinstance(failure, Exception):
             raise failure
         throughput.resume()
         if stopping:
             checkpoints.wait()
             logs.say(f"stopped by SIGTERM after step {done}, which is checkpointed: go on with --resume")
             return
+
+
+def _make_up(
+    trainer: Trainer, run: RunConfig, start: int, checkpoints: Checkpoints, logs: Logs, stop: Termination
+) -> None:
+    """The evaluation that was due at the step a run is resumed at, if something came between it."""
+    due = start == run.steps or start % run.evaluate_every == 0
+    if due and trainer.task.best is not None and not checkpoints.scored(start):
+        _, failure = _evaluate(trainer, start, logs, stop)
+        if failure is not None:
+            raise failure
 
 
 def _rates(trainer: Trainer, done: int, images_per_second: float | None) -> dict[str, float]:
@@ -326,14 +331,25 @@ def _rates(trainer: Trainer, done: int, images_per_second: float | None) -> dict
     return rates
 
 
-def _evaluate(trainer: Trainer, done: int, logs: Logs) -> dict[str, float] | None:
+def _evaluate(
+    trainer: Trainer, done: int, logs: Logs, stop: Termination
+) -> tuple[dict[str, float] | None, BaseException | None]:
+    """Scores, and what came between: the step was taken all the same, and its checkpoint is due."""
     task, scores = trainer.task, None
-    if task.evaluate is not None:
-        scores = task.evaluate(trainer.averaged_model())
-        logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
-    if task.pictures is not None:
-        logs.picture(done, task.pictures(trainer.averaged_model()))
-    return scores
+    try:
+        if task.evaluate is not None:
+            with stop.dispensable():
+                scores = task.evaluate(trainer.averaged_model())
+            logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
+        if task.pictures is not None:
+            with stop.dispensable():
+                picture = task.pictures(trainer.averaged_model())
+            logs.picture(done, picture)
+    except (Exception, Terminated) as error:
+        if jax.process_count() > 1:
+            raise  # the others may not have failed, and would wait
+        return scores, error
+    return scores, None
 
 
 class Pending(NamedTuple):

@@ -27,12 +27,17 @@ class Termination:
 
     @contextmanager
     def dispensable(self) -> Iterator[None]:
-        """SIGTERM raises Terminated in such a block, at once. Several processes finish it, for they work together."""
-        if self._come:
-            raise Terminated
+        """SIGTERM raises Terminated in such a block, as soon as what runs in it comes back to Python. Several processes
+        finish it, for they work together."""
         self._dispensable = True
         try:
+            if self._come:
+                raise Terminated
             yield
+        except Exception as error:
+            if self._come:  # what was interrupted has made an error of its own of it
+                raise Terminated from error
+            raise
         finally:
             self._dispensable = False
 
@@ -57,4 +62,4 @@ def termination() -> Iterator[Termination]:
     try:
         yield own
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
