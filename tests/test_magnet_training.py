@@ -161,17 +161,6 @@ def test_diffusers_loads_the_export_and_computes_the_same_velocity(run, sd3_chec
     assert relative_error(ours, expected) <= 1e-5
 
 
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(run, options, tmp_path):
-    out = {"run.out": str(tmp_path / "run")}
-    assert main(arguments(options | out | {"run.steps": 20})) == 0
-    assert main([*arguments(options | out), "--resume"]) == 0
-    config, whole = load_lora(run / "export")
-    same_config, resumed = load_lora(tmp_path / "run" / "export")
-    assert config == same_config
-    for name, pair in whole.items():
-        assert [factor.tobytes() for factor in pair] == [factor.tobytes() for factor in resumed[name]], name
-
-
 # ---- what a step holds ----------------------------------------------------------------------------------------------
 
 
