@@ -69,7 +69,7 @@ class LoRACheckpoint:
       adapters: by per-layer name, in our layout and the file's dtypes.
       others: tensors of the file that are no adapters, under their own names, such as the mask head of the release.
       format: what it was read from.
-      left_out: parts of the file that are not weights, such as the state of an optimizer.
+      left_out: parts of the source that are not read, such as the state of an optimizer.
     """
 
     config: LoRAConfig
