@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
 
 from convert.assemble import abstract
 from convert.errors import CheckpointError
@@ -94,9 +96,15 @@ def _check_types(kind: type, config: dict[str, Any]) -> None:
 
 def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> Layered:
     """The component's model without its numbers. `depth`: of the transformer, only the first that many blocks."""
-    parsed, make = parse_config(name, config), COMPONENTS[name].model
+    return nnx.clone(_abstract_model(name, parse_config(name, config), jnp.dtype(dtype), depth))
+
+
+@lru_cache
+def _abstract_model(name: str, config: Any, dtype: jnp.dtype, depth: int | None) -> Layered:
+    """Kept: each step of opening, checking and loading a checkpoint asks for it, and tracing takes up to a second."""
     options = {} if depth is None else {"depth": depth}
-    return abstract(lambda rngs: make(parsed, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
+    make = COMPONENTS[name].model
+    return abstract(lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
 
 
 class Architecture(NamedTuple):

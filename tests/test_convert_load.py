@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from flax import nnx
 
 from convert import native, readers
 from convert.checkpoint import convert_checkpoint
+from convert.components import abstract_model
 from convert.load import load_component
 from convert.sources import open_source
+from seg4diff_jax.miniature import CHECKPOINT
 from tests.reference.checkpoints import make_checkpoint
 
 DEPTH = 3
@@ -152,3 +155,12 @@ def write_clip(directory: Path, width: int, layers: int) -> None:
     (directory / "model_index.json").write_text(
         json.dumps({"text_encoder": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", ""]})
     )
+
+
+def test_an_abstract_model_is_its_askers_own():
+    config = json.loads((CHECKPOINT / "vae" / "config.json").read_text())
+    first = abstract_model("vae", config)
+    kernel = first.encoder.conv_in.kernel
+    shape = kernel.get_value().shape
+    kernel.set_value(jax.ShapeDtypeStruct((1,), jnp.float32))
+    assert abstract_model("vae", config).encoder.conv_in.kernel.get_value().shape == shape
