@@ -118,9 +118,10 @@ class Architecture(NamedTuple):
 
 EXPERT_BLOCKS: dict[Architecture, int] = {
     Architecture(24, 1536, (), qk_norm=False): 9,
+    Architecture(24, 1536, tuple(range(13)), qk_norm=True): 9,
 }
 """The block whose attention segments best, by architecture: Seg4Diff's finding for SD3-medium, whose "9th block" is
-number 9 counted from 0. The paper names none for another model."""
+number 9 counted from 0, and for SD3.5-medium (appendix C). For SD3.5-large nobody has published one."""
 
 
 def expert_block(transformer_config: dict[str, Any]) -> int | None:

@@ -224,10 +224,14 @@ def assert_same_tree(found, expected) -> None:
         np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
 
 
-def test_the_expert_block_is_nine_for_sd3_medium_alone_and_what_a_configuration_says():
+def test_the_expert_block_is_nine_for_both_mediums_alone_and_what_a_configuration_says():
     medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
     assert expert_block(medium) == 9
-    assert expert_block(medium | {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}) is None
+    newer = medium | {"dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}
+    assert expert_block(newer) == 9
+    assert expert_block(newer | {"dual_attention_layers": list(range(12))}) is None
+    large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+    assert expert_block(medium | large) is None
     assert expert_block(medium | {"qk_norm": "rms_norm"}) is None
     assert expert_block(medium | {"num_layers": 38}) is None
     assert expert_block(medium | {"expert_block": 4}) == 4

@@ -86,7 +86,7 @@ def test_every_published_tensor_fills_a_parameter_and_every_parameter_is_filled(
     found = assign(rules, tensors, expected, what=model)
     assert {row.source for row in found} == tensors.keys()
     assert sorted(target for row in found for target in row.targets) == sorted(expected)
-    assert expert_block(config) == (9 if model == "sd3-medium" else None)
+    assert expert_block(config) == (None if model == "sd3.5-large" else 9)
 
 
 def test_diffusers_expects_the_same_names_and_makes_its_own_model_of_them(model: str):
