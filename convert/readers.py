@@ -91,7 +91,14 @@ class Source:
 
     @property
     def schedule(self) -> FlowSchedule:
-        """Raises CheckpointError for a scheduler that is not SD3's kind."""
+        """Raises CheckpointError for a scheduler that is not SD3's kind, or whose class the two files disagree on."""
+        named, entry = self.scheduler.get("_class_name"), self.model_index.get("scheduler")
+        indexed = entry[-1] if isinstance(entry, list) and entry else None
+        if named is not None and indexed is not None and named != indexed:
+            raise CheckpointError(
+                f"{self.origin}: model_index.json says that the scheduler is {indexed!r}, scheduler_config.json "
+                f"that it is {named!r}: write the same class into both"
+            )
         try:
             return FlowSchedule.from_json(self.scheduler)
         except ValueError as error:

@@ -196,14 +196,14 @@ def prompt(
 
 
 def noisy(
-    scheduler: Mapping[str, Any],
+    shift: float,
     latents: Float[np.ndarray, "batch rows columns channels"],
     noise: Float[np.ndarray, "batch rows columns channels"],
     step: int,
     record: Record,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
     """Latents at the noise level of the masks, and their timestep."""
-    module = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
+    module = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     module.set_timesteps(STEPS)
     record("scheduler: timesteps", _numpy(module.timesteps))
     timestep = module.timesteps[-step]
@@ -355,7 +355,7 @@ def run(source: Source, inputs: Inputs, dtype: str, record: Record, progress: Ca
     given = inputs.transformer
     clean = given.latents if latents is None else latents
     sample = Sample(
-        *noisy(source.scheduler, clean, given.noise, given.step, record), conditioning or given.conditioning
+        *noisy(source.schedule.shift, clean, given.noise, given.step, record), conditioning or given.conditioning
     )
     probs = part(transformer, "transformer", sample, given.block, inputs.prompt.tokens, record, progress)
     masks(probs, inputs.prompt.averaging, inputs.size, record)

@@ -8,51 +8,105 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-OTHER_SCHEDULES = (
-    "use_dynamic_shifting",
+EULER = "FlowMatchEulerDiscreteScheduler"
+SHIFT_KEYS = {
+    EULER: "shift",
+    "FlowMatchHeunDiscreteScheduler": "shift",
+    "FlowMatchLCMScheduler": "shift",
+    "UniPCMultistepScheduler": "flow_shift",
+    "DPMSolverMultistepScheduler": "flow_shift",
+    "DPMSolverSinglestepScheduler": "flow_shift",
+    "DEISMultistepScheduler": "flow_shift",
+    "SASolverScheduler": "flow_shift",
+}
+"""diffusers' samplers of rectified flows, and what each calls the shift. Those with `flow_shift` are made for other
+models too: they follow a flow where `use_flow_sigmas` is set and `prediction_type` is `flow_prediction`."""
+OTHER_MODELS = ("use_dynamic_shifting", "invert_sigmas")
+"""Options of models whose noise levels have no fixed shift, or run the other way."""
+OTHER_STEPS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
-    "invert_sigmas",
     "shift_terminal",
+    "stochastic_sampling",
 )
-"""diffusers' options that give other noise levels."""
+"""Options that make other pictures of the same model: its steps lie elsewhere, or add noise."""
+
+Sampler = Literal["euler"]
 
 
 @dataclass(frozen=True)
 class FlowSchedule:
     """Noise levels, from noise to clean.
 
+    They are the model's own and what masks are read at, whichever sampler a checkpoint names for its pictures.
+
     Attributes:
       shift: how far levels are pushed towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma).
+      sampler: what the checkpoint makes pictures with: diffusers' class, and options of it that change them.
       num_train_timesteps: the timestep of pure noise, the same for every SD3.
     """
 
     shift: float = 3.0
+    sampler: str = EULER
     num_train_timesteps: ClassVar[int] = 1000
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> FlowSchedule:
         """From a diffusers `scheduler_config.json`. Raises ValueError for a schedule that is not SD3's kind."""
-        for name in OTHER_SCHEDULES:
-            if config.get(name):
-                raise ValueError(f"the scheduler's {name} is {config[name]!r}; SD3's schedule has a fixed shift only")
+        name = config.get("_class_name", EULER)
+        if not isinstance(name, str) or name not in SHIFT_KEYS:
+            raise ValueError(
+                f"the scheduler is {name!r}, which is not known to follow a flow as SD3 does; expected one of "
+                + ", ".join(SHIFT_KEYS)
+            )
+        key = SHIFT_KEYS[name]
+        if key == "flow_shift":
+            for option, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
+                if config.get(option) != expected:
+                    raise ValueError(
+                        f"the scheduler is {name} whose {option} is {config.get(option)!r}; SD3 is a flow: expected "
+                        f"{expected!r}"
+                    )
+        for option in OTHER_MODELS:
+            if config.get(option):
+                raise ValueError(
+                    f"the scheduler's {option} is {config[option]!r}; SD3's schedule has a fixed shift only"
+                )
         timesteps = config.get("num_train_timesteps", cls.num_train_timesteps)
         if timesteps != cls.num_train_timesteps:
             raise ValueError(
                 f"the scheduler's num_train_timesteps is {timesteps!r}; SD3's is {cls.num_train_timesteps}"
             )
-        shift = config.get("shift", 1.0)
+        shift = config.get(key, 1.0)
         if type(shift) not in (int, float) or not 0 < shift < np.inf:
-            raise ValueError(f"the scheduler's shift is {shift!r}; expected a positive number")
-        return cls(float(shift))
+            raise ValueError(f"the scheduler's {key} is {shift!r}; expected a positive number")
+        other = "shift" if key == "flow_shift" else "flow_shift"
+        if config.get(other, shift) != shift:
+            # diffusers keeps the keys of the scheduler that another was made from, and takes 1 for what has a new name.
+            raise ValueError(
+                f"the scheduler is {name} with {key} {shift!r}, and {other} {config[other]!r} is left of the one that "
+                f"it was made from: set both to the model's own ({cls.shift} for SD3), or remove {other}"
+            )
+        changed = [f"{option} {config[option]!r}" for option in OTHER_STEPS if config.get(option)]
+        return cls(float(shift), " with ".join([name, *([", ".join(changed)] if changed else [])]))
+
+    def check_sampler(self, sampler: Sampler | None) -> None:
+        """Raise ValueError unless pictures by Euler steps are what the checkpoint names, or what is asked for."""
+        if sampler not in (None, *get_args(Sampler)):
+            raise ValueError(f"sampler is {sampler!r}; expected 'euler', or None for the checkpoint's own")
+        if sampler is None and self.sampler != EULER:
+            raise ValueError(
+                f"the checkpoint was saved with {self.sampler} for its pictures, and only Euler steps are made here: "
+                "ask for those with sampler='euler' (--sampler euler; samples.sampler in training)"
+            )
 
     def _shifted(self, sigma: np.ndarray | float) -> np.ndarray:
         return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax.batching import ModelView
-from seg4diff_jax.flow import FlowSchedule, check_guidance, is_whole
+from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
 from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.masks import image_latents, read_attention, read_class_scores
@@ -224,6 +224,7 @@ class Pipeline:
         noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
         images_per_prompt: int = 1,
+        sampler: Sampler | None = None,
         kernel: Kernel | None = None,
     ) -> UInt8[np.ndarray, "height width 3"] | list[UInt8[np.ndarray, "height width 3"]]:
         """Pictures of prompts, uint8 [height, width, 3]: one for one prompt, otherwise a list, made in one batch.
@@ -233,6 +234,8 @@ class Pipeline:
           negative_prompt: what guidance leads away from.
           guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
           seed, noise, size, kernel: as for `segment`; the default size is the trained square.
+          sampler: "euler", SD3's own, also where the checkpoint was saved with another. Default: the checkpoint's,
+            which is an error unless it is Euler.
 
         Raises:
           ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
@@ -241,6 +244,7 @@ class Pipeline:
         if self.transformer.depth < self.transformer.config.num_layers:
             loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
             raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
+        self.schedule.check_sampler(sampler)
         prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
         wanted = self.view.size((0, 0), size, "square")
         eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)

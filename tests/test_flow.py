@@ -58,11 +58,7 @@ def test_the_schedule_is_read_from_diffusers_config():
     "option",
     [
         {"use_dynamic_shifting": True},
-        {"use_karras_sigmas": True},
-        {"use_exponential_sigmas": True},
-        {"use_beta_sigmas": True},
         {"invert_sigmas": True},
-        {"shift_terminal": 0.02},
         {"num_train_timesteps": 500},
     ],
 )

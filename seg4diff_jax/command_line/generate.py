@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from seg4diff_jax.command_line.segment import (
     where,
 )
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.flow import LARGEST_SEED, check_guidance, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
 from seg4diff_jax.generation import one_for_each
 from seg4diff_jax.images import check_size
 from seg4diff_jax.loading import open_for_masks
@@ -51,6 +51,12 @@ def arguments(parser: ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
     add("--negative", type=str, default="", metavar="PROMPT", help="what guidance leads away from")
     add("--steps", type=int, default=28, help="Euler steps from noise to picture")
+    add(
+        "--sampler",
+        type=str,
+        choices=list(get_args(Sampler)),
+        help="also where the checkpoint was saved with another scheduler, which is refused by default",
+    )
     add("--guidance", type=float, default=7.0, help="scale; at 1 or less there is none, and a step costs half")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     add("--count", type=int, default=1, help="pictures of each prompt")
@@ -125,7 +131,9 @@ def examine(options: Any) -> tuple[int, int]:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
     source, _ = open_for_masks(options.model, **where(options))
-    source.schedule.sigmas(options.steps)
+    schedule = source.schedule
+    schedule.sigmas(options.steps)
+    schedule.check_sampler(options.sampler)
     limits = size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae")))
     return check_size((source.trained_size, source.trained_size) if size is None else size, **limits)
 
@@ -146,6 +154,7 @@ def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[U
             guidance=options.guidance,
             noise=np.asarray(image_noise(options.seed, filled, latents)),
             size=size,
+            sampler=options.sampler,
         )[: len(places)]
 
 

@@ -176,11 +176,11 @@ class Opened:
             raise ValueError(f"{config.model} does not say which block segments best: give block")
         if not 0 <= block < transformer.num_layers:
             raise ValueError(f"block is {block}; {config.model} has blocks 0..{transformer.num_layers - 1}")
-        size = config.data.size or source.trained_size
-        multiple = vae.downsampling * transformer.patch_size
-        largest = multiple * transformer.pos_embed_max_size
-        if size % multiple or size > largest:
+        size, multiple = config.data.size or source.trained_size, vae.downsampling * transformer.patch_size
+        if size % multiple or size > (largest := multiple * transformer.pos_embed_max_size):
             raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
+        if config.samples is not None:
+            source.schedule.check_sampler(config.samples.sampler)
         zeros = 0 if config.t5 else clip_tokens
         return cls(source, tokenizers, clip_tokens, block, size, zeros, jnp.dtype(config.dtype), config.t5)
 

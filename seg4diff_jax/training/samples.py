@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, image_noise
+from seg4diff_jax.flow import FlowSchedule, Sampler, image_noise
 from seg4diff_jax.generation import finite_pictures, sample_latents
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.text import TokenIds, encode_prompts
@@ -25,12 +25,14 @@ class Samples:
       count: how many, side by side, of the first validation captions.
       steps, guidance: as for `Pipeline.generate`.
       seed: of the noise.
+      sampler: as for `Pipeline.generate`: euler also for a checkpoint that was saved with another.
     """
 
     count: int = 8
     steps: int = 28
     guidance: float = 4.0
     seed: int = 0
+    sampler: Sampler | None = None
 
     def __post_init__(self):
         if self.count < 1 or self.steps < 1:
