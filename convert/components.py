@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.assemble import abstract
+from convert.configurations import PUBLISHED, check_values
 from convert.errors import CheckpointError
 from convert.names import Rule
 from convert.tables import clip as clip_table
@@ -68,30 +68,10 @@ def parse_config(name: str, config: dict[str, Any]) -> Any:
     """The component's typed configuration. Raises CheckpointError naming the component and the key."""
     kind = COMPONENTS[name].config
     try:
-        if kind is not MMDiTConfig:  # which looks at its own: some of its fields are of other types than its keys
-            _check_types(kind, config)
+        check_values(kind, config, PUBLISHED if kind is MMDiTConfig else {})
         return kind.from_json(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: config.json describes a model that is not implemented: {error}") from None
-
-
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "int": lambda value: type(value) is int,
-    "bool": lambda value: type(value) is bool,
-    "float": lambda value: type(value) in (int, float),
-    "float | None": lambda value: value is None or type(value) in (int, float),
-    "str": lambda value: type(value) is str,
-    "tuple[int, ...]": lambda value: type(value) in (list, tuple) and all(type(each) is int for each in value),
-}
-"""The types of configurations' fields, and what JSON may hold for them: `true` is no integer here."""
-
-
-def _check_types(kind: type, config: dict[str, Any]) -> None:
-    """Raise ValueError naming a key of another type than the model computes with, and its value."""
-    for field in fields(kind):
-        name, expected = field.name, str(field.type)
-        if name in config and not TYPES[expected](config[name]):
-            raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
 
 
 def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> Layered:

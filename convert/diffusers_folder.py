@@ -9,6 +9,7 @@ from pathlib import Path
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json
+from convert.index import check_index, named_components
 from convert.readers import SCHEDULER, Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
 
@@ -24,8 +25,9 @@ def open_diffusers(
         Default: all that the index names.
     """
     index = read_json(directory / "model_index.json", "it marks a diffusers checkpoint")
-    present = [name for name in COMPONENTS if (directory / name).is_dir() and index.get(name, [None])[0]]
-    absent = [name for name in COMPONENTS if index.get(name, [None])[0] and name not in present]
+    check_index(index, str(directory / "model_index.json"))
+    present = [name for name in named_components(index) if (directory / name).is_dir()]
+    absent = [name for name in named_components(index) if name not in present]
     if components is not None:
         absent = [name for name in absent if name in components]
     if absent and origin is None:

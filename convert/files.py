@@ -1,22 +1,103 @@
-"""Small files."""
+"""JSON as checkpoints, runs and tools write it: read in one place, and never trusted further than its type.
+
+Python's own reader takes NaN and Infinity, keeps the last of two equal keys, and answers depth and long numbers with
+errors of its own; here each is one sentence that names the file.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from convert.errors import CheckpointError
+
+LARGEST = 64 << 20
+"""Bytes of a file of JSON: vocabularies and indices of shards take a few million."""
+DEPTH = 64
+"""Objects and lists inside each other; configurations have five or so."""
+DIGITS = 32
+"""Of a whole number; the largest that is meant, a size in bytes, has 20."""
+SHOWN = 80
+"""Characters of a wrong value in a message."""
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
     """A file's JSON object. Raises CheckpointError naming the file; `why` says what an absent one was needed for."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            contents = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file" + (f"; {why}" if why else "")) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(contents) > LARGEST:
+        raise CheckpointError(f"{path}: expected a JSON object of at most {LARGEST >> 20} MiB, the file is larger")
+    return parse_object(contents, str(path))
+
+
+def parse_object(contents: bytes | str, where: str) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError, which begins with `where`: a file, or a part of one."""
+    found = parse_json(contents, where)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(found).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, found a {type(found).__name__}")
     return found
+
+
+def parse_json(contents: bytes | str, where: str) -> Any:
+    """JSON of finite numbers, unique keys and moderate depth. Raises CheckpointError, which begins with `where`."""
+    try:
+        text = contents.decode("utf-8-sig") if isinstance(contents, bytes) else contents
+        found = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_refused
+        )
+        if _deeper_than(found, DEPTH):
+            raise RecursionError
+    except RecursionError:
+        raise CheckpointError(
+            f"{where}: not JSON of ours: more than {DEPTH} objects or lists inside each other"
+        ) from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
+        raise CheckpointError(f"{where}: not JSON: {error}") from None
+    return found
+
+
+def shown(value: Any) -> str:
+    """A wrong value as messages show it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = [name for name, _ in pairs if name in seen or seen.add(name)]
+        raise ValueError(f"{', '.join(map(shown, twice[:8]))} occurs twice in one object")
+    return entries
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits, {digits[:8]}...; expected at most {DIGITS}")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {shown(digits)} is larger than any float")
+    return number
+
+
+def _refused(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return not levels or any(
+        _deeper_than(each, levels - 1) for each in (value.values() if isinstance(value, dict) else value)
+    )

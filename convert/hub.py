@@ -11,6 +11,7 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.diffusers_folder import weight_files
 from convert.errors import CheckpointError
 from convert.files import read_json
+from convert.index import check_index, named_components
 
 TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 Result = TypeVar("Result")
@@ -66,7 +67,8 @@ def _cached(repository: str, components: list[str], variant: str, error: Checkpo
     lacking = ["model_index.json"]
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
-        named = [name for name in components if (index.get(name) or [None])[0]]
+        check_index(index, str(folder / "model_index.json"))
+        named = [name for name in components if name in named_components(index)]
         lacking = [name for name in named if not _is_complete(folder / name, COMPONENTS[name].weights, variant)]
         lacking += [name for name in tokenizers_of(named) if not (folder / name).is_dir()]
     if lacking:

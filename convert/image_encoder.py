@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.assemble import abstract, assemble, translated
+from convert.configurations import check_values
 from convert.errors import CheckpointError
 from convert.files import read_json
 from convert.names import NameTableError, assign, parameter_shapes
@@ -22,6 +23,7 @@ def load_image_encoder(folder: Path, *, dtype: Any) -> CLIPVision:
     """
     described = read_json(folder / "config.json", "it describes CLIP's vision tower, CLIPVisionModelWithProjection")
     try:
+        check_values(CLIPVisionConfig, described)
         config = CLIPVisionConfig.from_json(described)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: a model that is not implemented: {error}") from None

@@ -39,3 +39,12 @@ def checksum(array: np.ndarray) -> str:
 def dtype_named(name: str) -> np.dtype:
     """The dtype that `str(dtype)` printed, bfloat16 and the like included. Raises TypeError for an unknown name."""
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def is_floating(name: str) -> bool:
+    """Whether a name is that of a dtype that weights are kept in."""
+    try:
+        dtype = dtype_named(name)
+    except TypeError:
+        return False
+    return str(dtype) == name and (dtype.kind == "f" or hasattr(ml_dtypes, name))

@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 
 from convert.components import COMPONENTS, abstract_model, checked_block, parse_config
+from convert.configurations import check_depth
 from convert.errors import CheckpointError, raise_all
-from convert.files import read_json
-from convert.layout import checksum, dtype_named
+from convert.files import read_json, shown
+from convert.index import check_index, is_inside
+from convert.layout import checksum, dtype_named, is_floating
 from convert.names import parameter_shapes
 from convert.readers import Layout, Source, part_of
 
@@ -175,23 +179,30 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         for key in objects
         if not isinstance(manifest.get(key, {}), dict)
     ]
-    if not isinstance(manifest.get("expert_block"), int | None):
+    if type(manifest.get("expert_block")) not in (int, NoneType):
         problems.append(f"{path}: expert_block is {manifest['expert_block']!r}; expected an integer or null")
+    for name, digest in files.items() if isinstance(files := manifest.get("files"), dict) else ():
+        if not is_inside(name) or not isinstance(digest, str):
+            problems.append(f"{path}: files: {shown(name)}: expected a file of this directory and its SHA-256; {again}")
     components = manifest.get("components")
     for name, parts in components.items() if isinstance(components, dict) else ():
         if name not in COMPONENTS:
             problems.append(f"{path}: no component is called {name}; {again}")
-        elif not (isinstance(parts, dict) and all(_is_part(part) for part in parts.values())):
+        elif not (isinstance(parts, dict) and all(is_inside(part) and _is_part(parts[part]) for part in parts)):
             problems.append(f"{path}: {name}: expected each parameter's shape, dtype and crc32; {again}")
     raise_all(problems, f"{path} is damaged")
+    check_index(manifest["model_index"], f"{path}: model_index")
 
 
 def _is_part(records: Any) -> bool:
     return isinstance(records, dict) and all(
         isinstance(record, dict)
-        and isinstance(record.get("shape"), list)
-        and isinstance(record.get("dtype"), str)
-        and "crc32" in record
+        and isinstance(shape := record.get("shape"), list)
+        and all(type(side) is int and side > 0 for side in shape)
+        and isinstance(dtype := record.get("dtype"), str)
+        and is_floating(dtype)
+        and isinstance(crc := record.get("crc32"), str)
+        and re.fullmatch("[0-9a-f]{8}", crc) is not None
         for record in records.values()
     )
 
@@ -213,6 +224,8 @@ class NativeComponent:
         }
 
     def check(self) -> None:
+        named = (name for part in self.records.values() for name in part)
+        check_depth(self.name, parse_config(self.name, self.config), named, str(self.folder))
         model = abstract_model(self.name, self.config)
         expected, part = parameter_shapes(model), part_of(model)
         found = {name: (tuple(r["shape"]), owner) for owner, rs in self.records.items() for name, r in rs.items()}

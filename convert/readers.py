@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from convert.components import COMPONENTS, Naming, abstract_model, expert_block, expert_step, parse_config, trained_size
+from convert.configurations import check_depth
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
@@ -92,8 +93,7 @@ class Source:
     @property
     def schedule(self) -> FlowSchedule:
         """Raises CheckpointError for a scheduler that is not SD3's kind, or whose class the two files disagree on."""
-        named, entry = self.scheduler.get("_class_name"), self.model_index.get("scheduler")
-        indexed = entry[-1] if isinstance(entry, list) and entry else None
+        named, indexed = self.scheduler.get("_class_name"), self.model_index.get("scheduler", [None])[-1]
         if named is not None and indexed is not None and named != indexed:
             raise CheckpointError(
                 f"{self.origin}: model_index.json says that the scheduler is {indexed!r}, scheduler_config.json "
@@ -145,8 +145,10 @@ class TorchComponent:
     def assignments(self) -> list[Assignment]:
         """What goes where, layer by layer in the order of the model."""
         if self._assignments is None:
+            config = parse_config(self.name, self.config)
+            check_depth(self.name, config, self.tensors, self.where)
             model = abstract_model(self.name, self.config)
-            rules = COMPONENTS[self.name].rules[self.naming](parse_config(self.name, self.config))
+            rules = COMPONENTS[self.name].rules[self.naming](config)
             expected = parameter_shapes(model)
             shapes: dict[str, Shape] = {name: info.shape for name, info in self.tensors.items()}
             try:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from PIL import Image
 
 from convert.errors import CheckpointError
-from convert.files import read_json
+from convert.files import read_json, shown
 from convert.image_encoder import load_image_encoder
 from convert.load import load_component
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
@@ -102,4 +102,10 @@ def load_clip(directory: str | Path) -> Clip:
     described = directory / "image_encoder" / "preprocessor_config.json"
     named = read_json(described) if described.is_file() else {}
     mean, std = named.get("image_mean", CLIP_MEAN), named.get("image_std", CLIP_STD)
+    for key, numbers in (("image_mean", mean), ("image_std", std)):
+        three = isinstance(numbers, list | tuple) and [type(each) in (int, float) for each in numbers] == [True] * 3
+        if not three or (key == "image_std" and min(numbers) <= 0):
+            raise CheckpointError(
+                f"{described}: {key} is {shown(numbers)}; expected a number for each of three channels"
+            )
     return Clip(text, vision, tokenizers, tuple(mean), tuple(std))

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convert.components import parse_config
+from convert.files import read_json
 from seg4diff_jax.command_line.memory import full_memory_told
 from seg4diff_jax.command_line.segment import (
     load_shown,
@@ -112,8 +113,8 @@ def run(options: Any) -> None:
 def remove_former(out: Path) -> None:
     """Remove an earlier run's files: those that its record names, and nothing else."""
     try:
-        former = [Path(picture["file"]).name for picture in json.loads((out / RECORD).read_text("utf-8"))["pictures"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        former = [Path(picture["file"]).name for picture in read_json(out / RECORD)["pictures"]]
+    except (ValueError, KeyError, TypeError):
         return
     for name in (RECORD, GRID, *former):
         (out / name).unlink(missing_ok=True)

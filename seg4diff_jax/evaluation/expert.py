@@ -6,13 +6,14 @@ import json
 import os
 from pathlib import Path
 
+from convert.files import read_json
 from seg4diff_jax.miniature import CHECKPOINT
 
 
 def name_expert(model: str, block: int, step: int) -> None:
     """Write `expert_block` and `expert_step` into the transformer's configuration; raises as `configuration` does."""
     path = configuration(model)
-    named = json.loads(path.read_text(encoding="utf-8")) | {"expert_block": block, "expert_step": step}
+    named = read_json(path) | {"expert_block": block, "expert_step": step}
     written = path.with_suffix(".new")
     written.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     os.replace(written, path)

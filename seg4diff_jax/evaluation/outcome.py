@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from jaxtyping import Float, Int
 
+from convert.files import parse_json
 from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
@@ -57,7 +58,7 @@ class Outcome:
                 protocol: kind(*(file[f"{protocol}.{name}"] for name in kind._fields))
                 for protocol, kind in PROTOCOLS.items()
             }
-            left_out = tuple(LeftOut(*each) for each in json.loads(str(file[LEFT_OUT])))
+            left_out = tuple(LeftOut(*each) for each in parse_json(str(file[LEFT_OUT]), LEFT_OUT))
             return cls(left_out=left_out, **parts, **{name: file[name] for name in ARRAYS})
 
 

@@ -10,10 +10,13 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.errors import CheckpointError
+from convert.files import read_json
 from seg4diff_jax.evaluation.outcome import Outcome, together
 
 DIRECTORY, RUN = "progress", "run.json"
@@ -40,10 +43,14 @@ class Progress:
         if not path.is_file():
             return None
         try:
-            former: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            shard = former.pop(SHARD)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): give --overwrite to begin anew") from None
+            former = read_json(path)
+        except CheckpointError as error:
+            raise ValueError(f"{error}: give --overwrite to begin anew") from None
+        shard = former.pop(SHARD, None)
+        if type(shard) is not int or shard < 1:
+            raise ValueError(
+                f"{path}: {SHARD} is {shard!r}, expected a whole number, at least 1: give --overwrite to begin anew"
+            )
         names = dict.fromkeys((*former, *self.identity))
         changed = [
             f"{name} was {former.get(name)!r} and is {self.identity.get(name)!r}"
@@ -69,7 +76,7 @@ class Progress:
         for path in sorted(self.directory.glob("[0-9]*.npz")):
             try:
                 part = Outcome.from_bytes(path.read_bytes())
-            except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile):
+            except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error):
                 path.unlink(missing_ok=True)
                 continue
             numbers.append(int(path.stem))

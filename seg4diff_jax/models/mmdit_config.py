@@ -34,6 +34,8 @@ class MMDiTConfig:
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> MMDiTConfig:
         """From a diffusers `transformer/config.json`. Raises ValueError for a variant that is not implemented."""
+        if (kind := config.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
+            raise ValueError(f"_class_name is {kind!r}; 'SD3Transformer2DModel' is implemented")
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         norm = known.pop("qk_norm", None)
         if norm not in (None, "rms_norm"):
@@ -50,6 +52,10 @@ class MMDiTConfig:
             if name != "dual_attention_layers" and (not _is_integer(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
         parsed = cls(**known, qk_norm=norm is not None)
+        if len(set(layers)) < len(layers) or not all(0 <= layer < parsed.num_layers for layer in layers):
+            raise ValueError(
+                f"dual_attention_layers is {layers!r}; expected numbers of its {parsed.num_layers} layers, each once"
+            )
         if parsed.caption_projection_dim != parsed.width:
             raise ValueError(
                 f"caption_projection_dim is {parsed.caption_projection_dim}; it must equal num_attention_heads x "

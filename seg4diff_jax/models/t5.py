@@ -46,7 +46,13 @@ class T5Config:
         for name, implemented in IMPLEMENTED.items():
             if found.get(name, implemented) != implemented:
                 raise ValueError(f"{name} is {found[name]!r}; T5 version 1.1's {implemented!r} is implemented")
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
+        parsed = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
+        if parsed.relative_attention_max_distance <= parsed.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_max_distance is {parsed.relative_attention_max_distance}; expected more than a "
+                f"quarter of relative_attention_num_buckets = {parsed.relative_attention_num_buckets}"
+            )
+        return parsed
 
 
 def relative_buckets(tokens: int, buckets: int, max_distance: int) -> Int[np.ndarray, "tokens tokens"]:

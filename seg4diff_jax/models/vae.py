@@ -24,6 +24,7 @@ from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.stack import LayerStack
 
 EPSILON = 1e-6
+MOST_LEVELS = 8
 SCORE_BYTES = 64 * 2**20
 """Attention scores held at once, per image: all of them up to 4096 tokens (512 px), an eighth of the image's largest
 activation at 1024 px in fp32. Per image, so that the arithmetic does not depend on the batch."""
@@ -69,6 +70,8 @@ class VAEConfig:
             known["block_out_channels"] = tuple(known["block_out_channels"])
         config = cls(**known)
         levels = len(config.block_out_channels)
+        if not 1 <= levels <= MOST_LEVELS:
+            raise ValueError(f"VAE config: block_out_channels has {levels} levels; expected 1 to {MOST_LEVELS}")
         implemented = {
             "_class_name": ["AutoencoderKL"],
             "act_fn": ["silu", "swish"],

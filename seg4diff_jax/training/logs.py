@@ -18,10 +18,14 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from convert.errors import CheckpointError
+from convert.files import parse_object
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.tensorboard import EventFile
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
+PICTURE = "[0-9]" * 8 + ".png"
+"""What a step's picture is called."""
 STRIP = 12
 """Height of the strip over a row of pictures that says its step."""
 BAR = (
@@ -115,7 +119,7 @@ class Logs:
         Image.fromarray(pixels).save(encoded, "PNG")
         (self._pictures / f"{step:08d}.png").write_bytes(encoded.getvalue())
         self._events.image(step, "pictures", encoded.getvalue(), *pixels.shape[:2])
-        files = sorted(self._pictures.glob("*.png"))
+        files = sorted(self._pictures.glob(PICTURE))
         rows = [(str(int(file.stem)), Image.open(file)) for file in files]
         height = sum(STRIP + row.height for _, row in rows)
         sheet = Image.new("RGB", (max(row.width for _, row in rows), height), "white")
@@ -138,23 +142,25 @@ def _shown(value: float) -> str:
 def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    kept = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := _parsed(line))["step"] <= step]
+    kept = [row for line in path.read_text("utf-8", "replace").splitlines() if (row := _parsed(line))["step"] <= step]
     staged = path.with_suffix(".partial")
     staged.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     staged.replace(path)
 
 
 def _drop_pictures_after(directory: Path, step: int) -> None:
-    for file in directory.glob("*.png"):
+    for file in directory.glob(PICTURE):
         if int(file.stem) > step:
             file.unlink()
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that was killed
-        return {"step": math.inf}
+    """A row; one that is damaged, as the last of a run that was killed, counts as later than any step."""
+    with suppress(CheckpointError):
+        row = parse_object(line, METRICS)
+        if type(row.get("step")) is int:
+            return row
+    return {"step": math.inf}
 
 
 class Throughput:

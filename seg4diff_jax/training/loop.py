@@ -199,7 +199,10 @@ def _data(task: Task, run: RunConfig, mesh: Mesh) -> Any:
 
 
 def _check_accumulation(before: Mapping[str, Any], optimizer: OptimizerConfig) -> None:
-    written = before.get("optimizer", {}).get("accumulate", optimizer.accumulate)
+    former = before.get("optimizer", {}) if isinstance(before, Mapping) else None
+    if not isinstance(former, Mapping):
+        raise TrainingError("the configuration in the run's checkpoint is damaged: give another run.out")
+    written = former.get("accumulate", optimizer.accumulate)
     if written != optimizer.accumulate:
         raise TrainingError(
             f"optimizer.accumulate is {optimizer.accumulate}, and the run's checkpoint counts its steps by {written} "

@@ -1,0 +1,122 @@
+"""What a component's configuration may say: types and bounds of its values, told before a model is made of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from convert.errors import CheckpointError
+from convert.files import shown
+
+
+class Bounds(NamedTuple):
+    """From `least` to `most`, both included unless `open`."""
+
+    least: float
+    most: float
+    open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        return math.isfinite(value) and self.least <= value <= self.most and not (self.open and value == self.least)
+
+    def __str__(self) -> str:
+        if math.isinf(self.least):
+            return "a finite number"
+        if self.open:
+            return f"more than {self.least:g}" + ("" if math.isinf(self.most) else f", up to {self.most:g}")
+        return f"{self.least} to {self.most}"
+
+
+LAYERS, SIZE = Bounds(1, 1000), Bounds(1, 2**20)
+POSITIVE, FINITE = Bounds(0, math.inf, open=True), Bounds(-math.inf, math.inf)
+BOUNDS: dict[str, Bounds] = {
+    "num_layers": LAYERS,
+    "num_hidden_layers": LAYERS,
+    "dual_attention_layers": Bounds(0, LAYERS.most - 1),
+    "layers_per_block": Bounds(1, 16),
+    "sample_size": Bounds(1, 4096),
+    "pos_embed_max_size": Bounds(1, 4096),
+    "image_size": Bounds(1, 16384),
+    "patch_size": Bounds(1, 1024),
+    "vocab_size": Bounds(1, 2**24),
+    "relative_attention_num_buckets": Bounds(4, 2**20),
+    "eos_token_id": Bounds(0, 2**24),
+    "layer_norm_eps": Bounds(0, 1, open=True),
+    "layer_norm_epsilon": Bounds(0, 1, open=True),
+    "scaling_factor": POSITIVE,
+    "shift_factor": FINITE,
+}
+"""By a field's name; every other number is a SIZE. They are far beyond any model there is, and near enough that a
+damaged number is told before anything of its size is made."""
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "float": lambda value: type(value) in (int, float),
+    "float | None": lambda value: value is None or type(value) in (int, float),
+    "str": lambda value: type(value) is str,
+    "tuple[int, ...]": lambda value: type(value) in (list, tuple) and all(type(each) is int for each in value),
+}
+"""The types of configurations' fields, and what JSON may hold for them: `true` is no integer here."""
+PUBLISHED: dict[str, Callable[[Any], bool]] = {
+    "qk_norm": lambda value: value is None or type(value) is str,
+    "dual_attention_layers": lambda value: value is None or TYPES["tuple[int, ...]"](value),
+    "out_channels": lambda value: value is None or type(value) is int,
+    "pos_embed_max_size": lambda value: value is None or type(value) is int,
+}
+"""The transformer's keys that are of other types in its file than in the dataclass."""
+
+
+def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, Callable[[Any], bool]] = {}) -> None:
+    """Raise ValueError naming a key whose value is of another type than the model computes with, or out of bounds.
+
+    Args:
+      kind: the configuration's dataclass.
+      published: keys that are of other types in files.
+    """
+    for field in fields(kind):
+        if field.name not in config:
+            continue
+        value, expected = config[field.name], str(field.type)
+        if not published.get(field.name, TYPES[expected])(value):
+            raise ValueError(f"{field.name} is {shown(value)}; expected {expected}")
+        bounds = BOUNDS.get(field.name, SIZE)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if type(number) in (int, float) and number not in bounds:
+                raise ValueError(f"{field.name} is {shown(value)}; expected {bounds}")
+
+
+DEPTHS = {
+    "transformer": "num_layers",
+    "text_encoder": "num_hidden_layers",
+    "text_encoder_2": "num_hidden_layers",
+    "text_encoder_3": "num_layers",
+}
+"""Component to the key of its depth."""
+LAYER = re.compile(
+    r"(?:transformer_blocks|joint_blocks|text_model\.encoder\.layers|encoder\.block|blocks)\.(\d{1,9})\."
+)
+"""How names of a layer's tensors begin: diffusers' and transformers', Stability's, and ours."""
+
+
+def check_depth(name: str, config: Any, tensors: Iterable[str], where: str) -> None:
+    """Raise CheckpointError when a configuration names more layers than there are among the tensors' names.
+
+    It takes no model, whose making would take as long as the configuration claims that it is deep.
+
+    Args:
+      config: of the component, typed.
+    """
+    if name not in DEPTHS:
+        return
+    key = DEPTHS[name]
+    numbers = {int(found[1]) for tensor in tensors if (found := LAYER.match(tensor))}
+    if numbers and getattr(config, key) > max(numbers) + 1:
+        raise CheckpointError(
+            f"{name} ({where}): config.json says that {key} is {getattr(config, key)}, and its tensors "
+            f"are of {len(numbers)} layers, 0 to {max(numbers)}: one of the two is of another model, or damaged"
+        )

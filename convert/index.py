@@ -1,0 +1,38 @@
+"""What a checkpoint's index names: its parts in `model_index.json`, and files that stay where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from convert.components import COMPONENTS, tokenizers_of
+from convert.errors import raise_all
+from convert.files import shown
+
+PARTS = (*COMPONENTS, *tokenizers_of(list(COMPONENTS)), "scheduler")
+
+
+def check_index(index: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a part of the model that is not described as a library and a class, or as absent."""
+    problems = []
+    for name in PARTS:
+        entry = index.get(name, [None, None])
+        pair = isinstance(entry, list) and len(entry) == 2
+        if not pair or {type(each) for each in entry} not in ({str}, {type(None)}):
+            problems.append(
+                f'{where}: {name} is {shown(entry)}; expected a library and a class, as in ["diffusers", '
+                '"AutoencoderKL"], or [null, null] for none'
+            )
+    raise_all(problems, f"{where} is damaged")
+
+
+def named_components(index: Mapping[str, Any]) -> list[str]:
+    """The components that a checked index says are there."""
+    return [name for name in COMPONENTS if index.get(name, [None])[0]]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in the directory that it is relative to."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
