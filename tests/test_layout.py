@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, str] = {
     # What is around them, in memory.
     "images": "",
     "compilation": "",
+    "configuration": "",
     "text": "models",
     "batching": "flow images",
     "pipeline": "batching flow generation images masks models parallel segmentation text",
@@ -36,8 +37,8 @@ MAY_IMPORT: dict[str, str] = {
     "reporting": "pipeline",
     "data": "convert images segmentation",
     "miniature": "data",
-    "training": "analysis compilation convert data flow generation loading magnet miniature models parallel "
-    "segmentation text",
+    "training": "analysis compilation configuration convert data flow generation loading magnet miniature models "
+    "parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")

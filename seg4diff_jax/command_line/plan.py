@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 
+from seg4diff_jax.configuration import check_arguments
 from seg4diff_jax.training.command import chosen_task, configuration, task_parser
+from seg4diff_jax.training.tasks import TASKS
 
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",
@@ -60,6 +62,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     task = chosen_task(arguments)
     if task != PLANNED:
         raise ValueError(f"the task is {task}; plans are made for {PLANNED}")
+    check_arguments(arguments, TASKS[task].config)
     parser = task_parser(task, "seg4diff plan", "What a training run needs of a slice of TPUs that is not here.")
     add: Any = parser.add_argument
     add("--topology", type=str, default="", help="chips and their arrangement: v5e:4x4, v5p:2x2x1, v6e:8x8")

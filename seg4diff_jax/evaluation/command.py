@@ -47,9 +47,8 @@ LINE_EVERY = 30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate what the arguments say. Returns the exit status: 1, after one message on stderr, when input is wrong."""
-    options = parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        run(options)
+        run(parse(list(sys.argv[1:] if arguments is None else arguments)))
     except AT_FAULT as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from seg4diff_jax.configuration import check_finite, configuration_file
 from seg4diff_jax.data.names import Background, Spelling
 from seg4diff_jax.images import Resize
 
@@ -147,7 +148,11 @@ def make_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     add: Any = parser.add_argument
-    add("--config", action="config", help="YAML file, such as an earlier run's config.yaml; options after it win")
+    add(
+        "--config",
+        action=configuration_file(Options),
+        help="YAML file, such as an earlier run's config.yaml; options after it win",
+    )
     for prefix, options in (("", Options), *((f"{name}.", group) for name, group in GROUPS.items())):
         types = get_type_hints(options)
         for one in fields(options):
@@ -160,9 +165,10 @@ def make_parser() -> ArgumentParser:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Leaves with a message (SystemExit) for options that are not right."""
+    """Leaves with a message (SystemExit) for options that are not right; ValueError for a number that is not finite."""
     values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
+    check_finite(values)
     values |= {name: group(**values[name]) for name, group in GROUPS.items()}
     return Options(**values)
 

@@ -12,6 +12,7 @@ import jax
 import yaml
 from jsonargparse import ArgumentParser
 
+from seg4diff_jax.configuration import check_arguments, check_finite, configuration_file, read_configuration
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
 from seg4diff_jax.training.tasks import TASKS
@@ -22,7 +23,7 @@ def task_parser(task: str, prog: str, description: str) -> ArgumentParser:
     """All options of one task's configuration."""
     parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     add: Any = parser.add_argument
-    add("--config", action="config", help="YAML file; options given after it win")
+    add("--config", action=configuration_file(TASKS[task].config), help="YAML file; options given after it win")
     add("--task", type=str, choices=list(TASKS), default=task)
     parser.add_class_arguments(TASKS[task].config, as_positional=False)
     return parser
@@ -42,28 +43,20 @@ def make_parser(task: str) -> ArgumentParser:
     return parser
 
 
-def _read(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-
-
 def chosen_task(arguments: Sequence[str]) -> str:
     """The task that the configuration or the command line names.
 
-    Raises ValueError when none or an unknown one is named, or the file is no YAML; OSError when there is no such file.
+    Raises ValueError when none or an unknown one is named, or the file cannot be read.
     """
     found = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         option, _, value = argument.partition("=")
         value = value or following
         if option == "--config" and value:
-            parsed = _read(Path(value))
-            found = parsed.get("task", found) if isinstance(parsed, dict) else found
+            found = read_configuration(Path(value)).get("task", found)
         elif option == "--task":
             found = value
-    if found not in TASKS:
+    if not isinstance(found, str) or found not in TASKS:
         raise ValueError(
             f"the task is {found!r}; expected one of {', '.join(TASKS)}, as `task:` in the file that --config names"
         )
@@ -81,8 +74,10 @@ class Parsed(NamedTuple):
 
 
 def parse(arguments: Sequence[str]) -> Parsed:
-    """Raises ValueError when no task is named; leaves with a message (SystemExit) for options that are not right."""
+    """Raises ValueError when no task is named or a number is not finite; leaves with a message (SystemExit) for other
+    options that are not right."""
     task = chosen_task(arguments)
+    check_arguments(arguments, TASKS[task].config)
     parser = make_parser(task)
     options = parser.parse_args(list(arguments))
     flags = {name: options.pop(name) for name in ("resume", "distributed")}
@@ -94,6 +89,7 @@ def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any,
     """A task's configuration of the options that `task_parser` adds, and the same as plain values."""
     options.pop("config", None)
     record = yaml.safe_load(parser.dump(options, skip_unset=False))
+    check_finite(record)
     values = parser.instantiate(options)
     values.pop("task")
     return TASKS[task].config(**values), record

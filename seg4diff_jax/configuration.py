@@ -1,0 +1,209 @@
+"""Configuration files: YAML that is bounded, held against the options' types before anything is made of it.
+
+jsonargparse merges what is left with the command line. It would import the module of any `class_path` that it meets,
+take an empty section for null, and expand aliases without end: what it gets to see has none of these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ActionConfigFile
+
+LARGEST = 1 << 20
+"""Bytes of a file."""
+VALUES = 20_000
+"""Of a file, each counted as often as aliases repeat it."""
+DEPTH = 32
+SHOWN = 80
+CLASSES = ("class_path", "init_args", "dict_kwargs")
+"""How jsonargparse is told to import a class; no option is called so."""
+
+
+class _Loader(yaml.SafeLoader):
+    """With YAML 1.2's floats (`1e-5` is one), and without dates."""
+
+
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+
+
+def read_configuration(path: Path, kind: type | None = None) -> dict[str, Any]:
+    """A configuration file's options.
+
+    Args:
+      kind: the dataclass that they are of: empty sections of it mean its defaults, and are left out. None: they stay.
+
+    Raises:
+      ValueError: the file is absent or no YAML, repeats a key or is too large, or holds a value that no option takes;
+        the message begins with the file.
+    """
+    try:
+        with path.expanduser().open("rb") as file:
+            contents = file.read(LARGEST + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(contents) > LARGEST:
+        raise ValueError(f"{path}: expected a configuration of at most {LARGEST >> 10} KiB, the file is larger")
+    found = parse_yaml(contents, str(path))
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{path}: expected options, as in `name: value`, found {_shown(found)}")
+    try:
+        return {} if found is None else _options(found, kind, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_yaml(contents: bytes | str, where: str) -> Any:
+    """YAML of unique keys, moderate depth and bounded size, aliases expanded.
+
+    Raises ValueError, which begins with `where`: a file, or an option.
+    """
+    try:
+        loader = _Loader(contents)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                _expanded(node, {}, ())
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError(f"{where}: more than {DEPTH} sections or lists inside each other") from None
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{where}: no YAML: {' '.join(str(error).split())}") from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """How many values a node stands for. Raises ValueError for too many, RecursionError for too deep a one."""
+    if id(node) in above or len(above) > DEPTH:
+        raise RecursionError
+    if id(node) not in known:
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
+                raise ValueError(f"{', '.join(map(_shown, twice[:8]))} occurs twice in one section")
+            parts = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[id(node)] = 1 + sum(_expanded(part, known, (*above, id(node))) for part in parts)
+    if known[id(node)] > VALUES:
+        raise ValueError(f"more than {VALUES} values, aliases expanded")
+    return known[id(node)]
+
+
+# ---- options and their types ----------------------------------------------------------------------------------------
+
+
+def section(kind: Any) -> tuple[type | None, bool]:
+    """The dataclass that an option of this type is a section of, and whether null is a value of it too."""
+    choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    found = next((each for each in choices if isinstance(each, type) and is_dataclass(each)), None)
+    return found, types.NoneType in choices
+
+
+def _options(found: Mapping[Any, Any], kind: type | None, prefix: str) -> dict[str, Any]:
+    """A section's options; those that are empty sections are left out."""
+    hints = get_type_hints(kind) if kind else {}
+    kept: dict[str, Any] = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or name in CLASSES:
+            raise ValueError(f"{prefix}{name} is no option: expected names of options as keys")
+        option, (inner, optional) = prefix + name, section(hints.get(name))
+        if inner is None:
+            kept[name] = _plain(value, option)
+        elif isinstance(value, dict):
+            kept[name] = _options(value, inner, f"{option}.")
+        elif value is not None:
+            raise ValueError(f"{option} is {_shown(value)}; expected a section with options of its own")
+        elif optional:
+            kept[name] = None
+    return kept
+
+
+def _plain(value: Any, option: str) -> Any:
+    """A value of finite numbers, words and lists and tables of them. Raises ValueError naming the option."""
+    if isinstance(value, dict):
+        return _options(value, None, f"{option}.")
+    if isinstance(value, list):
+        return [_plain(each, option) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{option} is {value}; expected a finite number")
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{option} is a number of {len(str(abs(value)))} digits; expected one below 2^63")
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise ValueError(f"{option} is {_shown(value)}; expected a number, a word, or a list or table of them")
+    return value
+
+
+def check_finite(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError naming an option whose number is not finite, of options that were parsed."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_finite(value, f"{prefix}{name}.")
+        elif any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
+            raise ValueError(f"{prefix}{name} is {_shown(value)}; expected a finite number")
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def configuration_file(kind: type) -> type[ActionConfigFile]:
+    """The action of `--config FILE`, for the options of a dataclass."""
+
+    class ConfigurationFile(ActionConfigFile):
+        def __call__(self, parser, cfg, values, option_string=None):
+            try:
+                options = read_configuration(Path(values), kind)
+                self.apply_config(parser, cfg, self.dest, json.dumps(options) if options else "{}")
+            except ValueError as error:
+                raise TypeError(str(error)) from error
+
+    return ConfigurationFile
+
+
+def check_arguments(arguments: Sequence[str], kind: type) -> None:
+    """Raise ValueError for an argument that would have jsonargparse import a module, or read a file, for a section."""
+    sections = dict(_sections(kind, ""))
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, given, value = argument.partition("=")
+        if not option.startswith("--"):
+            continue
+        name = option[2:].replace("-", "_")
+        if not {*name.split(".")}.isdisjoint(CLASSES):
+            raise ValueError(f"{option} is no option")
+        if name not in sections:
+            continue
+        found = parse_yaml(value if given else following, option)
+        inner, optional = sections[name]
+        if not isinstance(found, dict) and not (found is None and optional):
+            raise ValueError(f"{option} is {_shown(found)}; expected options of it, as in {option}.NAME=VALUE")
+        _options(found or {}, inner, f"{option}.")
+
+
+def _sections(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]]:
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        inner, optional = section(hints[field.name])
+        if inner is not None:
+            yield prefix + field.name, (inner, optional)
+            yield from _sections(inner, f"{prefix}{field.name}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
