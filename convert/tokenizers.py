@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from convert.components import COMPONENTS, parse_config
 from convert.errors import CheckpointError, raise_all
+from convert.files import read_json, shown
 from convert.readers import Source
 from seg4diff_jax.text import Tokenizers, load_tokenizers
+
+JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
+FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
@@ -14,11 +21,19 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
     Raises CheckpointError when they are damaged or do not fit the text encoders: JAX would read past the end of an
     embedding without a word.
     """
+    for folder in source.tokenizers.values():
+        for file in JSON:
+            if (folder / file).is_file():
+                read_json(folder / file)
     try:
         tokenizers = load_tokenizers(source.tokenizers, t5=t5)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source.origin}: {error}") from error
-    problems = []
+    problems = [
+        problem
+        for folder, tokenizer in zip(FOLDERS, tokenizers, strict=True)
+        if tokenizer is not None and (problem := _unmerged(source.tokenizers[folder], tokenizer.all_special_tokens))
+    ]
     for name, tokenizer in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), tokenizers, strict=True):
         if tokenizer is None or name not in source.configs:
             continue
@@ -33,3 +48,17 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
             )
     raise_all(problems, f"{source.origin}: tokenizers of another model")
     return tokenizers
+
+
+def _unmerged(folder: Path, special: Collection[str]) -> str | None:
+    """What is wrong with `merges.txt`: without the merge that makes a word, the word is spelt, and nothing is said."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if not vocabulary.is_file() or not merges.is_file():
+        return None
+    made = {
+        "".join(pair) for line in merges.read_text("utf-8", "replace").splitlines() if len(pair := line.split(" ")) == 2
+    }
+    words = (word for word in read_json(vocabulary) if len(word.removesuffix("</w>")) > 1 and word not in special)
+    if lacking := [word for word in words if word not in made]:
+        return f"{merges}: {len(lacking)} words of vocab.json are made by no merge, as {shown(lacking[0])}; copy it"
+    return None

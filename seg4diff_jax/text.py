@@ -98,9 +98,37 @@ def _load_tokenizer(cls: Any, directory: Path, choices: tuple[tuple[str, ...], .
             "copy it from the checkpoint that the weights come from, or load without T5 if it is T5's that is absent"
         )
     try:
-        return cls.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"{directory} cannot be read as a {cls.__name__}: {error}; copy it anew") from error
+        tokenizer = cls.from_pretrained(directory, local_files_only=True)
+        problem = _problem(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare Exceptions, and panics, which are not even those
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{directory} cannot be read as a {cls.__name__}: {reason}; copy it anew") from error
+    if problem:
+        raise ValueError(f"{directory} cannot be read as a {cls.__name__}: {problem}; copy it anew")
+    return tokenizer
+
+
+def _problem(tokenizer: Any) -> str | None:
+    """What is wrong with a tokenizer that was read: damaged files may only tell when words are asked for."""
+    length, ids = tokenizer.model_max_length, list(tokenizer.get_vocab().values())
+    if type(length) is not int or length < 3:
+        return f"model_max_length is {length!r}, expected a whole number, at least 3"
+    if len(set(ids)) < len(ids):
+        return "two tokens of its vocabulary have one id"
+    ends = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
+    if missing := [name for name, number in ends.items() if number not in ids]:
+        return f"its {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the vocabulary"
+    for prompt in ("", "a photo, of 2 cats"):
+        found = tokenizer([prompt], verbose=False).input_ids[0]
+        if not found or found[-1] != tokenizer.eos_token_id or not set(found) <= set(ids):
+            return f"the tokens of {prompt!r} are {found}, which do not end with eos_token"
+        if prompt and len({*found} - {*ends.values()}) < 2:
+            return f"it has one token, {found[0]}, for all words"
+    return None
 
 
 def tokenize(tokenizers: Tokenizers, prompts: Sequence[str], *, t5_length: int = 256) -> TokenIds:
