@@ -24,15 +24,15 @@ class Bounds(NamedTuple):
         return math.isfinite(value) and self.least <= value <= self.most and not (self.open and value == self.least)
 
     def __str__(self) -> str:
-        if math.isinf(self.least):
-            return "a finite number"
         if self.open:
             return f"more than {self.least:g}" + ("" if math.isinf(self.most) else f", up to {self.most:g}")
+        if math.isinf(self.most):
+            return f"at least {self.least}"
         return f"{self.least} to {self.most}"
 
 
 LAYERS, SIZE = Bounds(1, 1000), Bounds(1, 2**20)
-POSITIVE, FINITE = Bounds(0, math.inf, open=True), Bounds(-math.inf, math.inf)
+POSITIVE = Bounds(0, math.inf, open=True)
 BOUNDS: dict[str, Bounds] = {
     "num_layers": LAYERS,
     "num_hidden_layers": LAYERS,
@@ -48,7 +48,7 @@ BOUNDS: dict[str, Bounds] = {
     "layer_norm_eps": Bounds(0, 1, open=True),
     "layer_norm_epsilon": Bounds(0, 1, open=True),
     "scaling_factor": POSITIVE,
-    "shift_factor": FINITE,
+    "shift_factor": Bounds(-1000, 1000),
 }
 """By a field's name; every other number is a SIZE. They are far beyond any model there is, and near enough that a
 damaged number is told before anything of its size is made."""

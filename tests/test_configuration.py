@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
 from seg4diff_jax import configuration
 from seg4diff_jax.command_line.plan import parse as parse_plan
-from seg4diff_jax.configuration import parse_yaml, read_configuration
+from seg4diff_jax.configuration import parse_yaml, read_configuration, section
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised
 from seg4diff_jax.evaluation.options import parse as parse_evaluation
 from seg4diff_jax.training.command import parse as parse_training
 from seg4diff_jax.training.loop import MeshConfig
 from seg4diff_jax.training.mask_items import MaskData
 from seg4diff_jax.training.optimizers import OptimizerConfig
+from seg4diff_jax.training.tasks import TASKS
 
 TRAINING = ["--task=magnet", "--run.out=o", "--run.steps=9", "--run.batch_size=1", "--model=m"]
 
@@ -139,6 +141,37 @@ def test_a_number_on_the_command_line_is_finite_too(value):
     option = {"[": "betas", "{": "rates"}.get(value[0], "learning_rate")
     with pytest.raises(ValueError, match=rf"^optimizer\.{option}.* is .*; expected a finite number"):
         parse_training([*TRAINING, f"--optimizer.{option}={value}"])
+
+
+BASE = {
+    "autoencoder": [],
+    "contrastive": [],
+    "flow_matching": ["--vae=v", "--text=t", "--kernel.name=xla"],
+    "magnet": ["--model=m", "--samples={}", "--kernel.name=xla", "--objective.targets=classes"],
+}
+
+
+def numeric_options(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted options of a configuration that are numbers, or lists or tables of them, and a value far below zero."""
+    for name, hint in get_type_hints(kind).items():
+        inner, _ = section(hint)
+        if inner is not None:
+            yield from numeric_options(inner, f"{prefix}{name}.")
+        elif re.search(r"\b(int|float)\b", str(hint)):
+            forms = {"tuple": "[{0}, {0}]", "dict": '{{"a": {0}}}'}
+            form = next((form for word, form in forms.items() if word in str(hint)), "{0}")
+            yield prefix + name, form.format(-(10**15))
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"), [(task, *each) for task in TASKS for each in numeric_options(TASKS[task].config)]
+)
+def test_every_number_of_every_task_has_a_bound_that_is_told_by_its_name(capsys, task, option, value):
+    run = ["--task", task, "--run.out=o", "--run.steps=9", "--run.batch_size=1", *BASE[task], f"--{option}={value}"]
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        parse_training(run)
+    printed = capsys.readouterr().err.rpartition("error: ")[2]
+    assert option.split(".")[-1] in (printed if isinstance(caught.value, SystemExit) else str(caught.value))
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from seg4diff_jax.configuration import check_arguments, check_finite, configuration_file, read_configuration
+from seg4diff_jax.training.bounds import check_numbers
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
 from seg4diff_jax.training.tasks import TASKS
@@ -92,7 +93,9 @@ def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any,
     check_finite(record)
     values = parser.instantiate(options)
     values.pop("task")
-    return TASKS[task].config(**values), record
+    made = TASKS[task].config(**values)
+    check_numbers(made)
+    return made, record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
