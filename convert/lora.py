@@ -15,27 +15,32 @@ from convert import lora_formats as formats
 from convert.errors import CheckpointError
 from convert.hub import is_repository_id
 from convert.lora_formats import Format, LoRACheckpoint
-from convert.lora_names import NATIVE, config_of, pair, refuse
-from convert.safetensors_stream import read_header
+from convert.lora_layers import config_of, gaps, pair, refuse
+from convert.lora_names import native_names, parse_native
 from convert.staging import check_target, staged_directory
 from seg4diff_jax.models.lora import Adapter, LoRAConfig, apply_lora
 from seg4diff_jax.models.mmdit import MMDiT
 
 
 class FileFormat(NamedTuple):
-    """`suffix`: of the file; none for a directory."""
+    """`write`: none for what is only read. `suffix`: of the file; none for a directory."""
 
-    read: Callable[[Path, float | None], LoRACheckpoint]
-    write: Callable[[Path, LoRACheckpoint], None]
-    suffix: str | None
+    read: Callable[[formats.Opened, float | None], LoRACheckpoint]
+    write: Callable[[Path, LoRACheckpoint], None] | None = None
+    suffix: str | None = None
 
 
 FORMATS: dict[Format, FileFormat] = {
     "native": FileFormat(formats.read_native, formats.write_native, ".safetensors"),
-    "diffusers": FileFormat(formats.read_diffusers, formats.write_diffusers, ".safetensors"),
-    "peft": FileFormat(formats.read_peft, formats.write_peft, None),
+    "diffusers": FileFormat(formats.read_named, formats.write_diffusers, ".safetensors"),
+    "peft": FileFormat(formats.read_peft, formats.write_peft),
     "release": FileFormat(formats.read_release, formats.write_release, ".pth"),
+    "kohya": FileFormat(formats.read_named),
+    "onetrainer": FileFormat(formats.read_named),
+    "lycoris": FileFormat(formats.read_named),
+    "comfyui": FileFormat(formats.read_named),
 }
+WRITTEN = tuple(name for name, form in FORMATS.items() if form.write)
 
 
 def load_lora(
@@ -59,7 +64,8 @@ def load_lora(
     checkpoint = read_lora(path, alpha=alpha)
     if checkpoint.others and not adapters_only:
         raise CheckpointError(
-            f"{path}: tensors that are no adapters and would go unused: {', '.join(checkpoint.others)}; "
+            f"{path}: tensors that are no adapters of the transformer and would go unused: "
+            f"{formats.in_short(checkpoint.others)}; "
             f"say adapters_only=True to leave them out, or leave them out for good with `python -m convert lora {path} "
             "DST --adapters-only`"
         )
@@ -99,10 +105,10 @@ def save_lora(
     Raises CheckpointError when they are not whole or not of the configuration's rank, or the file exists.
     """
     arrays = {name: Adapter(np.asarray(a), np.asarray(b)) for name, (a, b) in adapters.items()}
-    problems: list[str] = []
-    factors, rest = NATIVE.read(NATIVE.write(arrays))
-    whole = pair(factors, config.rank, problems)
-    refuse(path, problems + [f"surplus: {name}" for name in rest])
+    parsed = parse_native(native_names(arrays))
+    problems = [f"surplus: {name}" for name in parsed.rest]
+    whole = pair(parsed.factors, lambda layer: config.rank, problems)
+    refuse(path, problems + [f"missing: an adapter of {layer}" for layer in gaps(whole)])
     checkpoint = LoRACheckpoint(config_of(whole, config.rank, config.alpha), whole)
     write_lora(checkpoint, path, to="native", overwrite=overwrite)
 
@@ -117,7 +123,7 @@ def convert_lora(
     overwrite: bool = False,
     checkpoint: str | None = None,
 ) -> LoRACheckpoint:
-    """Convert adapters, no bit of a number changed; returns what was read.
+    """Convert adapters; returns what was read. No bit of a number is changed, unless `unite` has to.
 
     Args:
       source: see `load_lora`.
@@ -148,14 +154,15 @@ def convert_lora(
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRACheckpoint:
     """Everything in a file of adapters, its format told from its content. Arguments and errors as for `load_lora`."""
-    path = Path(path).expanduser()
-    kind, place = _detect(path)
-    return FORMATS[kind].read(place, alpha)
+    opened = formats.open_file(_find(Path(path).expanduser()))
+    return FORMATS[opened.format].read(opened, alpha)
 
 
 def write_lora(checkpoint: LoRACheckpoint, target: str | Path, *, to: Format, overwrite: bool = False) -> None:
     """Write `target`, complete or not at all. Raises CheckpointError as `convert_lora`."""
     target, form = Path(target).expanduser(), FORMATS[to]
+    if form.write is None:
+        raise CheckpointError(f"adapters are not written as {to}: choose {', '.join(WRITTEN)}")
     if form.suffix is None:
         check_target(target, overwrite=overwrite, marker=formats.PEFT_CONFIG)
         with staged_directory(target) as work:
@@ -183,39 +190,25 @@ def _staged_file(target: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def _detect(path: Path) -> tuple[Format, Path]:
-    """The format of a file or directory, and what its reader is to be given."""
+def _find(path: Path) -> Path:
+    """The file of adapters that a path names, itself or by its directory."""
     if path.is_dir():
-        if (path / formats.PEFT_CONFIG).is_file():
-            return "peft", path
-        if (path / formats.DIFFUSERS_FILE).is_file():
-            return "diffusers", path / formats.DIFFUSERS_FILE
-        if (path / formats.NATIVE_FILE).is_file():
-            return "native", path / formats.NATIVE_FILE
+        found = [path / name for name in formats.IN_DIRECTORIES if (path / name).is_file()]
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise CheckpointError(f"{path}: there are several files of adapters in it, {names}: name one of them")
+        if found:
+            return found[0]
         if (path / formats.EXPORT).is_dir():
-            return _detect(path / formats.EXPORT)
+            return _find(path / formats.EXPORT)
         if (path / formats.CHECKPOINTS).is_dir():
             raise CheckpointError(
                 f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
                 f"`python -m convert lora {path} DST --checkpoint last`, or best"
             )
-        names = f"{formats.NATIVE_FILE}, {formats.PEFT_CONFIG} or {formats.DIFFUSERS_FILE}"
-        raise CheckpointError(f"{path}: no adapters: expected one of {names} in it")
+        names = f"{', '.join(formats.IN_DIRECTORIES[:-1])} or {formats.IN_DIRECTORIES[-1]}"
+        raise CheckpointError(f"{path}: no adapters: expected {names} in it; name a file that is called otherwise")
     if not path.is_file():
         hint = f"; if it is on the Hub: hf download {path}" if is_repository_id(str(path)) else ""
         raise CheckpointError(f"{path}: no such file or directory{hint}")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if not head.endswith(b"{") and head.startswith((b"PK", b"\x80")):  # torch.save: a zip, formerly a bare pickle
-        return "release", path
-    names = list(read_header(path))
-    if formats.read_metadata(path).get("format") == formats.NATIVE_FORMAT:
-        return "native", path
-    if any(name.startswith("base_model.model.") for name in names):
-        return "peft", path.parent
-    if any(name.startswith("transformer.") for name in names):
-        return "diffusers", path
-    raise CheckpointError(
-        f"{path}: adapters of an unknown format: expected names like {NATIVE.template}, "
-        f"{formats.DIFFUSERS.template} or {formats.PEFT.template}, found {', '.join(names[:4]) or 'none'}"
-    )
+    return path

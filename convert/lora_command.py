@@ -7,7 +7,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from convert.lora import FORMATS, convert_lora, read_lora
+from convert.lora import WRITTEN, convert_lora, read_lora
+from convert.lora_formats import in_short
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -15,16 +16,16 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "source",
         type=str,
-        help="the release's lora_weights.pth, a directory of PEFT's, diffusers' file, our file, or a training run's",
+        help="file or directory of adapters of any tool that docs/convert.md lists, or a training run",
     )
     add("target", type=str, help=".safetensors file (native, diffusers), .pth file (release) or directory (peft)")
-    add("--to", choices=list(FORMATS), help="format of the target; default: diffusers of ours, ours of all others")
+    add("--to", choices=list(WRITTEN), help="format of the target; default: diffusers of ours, ours of all others")
     add(
         "--checkpoint",
         type=str,
         help="of a training run, instead of what it left at its end: last, best (by held-out mIoU) or a step",
     )
-    add("--alpha", type=float, help="for files that do not say; default: 16 (release), the rank (diffusers)")
+    add("--alpha", type=float, help="for files that do not say; default: 16 (release), the rank (others)")
     add("--adapters-only", action="store_true", help="leave out tensors that are no adapters, such as a mask head")
     add("--overwrite", action="store_true", help="replace the target")
 
@@ -47,7 +48,8 @@ def run(options: Any) -> None:
     say(f"{len(read.adapters)} adapters: {', '.join(config.targets)} in blocks {_ranges(config.blocks)}")
     if read.others:
         what = "left out" if options.adapters_only else "kept"
-        say(f"{what} {len(read.others)} tensors that are no adapters: {', '.join(read.others)}", markup=False)
+        names = in_short(read.others)
+        say(f"{what} {len(read.others)} tensors that are no adapters of the transformer: {names}", markup=False)
     if read.left_out:
         say(f"left out: {', '.join(read.left_out)}", markup=False)
     say(f"wrote {options.target} ({to})", markup=False)

@@ -1,34 +1,53 @@
-"""The files that adapters come in: PEFT's directory, diffusers' file, the Seg4Diff release's checkpoint, and ours.
+"""The files that adapters come in.
 
-native     one safetensors file under our names; rank, alpha, targets and blocks in its header, as JSON
-diffusers  one safetensors file, as StableDiffusion3Pipeline.save_lora_weights writes it
-peft       a directory with adapter_model.safetensors and adapter_config.json
-release    a detectron2 checkpoint (`lora_weights.pth`); it says neither rank nor alpha: the rank is that of the
-           tensors, alpha is 16
+native      one safetensors file under our names; rank, alpha, targets and blocks in its header, as JSON
+diffusers   one safetensors file, as StableDiffusion3Pipeline.save_lora_weights writes it, or with the names of
+            SD3Transformer2DModel.save_lora_adapter, which lack `transformer.`
+peft        a file with adapter_config.json beside it
+release     a detectron2 checkpoint (`lora_weights.pth`); it says neither rank nor alpha: the rank is that of the
+            tensors, alpha is 16
+kohya, onetrainer, lycoris, comfyui   one file with the names of these, and alpha among its tensors: only read
+
+But for the release's and ours, each may be safetensors or a file of torch.save.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert.errors import CheckpointError
 from convert.files import read_json
 from convert.layout import contiguous
-from convert.lora_names import DIFFUSERS, NATIVE, PEFT, RELEASE, Factor, Naming, config_of, pair, refuse
+from convert.lora_layers import config_of, fill, gaps, is_alpha, most_common, pair, refuse, unite
+from convert.lora_names import (
+    DIFFUSERS,
+    DOTTED_PREFIXES,
+    FLAT_PREFIXES,
+    STABILITY,
+    TEXT_ENCODER,
+    Parsed,
+    is_adapter,
+    native_names,
+    parse,
+    parse_native,
+    surplus,
+    torch_names,
+)
+from convert.lora_peft import read_settings, settings_of
 from convert.safetensors_stream import read_header, read_tensor
-from convert.torch_pickle import load_pickle, save_pickle, to_numpy
+from convert.torch_pickle import is_pickle, load_pickle, save_pickle, to_numpy
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
 
-Format = Literal["native", "diffusers", "peft", "release"]
+Format = Literal["native", "diffusers", "peft", "release", "kohya", "onetrainer", "lycoris", "comfyui"]
 RELEASE_ALPHA = 16.0
 NATIVE_FORMAT, NATIVE_VERSION = "seg4diff-jax lora", 1
 NATIVE_KEY = "lora"
@@ -39,25 +58,9 @@ EXPORT, CHECKPOINTS = "export", "checkpoints"
 DIFFUSERS_KEY = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OTHER_ADAPTERS = (
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Settings of PEFT's that make an adapter compute something else than alpha / rank (x A) B."""
+IN_DIRECTORIES = (NATIVE_FILE, PEFT_WEIGHTS, "adapter_model.bin", DIFFUSERS_FILE, "pytorch_lora_weights.bin")
+"""Names by which a file of adapters is found in a directory."""
+PEFT_PREFIX, DIFFUSERS_PREFIX, RELEASE_PREFIX = "base_model.model.", "transformer.", "backbone.transformer."
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class LoRACheckpoint:
     Attributes:
       config: with the blocks that have adapters spelt out.
       adapters: by per-layer name, in our layout and the file's dtypes.
-      others: tensors of the file that are no adapters, under their own names, such as the mask head of the release.
+      others: tensors of the file that are no adapters of the transformer, under their own names, such as the mask head
+        of the release, or adapters of text encoders.
       format: what it was read from.
       left_out: parts of the source that are not read, such as the state of an optimizer.
     """
@@ -79,26 +83,90 @@ class LoRACheckpoint:
     left_out: tuple[str, ...] = ()
 
 
-def read_native(path: Path, alpha: float | None) -> LoRACheckpoint:
-    tensors, metadata = _read_file(path), read_metadata(path)
-    try:
-        stated = json.loads(metadata[NATIVE_KEY])
-        version, others = stated["version"], stated["others"]
-        config = LoRAConfig(stated["rank"], float(stated["alpha"]), tuple(stated["targets"]), tuple(stated["blocks"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its header does not describe its adapters ({error!r}); convert again") from None
-    if version != NATIVE_VERSION:
-        raise CheckpointError(f"{path}: expected version {NATIVE_VERSION}, found {version}; convert the original again")
-    problems = [f"missing: {name}" for name in others if name not in tensors]
-    factors, rest = NATIVE.read({name: tensor for name, tensor in tensors.items() if name not in others})
-    adapters = _whole(path, factors, rest, config.rank, problems)
-    found = config_of(adapters, config.rank, _alpha(path, config.alpha, alpha, config.alpha))
-    if (found.targets, found.blocks) != (config.targets, config.blocks):
+class Opened(NamedTuple):
+    """What lies in a file, before anything is made of it.
+
+    Attributes:
+      prefix: what stands before the names of the transformer's layers.
+      left_out: what a file of torch.save holds beside its tensors.
+    """
+
+    path: Path
+    format: Format
+    prefix: str
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    left_out: tuple[str, ...] = ()
+
+
+def open_file(path: Path) -> Opened:
+    """All of a file, and the format that its names tell. Raises CheckpointError when it is damaged or none is known."""
+    if is_pickle(path):
+        tensors, left_out = _unpickled(path)
+        metadata: dict[str, str] = {}
+    else:
+        tensors, left_out = {name: read_tensor(info) for name, info in read_header(path).items()}, ()
+        metadata = read_metadata(path)
+    if metadata.get("format") == NATIVE_FORMAT:
+        return Opened(path, "native", "", tensors, metadata)
+    form, prefix = _told_from(path, list(tensors))
+    return Opened(path, form, prefix, tensors, metadata, left_out)
+
+
+def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
+    """The format, and what stands before a layer's name in it."""
+    adapters = [name for name in names if is_adapter(name) and not TEXT_ENCODER.match(name)]
+    wrapped = {name.split(f"{DIFFUSERS}.")[0] for name in adapters if f"{RELEASE_PREFIX}{DIFFUSERS}." in name}
+    if wrapped:
+        return "release", min(wrapped, key=len)
+    bare = {f"{DIFFUSERS}.": "diffusers", f"{STABILITY}.": "comfyui"}
+    for prefix, form in (FLAT_PREFIXES | DOTTED_PREFIXES | bare).items():
+        if any(name.startswith(prefix) for name in adapters):
+            return cast(Format, form), "" if prefix in bare else prefix
+    layer = f"{DIFFUSERS}.0.attn.to_q.lora_A.weight"
+    raise CheckpointError(
+        f"{path}: no adapters of SD3's transformer: expected names like {DIFFUSERS_PREFIX}{layer}, "
+        f"{PEFT_PREFIX}{layer} or another tool's that docs/convert.md lists, found {', '.join(names[:4]) or 'none'}"
+    )
+
+
+def read_native(opened: Opened, alpha: float | None) -> LoRACheckpoint:
+    path, tensors = opened.path, opened.tensors
+    stated = _json(path, NATIVE_KEY, opened.metadata.get(NATIVE_KEY, "{}"))
+    if stated.get("version", NATIVE_VERSION) != NATIVE_VERSION:
         raise CheckpointError(
-            f"{path}: its header names {config.targets} in blocks {config.blocks}, its tensors are of {found.targets} "
-            f"in blocks {found.blocks}; convert the original again"
+            f"{path}: expected version {NATIVE_VERSION}, found {stated['version']!r:.50}; convert the original again"
         )
-    return LoRACheckpoint(found, adapters, {name: tensors[name] for name in others})
+    wrong = [f"{key} is {stated.get(key)!r:.100}" for key, fits in NATIVE_STATED.items() if not fits(stated.get(key))]
+    if wrong:
+        raise CheckpointError(f"{path}: its header does not describe its adapters ({', '.join(wrong)}); convert again")
+    others = stated["others"]
+    problems = [f"missing: {name}" for name in others if name not in tensors]
+    parsed = parse_native({name: tensor for name, tensor in tensors.items() if name not in others})
+    adapters = _whole(path, parsed, problems, lambda layer: stated["rank"])
+    config = config_of(adapters, stated["rank"], stated["alpha"])
+    _agreed(path, config.alpha, alpha)
+    named = {"targets": list(config.targets), "blocks": list(config.blocks or ())}
+    if different := [key for key, found in named.items() if stated[key] != found]:
+        raise CheckpointError(
+            f"{path}: its header names other {' and '.join(different)} than its tensors are of, "
+            f"{', '.join(config.targets)} in blocks {named['blocks']}; convert the original again"
+        )
+    return LoRACheckpoint(config, adapters, {name: tensors[name] for name in others})
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+NATIVE_STATED: dict[str, Callable[[Any], bool]] = {
+    "version": lambda value: value == NATIVE_VERSION,
+    "rank": lambda value: type(value) is int,
+    "alpha": is_alpha,
+    "targets": _is_list_of(str),
+    "blocks": _is_list_of(int),
+    "others": _is_list_of(str),
+}
 
 
 def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
@@ -111,79 +179,55 @@ def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
         "blocks": config.blocks,
         "others": list(checkpoint.others),
     }
-    tensors = NATIVE.write(checkpoint.adapters) | checkpoint.others
+    tensors = native_names(checkpoint.adapters) | checkpoint.others
     _write_file(path, tensors, {"format": NATIVE_FORMAT, NATIVE_KEY: json.dumps(stated)})
 
 
-def read_diffusers(path: Path, alpha: float | None) -> LoRACheckpoint:
-    tensors, metadata = _read_file(path), read_metadata(path)
-    alphas = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".alpha")}
-    factors, rest = DIFFUSERS.read(tensors)
-    modules = {re.sub(r"\.lora_[AB]\.weight$", "", factor.key) for factor in factors}
-    problems = [f"{name}: an alpha of no adapter" for name in alphas if name.removesuffix(".alpha") not in modules]
-    values = sorted({float(value) for value in alphas.values() if value.size == 1})
-    if alphas and (len(values) != 1 or len(alphas) < len(modules) or any(a.size != 1 for a in alphas.values())):
-        problems.append(f"alphas: expected one number, the same for each of {len(modules)} layers, found {values}")
-    rank, stated = None, values[0] if values else None
-    if DIFFUSERS_KEY in metadata:
-        prefix = "transformer."
-        config = {key.removeprefix(prefix): value for key, value in _json(path, metadata[DIFFUSERS_KEY]).items()}
-        rank, config_alpha = _peft_settings(path, config, factors, problems)
-        if stated not in (None, config_alpha):
-            problems.append(f"alpha is {config_alpha} in the header, {stated} in the tensors")
-        stated = config_alpha
-    adapters = _whole(path, factors, rest, rank, problems)
-    rank = next(iter(adapters.values())).a.shape[1]
-    config = config_of(adapters, rank, _alpha(path, stated, alpha, float(rank)))  # as diffusers does
-    return LoRACheckpoint(config, adapters, format="diffusers")
+def read_named(opened: Opened, alpha: float | None) -> LoRACheckpoint:
+    """Formats whose names say all: diffusers', with PEFT's settings in its header or without, and those with alphas."""
+    parsed = parse(opened.tensors, opened.prefix)
+    others = {name: opened.tensors[name] for name in parsed.rest if TEXT_ENCODER.match(name)}
+    parsed = parsed._replace(rest=[name for name in parsed.rest if name not in others])
+    config, adapters = _configured(opened, parsed, _settings_in(opened), alpha)
+    return LoRACheckpoint(config, adapters, others, opened.format, opened.left_out)
+
+
+def read_peft(opened: Opened, alpha: float | None) -> LoRACheckpoint:
+    path = opened.path.parent / PEFT_CONFIG
+    settings = read_json(path, f"it has to lie beside {opened.path.name}, whose rank and alpha it says")
+    parsed = parse(opened.tensors, opened.prefix)
+    config, adapters = _configured(opened, parsed, (PEFT_CONFIG, settings), alpha)
+    return LoRACheckpoint(config, adapters, {}, opened.format, opened.left_out)
+
+
+def read_release(opened: Opened, alpha: float | None) -> LoRACheckpoint:
+    tensors, prefix = opened.tensors, opened.prefix
+    parsed = parse(tensors, prefix)
+    beside = lambda name: not is_adapter(name) and f"{DIFFUSERS}." not in name and not name.startswith(prefix)
+    others = {name: tensors[name] for name in parsed.rest if beside(name)}
+    parsed = parsed._replace(rest=[name for name in parsed.rest if name not in others])
+    ranks = [factor.array.shape[1] for factor in parsed.factors if factor.side == "a" and factor.array.ndim == 2]
+    usual = most_common(ranks) if ranks else 0
+    adapters = _whole(opened.path, parsed, [], lambda layer: usual)
+    config = config_of(adapters, usual, _agreed(opened.path, None, alpha) or RELEASE_ALPHA)
+    return LoRACheckpoint(config, adapters, others, opened.format, opened.left_out)
 
 
 def write_diffusers(path: Path, checkpoint: LoRACheckpoint) -> None:
     """Alpha goes into the header: diffusers 0.42 refuses an SD3 file that has it among its tensors."""
     _refuse_others(checkpoint, "diffusers")
-    settings = {f"transformer.{key}": value for key, value in _peft_config(checkpoint).items()}
+    settings = {
+        f"transformer.{key}": value for key, value in settings_of(checkpoint.config, checkpoint.adapters).items()
+    }
     metadata = {"format": "pt", DIFFUSERS_KEY: json.dumps(settings)}
-    _write_file(path, DIFFUSERS.write(checkpoint.adapters), metadata)
-
-
-def read_peft(folder: Path, alpha: float | None) -> LoRACheckpoint:
-    path = folder / PEFT_WEIGHTS
-    settings = read_json(folder / PEFT_CONFIG, "it holds rank and alpha of PEFT's adapters")
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
-        raise CheckpointError(f"{folder}: adapter_model.bin is pickled: save it with safe_serialization=True first")
-    tensors = _read_file(path)
-    factors, rest = PEFT.read(tensors)
-    problems: list[str] = []
-    rank, stated = _peft_settings(folder / PEFT_CONFIG, settings, factors, problems)
-    adapters = _whole(path, factors, rest, rank, problems)
-    return LoRACheckpoint(config_of(adapters, rank, _alpha(folder, stated, alpha, stated)), adapters, format="peft")
+    _write_file(path, torch_names(checkpoint.adapters, DIFFUSERS_PREFIX), metadata)
 
 
 def write_peft(folder: Path, checkpoint: LoRACheckpoint) -> None:
     _refuse_others(checkpoint, "peft")
-    (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(checkpoint), indent=2))
-    _write_file(folder / PEFT_WEIGHTS, PEFT.write(checkpoint.adapters), {"format": "pt"})
-
-
-def read_release(path: Path, alpha: float | None) -> LoRACheckpoint:
-    named, left_out = _find_model(path, load_pickle(path))
-    arrays = {name: to_numpy(value) for name, value in named.items()}
-    problems = [
-        f"{name}: expected a tensor, found a {type(named[name]).__name__}" for name in arrays if arrays[name] is None
-    ]
-    tensors = {name: array for name, array in arrays.items() if array is not None}
-    mine = {name: tensor for name, tensor in tensors.items() if ".lora_" in name or "transformer_blocks." in name}
-    prefixes = {name.split("transformer_blocks.")[0] for name in mine if ".lora_" in name}
-    canonical = RELEASE.template.split("transformer_blocks.")[0]
-    prefix = prefixes.pop() if len(prefixes) == 1 else canonical  # wrappers put `module.` and the like before it
-    others = {n: t for n, t in tensors.items() if n not in mine and not (prefix and n.startswith(prefix))}
-    factors, _ = Naming(RELEASE.template.replace(canonical, prefix, 1)).read(mine)
-    understood = {factor.key for factor in factors} | others.keys()
-    rest = [name for name in tensors if name not in understood]
-    adapters = _whole(path, factors, rest, None, problems)
-    rank = next(iter(adapters.values())).a.shape[1]
-    config = config_of(adapters, rank, _alpha(path, None, alpha, RELEASE_ALPHA))
-    return LoRACheckpoint(config, adapters, others, "release", left_out)
+    settings = settings_of(checkpoint.config, checkpoint.adapters)
+    (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2), "utf-8")
+    _write_file(folder / PEFT_WEIGHTS, torch_names(checkpoint.adapters, PEFT_PREFIX), {"format": "pt"})
 
 
 def write_release(path: Path, checkpoint: LoRACheckpoint) -> None:
@@ -192,115 +236,138 @@ def write_release(path: Path, checkpoint: LoRACheckpoint) -> None:
             f"the release's format does not hold alpha, its code takes {RELEASE_ALPHA:g}, these adapters have "
             f"{checkpoint.config.alpha:g}: choose another format"
         )
-    save_pickle(path, RELEASE.write(checkpoint.adapters) | checkpoint.others)
+    save_pickle(path, torch_names(checkpoint.adapters, RELEASE_PREFIX, ".default.weight") | checkpoint.others)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header."""
-    with safe_open(path, "numpy") as file:
-        return file.metadata() or {}
-
-
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    return {name: read_tensor(info) for name, info in read_header(path).items()}
+    """The metadata in a safetensors file's header. Raises CheckpointError when it is no table of texts."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: corrupt header: {error}; fetch the file again") from None
 
 
 def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     save_file({name: contiguous(array) for name, array in tensors.items()}, path, metadata)
 
 
-def _whole(
-    path: Path, factors: list[Factor], rest: list[str], rank: int | None, problems: list[str]
-) -> dict[str, Adapter]:
-    problems = problems + [f"surplus: {name} is not a tensor of an adapter of SD3's transformer" for name in rest]
-    adapters = pair(factors, rank, problems)
+def _whole(path: Path, parsed: Parsed, problems: list[str], rank: Callable[[str], int] | None) -> dict[str, Adapter]:
+    """Whole adapters, none missing. Raises CheckpointError with all that stands in the way."""
+    problems = [*problems, *parsed.problems, *map(surplus, parsed.rest)]
+    adapters = pair(parsed.factors, rank, problems)
+    problems += [f"missing: an adapter of {layer}" for layer in gaps(_layers(parsed))]
     refuse(path, problems)
     return adapters
 
 
-def _alpha(path: Path, stated: float | None, asked: float | None, default: float) -> float:
+def _configured(
+    opened: Opened, parsed: Parsed, settings: tuple[str, dict[str, Any]] | None, alpha: float | None
+) -> tuple[LoRAConfig, dict[str, Adapter]]:
+    """Adapters whose ranks and alphas are the file's own, layer by layer, brought to one of each."""
+    path, layers = opened.path, _layers(parsed)
+    own, problems = _alphas(parsed, layers)
+    if settings is None:
+        adapters = _whole(path, parsed, problems, None)
+        asked = _agreed(path, most_common(own.values()) if own else None, alpha)
+        alphas = own or {layer: asked or float(a.shape[1]) for layer, (a, _) in adapters.items()}
+        return unite(adapters, alphas)
+    stated = read_settings(path, *settings, layers, problems)
+    if different := [layer for layer in own if own[layer] != stated.alphas[layer]]:
+        layer = different[0]
+        problems.append(f"{layer}: alpha is {stated.alphas[layer]:g} in {settings[0]}, {own[layer]:g} in the tensors")
+    problems += [*parsed.problems, *map(surplus, parsed.rest)]
+    adapters = pair(parsed.factors, stated.ranks.__getitem__, problems)
+    refuse(path, problems)
+    _agreed(path, most_common(stated.alphas.values()), alpha)
+    config, united = unite(adapters, stated.alphas)
+    return config, fill(united, stated.empty)
+
+
+def _layers(parsed: Parsed) -> list[str]:
+    return list(dict.fromkeys(factor.layer for factor in parsed.factors))
+
+
+def _alphas(parsed: Parsed, layers: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Every layer's alpha, of the tensors that say it, none if there are none; and what is wrong with them."""
+    found: dict[str, float] = {}
+    problems: list[str] = []
+    for key, of, tensor in parsed.alphas:
+        value = float(tensor.reshape(-1)[0]) if tensor.size == 1 and tensor.dtype != np.bool_ else None
+        if not is_alpha(value):
+            what = f"{tensor.dtype} {list(tensor.shape)}" if value is None else f"{value:g}"
+            problems.append(f"{key}: expected a finite positive number as alpha, found {what}")
+        elif not {*of} & {*layers}:
+            problems.append(f"{key}: an alpha of no adapter")
+        else:
+            found |= {layer: value for layer in of if value is not None}
+    if parsed.alphas:
+        problems += [f"missing: the alpha of {layer}" for layer in layers if layer not in found]
+    return found, problems
+
+
+def _agreed(path: Path, stated: float | None, asked: float | None) -> float | None:
+    """Alpha as the file or else the user says it; None if neither does."""
+    if asked is not None and not is_alpha(asked):
+        raise CheckpointError(f"alpha is {asked}; expected a finite positive number")
     if stated is not None and asked not in (None, stated):
         raise CheckpointError(f"{path}: it says alpha is {stated:g}; --alpha {asked:g} is for files that do not say")
-    return float(stated if stated is not None else default if asked is None else asked)
+    return asked if stated is None else stated
 
 
-def _json(path: Path, text: str) -> dict[str, Any]:
+def _settings_in(opened: Opened) -> tuple[str, dict[str, Any]] | None:
+    """PEFT's settings of the transformer's adapters in a header: alone, or with `transformer.` beside others'."""
+    if DIFFUSERS_KEY not in opened.metadata:
+        return None
+    stated = _json(opened.path, DIFFUSERS_KEY, opened.metadata[DIFFUSERS_KEY])
+    ours = {key.removeprefix(DIFFUSERS_PREFIX): v for key, v in stated.items() if key.startswith(DIFFUSERS_PREFIX)}
+    ours = ours or {key: value for key, value in stated.items() if "." not in key}
+    return (DIFFUSERS_KEY, ours) if ours else None
+
+
+def _json(path: Path, key: str, text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
     try:
-        found = json.loads(text)
-        return dict(found)
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: {DIFFUSERS_KEY} in its header is not a JSON object") from None
-
-
-def _peft_config(checkpoint: LoRACheckpoint) -> dict[str, Any]:
-    """PEFT's settings; layers are named in full, so that no other of a like name is adapted too."""
-    alpha = checkpoint.config.alpha
-    return {
-        "peft_type": "LORA",
-        "r": checkpoint.config.rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": [_module(layer) for layer in checkpoint.adapters],
-    }
-
-
-def _module(layer: str) -> str:
-    block = layer.split(".")[1]
-    return f"transformer_blocks.{block}.{PEFT.layer(layer)}"
-
-
-def _peft_settings(
-    path: Path, settings: dict[str, Any], factors: Collection[Factor], problems: list[str]
-) -> tuple[int, float]:
-    """Rank and alpha; what else the settings ask for, or of layers that are not there, is added to `problems`."""
-    kind, bias = settings.get("peft_type", "LORA"), settings.get("bias", "none")
-    problems += [f"{path}: peft_type is {kind!r}; 'LORA' is implemented"] if kind != "LORA" else []
-    problems += [f"{path}: bias is {bias!r}; 'none' is implemented"] if bias != "none" else []
-    problems += [
-        f"{path}: {key} is {settings[key]!r}; it is not implemented" for key in OTHER_ADAPTERS if settings.get(key)
-    ]
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: expected numbers as r and lora_alpha, found {rank!r} and {alpha!r}")
-    problems += _unmatched(path, settings.get("target_modules"), {_module(factor.layer) for factor in factors})
-    return rank, float(alpha)
-
-
-def _unmatched(path: Path, targets: Any, modules: Collection[str]) -> Iterator[str]:
-    """Targets without a layer and layers without a target; PEFT's targets are a pattern or a list of endings."""
-    if isinstance(targets, str) and targets != "all-linear":
-        yield from (f"{path}: {m} is not among target_modules" for m in modules if not re.fullmatch(targets, m))
-    elif isinstance(targets, list):
-        fits = lambda module, target: module == target or module.endswith(f".{target}")
-        for target in targets:
-            if not any(fits(module, target) for module in modules):
-                yield f"{path}: there is no adapter of {target}, one of target_modules"
-        for module in modules:
-            if not any(fits(module, target) for target in targets):
-                yield f"{path}: {module} is not among target_modules"
+        found = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {key} in its header is not a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: {key} in its header is not a JSON object: found a {type(found).__name__}")
+    return found
 
 
 def _refuse_others(checkpoint: LoRACheckpoint, to: Format) -> None:
     if checkpoint.others:
         raise CheckpointError(
-            f"the {to} format holds adapters alone, and there are other tensors: {', '.join(checkpoint.others)}; "
-            "choose the native format, or leave them out with --adapters-only"
+            f"the {to} format holds the transformer's adapters alone, and there are other tensors: "
+            f"{in_short(checkpoint.others)}; choose the native format, or leave them out with --adapters-only"
         )
 
 
-def _find_model(path: Path, loaded: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The named tensors of a checkpoint, however it wraps them, and what else lies beside them."""
-    layers = [("", loaded)]
-    if isinstance(loaded, Mapping):
-        layers += [(str(key), value) for key, value in loaded.items()]
-    found = [(k, v) for k, v in layers if isinstance(v, Mapping) and any(".lora_" in str(name) for name in v)]
-    if not found:
+def in_short(others: Iterable[str]) -> str:
+    """Names of tensors, those of text encoders counted by their beginnings."""
+    found = [(name, TEXT_ENCODER.match(name)) for name in others]
+    counts = Counter(f"{begin[0]}*" for _, begin in found if begin)
+    return ", ".join([name for name, begin in found if not begin] + [f"{n} {name}" for name, n in counts.items()])
+
+
+def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The named tensors of a file of torch.save, however it wraps them, and what else lies beside them."""
+    loaded = load_pickle(path)
+    places = [(None, loaded)] + (list(loaded.items()) if isinstance(loaded, Mapping) else [])
+    holding = lambda value: isinstance(value, Mapping) and any(is_adapter(str(name)) for name in value)
+    key, named = next(((key, value) for key, value in places if holding(value)), (None, None))
+    if named is None:
         keys = ", ".join(map(str, list(loaded)[:8])) if isinstance(loaded, Mapping) else type(loaded).__name__
-        raise CheckpointError(
-            f"{path}: no adapters: expected a `model` with names like {RELEASE.template}, found {keys}"
-        )
-    key, model = found[0]
-    beside = () if key == "" else tuple(str(name) for name in loaded if name != key)
-    return {str(name): value for name, value in model.items()}, beside
+        layer = f"{RELEASE_PREFIX}{DIFFUSERS}.0.attn.to_q.lora_A.default.weight"
+        raise CheckpointError(f"{path}: no adapters: expected a `model` with names like {layer}, found {keys}")
+    arrays = {str(name): to_numpy(value) for name, value in named.items()}
+    unread = [name for name, array in arrays.items() if array is None]
+    kinds = {str(name): type(value).__name__ for name, value in named.items()}
+    refuse(path, [f"{name}: expected a tensor, found a {kinds[name]}" for name in unread if is_adapter(name)])
+    beside = [str(name) for name in loaded if name != key] if key is not None else []
+    return {name: array for name, array in arrays.items() if array is not None}, (*beside, *unread)

@@ -1,189 +1,210 @@
-"""The tensors of low-rank adapters: their names in every format, and whether they make up whole adapters.
+"""The names of adapters' tensors in every form that SD3's adapters come in.
 
-A layer's adapter is two tensors. PyTorch's A is [rank, in] and its B [out, rank]; ours are [in, rank] and [rank, out].
+A name is a prefix, a layer of a block, and which tensor of the layer's adapter it is. The layer goes by diffusers' name
+(`transformer_blocks.3.attn.to_q`) or Stability's (`joint_blocks.3.x_block.attn.qkv`, where q, k and v are one), dots
+or, after some prefixes, underscores between the parts.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import product
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from convert.errors import CheckpointError
-from convert.names import LINEAR, Shape
+from convert.names import Rule
 from convert.tables import mmdit as table
-from seg4diff_jax.models.lora import Adapter, LoRAConfig
+from seg4diff_jax.models.lora import Adapter
 from seg4diff_jax.models.mmdit import MMDiTConfig
 
 Side = Literal["a", "b"]
-Value = TypeVar("Value")
-FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64", ml_dtypes.bfloat16)}
+Layers = dict[str, tuple[str, ...]]
+"""A form's name of each linear layer of a block, and ours: three where q, k and v are one."""
 
 
-def _modules() -> dict[str, str]:
-    """diffusers' name of each linear layer of a block, as in `attn.to_q`, and ours, as in `image.attention.q`."""
-    theirs, ours = re.compile(r"transformer_blocks\.\{i\}\.(.+)\.weight"), re.compile(r"blocks\.\{i\}\.(.+)\.kernel")
+def _layers(rules: list[Rule], blocks: str) -> Layers:
+    theirs, ours = (
+        re.compile(rf"{blocks}\.(?:\{{i\}}|0)\.(.+)\.weight"),
+        re.compile(r"blocks\.(?:\{i\}|0)\.(.+)\.kernel"),
+    )
     names = {}
-    for rule in table.diffusers(MMDiTConfig()):
-        module, target = theirs.fullmatch(rule.source_names[0]), ours.fullmatch(rule.target_names[0])
-        if module and target and rule.transform is LINEAR:
-            names[module[1]] = target[1]
+    for rule in rules:
+        module, targets = theirs.fullmatch(rule.source_names[0]), [ours.fullmatch(name) for name in rule.target_names]
+        if module and all(targets):
+            names[module[1]] = tuple(target[1] for target in targets if target)
     return names
 
 
-MODULES = _modules()
-TARGETS = {target: module for module, target in MODULES.items()}
+DIFFUSERS, STABILITY = "transformer_blocks", "joint_blocks"
+LAYERS: dict[str, Layers] = {
+    DIFFUSERS: _layers(table.diffusers(MMDiTConfig()), DIFFUSERS),
+    STABILITY: _layers(table.stability(MMDiTConfig()), STABILITY),
+}
+FLAT = {blocks: {name.replace(".", "_"): ours for name, ours in names.items()} for blocks, names in LAYERS.items()}
+MODULES = {targets[0]: name for name, targets in LAYERS[DIFFUSERS].items()}
+"""Our name of each linear layer of a block, and diffusers'."""
+
+FLAT_PREFIXES = {"lora_unet_": "kohya", "lora_transformer_": "onetrainer", "lycoris_": "lycoris"}
+"""With underscores between all parts of a layer's name."""
+DOTTED_PREFIXES = {
+    "base_model.model.": "peft",
+    "transformer.": "diffusers",
+    "model.diffusion_model.": "comfyui",
+    "diffusion_model.": "comfyui",
+}
+
+PARTS = {
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_down": "a",
+    "lora_up": "b",
+    "lora.down": "a",
+    "lora.up": "b",
+}
+# PEFT puts an adapter's name before `.weight` in a model's own state.
+TENSOR = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[^.]+)?\.weight")
+ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+PROCESSOR = re.compile(r"(attn2?)\.(?:processor\.)?(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
+"""Of diffusers' former attention processors."""
+
+TEXT_ENCODER = re.compile(r"text_encoder(_[23])?\.|text_encoders\.|lora_te[123]?_|bundle_emb\.|clip_[lg]\.|t5(xxl)?\.")
+"""How tensors begin that stand beside the transformer's: adapters of text encoders, and embeddings."""
+OTHER_KINDS = {
+    "DoRA": re.compile(r"\.dora_scale$|lora_magnitude_vector|\.magnitude$"),
+    "LoKr": re.compile(r"\.lokr_"),
+    "LoHa": re.compile(r"\.hada_"),
+    "OFT": re.compile(r"\.(b?oft_|oft_blocks)"),
+    "a Tucker decomposition": re.compile(r"\.lora_mid\."),
+    "a difference of whole weights": re.compile(r"\.diff(_b)?$"),
+    "a bias": re.compile(r"\.lora_B(\.[^.]+)?\.bias$|\.base_layer\.bias$"),
+}
 
 
 class Factor(NamedTuple):
-    """One tensor of a file, in our layout: `key` is its name there, `layer` our per-layer name."""
+    """One tensor of a layer's adapter, in our layout.
+
+    Attributes:
+      key: its name in the file.
+      layer: our per-layer name.
+      scale_first: B of a modulation under diffusers' name, which puts the scale before the shift where there is no
+        gate.
+    """
 
     key: str
     layer: str
     side: Side
     array: np.ndarray
+    scale_first: bool = False
 
 
-@dataclass(frozen=True)
-class Naming:
-    """How a format names the two tensors of an adapter.
+class Parsed(NamedTuple):
+    """A file's tensors by what they are.
 
     Attributes:
-      template: with `{block}`, `{layer}` and `{side}`.
-      torch: PyTorch's layout, layers called as diffusers calls them, sides A and B; otherwise all three are ours.
+      alphas: of each, its name in the file, our per-layer names of the layers that it is for, and the tensor.
+      rest: names of the others.
+      problems: what is wrong with tensors that are in neither.
     """
 
-    template: str
-    torch: bool = True
-
-    def layer(self, ours: str) -> str:
-        """This format's name, within its block, of the layer that we call `ours` in full."""
-        return TARGETS[target_of(ours)] if self.torch else target_of(ours)
-
-    def write(self, adapters: Mapping[str, Adapter]) -> dict[str, np.ndarray]:
-        tensors = {}
-        for layer, adapter in adapters.items():
-            for side, array in zip("AB" if self.torch else "ab", adapter, strict=True):
-                key = self.template.format(block=block_of(layer), layer=self.layer(layer), side=side)
-                tensors[key] = array.T if self.torch else array
-        return tensors
-
-    def read(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[Factor], list[str]]:
-        """The factors among `tensors`, and the names of the rest."""
-        pattern = re.escape(self.template)
-        parts = {"block": r"0|[1-9]\d*", "layer": ".+", "side": "[AB]" if self.torch else "[ab]"}
-        for name, part in parts.items():
-            pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{part})")
-        known = MODULES if self.torch else {target: target for target in TARGETS}
-        factors, rest = [], []
-        for key, tensor in tensors.items():
-            found = re.fullmatch(pattern, key)
-            if found and found["layer"] in known:
-                layer = f"blocks.{found['block']}.{known[found['layer']]}"
-                side: Side = "a" if found["side"] in "aA" else "b"
-                factors.append(Factor(key, layer, side, tensor.T if self.torch else tensor))
-            else:
-                rest.append(key)
-        return factors, rest
+    factors: list[Factor]
+    alphas: list[tuple[str, list[str], np.ndarray]]
+    rest: list[str]
+    problems: list[str]
 
 
-NATIVE = Naming("blocks.{block}.{layer}.lora_{side}", torch=False)
-DIFFUSERS = Naming("transformer.transformer_blocks.{block}.{layer}.lora_{side}.weight")
-PEFT = Naming("base_model.model.transformer_blocks.{block}.{layer}.lora_{side}.weight")
-RELEASE = Naming("backbone.transformer.transformer_blocks.{block}.{layer}.lora_{side}.default.weight")
+def parse(tensors: Mapping[str, np.ndarray], prefix: str) -> Parsed:
+    """Factors in PyTorch's layout under any form's names; of a layer that is q, k and v in one, each third of B."""
+    factors: list[Factor] = []
+    alphas: list[tuple[str, list[str], np.ndarray]] = []
+    rest: list[str] = []
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        name = PROCESSOR.sub(_former, key.removeprefix(prefix)) if key.startswith(prefix) else ""
+        found = TENSOR.fullmatch(name) or ALPHA.fullmatch(name)
+        layers, scale_first = _place(found["layer"], flat=prefix in FLAT_PREFIXES) if found else ([], False)
+        if not found or not layers:
+            rest.append(key)
+        elif "part" not in found.groupdict():
+            alphas.append((key, layers, tensor))
+        elif PARTS[found["part"]] == "a":
+            factors += [Factor(key, layer, "a", tensor.T) for layer in layers]
+        elif tensor.ndim and len(tensor) % len(layers) == 0:
+            parts = np.split(tensor, len(layers))
+            factors += [Factor(key, layer, "b", b.T, scale_first) for layer, b in zip(layers, parts, strict=True)]
+        else:
+            problems.append(f"{key}: expected rows for q, k and v, a third for each; found {list(tensor.shape)}")
+    return Parsed(factors, alphas, rest, problems)
 
 
-def refuse(where: object, problems: list[str]) -> None:
-    """Raise one CheckpointError that names the file and lists every problem; nothing when there is none."""
-    if problems:
-        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise CheckpointError(f"{where}: its adapters cannot be used ({count}):\n  " + "\n  ".join(problems))
+def _former(found: re.Match[str]) -> str:
+    attention, layer, part = found.groups()
+    return f"{attention}.{'to_out.0' if layer == 'to_out' else layer}.lora.{part}.weight"
 
 
-def pair(factors: Iterable[Factor], rank: int | None, problems: list[str]) -> dict[str, Adapter]:
-    """Whole adapters, in the order of blocks and of their layers; what stands in the way is added to `problems`.
+def _place(name: str, *, flat: bool) -> tuple[list[str], bool]:
+    """Our per-layer names of a layer, none if it is not one of a block's; and whether its scale comes first."""
+    dot, known = ("_", FLAT) if flat else (r"\.", LAYERS)
+    found = re.fullmatch(rf"({DIFFUSERS}|{STABILITY}){dot}(0|[1-9]\d{{0,5}}){dot}(.+)", name)
+    targets = known[found[1]].get(found[3], ()) if found else ()
+    scale_first = bool(found) and found[1] == DIFFUSERS and targets == ("text.modulation",)
+    return [f"blocks.{found[2]}.{target}" for target in targets if found], scale_first
 
-    Args:
-      rank: what the file says it is; None: what most of its tensors have.
-    """
-    by_layer: dict[str, dict[Side, Factor]] = {}
-    for factor in factors:
-        by_layer.setdefault(factor.layer, {})[factor.side] = factor
-    sound = {layer: sides for layer, sides in by_layer.items() if _is_sound(sides, problems)}
-    if not sound:
-        problems.append("there is no whole adapter in it")
-        return {}
-    adapters = {layer: Adapter(sides["a"].array, sides["b"].array) for layer, sides in sound.items()}
-    rank = _usual(a.shape[1] for a, _ in adapters.values()) if rank is None else rank
-    sizes: dict[str, list[Shape]] = {}
+
+def parse_native(tensors: Mapping[str, np.ndarray]) -> Parsed:
+    """Factors under our own names, in our own layout."""
+    pattern = re.compile(r"(?P<layer>blocks\.(?:0|[1-9]\d{0,5})\.(?P<target>.+))\.lora_(?P<side>[ab])")
+    factors: list[Factor] = []
+    for key, tensor in tensors.items():
+        found = pattern.fullmatch(key)
+        if found and found["target"] in MODULES:
+            factors.append(Factor(key, found["layer"], "a" if found["side"] == "a" else "b", tensor))
+    known = {factor.key for factor in factors}
+    return Parsed(factors, [], [key for key in tensors if key not in known], [])
+
+
+def native_names(adapters: Mapping[str, Adapter]) -> dict[str, np.ndarray]:
+    sides = {"a": 0, "b": 1}
+    return {f"{layer}.lora_{side}": pair[i] for layer, pair in adapters.items() for side, i in sides.items()}
+
+
+def torch_names(adapters: Mapping[str, Adapter], prefix: str, suffix: str = ".weight") -> dict[str, np.ndarray]:
+    """Factors in PyTorch's layout, under diffusers' names of layers."""
+    tensors = {}
     for layer, (a, b) in adapters.items():
-        sizes.setdefault(target_of(layer), []).append((a.shape[0], b.shape[1]))
-    for layer, (a, b) in adapters.items():
-        key, size, expected = sound[layer]["a"].key, (a.shape[0], b.shape[1]), _usual(sizes[target_of(layer)])
-        if a.shape[1] != rank:
-            problems.append(f"{key}: expected rank {rank}, found {a.shape[1]}")
-        if size != expected:
-            problems.append(f"{key}: the layer has {size} inputs and outputs, in other blocks {expected}")
-    problems += [f"missing: an adapter of {layer}" for layer in _gaps(by_layer)]
-    order = list(TARGETS)
-    return {
-        layer: adapters[layer] for layer in sorted(adapters, key=lambda x: (block_of(x), order.index(target_of(x))))
-    }
+        if scale_first(layer, a, b):
+            b = swap_halves(b)
+        for side, array in (("A", a), ("B", b)):
+            tensors[f"{prefix}{module_of(layer)}.lora_{side}{suffix}"] = array.T
+    return tensors
 
 
-def _is_sound(sides: dict[Side, Factor], problems: list[str]) -> bool:
-    before = len(problems)
-    for factor in sides.values():
-        if factor.array.ndim != 2 or factor.array.dtype not in FLOATS:
-            found = f"{factor.array.dtype} {list(factor.array.shape)}"
-            problems.append(f"{factor.key}: expected a matrix of floating-point numbers, found {found}")
-    if len(sides) == 1:
-        (factor,) = sides.values()
-        problems.append(f"{factor.key}: its {'B' if factor.side == 'a' else 'A'} is missing")
-    elif len(problems) == before and sides["a"].array.shape[1] != sides["b"].array.shape[0]:
-        found = f"{sides['a'].array.shape[1]} and {sides['b'].array.shape[0]}"
-        problems.append(f"{sides['a'].key}: A and B have different ranks, {found}")
-    return len(problems) == before
+def scale_first(layer: str, a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether diffusers' modulation of this size has its scale before its shift: that of text in the last block."""
+    return target_of(layer) == "text.modulation" and b.shape[1] == 2 * a.shape[0]
 
 
-def _gaps(layers: Iterable[str]) -> list[str]:
-    """Layers that should have an adapter since their block has one and so has the same layer of other blocks.
-
-    How many blocks the model has is not known here: its last block updates no text, and some may lack the second
-    attention; whether their layers are really absent shows when the adapters meet the model.
-    """
-    present = set(layers)
-    blocks = sorted({block_of(layer) for layer in present})
-    targets = [target for target in TARGETS if any(target_of(layer) == target for layer in present)]
-    absent_in_last = ("text.attention.out", "text.mlp.up", "text.mlp.down")
-    return [
-        layer
-        for block, target in product(blocks, targets)
-        if (layer := f"blocks.{block}.{target}") not in present
-        and not target.startswith("image.dual_attention.")
-        and not (target in absent_in_last and block == blocks[-1])
-    ]
+def swap_halves(b: np.ndarray) -> np.ndarray:
+    """[rank, out] with the halves of the outputs exchanged."""
+    return np.concatenate(np.split(b, 2, axis=1)[::-1], axis=1)
 
 
-def config_of(adapters: Mapping[str, Adapter], rank: int, alpha: float) -> LoRAConfig:
-    """The configuration that has these adapters."""
-    targets = {target_of(layer) for layer in adapters}
-    return LoRAConfig(
-        rank,
-        float(alpha),
-        tuple(target for target in TARGETS if target in targets),
-        tuple(sorted({block_of(layer) for layer in adapters})),
-    )
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is of an adapter of any kind, as far as its name tells."""
+    return ".lora" in name or "_lora." in name or any(kind.search(name) for kind in OTHER_KINDS.values())
 
 
-def _usual(values: Iterable[Value]) -> Value:
-    return Counter(values).most_common(1)[0][0]
+def surplus(name: str) -> str:
+    """What is to be said of a tensor that no adapter can use."""
+    for kind, pattern in OTHER_KINDS.items():
+        if pattern.search(name):
+            return f"surplus: {name} is {kind}, which is not implemented; only plain low-rank adapters are"
+    return f"surplus: {name} is not a tensor of an adapter of a linear layer in SD3's blocks"
+
+
+def module_of(layer: str) -> str:
+    """diffusers' name of the layer that we call `layer`."""
+    return f"{DIFFUSERS}.{block_of(layer)}.{MODULES[target_of(layer)]}"
 
 
 def block_of(layer: str) -> int:

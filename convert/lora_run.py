@@ -20,7 +20,8 @@ from convert.components import parse_config
 from convert.errors import CheckpointError
 from convert.files import read_json
 from convert.lora_formats import CHECKPOINTS, LoRACheckpoint
-from convert.lora_names import block_of, config_of
+from convert.lora_layers import config_of
+from convert.lora_names import block_of
 from convert.sources import open_source
 from seg4diff_jax.models.lora import Adapter
 

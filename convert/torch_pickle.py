@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,15 @@ import numpy as np
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8")
+SAME_BITS = {
+    "bfloat16": ("uint16", np.dtype(ml_dtypes.bfloat16)),
+    "float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "float8_e5m2": ("uint8", np.dtype(ml_dtypes.float8_e5m2)),
+}
+"""PyTorch's dtypes that its arrays do not have: one of both with the same bits, and ours."""
+PLAIN = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16", "U1", "S1")
+"""NumPy's kinds of numbers and texts."""
+CHUNK = 1 << 20
 
 
 def _torch(path: Path) -> Any:
@@ -36,11 +45,30 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 def _numpy_makers() -> list[Any]:
-    """What pickled NumPy arrays of numbers refer to: none of it runs anything that the file brings."""
-    reconstruct, _, _ = np.empty(0).__reduce__()
+    """What NumPy's arrays and scalars refer to when pickled: none of it runs anything that the file brings."""
+    functions = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
-    makers: list[Any] = [(reconstruct, f"{module}._reconstruct") for module in modules]
-    return [*makers, (_latin1, "_codecs.encode"), np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in NUMBERS)]
+    makers: list[Any] = [(made, f"{module}.{name}") for module in modules for name, made in functions.items()]
+    return [*makers, (_latin1, "_codecs.encode"), np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in PLAIN}]
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of torch.save: a zip, formerly a bare pickle. Safetensors' ninth byte is a brace."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return not head.endswith(b"{") and head.startswith((b"PK", b"\x80"))
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a zip's contents with their CRC-32, which torch.load does not; PyTorch can be told to write none."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for entry in entries if any(entry.CRC for entry in entries) else ():
+            with archive.open(entry) as file:  # raises at the end of what does not have its sum
+                while file.read(CHUNK):
+                    pass
 
 
 def load_pickle(path: Path) -> Any:
@@ -50,6 +78,7 @@ def load_pickle(path: Path) -> Any:
     """
     torch = _torch(path)
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_numpy_makers()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -58,23 +87,31 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: refused: {what}, and loading that could run code; have its tensors saved alone, or as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}; fetch the file again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: truncated, or not a file of torch.save: {reason}") from None
 
 
 def to_numpy(value: Any) -> np.ndarray | None:
-    """The numbers of a tensor or array, bfloat16 kept; None if `value` is neither."""
+    """The numbers of a tensor or array, bfloat16 and the like kept; None if `value` is neither, or holds fewer numbers
+    than its shape says, as sparse and repeated ones do."""
     if isinstance(value, np.ndarray):
         return value if value.dtype.kind in "biuf" else None
     if not hasattr(value, "detach"):
         return None
     import torch
 
-    tensor = value.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(BFLOAT16)
-    return tensor.numpy()
+    tensor = value.detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return None
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return None
+    bits, dtype = SAME_BITS.get(str(tensor.dtype).removeprefix("torch."), (None, None))
+    if bits is not None:
+        return tensor.contiguous().view(getattr(torch, bits)).numpy().view(dtype)
+    return tensor.resolve_conj().resolve_neg().contiguous().numpy()
 
 
 def save_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -82,8 +119,9 @@ def save_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     torch = _torch(path)
 
     def tensor(array: np.ndarray) -> Any:
-        if array.dtype == BFLOAT16:
-            return torch.from_numpy(contiguous(array).view(np.uint16)).view(torch.bfloat16)
+        for name, (bits, dtype) in SAME_BITS.items():
+            if array.dtype == dtype:
+                return torch.from_numpy(contiguous(array).view(bits)).view(getattr(torch, name))
         return torch.from_numpy(contiguous(array))
 
     torch.save({"model": {name: tensor(array) for name, array in tensors.items()}}, path)
