@@ -110,7 +110,7 @@ def test_every_unknown_incomplete_or_misshapen_tensor_is_listed(tmp_path, form):
     with pytest.raises(CheckpointError) as error:
         load_lora(path)
     problems = FOUND + ((WHERE_ONE_RANK_IS_STATED,) if form != "diffusers" else ())
-    problems += (("pos_embed.proj.weight is not a tensor of an adapter",) if form == "release" else ()
+    problems += ("pos_embed.proj.weight is not a tensor of an adapter",) if form == "release" else ()
     for problem in problems:
         assert problem.format(".default" if form == "release" else "") in str(error.value)
     assert f"({len(problems)} problems)" in str(error.value)
