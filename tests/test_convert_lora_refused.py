@@ -1,0 +1,188 @@
+"""Adapters of other kinds, numbers that are none, and damage are refused with their names."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.errors import CheckpointError
+from convert.lora import convert_lora, load_lora, read_lora
+from tests.reference.adapters import RANK, WIDTH, factors, release_names, write_release
+
+FIRST = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def diffusers_file(path: Path, metadata: dict[str, str] | None = None, **change: torch.Tensor) -> Path:
+    save_file({f"transformer.{name}": tensor for name, tensor in factors().items()} | change, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (f"{FIRST}.dora_scale", "DoRA"),
+        (f"{FIRST}.lora_magnitude_vector", "DoRA"),
+        (f"{FIRST}.lora_magnitude_vector.weight", "DoRA"),
+        (f"{FIRST}.lokr_w1", "LoKr"),
+        (f"{FIRST}.hada_w1_a", "LoHa"),
+        (f"{FIRST}.oft_R.weight", "OFT"),
+        (f"{FIRST}.lora_mid.weight", "a Tucker decomposition"),
+        (f"{FIRST}.diff_b", "a difference of whole weights"),
+        (f"{FIRST}.lora_B.bias", "a bias"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused_by_name(tmp_path, name, kind):
+    with pytest.raises(CheckpointError, match=f"surplus: {name} is {kind}, which is not implemented"):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(4, 4)}))
+
+
+def test_a_file_of_another_kind_alone_is_told_so(tmp_path):
+    save_file({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(4, 4)}, tmp_path / "lokr.safetensors")
+    with pytest.raises(CheckpointError, match=r"lokr_w1 is LoKr, which is not implemented"):
+        load_lora(tmp_path / "lokr.safetensors")
+
+
+@pytest.mark.parametrize("layer", ["context_embedder", "proj_out", "norm_out.linear", "transformer_blocks.0.attn.to_w"])
+def test_layers_that_cannot_be_adapted_are_named(tmp_path, layer):
+    name = f"transformer.{layer}.lora_A.weight"
+    with pytest.raises(
+        CheckpointError, match=f"surplus: {name} is not a tensor of an adapter of a linear layer in SD3"
+    ):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(3, 4)}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_integers_and_truth_values_are_no_weights(tmp_path, dtype):
+    name = f"{FIRST}.lora_A.weight"
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: expected a matrix of floating-point numbers, found u?(int|bool)"
+    ):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(RANK, WIDTH).to(dtype)}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    broken = torch.ones(WIDTH, RANK)
+    broken[3, 1] = value
+    with pytest.raises(CheckpointError, match=r"lora_B\.weight: 1 of its numbers are NaN or infinite"):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{f"{FIRST}.lora_B.weight": broken}))
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(0.0), torch.tensor(-1), torch.tensor(float("nan")), torch.ones(2), torch.tensor(True)]
+)
+def test_alpha_is_a_finite_positive_number(tmp_path, alpha):
+    with pytest.raises(CheckpointError, match=rf"{FIRST}\.alpha: expected a finite positive number as alpha, found"):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{f"{FIRST}.alpha": alpha}))
+    with pytest.raises(CheckpointError, match="alpha is nan; expected a finite positive number"):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors"), alpha=float("nan"))
+
+
+def test_fp8_adapters_are_held_exactly(tmp_path):
+    tensors = {f"transformer.{name}": tensor.to(torch.float8_e4m3fn) for name, tensor in factors().items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    a = load_lora(tmp_path / "lora.safetensors")[1]["blocks.0.image.attention.q"].a
+    assert np.array_equal(a.T, tensors[f"{FIRST}.lora_A.weight"].to(torch.float16).numpy())
+
+
+def test_two_tensors_for_one_factor_are_refused(tmp_path):
+    twice = {f"{FIRST}.lora_down.weight": torch.ones(RANK, WIDTH)}
+    with pytest.raises(CheckpointError, match=r"the same layer's A as"):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **twice))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not a JSON object"),
+        ('{"transformer.r": ' + "9" * 5000 + "}", "not a JSON object"),
+        ('{"transformer.r": ' + "9" * 4000 + "}", "expected a positive whole number"),
+        ('{"transformer.r": 3, "transformer.r": 4}', "a key occurs twice"),
+        ("[1]", "found a list"),
+        ('{"transformer.r": 3.0, "transformer.lora_alpha": 1}', "expected a positive whole number"),
+        ('{"transformer.r": 3, "transformer.lora_alpha": NaN}', "expected a finite positive number"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_settings_in_a_header_are_checked(tmp_path, text, message):
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors") as error:
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", {"lora_adapter_metadata": text}))
+    assert message in str(error.value)
+
+
+def test_metadata_that_is_no_table_is_refused(tmp_path):
+    data = diffusers_file(tmp_path / "lora.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    for metadata in ([1], {"lora_adapter_metadata": 3}):
+        text = json.dumps({"__metadata__": metadata} | header).encode()
+        (tmp_path / "broken.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        with pytest.raises(CheckpointError, match=r"broken\.safetensors: corrupt header"):
+            load_lora(tmp_path / "broken.safetensors")
+
+
+def test_a_native_header_is_checked(tmp_path):
+    convert_lora(diffusers_file(tmp_path / "lora.safetensors"), tmp_path / "native.safetensors")
+    tensors = load_file(tmp_path / "native.safetensors")
+    stated = {"version": 1, "rank": RANK, "alpha": 3.0, "targets": ["image.attention.q"], "blocks": [0], "others": []}
+    for key, value in {"alpha": 1e400, "rank": True, "targets": "q", "blocks": [0.5], "others": [1]}.items():
+        metadata = {"format": "seg4diff-jax lora", "lora": json.dumps(stated | {key: value})}
+        save_file(tensors, tmp_path / "native.safetensors", metadata)
+        with pytest.raises(CheckpointError, match=rf"does not describe its adapters \({key} is "):
+            load_lora(tmp_path / "native.safetensors")
+
+
+def rewritten(source: Path, target: Path, change) -> Path:
+    """A zip with its entries' contents changed, and their sums with them."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
+    return target
+
+
+def test_numpys_scalars_beside_the_tensors_are_read_past(tmp_path):
+    """As both NumPy 2 and NumPy 1 pickle them."""
+    beside = {"iteration": np.int64(3), "best": np.float32(0.5), "name": np.str_("a"), "array": np.zeros(3, "u2")}
+    path = write_release(tmp_path / "two.pth", release_names(factors()), **beside)
+    former = lambda name, data: data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    one = rewritten(path, tmp_path / "one.pth", former)
+    assert b"numpy._core" in zipfile.ZipFile(path).read("two/data.pkl")
+    assert b"numpy._core" not in zipfile.ZipFile(one).read("two/data.pkl")
+    for file in (path, one):
+        assert read_lora(file).left_out == tuple(beside)
+        assert len(load_lora(file)[1]) == 24
+
+
+def test_a_flipped_bit_in_a_file_of_torch_save_is_refused(tmp_path):
+    path = write_release(tmp_path / "lora.pth", release_names(factors()))
+    data = bytearray(path.read_bytes())
+    value = factors()["transformer_blocks.3.attn.to_v.lora_B.weight"].numpy().tobytes()
+    data[data.index(value) + 50] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(data)
+    assert torch.load(tmp_path / "flipped.pth", weights_only=True)  # PyTorch does not look
+    with pytest.raises(CheckpointError, match=r"flipped\.pth: damaged: Bad CRC-32 for file .*data/\d+"):
+        load_lora(tmp_path / "flipped.pth")
+
+
+def test_files_that_pytorch_was_told_to_write_without_sums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = write_release(tmp_path / "lora.pth", release_names(factors()))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert len(load_lora(path)[1]) == 24
+
+
+def test_repeated_and_sparse_tensors_are_no_factors(tmp_path):
+    name = next(iter(release_names(factors())))
+    for tensor in (torch.zeros(1, 1).expand(100_000, 1_000_000), torch.eye(3).to_sparse()):
+        path = write_release(tmp_path / "lora.pth", release_names(factors()) | {name: tensor})
+        with pytest.raises(CheckpointError, match=f"{name}: expected a tensor, found a Tensor"):
+            load_lora(path)
