@@ -11,7 +11,8 @@ from benchmarks.convert_checkpoint import CONFIGS
 from benchmarks.real_shapes.flops import stages
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.evaluation.options import STEPS, kinds_of_prompts, numbers, parse, protocols, thresholds
-from seg4diff_jax.evaluation.reported import BY_NAMES, THRESHOLDS, WITHOUT_NAMES
+from seg4diff_jax.evaluation.paper import BY_NAMES, FIGURES, WITHOUT_NAMES
+from seg4diff_jax.evaluation.reported import METHOD, RESIZES, THRESHOLDS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
@@ -44,11 +45,13 @@ def test_its_header_says_the_command_and_what_the_paper_reports_for_just_this(fi
     assert said.count(f"python evaluate.py --config configs/eval/{file.stem}.yaml") == 2
     (protocol,) = protocols(options.protocol)
     assert (protocol == "unsupervised") == file.stem.startswith("unsupervised_")
-    table = {"open_vocabulary": BY_NAMES, "unsupervised": WITHOUT_NAMES}[protocol]
-    figures = re.search(r"mIoU reported by the paper; not measured here: ([\d.]+), and ([\d.]+) with MAGNET", said)
-    reported = table.get(options.data.name or "")
-    assert reported == (tuple(float(each) for each in figures.groups()) if figures else None)
-    assert figures or "the paper reports none" in said
+    mine = lambda figure: (figure.method, figure.dataset, figure.protocol) == (METHOD, options.data.name, protocol)
+    reported = {(figure.model, figure.magnet): figure.miou for figure in FIGURES if mine(figure)}
+    assert (
+        f"mIoU reported by the paper; not measured here: SD3 {reported['SD3', None]}, SD3.5 {reported['SD3.5', None]}; "
+        f"SD3 with MAGNET's adapters trained on SA-1B {reported['SD3', 'SA-1B']}, on COCO {reported['SD3', 'COCO']}."
+    ) in said
+    assert ("Those " in said) == (options.data.resize not in RESIZES), "where they are of another way, it is named"
 
 
 def test_its_times_are_arithmetic_and_say_so(file):

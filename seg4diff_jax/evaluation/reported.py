@@ -1,4 +1,4 @@
-"""Mean IoU that the paper reports (Seg4Diff, arXiv 2509.18096), for rows that were measured in its way."""
+"""Which of the paper's figures stand beside a row of scores: those of the same model, measured in the same way."""
 
 from __future__ import annotations
 
@@ -6,58 +6,83 @@ from collections.abc import Mapping
 from typing import Any
 
 from seg4diff_jax.evaluation.options import UNSUPERVISED
+from seg4diff_jax.evaluation.paper import FIGURES, Figure
+from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 
-BY_NAMES = {
-    "voc20": (89.2, 89.8),
-    "coco-object": (62.0, 62.9),
-    "context59": (49.0, 51.2),
-    "ade20k150": (34.2, 35.2),
+METHOD = "Seg4Diff"
+MODELS: dict[str, dict[str, Any]] = {
+    "SD3": {"qk_norm": False, "dual_attention_layers": ()},
+    "SD3.5": {"qk_norm": True, "dual_attention_layers": tuple(range(13))},
 }
-"""Percent: SD3-medium as it is, and with the adapters that MAGNET trained on COCO."""
-WITHOUT_NAMES = {
-    "voc21": (54.9, 56.1),
-    "context60": (52.6, 53.5),
-    "coco-object": (38.5, 38.8),
-    "coco-stuff27": (49.7, 53.5),
-    "ade20k150": (44.9, 45.4),
-}
-"""The same of segments without names. The paper calls `context60` Context59; background is a class of it."""
-THRESHOLDS = (0.1, 0.035)
-"""The release's: which of them made the table is not known."""
-BLOCK, STEP = 9, 8
-SPLITS = ("val", "validation")
-SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": False}
+"""What tells the two medium models of the paper apart. FLUX.1-dev is not implemented."""
+SIZES = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 TRAINED_SIZE = 1024
+MAGNET = LoRAConfig(rank=16, alpha=16.0, targets=tuple(sorted(IMAGE_ATTENTION)), blocks=None)
+"""The published adapters, as `models.lora.attached` describes them."""
+IMAGES = {
+    "voc20": (1449,),
+    "voc21": (1449,),
+    "context59": (5104,),
+    "context60": (5104,),
+    "coco-object": (5000,),
+    "coco-stuff27": (5000, 2175),
+    "ade20k150": (2000,),
+    "cityscapes19": (500,),
+}
+"""Of the whole validation split. Of Stuff27 the curated 2175 are the others' custom, and the paper does not say."""
+BLOCK, STEP = 9, 8
+"""Of both models; the noise level is counted from the clean end of 28."""
+SPLITS = ("val", "validation")
+RESIZES = ("release", "paper")
+"""The released code's way, and the one that the paper describes: which of them made the tables is not known."""
+THRESHOLDS = (0.1, 0.035)
+"""The release's: which of them made Table 2 is not known."""
 
 
-def reported_miou(row: Mapping[str, Any], config: MMDiTConfig, trained_size: int) -> float | None:
-    """The paper's figure for a row of scores; None where it has none for this model, set and way of measuring.
+def reported(
+    row: Mapping[str, Any], config: MMDiTConfig, trained_size: int, adapters: LoRAConfig | None = None
+) -> tuple[Figure, ...]:
+    """The paper's figures for a row of scores; none where it has none for this model, set and way of measuring.
 
-    A row of a model with adapters has MAGNET's, whatever they are.
+    Of a model with adapters like MAGNET's there are two, one for each set of images that the paper trained them on: a
+    file of adapters does not say which.
 
     Args:
       config, trained_size: of the model, which is told by them: what has been trained into weights since is not seen.
+      adapters: rank, alpha, layers and blocks of the model's adapters, see `models.lora.attached`.
     """
-    sizes_alike = all(getattr(config, name) == value for name, value in SD3_MEDIUM.items())
-    sd3_medium = sizes_alike and not config.dual_attention_layers and trained_size == TRAINED_SIZE
-    expert = (row["block"], row["head"], row["step"]) == (BLOCK, None, STEP) and row["split"] in SPLITS
-    if row["protocol"] == UNSUPERVISED:
-        found, alike = WITHOUT_NAMES, _released_match(row)
-    else:
-        found, alike = BY_NAMES, _asked_alike(row)
-    if not (sd3_medium and expert and alike) or row["dataset"] not in found:
+    model = _model(config, trained_size)
+    if model is None or not _measured_alike(row) or adapters not in (None, MAGNET):
+        return ()
+    return tuple(
+        figure
+        for figure in FIGURES
+        if (figure.method, figure.model) == (METHOD, model)
+        and (figure.dataset, figure.protocol) == (row["dataset"], row["protocol"])
+        and (figure.magnet is None) == (adapters is None)
+    )
+
+
+def _model(config: MMDiTConfig, trained_size: int) -> str | None:
+    if trained_size != TRAINED_SIZE:
         return None
-    plain, magnet = found[row["dataset"]]
-    return plain if row["lora"] is None else magnet
+    alike = lambda marks: all(getattr(config, name) == value for name, value in (SIZES | marks).items())
+    return next((name for name, marks in MODELS.items() if alike(marks)), None)
+
+
+def _measured_alike(row: Mapping[str, Any]) -> bool:
+    whole = not row["skipped"] and row["images"] + row["unlabelled"] in IMAGES.get(row["dataset"], ())
+    expert = (row["block"], row["head"], row["step"]) == (BLOCK, None, STEP)
+    alike = _released_match(row) if row["protocol"] == UNSUPERVISED else _asked_alike(row)
+    return whole and expert and alike and row["split"] in SPLITS and row["resize"] in RESIZES
 
 
 def _asked_alike(row: Mapping[str, Any]) -> bool:
     # The release asks for the background and does not score it.
-    asked = row["prompts"] == "present" and row["names"] != "readable" and row["background"] in (None, "asked")
-    return asked and row["resize"] != "aspect"
+    return row["prompts"] == "present" and row["names"] != "readable" and row["background"] in (None, "asked")
 
 
 def _released_match(row: Mapping[str, Any]) -> bool:
-    made = row["resize"] == "release" and row["minmax"] == "token" and row["threshold"] in THRESHOLDS
+    made = row["minmax"] == "token" and row["threshold"] in THRESHOLDS
     return made and row["match"] == "row" and row["absent_classes"] and row["background"] in (None, "scored")

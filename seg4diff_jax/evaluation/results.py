@@ -88,9 +88,9 @@ def tell(console: Console, evaluation: Evaluation) -> None:
         for setting, some in by_setting(own).items():
             best = "bold" if setting == evaluation.best else ""
             table.add_row(f"{setting.title}{asked}", *cells(some), style=best)
-            if some[0]["reported"] is not None:
-                name = "Seg4Diff + MAGNET" if some[0]["lora"] else "Seg4Diff"
-                table.add_row(f"{name}, as reported", f"{some[0]['reported']:.1f}", *[""] * (len(shown) - 1))
+            for figure in some[0]["reported"]:
+                said = f"{figure['name']}, as reported"
+                table.add_row(said, f"{figure['miou']:.1f}", *[""] * (len(shown) - 1))
         table.add_section()
         for name, some in guesses(evaluation.baselines, best_setting(own)).items():
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")

@@ -10,10 +10,11 @@ import numpy as np
 from seg4diff_jax.evaluation.measure import Measurement
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.outcome import Outcome
-from seg4diff_jax.evaluation.reported import reported_miou
+from seg4diff_jax.evaluation.reported import reported
 from seg4diff_jax.evaluation.scores import Row, best_constant, match_metrics, metrics
 from seg4diff_jax.evaluation.unsupervised import ONE_SEGMENT
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM
+from seg4diff_jax.models.lora import attached
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
 
 
@@ -55,9 +56,11 @@ def _speed(outcome: Outcome, measurement: Measurement, asked: int) -> Row:
     return {"seconds": round(seconds, 3), "images_per_second": round(len(outcome.indices) / seconds, 2)}
 
 
-def _reported(row: Row, measurement: Measurement) -> float | None:
+def _reported(row: Row, measurement: Measurement) -> list[Row]:
+    """What the paper reports for just this, as `results.json` has it."""
     pipe = measurement.forward.pipe
-    return reported_miou(row, pipe.transformer.config, pipe.trained_size)
+    found = reported(row, pipe.transformer.config, pipe.trained_size, attached(pipe.transformer))
+    return [{"name": figure.title, "miou": figure.miou, "source": figure.source} for figure in found]
 
 
 def _common(outcome: Outcome, measurement: Measurement) -> Row:
@@ -70,7 +73,7 @@ def _common(outcome: Outcome, measurement: Measurement) -> Row:
         "resize": measurement.settings.resize,
         "lora": measurement.settings.lora,
         "images": len(outcome.indices),
-        "skipped": sum(each.why == "skipped" for each in outcome.left_out),
+        **{why: sum(each.why == why for each in outcome.left_out) for why in ("skipped", "unlabelled")},
     }
 
 

@@ -246,6 +246,21 @@ def set_lora_state(mmdit: MMDiT, adapters: Mapping[str, tuple[Any, Any]]) -> MMD
     return model
 
 
+def attached(mmdit: MMDiT) -> LoRAConfig | None:
+    """Rank, alpha, layers (sorted) and blocks (None: all that it holds) of a model's adapters; None without any."""
+    places = list(_places(mmdit))
+    if not places:
+        return None
+    rank = places[0].layer.shapes[0][1]
+    blocks = tuple(sorted({_block(name) for place in places for name, _, _ in place.rows}))
+    return LoRAConfig(
+        rank,
+        places[0].layer.scale * rank,
+        tuple(sorted({place.path for place in places})),
+        None if blocks == tuple(range(mmdit.depth)) else blocks,
+    )
+
+
 class Place(NamedTuple):
     """Where adapted layers are: at `path` in stack number `number`, which is `stack`."""
 

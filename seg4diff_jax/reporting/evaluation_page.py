@@ -55,11 +55,11 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table of scores. `remark`: how a guesser guesses."""
+    """A line of a table of scores. `reported`: the paper's figures for it; `remark`: how a guesser guesses."""
 
     title: str
     scores: dict[str, Score]
-    reported: float | None = None
+    reported: Sequence[Row] = ()
     remark: str = ""
     best: bool = False
     guess: bool = False
@@ -109,10 +109,10 @@ def contents(
         "best": evaluation.best,
         "best_way": Way(best[0]["protocol"], best[0]["prompts"]).title,
         "scores": mean(best, names),
-        "reported": best[0].get("reported"),
+        "reported": best[0]["reported"],
         "speed": mean(best, ["images_per_second"])["images_per_second"],
         "tables": tables,
-        "any_reported": any(line.reported is not None for _, lines in tables for line in lines),
+        "any_reported": any(line.reported for _, lines in tables for line in lines),
         "plots": plots([sweep(way, some) for way, some in ways.items()], best_guess(evaluation)),
         "settings": settings(ways, names),
         "unlisted": len(by_setting(rows)) if len(by_setting(rows)) > MOST_SETTINGS else 0,
@@ -177,8 +177,8 @@ def summary(evaluation: Evaluation, rows: list[Row], names: list[str]) -> list[L
     of_all_heads = best_setting(means) if (means := [row for row in rows if row.get("head") is None]) else best
     lines = []
     for setting, some in by_setting(rows).items():
-        reported = some[0].get("reported")
-        if setting in (best, of_all_heads) or reported is not None:
+        reported = some[0]["reported"]
+        if setting in (best, of_all_heads) or reported:
             lines.append(Line(setting.title, mean(some, names), reported, best=setting == best))
     lines.sort(key=lambda line: not line.best)
     for name, some in guesses(evaluation.baselines, best).items():
@@ -209,7 +209,7 @@ def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str,
     for way, rows in ways.items():
         best, lines = best_setting(rows), []
         for setting, some in by_setting(rows).items():
-            lines.append(Line(setting.title, mean(some, names), some[0].get("reported"), best=setting == best))
+            lines.append(Line(setting.title, mean(some, names), some[0]["reported"], best=setting == best))
         tables.append((way.title, lines))
     count = sum(len(lines) for _, lines in tables)
     return tables if len(tables) < count <= MOST_SETTINGS else []

@@ -60,7 +60,7 @@ def made_up_evaluation(
                     far = abs(block - blocks[len(blocks) // 2]) + abs(step - steps[len(steps) // 2]) / 4
                     matrix = confusion_of(len(benchmark.classes), draw, np.exp(-far / 3) * (1 if kind else 0.6))
                     confusions[block, step, kind] = matrix
-                    row = {**_common(benchmark, kind), "block": block, "step": step, "seed": seed, "reported": None}
+                    row = {**_common(benchmark, kind), "block": block, "step": step, "seed": seed, "reported": []}
                     rows.append(row | {"images_per_second": 4.0, "seconds": 15.0} | metrics(matrix, benchmark))
                     rows[-1] |= changes or {}
     baselines = []
