@@ -1,6 +1,6 @@
 """Which reading of the expert block's attention MAGNET makes better: of the miniature, with and without adapters.
 
-    python benchmarks/magnet_readouts.py RUN/export [ANOTHER/export ...] [--scenes 128]
+    python benchmarks/magnet_readouts.py "[RUN/export,ANOTHER/export]" [--scenes 128]
 
 Three readings of the same maps on validation scenes, each asked for its own classes:
 

@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+import seg4diff_jax
+from tests.reference.documents import DOCUMENTS, ROOT, blocks
+
+LOAD_ONCE = cache(seg4diff_jax.load)
 WITHOUT_TORCH = """
 import runpy, shlex, sys
 sys.modules["torch"] = None
@@ -29,10 +32,6 @@ for line in {commands!r}:
     else:
         raise SystemExit("cannot run " + line)
 """
-
-
-def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", (ROOT / document).read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,7 @@ def test_the_main_job_prints_the_scores_that_readme_shows(quickstart):
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if blocks(name, "python")])
 def test_the_python_examples_run(document, quickstart, monkeypatch):
     monkeypatch.chdir(quickstart)
+    monkeypatch.setattr(seg4diff_jax, "load", LOAD_ONCE)
     exec(compile("\n".join(blocks(document, "python")), document, "exec"), {"__name__": "example"})
 
 

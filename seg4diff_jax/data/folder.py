@@ -4,7 +4,7 @@
     DIR/labels/NAME.png    one channel, as large as the image: line number in classes.txt, from 0; 255 is ignored
     DIR/classes.txt        one class name a line
 
-`python -m seg4diff_jax.data.shapes DIR` writes synthetic scenes in this layout.
+`seg4diff scenes DIR` writes synthetic scenes in this layout.
 """
 
 from __future__ import annotations
