@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 import torch
 
-from seg4diff_jax.training.optimizers import OptimizerConfig, average_decay, make_optimizer, make_schedule
+from seg4diff_jax.training.optimizers import BOUNDS, OptimizerConfig, average_decay, make_optimizer, make_schedule
 
 STEPS = 40
 
@@ -126,3 +127,28 @@ def test_the_average_begins_quickly_and_ends_at_its_decay():
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="warmup is 40; expected less than the run's 40 steps"):
         rates(warmup=40)
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("learning_rate", [0.0, -1e-4, math.nan, math.inf, 1e39, 1e-46]),  # the last two are inf and 0 in 32 bits
+        ("warmup", [-1]),
+        ("weight_decay", [-0.1, math.nan, math.inf]),
+        ("betas", [(1.0, 0.999), (0.9, math.nan), (-0.1, 0.9), (0.9, math.inf)]),
+        ("epsilon", [0.0, -1e-8, math.nan, math.inf, 1e-46]),
+        ("clip", [0.0, -1.0, math.nan, math.inf]),
+        ("accumulate", [0, -1]),
+        ("average", [1.0, -0.1, math.nan, math.inf]),
+        ("rates", [{"kernel": math.nan}, {"a": 1.0, "kernel": math.inf}, {"kernel": -1.0}]),
+    ],
+)
+def test_numbers_beyond_an_options_bounds_are_refused_by_its_name(option, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^optimizer\.{option}.* is .*; expected "):
+            OptimizerConfig(**{option: value})
+
+
+def test_every_number_of_the_options_has_bounds():
+    names = {field.name for field in fields(OptimizerConfig)}
+    assert names - BOUNDS.keys() == {"schedule", "muon"}, "those that are no numbers"

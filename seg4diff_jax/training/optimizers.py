@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int
 
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""What a step computes with are numbers of 32 bits: smaller ones are 0 there, larger ones infinite."""
+BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("a finite number, more than 0", lambda value: TINY <= value <= LARGEST),
+    "warmup": ("at least 0 updates", lambda value: value >= 0),
+    "weight_decay": ("a finite number, at least 0", lambda value: 0 <= value <= LARGEST),
+    "betas": ("0 <= beta < 1", lambda value: 0 <= value < 1),
+    "epsilon": ("a finite number, more than 0", lambda value: TINY <= value <= LARGEST),
+    "clip": ("a finite number, more than 0, or null for no clipping", lambda value: TINY <= value <= LARGEST),
+    "accumulate": ("at least 1 batch for an update", lambda value: value >= 1),
+    "average": ("0 <= average < 1, or null for none", lambda value: 0 <= value < 1),
+    "rates": ("a finite factor, at least 0", lambda value: 0 <= value <= LARGEST),
+}
+"""Option to what is expected of its values. NaN is within no bounds."""
 ScheduleName = Literal["constant", "cosine", "last_quarter", "detectron2"]
 
 
@@ -50,23 +65,24 @@ class OptimizerConfig:
     rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise ValueError(f"optimizer.accumulate is {self.accumulate}; an update takes at least 1 batch")
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; expected more than 0")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"optimizer.clip is {self.clip}; expected more than 0, or null for no clipping")
-        if self.average is not None and not 0 <= self.average < 1:
-            raise ValueError(f"optimizer.average is {self.average}; expected 0 <= average < 1, or null for none")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"optimizer.warmup is {self.warmup} and weight_decay {self.weight_decay}; expected at least 0"
-            )
+        for name, (bounds, fits) in BOUNDS.items():
+            for place, value in _values(name, getattr(self, name)):
+                if not fits(value):
+                    raise ValueError(f"optimizer.{place} is {value}; expected {bounds}")
         for pattern in (*self.rates, *([] if self.muon is None else [self.muon])):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"optimizer: {pattern!r} is no regular expression ({error})") from error
+
+
+def _values(name: str, value: Any) -> list[tuple[str, float]]:
+    """Numbers of an option, and what each is called."""
+    if isinstance(value, Mapping):
+        return [(f"{name}[{key!r}]", factor) for key, factor in value.items()]
+    if isinstance(value, Sequence):
+        return [(f"{name}[{place}]", each) for place, each in enumerate(value)]
+    return [] if value is None else [(name, value)]
 
 
 def _warmed(rate: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
