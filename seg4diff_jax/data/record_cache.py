@@ -1,12 +1,17 @@
 """Items computed once and kept on the disk as ArrayRecord, which grain reads in any order.
 
-DIR/items.arrayrecord   a record per item: its fields' bytes, one after the other
-DIR/items.json          the fields' names, dtypes and shapes, and what the items were made of
+DIR/items.arrayrecord   a record per item: its fields' bytes, one after the other, and a checksum
+DIR/items.json          the fields' names, dtypes and shapes, what the items were made of, how many, and a random key
+
+ArrayRecord finds bytes that have changed. What it cannot know is whether a record is the one with this number, of this
+cache, with this description: the checksum is of the record, its number and all that the description says.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from math import prod
@@ -17,6 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
+from convert.files import read_json
 from convert.staging import staged_directory
 from seg4diff_jax.data.loader import Item
 
@@ -49,20 +55,32 @@ def write_cache(
       OSError: the disk does not take them.
     """
     fields: dict[str, Field] = {}
-    done = 0
+    manifest = {"identity": dict(identity), "count": count, "key": secrets.token_hex(8)}
+    done, seed = 0, 0
     with staged_directory(Path(directory)) as work:
         with closing(Writer(work / RECORDS)) as writer:
             for batch in batches:
                 found = {name: Field(values.dtype.name, values.shape[1:]) for name, values in batch.items()}
-                fields = fields or found
+                if not fields:
+                    fields, seed = found, _seed({"fields": found, **manifest})
                 if found != fields:
                     raise ValueError(f"{directory}: items of {found}; expected {fields}, as the first")
                 for values in zip(*(batch[name] for name in fields), strict=True):
-                    writer.write(b"".join(np.ascontiguousarray(value).tobytes() for value in values))
+                    record = b"".join(np.ascontiguousarray(value).tobytes() for value in values)
+                    writer.write(record + _checksum(record, done, seed))
                     done += 1
         if done != count:
             raise ValueError(f"{directory}: expected {count} items, found {done}")
-        (work / MANIFEST).write_text(json.dumps({"fields": fields, "identity": dict(identity)}, indent=2))
+        (work / MANIFEST).write_text(json.dumps({"fields": fields, **manifest}, indent=2), encoding="utf-8")
+
+
+def _seed(manifest: Mapping[str, Any]) -> int:
+    """Of all checksums of a cache: the description as it is read back. Fields lie in its order."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(manifest))).encode())
+
+
+def _checksum(record: bytes, index: int, seed: int) -> bytes:
+    return zlib.crc32(record, zlib.crc32(index.to_bytes(8, "little"), seed)).to_bytes(4, "little")
 
 
 class Writer:
@@ -99,26 +117,37 @@ class RecordCache:
         directory = Path(directory)
         if not (directory / MANIFEST).is_file():
             raise ValueError(f"{directory} is there and no cache ({MANIFEST} is missing): name another directory")
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = read_json(directory / MANIFEST)
+        described = _fields(manifest, directory / MANIFEST)
         made_of = manifest["identity"]
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
             listing = "; ".join(f"{key}: {made_of.get(key)!r}, not {identity.get(key)!r}" for key in different)
             raise ValueError(f"{directory} was made of something else ({listing}): remove it, or name another")
         self._directory = directory
+        self._seed = _seed(manifest) if "key" in manifest else None  # caches of earlier versions have no checksums
         self._records: Any = self._read(lambda: ArrayRecordDataSource(str(directory / RECORDS)))
         self._places: dict[str, tuple[int, Field]] = {}
-        start = 0
-        for name, (dtype, shape) in manifest["fields"].items():
-            field = Field(dtype, tuple(shape))
+        self._nbytes = 0
+        for name, field in described.items():
             if fields is None or name in fields:
-                self._places[name] = start, field
-            start += field.nbytes
+                self._places[name] = self._nbytes, field
+            self._nbytes += field.nbytes
+        if "count" in manifest and manifest["count"] != len(self._records):
+            raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {manifest['count']}")
+        if len(self._records):
+            self[0]  # the file of another cache is told at once
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int, /) -> Item:
         record = self._read(lambda: self._records[index])
+        if self._seed is not None:
+            record, checksum = record[:-4], record[-4:]
+            if checksum != _checksum(record, index, self._seed):
+                raise self._damaged(f"record {index} of {RECORDS} is not the one that {MANIFEST} describes")
+        if len(record) != self._nbytes:
+            raise self._damaged(f"record {index} of {RECORDS} has {len(record)} bytes, not {self._nbytes}")
         return {
             name: np.frombuffer(record, field.dtype, prod(field.shape), start).reshape(field.shape)
             for name, (start, field) in self._places.items()
@@ -128,4 +157,22 @@ class RecordCache:
         try:
             return act()
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self._directory} cannot be read ({error}): remove it, and it is made anew") from error
+            raise self._damaged(" ".join(str(error).split())) from error
+
+    def _damaged(self, how: str) -> ValueError:
+        return ValueError(f"{self._directory} cannot be read ({how}): remove it, and it is made anew")
+
+
+def _fields(manifest: Mapping[str, Any], file: Path) -> dict[str, Field]:
+    """Of a cache's description. Raises ValueError when that is none."""
+    try:
+        if not isinstance(manifest["identity"], dict):
+            raise TypeError("identity is no table")
+        found = {name: Field(dtype, tuple(shape)) for name, (dtype, shape) in manifest["fields"].items()}
+        for name, field in found.items():
+            if np.dtype(field.dtype).hasobject or not all(type(size) is int and size >= 0 for size in field.shape):
+                raise TypeError(f"field {name} is {field.dtype} {list(field.shape)}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} is damaged ({reason}): remove the cache, and it is made anew") from None
+    return found
