@@ -23,8 +23,13 @@ SHOWN = 80
 """Characters of a wrong value in a message."""
 
 
-def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """A file's JSON object. Raises CheckpointError naming the file; `why` says what an absent one was needed for."""
+def read_json(path: Path, why: str = "", *, finite: bool = True) -> dict[str, Any]:
+    """A file's JSON object. Raises CheckpointError naming the file.
+
+    Args:
+      why: what an absent one was needed for.
+      finite: its numbers must be; False for measurements, which may be NaN.
+    """
     try:
         with path.open("rb") as file:
             contents = file.read(LARGEST + 1)
@@ -34,24 +39,26 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(contents) > LARGEST:
         raise CheckpointError(f"{path}: expected a JSON object of at most {LARGEST >> 20} MiB, the file is larger")
-    return parse_object(contents, str(path))
+    return parse_object(contents, str(path), finite=finite)
 
 
-def parse_object(contents: bytes | str, where: str) -> dict[str, Any]:
+def parse_object(contents: bytes | str, where: str, *, finite: bool = True) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError, which begins with `where`: a file, or a part of one."""
-    found = parse_json(contents, where)
+    found = parse_json(contents, where, finite=finite)
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found a {type(found).__name__}")
     return found
 
 
-def parse_json(contents: bytes | str, where: str) -> Any:
-    """JSON of finite numbers, unique keys and moderate depth. Raises CheckpointError, which begins with `where`."""
+def parse_json(contents: bytes | str, where: str, *, finite: bool = True) -> Any:
+    """JSON of unique keys, moderate depth and, unless `finite` is False, finite numbers.
+
+    Raises CheckpointError, which begins with `where`.
+    """
+    numbers = {"parse_float": _finite, "parse_constant": _refused} if finite else {}
     try:
         text = contents.decode("utf-8-sig") if isinstance(contents, bytes) else contents
-        found = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_refused
-        )
+        found = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **numbers)
         if _deeper_than(found, DEPTH):
             raise RecursionError
     except RecursionError:

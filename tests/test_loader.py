@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import resource
+import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
+from grain.sources import ArrayRecordDataSource
 
 from seg4diff_jax.data.loader import evaluation_batches, training_batches
-from seg4diff_jax.data.record_cache import RecordCache, write_cache
+from seg4diff_jax.data.record_cache import RecordCache, Writer, write_cache
 
 
 class Squares:
@@ -49,14 +53,24 @@ def test_hosts_share_each_batch_between_them_and_in_their_order_have_what_one_ha
         assert batch == list(itertools.chain(*shares))
 
 
-def test_an_iterator_goes_on_where_its_state_was_taken():
-    batches = training_batches(Squares(), batch_size=4, seed=0)
-    take(batches, 5)
-    state = batches.get_state()
-    expected = take(batches, 7)
-    again = training_batches(Squares(), batch_size=4, seed=0)
-    again.set_state(state)
-    assert take(again, 7) == expected
+def drawn(item: dict, random: np.random.Generator) -> dict:
+    return {**item, "drawn": random.random()}
+
+
+def seen(count: int, **how) -> list[tuple[list[int], list[float]]]:
+    batches = training_batches(Squares(), batch_size=6, seed=0, augment=drawn, **how)
+    return [(batch["index"].tolist(), batch["drawn"].tolist()) for batch in itertools.islice(batches, count)]
+
+
+@pytest.mark.parametrize("process", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("start", [0, 1, 5, 8])
+def test_batches_from_a_place_on_are_those_that_come_there(start, process):
+    """Also past the end of an epoch, which has not quite four of them; what is drawn for each item too."""
+    assert seen(9 - start, start=start, process=process) == seen(9, process=process)[start:]
+
+
+def test_batches_from_a_place_on_are_the_same_from_worker_processes():
+    assert seen(4, start=5, workers=2) == seen(9)[5:]
 
 
 def test_a_batch_that_hosts_cannot_share_is_refused():
@@ -114,16 +128,116 @@ def test_what_goes_wrong_while_items_are_computed_is_told_as_it_is(tmp_path):
         write_cache(tmp_path / "cache", broken(), 4, {})
 
 
-def test_a_damaged_cache_is_refused_by_name(tmp_path):
-    write_cache(tmp_path / "cache", [{"x": np.random.default_rng(0).normal(size=(4, 30))}], 4, {})
-    records = tmp_path / "cache" / "items.arrayrecord"
+REMEDY = "remove it, and it is made anew"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A small cache, and its values."""
+    items = {"x": np.random.default_rng(0).normal(size=(4, 30)), "y": np.arange(4)}
+    write_cache(tmp_path / "cache", [items], 4, {"model": 7})
+    return tmp_path / "cache"
+
+
+def read_all(cache) -> list[bytes]:
+    records = RecordCache(cache, {"model": 7})
+    return [value.tobytes() for index in range(4) for value in records[index].values()]
+
+
+def test_a_cache_whose_file_is_cut_short_or_absent_is_refused_by_name(cache):
+    records = cache / "items.arrayrecord"
     whole = records.read_bytes()
     records.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cache cannot be read .*: remove it, and it is made anew"):
-        RecordCache(tmp_path / "cache", {})[3]
+    with pytest.raises(ValueError, match=rf"cache cannot be read .*: {REMEDY}"):
+        read_all(cache)
     records.unlink()
-    with pytest.raises(ValueError, match=r"cache cannot be read .*: remove it, and it is made anew"):
-        RecordCache(tmp_path / "cache", {})[3]
+    with pytest.raises(ValueError, match=rf"cache cannot be read .*: {REMEDY}"):
+        read_all(cache)
+
+
+def test_a_flipped_bit_of_a_cache_is_found_or_changes_nothing(cache):
+    """The file is filled up with zeros that nobody reads."""
+    records, expected = cache / "items.arrayrecord", read_all(cache)
+    whole = records.read_bytes()
+    used = [place for place in range(len(whole)) if whole[place]]
+    found = 0
+    for place in np.random.default_rng(0).choice(used, 40):
+        records.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            same = read_all(cache) == expected
+        except ValueError as error:
+            same, found = str(cache) in str(error), found + 1
+        assert same
+    assert found >= 35
+
+
+def rewritten(cache, order) -> None:
+    """The same records in another order, in a file that is whole."""
+    source = ArrayRecordDataSource(str(cache / "items.arrayrecord"))
+    records = [source[index] for index in order]
+    with closing(Writer(cache / "items.arrayrecord")) as writer:
+        for record in records:
+            writer.write(record)
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ([0, 2, 1, 3], "record 1 of"),
+        ([3, 1, 2, 0], "record 0 of"),
+        ([0, 1, 2], "has 3 records"),
+        ([0, 1, 2, 2], "3 of"),
+    ],
+)
+def test_records_that_are_shuffled_repeated_or_missing_are_refused(order, said, cache):
+    rewritten(cache, order)
+    with pytest.raises(ValueError, match=rf"cache cannot be read .*{said}.*{REMEDY}"):
+        read_all(cache)
+
+
+def test_the_records_of_another_cache_are_refused_also_where_its_description_is_the_same(cache, tmp_path):
+    write_cache(tmp_path / "other", [{"x": np.zeros((4, 30)), "y": np.arange(4)}], 4, {"model": 7})
+    shutil.copy(tmp_path / "other" / "items.arrayrecord", cache)
+    with pytest.raises(ValueError, match=r"record 0 of items.arrayrecord is not the one that items.json describes"):
+        RecordCache(cache, {"model": 7})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fields": {"x": ["float64", [5, 6]], "y": ["int64", []]}}, "record 0 of"),  # as many bytes
+        ({"fields": {"y": ["int64", []], "x": ["float64", [30]]}}, "record 0 of"),
+        ({"fields": {"x": ["float65", [30]]}}, "float65"),
+        ({"fields": {"x": ["object", [30]]}}, "field x is object"),
+        ({"fields": {"x": ["float64", [-30]]}}, "field x is float64"),
+        ({"fields": {"x": ["float64", 30]}}, "is damaged"),
+        ({"fields": {"x": "float64"}}, "is damaged"),
+        ({"fields": 3}, "is damaged"),
+        ({"fields": None}, "'fields' is missing"),
+        ({"identity": []}, "identity is no table"),
+        ({"count": 3}, "4 records, and items.json 3"),
+        ({"key": None}, "has 252 bytes, not 248"),
+        ({"key": "0123456789abcdef"}, "record 0 of"),
+    ],
+)
+def test_a_description_that_is_not_the_one_that_was_written_is_refused(change, said, cache):
+    manifest = json.loads((cache / "items.json").read_text()) | change
+    kept = {name: value for name, value in manifest.items() if value is not None}
+    (cache / "items.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=rf"cache.*{said}.*made anew"):
+        RecordCache(cache, {"model": 7})
+
+
+def test_a_cache_of_before_there_were_checksums_is_read(cache):
+    """It has neither the key nor the last four bytes of a record."""
+    expected, manifest = read_all(cache), json.loads((cache / "items.json").read_text())
+    source = ArrayRecordDataSource(str(cache / "items.arrayrecord"))
+    records = [source[index][:-4] for index in range(4)]
+    with closing(Writer(cache / "items.arrayrecord")) as writer:
+        for record in records:
+            writer.write(record)
+    (cache / "items.json").write_text(json.dumps({"fields": manifest["fields"], "identity": manifest["identity"]}))
+    assert read_all(cache) == expected
 
 
 def test_a_cache_that_the_disk_does_not_take_never_appears(tmp_path):

@@ -57,12 +57,12 @@ def training_batches(
     augment: Augment | None = None,
     workers: int = 0,
     process: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator[Batch]:
+    start: int = 0,
+) -> Iterator[Batch]:
     """Batches without end, each epoch in an order of its own.
 
     Which items make up a batch, and where in it, depends on the seed alone: hosts share each batch between them, the
-    first has its first rows, and neither threads nor worker processes change the order. `get_state` and `set_state` of
-    the result continue at the batch not yet taken.
+    first has its first rows, and neither threads nor worker processes change the order.
 
     Args:
       batch_size: over all hosts.
@@ -70,6 +70,7 @@ def training_batches(
         before.
       workers: processes that read; 0: threads of this one.
       process: this host's share of every batch, and how many shares there are.
+      start: batches that were taken before: the first one is the one after them.
 
     Raises:
       ValueError: hosts cannot share a batch evenly, or an epoch has no batch.
@@ -82,7 +83,7 @@ def training_batches(
     items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()
     # Before hosts take their shares: an item's random numbers are the same however many there are.
     items = items if augment is None else items.random_map(Augmented(augment))
-    shares = items.batch(batch_size // count, drop_remainder=True)[index::count]
+    shares = items.batch(batch_size // count, drop_remainder=True)[index + start * count :: count]
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
     batches = shares.to_iter_dataset(threads)
     if workers:

@@ -136,14 +136,18 @@ _embed = jax.jit(Towers.embed)
 
 
 def evaluate(towers: Towers, *, source: Source, choices: int = 16) -> dict[str, float]:
-    """How often a picture's own caption is the nearest of `choices`, for each text tower, and the mean: `accuracy`."""
+    """How often a picture's own caption is the nearest of `choices`, for each text tower, and the mean: `accuracy`.
+
+    NaN where embeddings are: of similarities that are NaN the first is the largest.
+    """
     right: list[np.ndarray] = []
     for batch, count in evaluation_batches(source, choices):
         if count < choices:
             break
         images, texts = _embed(towers, {name: batch[name] for name in ("image", "clip_l", "clip_g")})
         nearest = [on_host((images @ text.T).argmax(axis=1)) for text in texts]
-        right.append(np.stack(nearest) == np.arange(choices))
+        known = np.stack([np.isfinite(on_host((images @ text.T).sum(axis=1))) for text in texts])
+        right.append(np.where(known, np.stack(nearest) == np.arange(choices), np.nan))
     if not right:
         raise ValueError(f"data.validation is {len(source)}; expected at least {choices} scenes")
     clip_l, clip_g = np.concatenate(right, axis=1).mean(axis=1)

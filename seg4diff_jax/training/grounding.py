@@ -109,7 +109,8 @@ def grounding(
     Returns:
       `miou`, `things` and `stuffs` (their own mean IoU) of the best block at its best noise level, which are `block`
       and `sigma`; `velocity_loss`, the mean over scenes and noise levels under class prompts; and for every block and
-      level `miou/block@sigma` and `things/block@sigma`.
+      level `miou/block@sigma` and `things/block@sigma`. All mIoU are NaN where the loss is no finite number: of scores
+      that are NaN the first class is the largest.
     """
     classes, things = len(CLASSES), range(len(THINGS))
     confusions: dict[float, Any] = dict.fromkeys(sigmas, 0)
@@ -121,18 +122,20 @@ def grounding(
             matrices, loss = block_confusions(denoiser, {**batch, "labels": labels}, noise, jnp.float32(sigma), classes)
             confusions[sigma] = confusions[sigma] + on_host(matrices).astype(np.int64)
             losses.append(on_host(loss)[:count])
+    loss = float(np.concatenate(losses).mean())
+    percent = 100.0 if np.isfinite(loss) else float("nan")
     table = {
         (block, sigma): {
-            "miou": 100 * mean_iou(matrix),
-            "things": 100 * mean_iou(matrix, things),
-            "stuffs": 100 * mean_iou(matrix, range(len(THINGS), classes)),
+            "miou": percent * mean_iou(matrix),
+            "things": percent * mean_iou(matrix, things),
+            "stuffs": percent * mean_iou(matrix, range(len(THINGS), classes)),
         }
         for sigma, matrices in confusions.items()
         for block, matrix in enumerate(matrices)
     }
-    block, sigma = max(table, key=lambda place: table[place]["miou"])
+    block, sigma = max(table, key=lambda place: np.nan_to_num(table[place]["miou"], nan=-1.0))
     every = {
         f"{name}/{b}@{s:g}": scores[name] for name in ("miou", "things") for (b, s), scores in sorted(table.items())
     }
-    best = {"block": float(block), "sigma": sigma, "velocity_loss": float(np.concatenate(losses).mean())}
+    best = {"block": float(block), "sigma": sigma, "velocity_loss": loss}
     return table[block, sigma] | best | every

@@ -151,6 +151,7 @@ class HeldOut:
     def __call__(self, transformer: MMDiT) -> dict[str, float]:
         """`miou` in percent and `velocity_loss`, with the adapters, and `base_miou` and `base_velocity_loss` without.
 
+        A model whose loss is no finite number has no mIoU: of scores that are NaN the first class is the largest.
         The base's are computed once, for they do not change.
         """
         self._base = self._base or self.scores(remove_lora(transformer))
@@ -168,7 +169,8 @@ class HeldOut:
                 matrix, loss = _score(transformer, batch, noise, level, self.classes, self.block, self.zeros)
                 losses.append(on_host(loss)[:count])
                 confusion += on_host(matrix).astype(np.int64) * (number == 0)
-        return {"miou": 100 * mean_iou(confusion), "velocity_loss": float(np.concatenate(losses).mean())}
+        loss = float(np.concatenate(losses).mean())
+        return {"miou": 100 * mean_iou(confusion) if np.isfinite(loss) else float("nan"), "velocity_loss": loss}
 
     def prompts(self, tokenizers: Tokenizers, count: int) -> tuple[TokenIds, TokenIds]:
         """Token ids of the first pictures' prompts, and of the empty prompt."""

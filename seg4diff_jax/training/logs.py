@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,8 +25,6 @@ from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.tensorboard import EventFile
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
-PICTURE = "[0-9]" * 8 + ".png"
-"""What a step's picture is called."""
 STRIP = 12
 """Height of the strip over a row of pictures that says its step."""
 BAR = (
@@ -119,8 +118,7 @@ class Logs:
         Image.fromarray(pixels).save(encoded, "PNG")
         (self._pictures / f"{step:08d}.png").write_bytes(encoded.getvalue())
         self._events.image(step, "pictures", encoded.getvalue(), *pixels.shape[:2])
-        files = sorted(self._pictures.glob(PICTURE))
-        rows = [(str(int(file.stem)), Image.open(file)) for file in files]
+        rows = [(str(number), Image.open(file)) for number, file in _pictures(self._pictures)]
         height = sum(STRIP + row.height for _, row in rows)
         sheet = Image.new("RGB", (max(row.width for _, row in rows), height), "white")
         top = 0
@@ -140,27 +138,39 @@ def _shown(value: float) -> str:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
+    """And the last line, where the run was killed while it wrote it. Raises TrainingError for other damage."""
     if not path.is_file():
         return
-    kept = [row for line in path.read_text("utf-8", "replace").splitlines() if (row := _parsed(line))["step"] <= step]
+    lines = path.read_bytes().splitlines()
+    rows = [_parsed(line) for line in lines]
+    if wrong := [number for number, row in enumerate(rows[:-1], 1) if row is None]:
+        raise TrainingError(
+            f"{path} is damaged: line {wrong[0]} is no row of a log (a JSON object with its step). Mend or remove the "
+            "line, or move the file elsewhere; checkpoints do not need it"
+        )
     staged = path.with_suffix(".partial")
-    staged.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    kept = [line + b"\n" for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
+    staged.write_bytes(b"".join(kept))
     staged.replace(path)
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_object(line, METRICS)
+    except CheckpointError:
+        return None
+    return row if type(row.get("step")) is int else None
+
+
 def _drop_pictures_after(directory: Path, step: int) -> None:
-    for file in directory.glob(PICTURE):
-        if int(file.stem) > step:
+    for number, file in _pictures(directory):
+        if number > step:
             file.unlink()
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """A row; one that is damaged, as the last of a run that was killed, counts as later than any step."""
-    with suppress(CheckpointError):
-        row = parse_object(line, METRICS)
-        if type(row.get("step")) is int:
-            return row
-    return {"step": math.inf}
+def _pictures(directory: Path) -> list[tuple[int, Path]]:
+    """Those of steps, in their order; other files are left alone."""
+    return sorted((int(file.stem), file) for file in directory.glob("*.png") if re.fullmatch("[0-9]+", file.stem))
 
 
 class Throughput:

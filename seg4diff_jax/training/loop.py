@@ -12,11 +12,10 @@ or gradient that is not finite, a disk that is full (the last good checkpoint st
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,20 +25,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
+from convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
 from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import Logs, Throughput
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
+from seg4diff_jax.training.resumption import check_accumulation, remarks
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
 from seg4diff_jax.training.termination import Terminated, Termination, termination
+from seg4diff_jax.training.watch import Watch
 from seg4diff_jax.training.work import Work, measured_peak
 
 CONFIG = "config.yaml"
-IN_FLIGHT = 2
-"""Steps that may be under way before their losses are looked at."""
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,22 @@ def train(
             )
         with stop.dispensable():
             trainer = _prepare(task, run, optimizer, mesh)
-            data = _data(task, run, mesh)
-        start, changed = 0, []
+        start, taken, said = checkpoints.latest or 0, 0, []
         if checkpoints.latest is not None:
-            start = checkpoints.latest
-            trainer.state, position, before = checkpoints.restore(start, trainer.state, trainer.places)
-            _check_accumulation(before, optimizer)
-            data.set_state(position)
-            changed = _differences(before, record or {})
+            trainer.state, taken, before, checked = checkpoints.restore(start, trainer.state, trainer.places)
+            check_accumulation(before, optimizer.accumulate)
+            said = remarks(start, before, record or {}, checked=checked)
+        elif resume:
+            said = ["there is no checkpoint to go on from, and the run begins anew"]
+        with stop.dispensable():
+            data = _data(task, run, mesh, taken)
         if jax.process_index() == 0:  # once it is known to fit what is there
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         with Logs(out, name=task.name, steps=run.steps, start=start, writes=jax.process_index() == 0) as logs:
+            for remark in said:
+                logs.say(remark)
             if start:
-                logs.say(f"resumed at step {start}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
                 _make_up(trainer, run, start, checkpoints, logs, stop)
             _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
         finished = trainer.done(run)
@@ -186,7 +188,7 @@ def check_batch(run: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _data(task: Task, run: RunConfig, mesh: Mesh) -> Any:
+def _data(task: Task, run: RunConfig, mesh: Mesh, taken: int) -> Iterator[Batch]:
     processes = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     return training_batches(
         task.source,
@@ -195,31 +197,8 @@ def _data(task: Task, run: RunConfig, mesh: Mesh) -> Any:
         augment=task.augment,
         workers=run.workers,
         process=batch_share(processes, jax.process_index()),
+        start=taken,
     )
-
-
-def _check_accumulation(before: Mapping[str, Any], optimizer: OptimizerConfig) -> None:
-    former = before.get("optimizer", {}) if isinstance(before, Mapping) else None
-    if not isinstance(former, Mapping):
-        raise TrainingError("the configuration in the run's checkpoint is damaged: give another run.out")
-    written = former.get("accumulate", optimizer.accumulate)
-    if written != optimizer.accumulate:
-        raise TrainingError(
-            f"optimizer.accumulate is {optimizer.accumulate}, and the run's checkpoint counts its steps by {written} "
-            "batches each: go on with that, or give another run.out"
-        )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted options whose values differ."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} ({old!r} to {new!r})")
-    return found
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
@@ -280,7 +259,7 @@ def _steps(
     stop: Termination,
     record: Mapping[str, Any],
 ) -> None:
-    watch, throughput = Watch(trainer.task), Throughput()
+    watch, throughput = Watch(trainer.task.item), Throughput()
     for done in range(start + 1, run.steps + 1):
         for _ in range(trainer.optimizer.accumulate):
             batch = next(data)
@@ -303,7 +282,7 @@ def _steps(
             stopping = isinstance(failure, Terminated)
         if last or stopping or failure or done % run.checkpoint_every == 0:
             watch.check()
-            checkpoints.save(done, trainer.state, data.get_state(), record, scores)  # pyright: ignore
+            checkpoints.save(done, trainer.state, done * trainer.optimizer.accumulate, record, scores)
         if isinstance(failure, Exception):
             raise failure
         throughput.resume()
@@ -319,7 +298,9 @@ def _make_up(
     """The evaluation that was due at the step a run is resumed at, if something came between it."""
     due = start == run.steps or start % run.evaluate_every == 0
     if due and trainer.task.best is not None and not checkpoints.scored(start):
-        _, failure = _evaluate(trainer, start, logs, stop)
+        scores, failure = _evaluate(trainer, start, logs, stop)
+        if scores is not None:
+            checkpoints.add_metrics(start, scores)
         if failure is not None:
             raise failure
 
@@ -344,6 +325,9 @@ def _evaluate(
             with stop.dispensable():
                 scores = task.evaluate(trainer.averaged_model())
             logs.row(done, {f"validation/{name}": value for name, value in scores.items()})
+            if task.best is not None and finite(scores, task.best) is None:
+                said = f"is {scores[task.best]}" if task.best in scores else "was not computed"
+                logs.say(f"{task.best} of step {done} {said}: no finite number, so this step is never the best")
         if task.pictures is not None:
             with stop.dispensable():
                 picture = task.pictures(trainer.averaged_model())
@@ -353,48 +337,3 @@ def _evaluate(
             raise  # the others may not have failed, and would wait
         return scores, error
     return scores, None
-
-
-class Pending(NamedTuple):
-    step: int
-    metrics: dict[str, Any]
-    items: np.ndarray
-
-
-class Watch:
-    """Looks at every loss, a few steps late so that the device need not wait, and averages what it saw."""
-
-    def __init__(self, task: Task):
-        self._task = task
-        self._pending: deque[Pending] = deque()
-        self._seen: list[dict[str, float]] = []
-
-    def add(self, step: int, metrics: dict[str, Any], items: np.ndarray) -> None:
-        self._pending.append(Pending(step, metrics, np.asarray(items)))
-        self.check(IN_FLIGHT)
-
-    def check(self, left: int = 0) -> None:
-        """Raise TrainingError if one of the steps taken, all but the last `left`, is not finite."""
-        while len(self._pending) > left:
-            step, metrics, items = self._pending.popleft()
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(values[name])]
-            if bad:
-                if jax.process_count() > 1:
-                    items = multihost_utils.process_allgather(items)
-                named = ", ".join(self._task.item(item) for item in dict.fromkeys(items.ravel().tolist()))
-                parts = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-                raise TrainingError(
-                    f"step {step}: {' and '.join(bad)} not finite ({parts}). The batch held {named}. The checkpoints "
-                    "up to now are intact: look at these items, lower optimizer.learning_rate or optimizer.clip, and "
-                    "continue with --resume"
-                )
-            self._seen.append(values)
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call."""
-        self.check()
-        names = sorted(self._seen[0], key=lambda name: name != "loss")
-        means = {name: float(np.mean([values[name] for values in self._seen])) for name in names}
-        self._seen = []
-        return means

@@ -41,6 +41,7 @@ from seg4diff_jax.training.flow_matching import Denoiser
 from seg4diff_jax.training.held_out import HeldOut, HeldOutData, open_both
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.mask_items import T5_LENGTH, MaskData, Pictures, ViewItems
+from seg4diff_jax.training.noise_levels import NoiseLevels
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.samples import Samples, sample_row
 from seg4diff_jax.training.scenes import Mapped, make_once, scene_sample, to_model_range
@@ -53,19 +54,6 @@ REMATERIALISED: dict[str, bool | Callable] = {
     "blocks": True,
     "all_but_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclass(frozen=True)
-class NoiseLevels:
-    """Density of the noise levels, see `flow.logit_normal_sigmas`; shift null: the checkpoint's schedule's."""
-
-    mean: float = 0.0
-    std: float = 0.5
-    shift: float | None = None
-
-    def __post_init__(self):
-        if self.std <= 0:
-            raise ValueError(f"noise_levels.std is {self.std}; expected more than 0")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 """What a step computes with are numbers of 32 bits: smaller ones are 0 there, larger ones infinite."""
-BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+BOUNDS: dict[str, tuple[str, Callable[[int | float], bool]]] = {
     "learning_rate": ("a finite number, more than 0", lambda value: TINY <= value <= LARGEST),
     "warmup": ("at least 0 updates", lambda value: value >= 0),
     "weight_decay": ("a finite number, at least 0", lambda value: 0 <= value <= LARGEST),
@@ -76,7 +76,7 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer: {pattern!r} is no regular expression ({error})") from error
 
 
-def _values(name: str, value: Any) -> list[tuple[str, float]]:
+def _values(name: str, value: Any) -> list[tuple[str, int | float]]:
     """Numbers of an option, and what each is called."""
     if isinstance(value, Mapping):
         return [(f"{name}[{key!r}]", factor) for key, factor in value.items()]

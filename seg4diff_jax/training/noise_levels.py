@@ -1,0 +1,23 @@
+"""At which noise levels MAGNET trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Density of the noise levels, see `flow.logit_normal_sigmas`; shift null: the checkpoint's schedule's."""
+
+    mean: float = 0.0
+    std: float = 0.5
+    shift: float | None = None
+
+    def __post_init__(self):
+        if not math.isfinite(self.mean):
+            raise ValueError(f"noise_levels.mean is {self.mean}; expected a finite number")
+        for name in ("std", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"noise_levels.{name} is {value}; expected a finite number, more than 0")
