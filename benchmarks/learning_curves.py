@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ HEAD = 30
 
 
 def curves(runs: list[Path], sigma: str) -> tuple[list[int], list[list[float]]]:
-    """Steps, and for each block its mean IoU in percent at them, at one noise level."""
+    """Steps, and for each block its mean IoU in percent at them, at one noise level; NaN where it was no number."""
     steps: list[int] = []
     rows: list[list[float]] = []
     before = 0
@@ -42,14 +43,14 @@ def curves(runs: list[Path], sigma: str) -> tuple[list[int], list[list[float]]]:
             if not found:
                 raise SystemExit(f"{run / 'metrics.jsonl'} has no mean IoU at noise level {sigma}")
             steps.append(before + int(line["step"]))
-            rows.append([found[block] for block in sorted(found)])
+            rows.append([math.nan if found[block] is None else found[block] for block in sorted(found)])
         before = steps[-1]
     return steps, [list(values) for values in zip(*rows, strict=True)]
 
 
 def panel(title: str, steps: list[int], blocks: list[list[float]]) -> Markup:
-    best = max(range(len(blocks)), key=lambda block: blocks[block][-1])
-    lines = [Series([(value, 0.0) for value in values]) for values in blocks]
+    best = max(range(len(blocks)), key=lambda block: (not math.isnan(blocks[block][-1]), blocks[block][-1]))
+    lines = [Series([None if math.isnan(value) else (value, 0.0) for value in values]) for values in blocks]
     drawn = line_plot(title, steps, lines, horizontal="steps", vertical="mean IoU, %")
     colored = drawn.replace(f'<g class="series{best}">', Markup('<g style="stroke:{0};fill:{0}">').format(BEST))
     placed = colored.replace("<svg ", Markup('<svg y="{}" width="{}" height="{}" ').format(HEAD, WIDTH, HEIGHT), 1)

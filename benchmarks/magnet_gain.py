@@ -69,10 +69,11 @@ def _parser() -> ArgumentParser:
 
 
 def last_scores(metrics: Path) -> dict[str, float]:
-    """Of the last evaluation that a run has logged."""
+    """Of the last evaluation that a run has logged; NaN where the log has null."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     last = [row for row in rows if "validation/base_miou" in row][-1]
-    return {name.removeprefix("validation/"): value for name, value in last.items()}
+    known = lambda value: np.nan if value is None else value
+    return {name.removeprefix("validation/"): known(value) for name, value in last.items()}
 
 
 def table(names: list[str], found: dict[tuple[str, ...], list[dict[str, float]]]) -> Table:

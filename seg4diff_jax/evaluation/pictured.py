@@ -20,13 +20,14 @@ def pictured(
     class is always right when just that is asked for, and shows nothing: it is among the best when others run out.
 
     Args:
-      accuracy: percent of each image's pixels that are right.
+      accuracy: percent of each image's pixels that are right; NaN: none counts, and the image is not shown.
       histograms: how many pixels each class has in each image.
       count: of fewer images all are taken.
     """
-    count = min(count, len(accuracy))
+    count = min(count, int(np.isfinite(accuracy).sum()))
     present = (histograms > 0).sum(axis=1)
     order = np.lexsort((np.arange(len(accuracy)), -present, -accuracy, present < 2)).tolist()
+    order = [image for image in order if np.isfinite(accuracy[image])]
     random = count // 3
     worst = (count - random) // 2
     best = count - random - worst

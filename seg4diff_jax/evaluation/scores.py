@@ -134,8 +134,12 @@ def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
 
 
 def best_setting(rows: Sequence[Row]) -> Setting:
-    """The highest mean IoU, averaged over seeds, with the prompts of the first row."""
-    mean = lambda some: np.mean([row["miou"] if row["miou"] is not None else -1 for row in some])
+    """The highest mean IoU, averaged over seeds, with the prompts of the first row.
+
+    Not one that has no mean IoU at one of its seeds, unless no setting has.
+    """
+    known = lambda miou: miou if miou is not None and np.isfinite(miou) else -np.inf
+    mean = lambda some: np.mean([known(row["miou"]) for row in some])
     settings: Mapping[Setting, list[Row]] = by_setting(rows)
     alike = [setting for setting in settings if setting.prompts == rows[0]["prompts"]]
     return max(alike, key=lambda setting: mean(settings[setting]))

@@ -118,7 +118,9 @@ def owners_of(
 
 
 def _percent(right: Int[np.ndarray, " images"], outcome: Outcome) -> Float[np.ndarray, " images"]:
-    return 100 * right / outcome.histograms.sum(axis=1)
+    """NaN for an image none of whose pixels is counted."""
+    counted = outcome.histograms.sum(axis=1)
+    return np.where(counted > 0, 100 * right / np.maximum(counted, 1), np.nan)
 
 
 def _batches(

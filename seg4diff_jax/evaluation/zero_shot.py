@@ -164,10 +164,12 @@ class ZeroShot:
         none = np.zeros((0, places, self.classes, self.classes), np.int64)
         return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
 
-    def running_miou(self, before: Counted | None) -> float:
-        """Of the best place in the first pass, 0 to 1, with what was counted before; waits for the device."""
+    def running_miou(self, before: Counted | None) -> float | None:
+        """Of the best place in the first pass, 0 to 1, with what was counted before; None where nothing was. Waits for
+        the device."""
         confusions = self.tallies[self.passes[0]].total() + (before.confusion[0] if before else 0)
-        return float(np.nanmax([mean_iou(confusion) for confusion in confusions]))
+        scores = [mean_iou(confusion) for confusion in confusions]
+        return max((score for score in scores if not np.isnan(score)), default=None)
 
     def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "places images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""

@@ -5,6 +5,7 @@ loss = velocity_weight |v - (eps - z)|^2 + focal_weight focal + dice_weight dice
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -61,7 +62,10 @@ class MagnetObjective:
                     f"{option} is {getattr(self, option)} and targets 'classes', which match nothing: leave {option} "
                     "out, or take targets 'matching'"
                 )
-        if self.gamma < 0:
+        for option in ("velocity_weight", "focal_weight", "dice_weight", "focal_cost", "dice_cost", "alpha"):
+            if not math.isfinite(getattr(self, option)):
+                raise ValueError(f"{option} is {getattr(self, option)}; expected a finite number")
+        if not 0 <= self.gamma < math.inf:
             raise ValueError(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
         if self.focal == "release" and self.gamma != 2:
             raise ValueError(f"focal is 'release' and gamma {self.gamma}; the release's is 2: leave one of them out")
