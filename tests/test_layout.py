@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "parallel")
+ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "parallel", "checksums")
 """Parts that know no files, tokenizers, pictures or terminals."""
 FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
 FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, str] = {
     "flow": "",
     "segmentation": "",
     "parallel": "",
+    "checksums": "",
     "magnet": "flow models segmentation",
     "generation": "flow models parallel text",
     "masks": "flow models segmentation text",
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, str] = {
     "batching": "flow images",
     "pipeline": "batching flow generation images masks models parallel segmentation text",
     # Checkpoints, and what reads or writes them.
-    "convert": "flow models segmentation text",
+    "convert": "checksums flow models segmentation text",
     "loading": "compilation convert flow images models parallel pipeline text",
     "analysis": "convert data flow images models pipeline segmentation text",
     "reporting": "pipeline",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,23 @@ def test_a_checkpoint_gives_the_adapters_that_the_export_has(whole, tmp_path):
     exported = named_bytes(whole / "export" / "adapters.safetensors")
     assert named_bytes(tmp_path / "last.safetensors") == exported
     assert named_bytes(tmp_path / "4.safetensors") != exported
+
+
+def test_a_damaged_array_of_a_checkpoint_is_refused_by_name(whole, tmp_path, capsys):
+    """One bit of one adapter of the average; of what is not converted nothing is asked."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    kept = run / "checkpoints" / "8" / "checksums" / "metadata"
+    checksums = json.loads(kept.read_text())
+    name = next(name for name in checksums["arrays"] if name.startswith("average/"))
+    other = checksums["arrays"][name].translate(str.maketrans("01", "10")) + "0"
+    kept.write_text(json.dumps({**checksums, "arrays": checksums["arrays"] | {name: other}}))
+    convert_it = lambda step: convert(["lora", str(run), str(tmp_path / f"{step}.safetensors"), "--checkpoint", step])
+    assert convert_it("last") == 1
+    said = capsys.readouterr().err
+    assert f"checkpoints/8/state is damaged: of step 8 {name} is not what was written" in said
+    assert "The run's other checkpoints: 4" in said
+    assert not (tmp_path / "last.safetensors").exists()
+    assert convert_it("4") == 0
 
 
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(stopped, whole):

@@ -289,7 +289,7 @@ def test_training_goes_on_from_the_releases_file(options, tmp_path):
         ({"held_out.count": 0, "samples.count": 1}, "samples show prompts of held-out pictures, and none are"),
         ({"data.labels": "all"}, "folder has one kind of labels"),
         ({"data.least_area": 5}, "data.least_area is 5"),
-        ({"optimizer.clip": 0}, "optimizer.clip is 0.0; expected more than 0, or null"),
+        ({"optimizer.clip": 0}, "optimizer.clip is 0.0; expected a finite number, more than 0, or null"),
         ({"optimizer.learning_rate": -1}, "optimizer.learning_rate is -1.0"),
         ({"optimizer.average": 1.5}, "optimizer.average is 1.5"),
         ({"optimizer.rates": {"(": 2.0}}, "'\\(' is no regular expression"),

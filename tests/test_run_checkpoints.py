@@ -143,8 +143,8 @@ def refused_or_whole(run: Path) -> list[str]:
         found = restored(run, 3)
     except TrainingError as error:
         said = str(error)
-        assert f"{run}/checkpoints/3" in said  # noqa: PT017
-        assert f"move {run}/checkpoints/3 elsewhere: --resume then goes on from step 2" in said  # noqa: PT017
+        assert f"{run}/checkpoints/3" in said
+        assert f"move {run}/checkpoints/3 elsewhere: --resume then goes on from step 2" in said
         return [said]
     assert found.checked
     assert (as_bytes(found.state), found.batches, found.config) == (as_bytes(STATE), 6, {"name": "x"})
