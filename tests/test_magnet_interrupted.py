@@ -111,7 +111,7 @@ def test_a_checkpoint_gives_the_adapters_that_the_export_has(whole, tmp_path):
 
 
 def test_a_damaged_array_of_a_checkpoint_is_refused_by_name(whole, tmp_path, capsys):
-    """One bit of one adapter of the average; of what is not converted nothing is asked."""
+    """Here its checksum is what has changed; `tests/test_run_checkpoints.py` changes the array."""
     run = shutil.copytree(whole, tmp_path / "run")
     kept = run / "checkpoints" / "8" / "checksums" / "metadata"
     checksums = json.loads(kept.read_text())
