@@ -86,9 +86,11 @@ def score(checkpoint: Path, metric: str) -> float | None:
 
 
 def finite(metrics: Mapping[str, Any] | None, metric: str) -> float | None:
+    """A metric where there is one and it is a finite number."""
     value = (metrics or {}).get(metric)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _replace(file: Path, values: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 # With it metrics are written, and known to a run that is resumed; `Best` compares them.
-                best_fn=None if best is None else lambda metrics: finite(metrics, best),
+                best_fn=None if best is None else lambda metrics: metrics.get(best, 0.0),
                 enable_async_checkpointing=True,
             ),
         )
