@@ -83,7 +83,8 @@ class Settings(NamedTuple):
 
 def _settings(record: dict[str, Any], checkpoint: Path) -> Settings:
     given: Any = record["lora"] if isinstance(record.get("lora"), dict) else {}
-    found = Settings(*(record.get("model"), given.get("rank"), given.get("alpha"), given.get("blocks")))
+    model: Any = record.get("model")
+    found = Settings(model, given.get("rank"), given.get("alpha"), given.get("blocks"))
     whole = lambda value: type(value) is int
     right = {
         "model": isinstance(found.model, str),
