@@ -294,7 +294,7 @@ def test_training_goes_on_from_the_releases_file(options, tmp_path):
         ({"optimizer.average": 1.5}, "optimizer.average is 1.5"),
         ({"optimizer.rates": {"(": 2.0}}, "'\\(' is no regular expression"),
         ({"noise_levels.std": -1}, "noise_levels.std is -1.0"),
-        ({"config": "nowhere.yaml"}, "No such file or directory: 'nowhere.yaml'"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml: cannot be read: No such file or directory"),
         ({"cache": "somewhere"}, "a cache holds one view of each picture"),
         (
             {"objective.targets": "matching", "objective.masks_from": "scores"},

@@ -218,7 +218,7 @@ def test_a_step_that_never_fits_has_no_largest_batch():
         (["--topology=v5p:2x2"], "slices of v5p have 3 sides, as in v5p:2x2x2"),
         (["--topology=v5e:32x32"], "topology is 'v5e:32x32', 1024 chips; slices of v5e have at most 256"),
         (["--topology=v5e:2x2", "--model=nothing"], "nothing: expected one of sd3-medium"),
-        (["--topology=v5e:2x2", "--config=nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--topology=v5e:2x2", "--config=nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, words, capsys):

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 
 from convert.errors import CheckpointError
@@ -114,4 +113,4 @@ def test_drawn_damage_to_a_vocabulary_ends_in_one_sentence_or_changes_nothing_si
     assert str(folder) in refusal
     assert len(refusal.splitlines()) == 1
     for own, expected in zip(found or (), ids(sound) if found else (), strict=True):
-        assert own is not None and expected is not None and own.shape == expected.shape
+        assert getattr(own, "shape", None) == getattr(expected, "shape", None)

@@ -165,7 +165,7 @@ class Opened:
         if not 0 <= block < transformer.num_layers:
             raise ValueError(f"block is {block}; {config.model} has blocks 0..{transformer.num_layers - 1}")
         size, multiple = config.data.size or source.trained_size, vae.downsampling * transformer.patch_size
-        if size % multiple or size > (largest := multiple * transformer.pos_embed_max_size):
+        if size > (largest := multiple * transformer.pos_embed_max_size) or size % multiple:
             raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
         if config.samples is not None:
             source.schedule.check_sampler(config.samples.sampler)
