@@ -16,12 +16,20 @@ from convert.progress import shown
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
-    add("source", type=str, help="diffusers directory, single .safetensors file, converted directory, or Hub id")
+    add(
+        "source",
+        type=str,
+        help="diffusers directory, single .safetensors or .gguf file, converted directory, or Hub id",
+    )
     add("target", type=str, help="directory to write; it appears complete or not at all")
     add("--to", choices=list(MARKERS), default="native", help="format of the target")
     add("--dtype", choices=["float16", "bfloat16", "float32"], help="of the parameters; default: as they are")
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
-    add("--text-encoders", type=str, help="where text encoders come from that the source lacks; see docs/convert.md")
+    add(
+        "--text-encoders",
+        type=str,
+        help="where text encoders and VAE come from that the source lacks; see docs/convert.md",
+    )
     add("--tokenizers", type=str, help="directory with tokenizer, tokenizer_2 [, tokenizer_3]: single files have none")
     add("--variant", type=str, help="of the weight files, as in fp16; '' for those of none")
     add("--overwrite", action="store_true", help="replace a target that is a checkpoint of the same format")

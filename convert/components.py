@@ -23,7 +23,8 @@ from seg4diff_jax.models.stack import Layered
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 
-Naming = Literal["diffusers", "stability"]
+Naming = Literal["diffusers", "stability", "gguf"]
+"""Whose names tensors have: diffusers' and transformers', Stability's, or, for T5, llama.cpp's."""
 
 
 class Component(NamedTuple):
@@ -41,7 +42,7 @@ class Component(NamedTuple):
     tokenizer: str | None = None
 
 
-def _rules(table: Any) -> Mapping[Naming, Callable[[Any], list[Rule]]]:
+def _rules(table: Any) -> dict[Naming, Callable[[Any], list[Rule]]]:
     return {"diffusers": table.diffusers, "stability": table.stability}
 
 
@@ -54,7 +55,12 @@ COMPONENTS: dict[str, Component] = {
     "text_encoder": Component(*_clip, "text_encoders.clip_l.transformer.", "tokenizer"),
     "text_encoder_2": Component(*_clip, "text_encoders.clip_g.transformer.", "tokenizer_2"),
     "text_encoder_3": Component(
-        T5Config, T5Encoder, _rules(t5_table), "model", "text_encoders.t5xxl.transformer.", "tokenizer_3"
+        T5Config,
+        T5Encoder,
+        {**_rules(t5_table), "gguf": t5_table.gguf},
+        "model",
+        "text_encoders.t5xxl.transformer.",
+        "tokenizer_3",
     ),
 }
 """In the order in which they are converted; the names are diffusers'."""

@@ -10,8 +10,12 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json
 from convert.index import check_index, named_components
+from convert.quantised import refuse_quantization_config
 from convert.readers import SCHEDULER, Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
+from convert.scaled_fp8 import with_scales
+from convert.stored import StoredTensor
+from convert.weight_files import read_weights
 
 
 def open_diffusers(
@@ -37,6 +41,7 @@ def open_diffusers(
 
     def component(name: str) -> TorchComponent:
         folder = directory / name
+        refuse_quantization_config(configs[name], str(folder / "config.json"))
         return TorchComponent(name, configs[name], "diffusers", _read_folder(folder, name, variant), str(folder))
 
     return Source(
@@ -76,7 +81,7 @@ def weight_files(names: Collection[str], stem: str, variant: str | None) -> list
     return sorted(kinds.get(choice, []), key=lambda name: not name.endswith(".json"))
 
 
-def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, TensorInfo]:
+def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, StoredTensor]:
     present = [path.name for path in folder.iterdir()]
     stem = COMPONENTS[name].weights
     files = weight_files(present, stem, variant)
@@ -94,14 +99,19 @@ def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, Tens
     if not files[0].endswith(".json"):
         if len(files) > 1:
             raise CheckpointError(f"{folder}: {', '.join(files)} are shards without their index, a .index.json file")
-        return read_header(folder / files[0])
-    return _read_shards(folder / files[0])
+        return read_weights(folder / files[0])
+    return with_scales(_read_shards(folder / files[0]), str(folder))
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: expected a weight_map from tensors to files")
+    if wrong := [name for name, shard in weight_map.items() if not (isinstance(shard, str) and "\0" not in shard)]:
+        raise CheckpointError(
+            f"{index}: weight_map: expected the name of a file for each tensor, found "
+            f"{str(weight_map[wrong[0]])[:80]!r} for {wrong[0]}"
+        )
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for shard in sorted(set(weight_map.values())):

@@ -17,7 +17,7 @@ TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 Result = TypeVar("Result")
 
 
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
+FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json")
 
 
 def is_repository_id(text: str) -> bool:
@@ -49,7 +49,7 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
     if "model_index.json" not in files:
         raise CheckpointError(
             f"{repository} is not a diffusers repository (it has no model_index.json); give one that is, such as "
-            f"{TOKENIZER_REPOSITORY}, or download its single safetensors file and give its path"
+            f"{TOKENIZER_REPOSITORY}, or download its single safetensors or GGUF file and give its path"
         )
     wanted = needed_files(files, components, variant)
     return Path(_told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=wanted)))

@@ -31,8 +31,9 @@ def load_image_encoder(folder: Path, *, dtype: Any) -> CLIPVision:
     weights = folder / "model.safetensors"
     tensors = read_header(weights)
     shapes = {name: info.shape for name, info in tensors.items()}
+    dtypes = {name: info.dtype for name, info in tensors.items()}
     try:
-        found = assign(clip_vision.diffusers(config), shapes, parameter_shapes(model), what=str(weights))
+        found = assign(clip_vision.diffusers(config), shapes, parameter_shapes(model), what=str(weights), dtypes=dtypes)
     except NameTableError as error:
         raise CheckpointError(str(error)) from None
     return assemble(model, translated(found, lambda name: read_tensor(tensors[name])), dtype=dtype)

@@ -7,6 +7,13 @@ import zlib
 import ml_dtypes
 import numpy as np
 
+WEIGHTS = tuple(
+    np.dtype(kind)
+    for kind in (
+        np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
+    )
+)  # fmt: skip
+"""Dtypes that weights may have. Integers are what quantisation leaves of weights, and mean nothing without its key."""
 ROWS = 16
 """Rows of a matrix transposed at a time: few enough that the cache lines written to stay in the cache."""
 
@@ -26,6 +33,11 @@ def contiguous(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
     return result
 
 
+def is_weight(dtype: np.dtype) -> bool:
+    """Whether a network's parameters may have this dtype."""
+    return dtype in WEIGHTS
+
+
 def raw(array: np.ndarray) -> memoryview:
     """The bytes of a C-ordered array, not copied, whatever its dtype."""
     return array.reshape(-1).view(np.uint8).data
@@ -41,10 +53,9 @@ def dtype_named(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def is_floating(name: str) -> bool:
-    """Whether a name is that of a dtype that weights are kept in."""
+def is_dtype(name: str) -> bool:
+    """Whether `dtype_named` knows a name."""
     try:
-        dtype = dtype_named(name)
-    except TypeError:
+        return str(dtype_named(name)) == name
+    except (TypeError, ValueError, SyntaxError):
         return False
-    return str(dtype) == name and (dtype.kind == "f" or hasattr(ml_dtypes, name))

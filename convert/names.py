@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from convert.layout import is_weight
+from convert.quantised import INSTEAD
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
 Shape = tuple[int, ...]
@@ -124,20 +126,23 @@ def assign(
     expected: Mapping[str, Shape],
     what: str = "checkpoint",
     prefix: str = "",
+    dtypes: Mapping[str, np.dtype] | None = None,
 ) -> list[Assignment]:
     """Match every tensor of a checkpoint with the parameters it fills, in the checkpoint's order.
 
     Args:
       what: the checkpoint, in messages.
       prefix: what stands before every tensor's name in the checkpoint's files: messages have it, `sources` do not.
+      dtypes: of the checkpoint's tensors, if they are to be checked: what fills a parameter is a floating-point number.
 
     Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
-    or when a shape is wrong; everything wrong is listed at once, under the checkpoint's own names.
+    or when a shape or a dtype is wrong; everything wrong is listed at once, under the checkpoint's own names.
     """
     rules = list(rules)
     compiled = [(_regex(name), rank, rule) for rule in rules for rank, name in enumerate(rule.source_names)]
     ranked: list[tuple[int, Assignment]] = []
     problems: list[str] = []
+    integers: list[str] = []
     for source, shape in sources.items():
         matches = [(found, rank, rule) for regex, rank, rule in compiled if (found := regex.fullmatch(source))]
         if len(matches) != 1:
@@ -157,6 +162,8 @@ def assign(
         if rule.transform.shapes(shape) != wanted:
             torch_shape = _torch_shape(rule.transform, wanted)
             problems.append(f"wrong shape of {prefix}{source}: expected {torch_shape}, found {list(shape)}")
+        if dtypes is not None and not is_weight(dtypes[source]):
+            integers.append(f"{prefix}{source} {list(shape)} {dtypes[source]}")
         ranked.append((rank, Assignment(source, targets, rule.transform)))
     # Of several names for one tensor the lowest rank present wins: it comes last here.
     best = {a.targets: rank for rank, a in sorted(ranked, key=lambda pair: -pair[0])}
@@ -168,6 +175,8 @@ def assign(
     twice = dict.fromkeys(tuple(names) for names in filling.values() if len(names) > 1)
     problems += [f"one tensor under {len(names)} names: {', '.join(names)}" for names in twice]
     problems += _missing(rules, {name: shape for name, shape in expected.items() if name not in filling}, prefix)
+    if integers:
+        problems.append(f"only floating-point numbers are weights, found {', '.join(integers)}; {INSTEAD}")
     if problems:
         listing = "\n  ".join(problems)
         raise NameTableError(f"{what} does not match the model ({len(problems)} problems):\n  {listing}")

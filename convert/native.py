@@ -32,7 +32,7 @@ from convert.configurations import check_depth
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
 from convert.index import check_index, is_inside
-from convert.layout import checksum, dtype_named, is_floating
+from convert.layout import checksum, dtype_named, is_dtype, is_weight
 from convert.names import parameter_shapes
 from convert.readers import Layout, Source, part_of
 
@@ -200,7 +200,7 @@ def _is_part(records: Any) -> bool:
         and isinstance(shape := record.get("shape"), list)
         and all(type(side) is int and side > 0 for side in shape)
         and isinstance(dtype := record.get("dtype"), str)
-        and is_floating(dtype)
+        and is_dtype(dtype)
         and isinstance(crc := record.get("crc32"), str)
         and re.fullmatch("[0-9a-f]{8}", crc) is not None
         for record in records.values()
@@ -228,6 +228,7 @@ class NativeComponent:
         check_depth(self.name, parse_config(self.name, self.config), named, str(self.folder))
         model = abstract_model(self.name, self.config)
         expected, part = parameter_shapes(model), part_of(model)
+        integers = [(name, dtype) for name, (_, dtype) in self.layout().items() if not is_weight(dtype)]
         found = {name: (tuple(r["shape"]), owner) for owner, rs in self.records.items() for name, r in rs.items()}
         raise_all(
             [f"{self.folder}: missing parameter {name}" for name in expected if name not in found]
@@ -237,6 +238,10 @@ class NativeComponent:
                 f"{found[name][1]}"
                 for name, shape in expected.items()
                 if name in found and found[name] != (shape, part[name])
+            ]
+            + [
+                f"{self.folder}: {name} is {dtype}: weights are floating-point numbers; convert the original again"
+                for name, dtype in integers
             ],
             f"{self.folder} does not match the model",
         )

@@ -18,7 +18,7 @@ from convert.configurations import check_depth
 from convert.errors import CheckpointError
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
-from convert.safetensors_stream import TensorInfo, read_tensor, read_tensor_once
+from convert.stored import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.stack import Layered
 
@@ -124,7 +124,7 @@ class Source:
 
 @dataclass
 class TorchComponent:
-    """A component whose tensors lie in safetensors files under PyTorch names.
+    """A component whose tensors lie in safetensors or GGUF files, under PyTorch's names or llama.cpp's.
 
     `where` names the files in messages, and `prefix` is what stands in them before each tensor's name; `once` says that
     they will not be read again soon.
@@ -133,7 +133,7 @@ class TorchComponent:
     name: str
     config: dict[str, Any]
     naming: Naming
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
     where: str
     prefix: str = ""
     once: bool = False
@@ -150,9 +150,11 @@ class TorchComponent:
             model = abstract_model(self.name, self.config)
             rules = COMPONENTS[self.name].rules[self.naming](config)
             expected = parameter_shapes(model)
-            shapes: dict[str, Shape] = {name: info.shape for name, info in self.tensors.items()}
+            shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self.tensors.items()}
+            dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
+            where = f"{self.name} ({self.where})"
             try:
-                found = assign(rules, shapes, expected, what=f"{self.name} ({self.where})", prefix=self.prefix)
+                found = assign(rules, shapes, expected, what=where, prefix=self.prefix, dtypes=dtypes)
             except NameTableError as error:
                 raise CheckpointError(str(error)) from None
             part = part_of(model)
@@ -172,8 +174,7 @@ class TorchComponent:
         for assignment in self.assignments():
             if wanted is not None and not any(target in wanted for target in assignment.targets):
                 continue
-            info = self.tensors[assignment.source]
-            tensor = read_tensor_once(info) if self.once else read_tensor(info)
+            tensor = self.tensors[assignment.source].read(once=self.once)
             arrays = assignment.transform.to_jax(tensor.astype(_widened(tensor.dtype), copy=False))
             for target, array in zip(assignment.targets, arrays, strict=True):
                 if wanted is None or target in wanted:

@@ -13,14 +13,24 @@ from convert.errors import CheckpointError, raise_all
 from convert.readers import Source
 from convert.single_file import open_single_file
 from convert.staging import is_leftover
-from convert.text_encoders import completed, folder_of_files, missing, open_files, remedy
+from convert.text_encoders import (
+    completed,
+    encoder_of_file,
+    folder_of_files,
+    missing,
+    open_file,
+    open_files,
+    remedy,
+)
+from convert.weight_files import READERS
 from seg4diff_jax.miniature import CHECKPOINT as MINIATURE
 
 T5 = "text_encoder_3"
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
-    "diffusers does), a single .safetensors file with a transformer in it, or the Hub id of a diffusers repository"
+    "diffusers does), a single .safetensors file (or .gguf) with a transformer in it, or the Hub id of a diffusers "
+    "repository"
 )
 
 
@@ -39,17 +49,17 @@ def open_source(
     """Open a checkpoint for reading.
 
     Args:
-      source: a directory that `python -m convert checkpoint` wrote, a diffusers directory, a single safetensors file
-        as Stability publishes them, a Hub id `organisation/name` of a diffusers repository, or "miniature".
+      source: a directory that `python -m convert checkpoint` wrote, a diffusers directory, a single safetensors or GGUF
+        file with a transformer in it, a Hub id `organisation/name` of a diffusers repository, or "miniature".
       components: what will be read, so that nothing else is fetched. Default: all there is; from the Hub all but
         `text_encoder_3`, whose T5-XXL is two thirds of the bytes.
       tokenizers: a directory with folders `tokenizer`, `tokenizer_2` and, for T5, `tokenizer_3`; needed for single
         files, which hold none.
       variant: of the weight files, as in `fp16`; default: the plain files, or else the only variant there is; from
         the Hub `fp16` where there is one, so that "" asks for the plain files.
-      text_encoders: a second source, for the text encoders that the first lacks and for their tokenizers: of any of
+      text_encoders: a second source, for what the first lacks of text encoders, their tokenizers and the VAE: of any of
         these forms, or a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
-        `t5xxl_fp16.safetensors`].
+        `t5xxl_fp16.safetensors`, or T5's encoder as GGUF], or one of those files.
 
     Raises CheckpointError with what was expected, what was found and what to do; NothingLacks, which is one, when
     `text_encoders` would go unused.
@@ -107,6 +117,8 @@ def _open_text_encoders(source: str | Path, names: list[str], everything: bool, 
     path = Path(source).expanduser()
     if path.is_dir() and not _is_marked(path) and (folder := folder_of_files(path)):
         return open_files(folder, variant)
+    if path.is_file() and encoder_of_file(path) is not None:
+        return open_file(path)
     return _open(source, [name for name in names if not everything or name != T5], variant)
 
 
@@ -141,7 +153,7 @@ def _is_marked(directory: Path) -> bool:
 
 def _candidates(directory: Path) -> str:
     """What a directory that is no checkpoint holds that may be one."""
-    found = [path.name for path in sorted(directory.iterdir()) if path.suffix == ".safetensors" or _is_marked(path)]
+    found = [path.name for path in sorted(directory.iterdir()) if path.suffix in READERS or _is_marked(path)]
     return f" (it holds {', '.join(found)}: is one of these meant?)" if found else ""
 
 

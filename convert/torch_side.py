@@ -23,7 +23,8 @@ from torch import nn
 from convert.components import COMPONENTS
 from convert.errors import CheckpointError
 from convert.readers import Source, TorchComponent
-from convert.safetensors_stream import TensorInfo, read_tensor
+from convert.safetensors_stream import TensorInfo
+from convert.stored import StoredTensor
 from convert.verify_inputs import CLIPS, EXPERT_ROW, STEPS, Conditioning, Inputs, Sample
 
 diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers
@@ -43,23 +44,43 @@ class CLIPStates(NamedTuple):
 
 
 def tensors_of(component: TorchComponent) -> Tensors:
+    if component.naming == "gguf":
+        return {name: partial(_read, component.tensors[own]) for name, own in _names_of_llama(component).items()}
     if component.naming == "diffusers":
         return {name: partial(_read, info) for name, info in component.tensors.items()}
     return {name: lambda tensor=tensor: tensor for name, tensor in _converted(component).items()}
 
 
-def _read(info: TensorInfo) -> torch.Tensor:
-    array = read_tensor(info)
-    tensor = torch.from_numpy(array.reshape(-1).view(np.uint8))
-    return tensor.view(getattr(torch, str(info.dtype))).reshape(info.shape)
+def _read(stored: StoredTensor) -> torch.Tensor:
+    tensor = torch.from_numpy(stored.read().reshape(-1).view(np.uint8))
+    return tensor.view(getattr(torch, str(stored.dtype))).reshape(stored.shape)
+
+
+def _tensors(component: TorchComponent, prefix: str) -> dict[str, torch.Tensor]:
+    """A component's tensors under their own names after `prefix`: mapped where they lie as they are in one file."""
+    plain = [tensor for tensor in component.tensors.values() if isinstance(tensor, TensorInfo)]
+    if len(plain) < len(component.tensors) or len(files := {info.file for info in plain}) > 1:
+        return {prefix + key: _read(tensor) for key, tensor in component.tensors.items()}
+    with safe_open(files.pop(), "pt") as opened:
+        return {prefix + key: opened.get_tensor(component.prefix + key) for key in component.tensors}
+
+
+def _names_of_llama(component: TorchComponent) -> dict[str, str]:
+    """transformers' names of T5's encoder to those of llama.cpp, by the `gguf` package."""
+    from gguf.constants import MODEL_ARCH
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    known = get_tensor_name_map(MODEL_ARCH.T5ENCODER, component.config["num_layers"])
+    config = transformers.T5Config.from_dict(dict(component.config))
+    names = _without_numbers(lambda: transformers.T5EncoderModel(config)).state_dict()
+    found = {name: f"{known.get_name(name.removesuffix('.weight'))}.weight" for name in names}
+    return {name: own for name, own in found.items() if own in component.tensors}
 
 
 def _converted(component: TorchComponent) -> dict[str, torch.Tensor]:
-    """A single file's tensors, mapped, under diffusers' names by diffusers' own functions, which want the prefix."""
+    """A single file's tensors under diffusers' names by diffusers' own functions, which want the prefix."""
     name, prefix = component.name, COMPONENTS[component.name].prefix
-    (file,) = {info.file for info in component.tensors.values()}
-    with safe_open(file, "pt") as opened:
-        tensors = {prefix + key: opened.get_tensor(component.prefix + key) for key in component.tensors}
+    tensors = _tensors(component, prefix)
     if name == "transformer":
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
     if name == "vae":

@@ -82,10 +82,10 @@ def test_kill_minus_nine_leaves_the_target_absent_or_complete(layout: Path, tmp_
 
 
 def test_an_error_while_writing_leaves_nothing(layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(info):
+    def full(info, once):
         raise OSError(28, "No space left on device", "target")
 
-    monkeypatch.setattr("convert.readers.read_tensor_once", full)
+    monkeypatch.setattr("convert.safetensors_stream.TensorInfo.read", full)
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(layout, tmp_path / "target")
     assert not list(tmp_path.iterdir())

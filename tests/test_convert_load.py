@@ -15,10 +15,11 @@ import pytest
 import torch
 from flax import nnx
 
-from convert import native, readers
+from convert import native
 from convert.checkpoint import convert_checkpoint
 from convert.components import abstract_model
 from convert.load import load_component
+from convert.safetensors_stream import TensorInfo
 from convert.sources import open_source
 from seg4diff_jax.miniature import CHECKPOINT
 from tests.reference.checkpoints import make_checkpoint
@@ -42,9 +43,9 @@ def test_a_limited_depth_reads_only_its_blocks_tensors(layout: Path, monkeypatch
     tensors = source.component("transformer").tensors  # pyright: ignore[reportAttributeAccessIssue]
     names = {(info.file, info.offset): name for name, info in tensors.items()}
     read: list[str] = []
-    original = readers.read_tensor
+    original = TensorInfo.read
     monkeypatch.setattr(
-        readers, "read_tensor", lambda info: (read.append(names[info.file, info.offset]), original(info))[1]
+        TensorInfo, "read", lambda info, once: (read.append(names[info.file, info.offset]), original(info))[1]
     )
     model = load_component(source, "transformer", depth=DEPTH)
     blocks = {int(name.split(".")[1]) for name in read if name.startswith("transformer_blocks.")}

@@ -10,8 +10,8 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
 from convert.components import COMPONENTS, abstract_model, expert_block, parse_config
+from convert.inferred_configs import infer_config
 from convert.names import Shape, assign, parameter_shapes
-from convert.single_file import infer_config
 
 
 class Published(NamedTuple):

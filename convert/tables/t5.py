@@ -1,6 +1,6 @@
-"""T5's encoder: transformers' T5EncoderModel, and Stability's single files.
+"""T5's encoder: transformers' T5EncoderModel, Stability's single files, and llama.cpp's GGUF files.
 
-Their `text_encoders.t5xxl.transformer.` part keeps transformers' names.
+The `text_encoders.t5xxl.transformer.` part of single files keeps transformers' names.
 """
 
 from __future__ import annotations
@@ -28,3 +28,19 @@ def diffusers(config: T5Config) -> list[Rule]:
 
 def stability(config: T5Config) -> list[Rule]:
     return [*diffusers(config), Rule("logit_scale", ())]
+
+
+def gguf(config: T5Config) -> list[Rule]:
+    layer, block = "enc.blk.{i}", "blocks.{i}"
+    return [
+        Rule("token_embd.weight", "token_embedding.embedding"),
+        Rule("enc.blk.0.attn_rel_b.weight", "position_bias.embedding"),
+        Rule(f"{layer}.attn_norm.weight", f"{block}.attention_norm.scale"),
+        *(Rule(f"{layer}.attn_{name}.weight", f"{block}.attention.{name}.kernel", LINEAR) for name in "qkv"),
+        Rule(f"{layer}.attn_o.weight", f"{block}.attention.out.kernel", LINEAR),
+        Rule(f"{layer}.ffn_norm.weight", f"{block}.mlp_norm.scale"),
+        Rule(f"{layer}.ffn_gate.weight", f"{block}.gate.kernel", LINEAR),
+        Rule(f"{layer}.ffn_up.weight", f"{block}.up.kernel", LINEAR),
+        Rule(f"{layer}.ffn_down.weight", f"{block}.down.kernel", LINEAR),
+        Rule("enc.output_norm.weight", "final_norm.scale"),
+    ]

@@ -1,0 +1,249 @@
+"""Files that hold tensors only: what each component's configuration must have been.
+
+Widths and depths follow from shapes. What shapes do not tell (head dimension, activations, the VAE's scaling) is the
+same in every published SD3 and SD3.5 and is taken from there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from convert.components import Naming
+from convert.errors import CheckpointError
+from convert.names import Shape
+
+HEAD_DIM = 64
+"""Of the transformer and of both CLIPs."""
+
+Shapes = Mapping[str, Shape]
+
+
+class _Missing(KeyError):
+    pass
+
+
+class _Known(dict[str, Shape]):
+    """Shapes by name, and the name that was asked for last."""
+
+    asked = ""
+
+    def __getitem__(self, name: str) -> Shape:
+        self.asked = name
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> Shape:
+        raise _Missing(name)
+
+
+def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "stability") -> dict[str, Any]:
+    """The `config.json` of a component.
+
+    Args:
+      name: as in diffusers' layout.
+      shapes: of the component's tensors, without their common prefix.
+      prefix: that prefix, for messages.
+      naming: whose names they have.
+
+    Raises CheckpointError naming a tensor that is needed and absent, or whose shape cannot be.
+    """
+    known = _Known(shapes)
+    try:
+        return _INFER[name, naming](known)
+    except _Missing as error:
+        raise CheckpointError(
+            f"{name}: missing tensor {prefix}{error.args[0]}, from which its configuration follows"
+        ) from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise CheckpointError(
+            f"{name}: no configuration follows from the shape {list(shapes[known.asked])} of {prefix}{known.asked}"
+        ) from None
+
+
+def _numbers(shapes: Shapes, pattern: str) -> set[int]:
+    """The numbers in place of `{i}` among the names that begin with `pattern`."""
+    regex = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d{1,9})"))
+    return {int(found[1]) for name in shapes if (found := regex.match(name))}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many layers there are, numbered from 0. A number far beyond the others is not counted: it is surplus."""
+    numbers = _numbers(shapes, pattern)
+    return max((number for number in numbers if number < 2 * len(numbers)), default=-1) + 1
+
+
+class _TransformerNames(NamedTuple):
+    """Where a transformer's sizes are read."""
+
+    patches: str
+    pooled: str
+    table: str
+    outputs: str
+    block: str
+    dual: str
+    norm: str
+
+
+_TRANSFORMER_NAMES: dict[Naming, _TransformerNames] = {
+    "stability": _TransformerNames(
+        "x_embedder.proj.weight",
+        "y_embedder.mlp.0.weight",
+        "pos_embed",
+        "final_layer.linear.weight",
+        "joint_blocks.{i}.",
+        "joint_blocks.{i}.x_block.attn2.",
+        "attn.ln_q.weight",
+    ),
+    "diffusers": _TransformerNames(
+        "pos_embed.proj.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "pos_embed.pos_embed",
+        "proj_out.weight",
+        "transformer_blocks.{i}.",
+        "transformer_blocks.{i}.attn2.",
+        "attn.norm_q.weight",
+    ),
+}
+
+
+def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
+    names = _TRANSFORMER_NAMES[naming]
+
+    def infer(shapes: Shapes) -> dict[str, Any]:
+        width, joint = shapes["context_embedder.weight"]
+        _, channels, _, patch = shapes[names.patches]
+        layers = _count(shapes, names.block)
+        return {
+            "_class_name": "SD3Transformer2DModel",
+            "sample_size": 128,
+            "patch_size": patch,
+            "in_channels": channels,
+            "out_channels": shapes[names.outputs][0] // patch**2,
+            "num_layers": layers,
+            "num_attention_heads": width // HEAD_DIM,
+            "attention_head_dim": HEAD_DIM,
+            "caption_projection_dim": width,
+            "joint_attention_dim": joint,
+            "pooled_projection_dim": shapes[names.pooled][1],
+            "pos_embed_max_size": math.isqrt(shapes[names.table][1]),
+            "qk_norm": "rms_norm" if any(name.endswith(names.norm) for name in shapes) else None,
+            "dual_attention_layers": sorted(i for i in _numbers(shapes, names.dual) if i < layers),
+        }
+
+    return infer
+
+
+def _vae(shapes: Shapes) -> dict[str, Any]:
+    levels = range(_count(shapes, "encoder.down.{i}."))
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels],
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "layers_per_block": _count(shapes, "encoder.down.0.block.{i}."),
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "force_upcast": True,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def _clip(activation: str, projected: bool) -> Callable[[Shapes], dict[str, Any]]:
+    """`projected`: False for CLIP-L, whose pooled state single files leave as it is."""
+
+    def infer(shapes: Shapes) -> dict[str, Any]:
+        vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+        return {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "model_type": "clip_text_model",
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{i}."),
+            "num_attention_heads": width // HEAD_DIM,
+            "projection_dim": shapes["text_projection.weight"][0] if projected else width,
+            "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+            "hidden_act": activation,
+            "layer_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        }
+
+    return infer
+
+
+class _T5Names(NamedTuple):
+    """Where T5's sizes are read. `embedding`: the first that is there."""
+
+    embedding: tuple[str, ...]
+    position_bias: str
+    q: str
+    down: str
+    block: str
+
+
+_T5_NAMES: dict[Naming, _T5Names] = {
+    "stability": _T5Names(
+        ("shared.weight", "encoder.embed_tokens.weight"),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+        "encoder.block.{i}.",
+    ),
+    "gguf": _T5Names(
+        ("token_embd.weight",),
+        "enc.blk.0.attn_rel_b.weight",
+        "enc.blk.0.attn_q.weight",
+        "enc.blk.0.ffn_down.weight",
+        "enc.blk.{i}.",
+    ),
+}
+
+
+def _t5(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
+    names = _T5_NAMES[naming]
+
+    def infer(shapes: Shapes) -> dict[str, Any]:
+        vocabulary, width = shapes[next((name for name in names.embedding if name in shapes), names.embedding[-1])]
+        buckets, heads = shapes[names.position_bias]
+        return {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "vocab_size": vocabulary,
+            "d_model": width,
+            "d_kv": shapes[names.q][0] // heads,
+            "d_ff": shapes[names.down][1],
+            "num_heads": heads,
+            "num_layers": _count(shapes, names.block),
+            "relative_attention_num_buckets": buckets,
+            "relative_attention_max_distance": 128,
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu_new",
+            "is_gated_act": True,
+            "layer_norm_epsilon": 1e-6,
+            "tie_word_embeddings": False,
+        }
+
+    return infer
+
+
+_INFER: dict[tuple[str, Naming], Callable[[Shapes], dict[str, Any]]] = {
+    ("transformer", "stability"): _transformer("stability"),
+    ("transformer", "diffusers"): _transformer("diffusers"),
+    ("vae", "stability"): _vae,
+    ("text_encoder", "stability"): _clip("quick_gelu", projected=False),
+    ("text_encoder_2", "stability"): _clip("gelu", projected=True),
+    ("text_encoder_3", "stability"): _t5("stability"),
+    ("text_encoder_3", "gguf"): _t5("gguf"),
+}
