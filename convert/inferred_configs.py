@@ -32,7 +32,10 @@ class _Known(dict[str, Shape]):
 
     def __getitem__(self, name: str) -> Shape:
         self.asked = name
-        return super().__getitem__(name)
+        shape = super().__getitem__(name)
+        if 0 in shape:
+            raise ValueError(f"{name} is empty")
+        return shape
 
     def __missing__(self, name: str) -> Shape:
         raise _Missing(name)

@@ -84,6 +84,17 @@ def test_an_index_cannot_point_outside_its_folder(checkpoint: Path):
     assert "is outside its folder" in refusal(checkpoint)
 
 
+@pytest.mark.parametrize("value", [None, 7, ["a"], {"file": "a"}, "a\0b"])
+def test_an_index_names_a_file_for_each_tensor(checkpoint: Path, value):
+    index = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    listing = json.loads(index.read_text())
+    name = min(listing["weight_map"])
+    listing["weight_map"][name] = value
+    index.write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match=rf"json: weight_map: expected the name of a file .* for {name}$"):
+        open_source(checkpoint).component("transformer")
+
+
 def test_a_wrong_shape_says_what_was_expected(checkpoint: Path):
     edit(clip_file(checkpoint), lambda state: state.update({"text_projection.weight": torch.zeros(24, 31)}))
     assert "wrong shape of text_projection.weight: expected [24, 32], found [24, 31]" in refusal(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from convert.sources import open_source
 from tests.reference.checkpoints import make_checkpoint
 from tests.reference.damage import edit, refusal
 from tests.reference.single_file import make_both
+from tests.reference.weight_files import random_tensors, write_plain
 
 
 def test_a_missing_tensor_of_a_single_file_has_its_whole_name_and_is_told_once_though_it_fills_three(tmp_path: Path):
@@ -55,3 +57,21 @@ def test_a_single_file_lacking_what_tells_its_size_names_the_tensor(tmp_path: Pa
     assert "transformer: missing tensor model.diffusion_model.context_embedder.weight" in refusal(
         tmp_path / "sd3.safetensors"
     )
+
+
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000])
+def test_a_billion_layers_in_a_name_are_answered_at_once_with_that_tensor(tmp_path: Path, number: str):
+    tensors = random_tensors("transformer", "stability")
+    name = f"joint_blocks.{number}.x_block.attn.ln_q.weight"
+    tensors[name] = np.ones(64, np.float32)
+    source = open_source(write_plain(tmp_path / "sd3.safetensors", tensors))
+    with pytest.raises(CheckpointError, match=f"surplus tensor {name}") as caught:
+        source.component("transformer").check()
+    assert "(1 problems)" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 16, 0, 0), (256, 16, 2, 2, 1)])
+def test_a_shape_from_which_no_size_follows_is_named(tmp_path: Path, shape: tuple[int, ...]):
+    tensors = random_tensors("transformer", "stability") | {"x_embedder.proj.weight": np.zeros(shape, np.float32)}
+    with pytest.raises(CheckpointError, match=r"sd3\.safetensors: transformer: no configuration .* x_embedder\.proj"):
+        open_source(write_plain(tmp_path / "sd3.safetensors", tensors))

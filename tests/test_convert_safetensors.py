@@ -177,3 +177,53 @@ def test_checksums_tell_bytes_apart_and_dtypes_keep_their_names():
     assert checksum(array) == checksum(array.copy())
     assert checksum(array) != checksum(-array)
     assert all(dtype_named(str(dtype)) == dtype for dtype in (array.dtype, np.dtype(np.float16), np.dtype(np.int8)))
+
+
+def corrupt(path: Path, header: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def entry(shape: object = (1,), offsets: object = (0, 4), dtype: object = "F32") -> bytes:
+    return json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+ABSURD = {
+    "metadata that is no table": (b'{"__metadata__": [1]}', "expected an object of strings as __metadata__"),
+    "metadata of numbers": (b'{"__metadata__": {"a": 1}}', "expected an object of strings as __metadata__"),
+    "depth without end": (b"[" * 200_000, "corrupt header: "),
+    "a number of thousands of digits": (entry().replace(b"[1]", b"[" + b"9" * 5000 + b"]"), "corrupt header: "),
+    "a number of hundreds of digits": (entry().replace(b"[1]", b"[" + b"9" * 400 + b"]"), "a has the shape or offsets"),
+    "a truth value as a size": (entry(shape=[True]), "a has the shape or offsets"),
+    "thousands of dimensions": (entry(shape=[1] * 5000), "a has the shape or offsets"),
+    "an empty tensor beyond all memory": (entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0]), "a has the shape or off"),
+    "not a number": (entry().replace(b"[1]", b"[NaN]"), "a has the shape or offsets"),
+    "an entry that is a number": (b'{"a": 7}', "a needs a dtype of"),
+    "a dtype that is a list": (entry(dtype=["F32"]), "a needs a dtype of"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_an_absurd_header_is_answered_at_once_with_the_file(tmp_path: Path, case: str):
+    header, message = ABSURD[case]
+    with pytest.raises(CheckpointError, match=rf"^\S*x\.safetensors: corrupt header: .*{message.split(': ')[-1]}"):
+        read_header(corrupt(tmp_path / "x.safetensors", header, bytes(4)))
+
+
+def test_a_header_of_absurd_size_is_not_read(tmp_path: Path):
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write((1 << 36).to_bytes(8, "little"))
+        file.truncate(1 << 37)  # a sparse file
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: truncated, or not a safetensors file"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_numbers_of_less_than_a_byte_are_named(tmp_path: Path, dtype: str):
+    with pytest.raises(CheckpointError, match=rf"a is {dtype}: weights of 4 or 6 bits .* are not read; fetch the same"):
+        read_header(corrupt(tmp_path / "x.safetensors", entry(dtype=dtype)))
+
+
+def test_a_directory_in_a_files_place_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="expected a file, found a directory"):
+        read_header(tmp_path)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from gguf.constants import MODEL_ARCH
+from gguf.tensor_mapping import get_tensor_name_map
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
@@ -17,9 +19,11 @@ from convert.components import COMPONENTS
 from convert.errors import CheckpointError
 from convert.sources import open_source
 from convert.text_encoders import FILES
+from convert.torch_side import tensors_of
 from convert.verify import verify
 from tests.reference.checkpoints import make_checkpoint
 from tests.reference.single_file import make_both
+from tests.reference.weight_files import write_gguf
 
 WITHOUT = ["transformer", "vae"]
 
@@ -162,3 +166,59 @@ def test_verify_takes_text_encoders_for_a_source_and_for_an_original_that_lack_t
     arguments = [str(forms["bare"]), "--components", "text_encoder", "vae", "--text-encoders", str(forms["converted"])]
     assert main(["verify", *arguments]) == 1
     assert "text_encoder in converted form, which PyTorch cannot read: give text encod" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def alone(forms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer of `bare` alone in a GGUF file, as those of SD3.5 are shared."""
+    prefix = COMPONENTS["transformer"].prefix
+    tensors = {n.removeprefix(prefix): t.numpy() for n, t in load_file(forms["bare"]).items() if n.startswith(prefix)}
+    path = tmp_path_factory.mktemp("alone") / "sd3.5_medium-F16.gguf"
+    write_gguf(path, "sd3", tensors, dict.fromkeys(tensors, "F16"))
+    return path
+
+
+@pytest.mark.parametrize("form", ["diffusers", "single file", "converted"])
+def test_a_transformer_alone_takes_the_vae_too_from_the_second_source(
+    forms: dict[str, Path], alone: Path, tmp_path: Path, form: str
+):
+    convert_checkpoint(alone, tmp_path / "whole", text_encoders=forms[form], tokenizers=forms["diffusers"])
+    assert components(tmp_path / "whole") == components(forms["converted"])
+
+
+def test_a_transformer_alone_says_what_to_give(forms: dict[str, Path], alone: Path):
+    with pytest.raises(CheckpointError, match=r"F16\.gguf has no vae, text_encoder\. .* GGUF, without a VAE"):
+        open_source(alone, components=[*WITHOUT, "text_encoder"])
+    with pytest.raises(CheckpointError, match=r"F16\.gguf has no vae\. .*; a VAE is in the first three"):
+        open_source(alone, components=[*WITHOUT, "text_encoder"], text_encoders=forms["separate files"])
+
+
+def test_a_vae_of_other_latents_does_not_fit(forms: dict[str, Path], alone: Path, tmp_path: Path):
+    other = Path(shutil.copytree(forms["diffusers"], tmp_path / "other"))
+    config = other / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latent_channels": 4}))
+    with pytest.raises(CheckpointError, match=r"the VAE's latents have 4 channels, the transformer of .* takes 16"):
+        open_source(alone, text_encoders=other)
+
+
+def test_one_text_encoder_in_a_file_of_its_own_completes_a_source_that_lacks_it(forms: dict[str, Path], tmp_path: Path):
+    first = make_checkpoint(tmp_path / "first", t5=False)
+    file = forms["separate files"] / "t5xxl_fp16.safetensors"
+    source = open_source(first, text_encoders=file)
+    source.component("text_encoder_3").check()
+    assert list(source.configs) == list(COMPONENTS)
+
+
+def test_verify_gives_pytorch_the_tensors_of_gguf_under_its_own_names(
+    forms: dict[str, Path], alone: Path, tmp_path: Path
+):
+    state = {n: t.float().numpy() for n, t in load_file(forms["separate files"] / "t5xxl_fp16.safetensors").items()}
+    names = get_tensor_name_map(MODEL_ARCH.T5ENCODER, 24)
+    llamas = {f"{names.get_name(n.removesuffix('.weight'))}.weight": t for n, t in state.items()}
+    write_gguf(tmp_path / "t5xxl.gguf", "t5encoder", llamas, dict.fromkeys(llamas, "F16"))
+    packed = open_source(alone, text_encoders=tmp_path)
+    for name, plain in (("transformer", forms["bare"]), ("text_encoder_3", forms["single file"])):
+        expected = tensors_of(open_source(plain).component(name))
+        found = tensors_of(packed.component(name))
+        assert found.keys() == expected.keys() - {"encoder.embed_tokens.weight"} or found.keys() == expected.keys()
+        assert all(torch.equal(read(), expected[key]()) for key, read in found.items())

@@ -61,7 +61,7 @@ def result_arguments(parser: ArgumentParser) -> None:
 def model_arguments(parser: ArgumentParser) -> None:
     """What is loaded, and how."""
     add: Any = parser.add_argument
-    add("--model", type=str, required=True, help="miniature, a directory, a .safetensors file, or a Hub id")
+    add("--model", type=str, required=True, help="miniature, a directory, a .safetensors or .gguf file, or a Hub id")
     add("--lora", type=str, metavar="FILE_OR_DIR", help="adapters for the transformer, of any format of convert lora")
     add("--dtype", choices=DTYPES, help="of parameters and computation; default: float32 on a CPU, else bfloat16")
     add("--t5", action="store_true", help="load T5 too; default: as in the paper, without")

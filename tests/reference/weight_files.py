@@ -74,7 +74,7 @@ def write_gguf(
     """Write a file with the `gguf` package. Returns that package's own dequantisation of it, in float32.
 
     Args:
-      kinds: of each tensor, ggml's name for its type. The package does not quantise to K-quants: their blocks are drawn.
+      kinds: of each tensor, ggml's name for its type. Blocks of K-quants, which the package does not write, are drawn.
     """
     writer = gguf.GGUFWriter(path, architecture or "sd3")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
