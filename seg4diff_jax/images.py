@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
+
+from seg4diff_jax.image_files import ImageError, read_rgb, to_rgb
 
 Resize = Literal["aspect", "square", "release"]
 """How an image comes to the model's size: aspect kept, squashed to the trained square, or as the release does it."""
@@ -19,10 +20,6 @@ ASPECTS = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2), (5, 4), (4, 3), (3, 
 """Height to width: those of photographs, and of panoramas from 2:1 on."""
 
 ImageInput = str | PathLike | Image.Image | np.ndarray
-
-
-class ImageError(ValueError):
-    """An image cannot be read or used; the message names it."""
 
 
 def listed(image: Any) -> tuple[list[Any], bool]:
@@ -34,26 +31,28 @@ def listed(image: Any) -> tuple[list[Any], bool]:
 def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
     """A file, a PIL image or an array as RGB pixels; EXIF rotation is applied, transparency laid on white.
 
+    Numbers of more than 8 bits are scaled and rounded. A PIL image is what Pillow has made of its file.
+
     An array is uint8 [height, width] (gray) or [height, width, channels]: 1 gray, 2 gray and opacity, 3 RGB, 4 RGB and
     opacity, each treated as a file of that kind.
 
     Raises:
-      ImageError: the file is missing or no image, or the array is not of one of these kinds.
+      ImageError: the file is missing, damaged or no image, holds several pictures or numbers of which nothing says
+        which is white, or the array is not of one of these kinds.
     """
     if isinstance(image, np.ndarray):
         pixels = _array_to_rgb(image)
-    else:
-        given = isinstance(image, Image.Image)
-        name = (getattr(image, "filename", "") or "the PIL image") if given else image
+    elif isinstance(image, Image.Image):
+        name = getattr(image, "filename", "") or "the PIL image"
         try:
-            with nullcontext(image) if given else Image.open(Path(image).expanduser()) as opened:
-                pixels = np.asarray(_to_rgb(opened))
-        except FileNotFoundError:
-            raise ImageError(f"{name}: no such file") from None
-        except IsADirectoryError:
-            raise ImageError(f"{name}: is a directory; expected an image file") from None
+            pixels = to_rgb(image)
         except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
             raise ImageError(f"{name}: cannot be read as an image: {error}") from None
+    else:
+        try:
+            pixels = read_rgb(Path(image).expanduser(), str(image))
+        except FileNotFoundError:
+            raise ImageError(f"{image}: no such file") from None
     if not pixels.size:
         raise ImageError(f"the image is empty: {list(pixels.shape)}")
     return pixels
@@ -68,17 +67,7 @@ def _array_to_rgb(array: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
         )
     if channels == 1 or not array.size:
         return np.repeat(array.reshape(*array.shape[:2], channels)[:, :, :1], 3, axis=2)
-    return array if channels == 3 else np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(array))))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grayscale, which PIL would clip instead of scaling
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return array if channels == 3 else to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def model_size(height: int, width: int, *, trained: int, multiple: int, largest: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, str] = {
     "generation": "flow models parallel text",
     "masks": "flow models segmentation text",
     # What is around them, in memory.
-    "images": "",
+    "image_files": "",
+    "images": "image_files",
     "compilation": "",
     "configuration": "",
     "text": "models",
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, str] = {
     "loading": "compilation convert flow images models parallel pipeline text",
     "analysis": "convert data flow images models pipeline segmentation text",
     "reporting": "pipeline",
-    "data": "convert images segmentation",
+    "data": "convert image_files images segmentation",
     "miniature": "data",
     "training": "analysis compilation configuration convert data flow generation loading magnet miniature models "
     "parallel segmentation text",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image
 
 from seg4diff_jax.data.loader import Item
-from seg4diff_jax.images import ImageError, read_image
+from seg4diff_jax.image_files import ImageError, read_label_png, read_rgb
 
 INDEX_MODES = ("L", "P", "1", "I;16", "I")
 """Pillow's names for images with one whole number a pixel; of an image with a palette the numbers count."""
@@ -119,18 +117,17 @@ def read_values(file: Path | bytes, name: str = "") -> Integer[np.ndarray, "heig
     mode, values = read_stored(file, name)
     if mode not in INDEX_MODES:
         raise FolderError(f"{name} is an image of mode {mode}: expected one channel that holds class indices")
-    return values.astype(np.uint8) if values.dtype == bool else values
+    return values
 
 
 def read_stored(file: Path | bytes, name: str) -> tuple[str, np.ndarray]:
-    """A label image's mode, as Pillow calls it, and its pixels. Raises FolderError when it cannot be read."""
+    """A label image's mode, as Pillow calls it, and the numbers of its pixels. Raises FolderError when it cannot."""
     try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            return opened.mode, np.asarray(opened)
+        return read_label_png(file, name)
     except FileNotFoundError:
         raise FolderError(f"{name}: no such file; expected the label of the image of that name") from None
-    except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
-        raise FolderError(f"{name}: cannot be read as an image: {error}") from None
+    except ImageError as error:
+        raise FolderError(str(error)) from None
 
 
 def read_fitting(
@@ -164,14 +161,10 @@ def read_fitting(
 
 
 def _pixels(file: Path | bytes, name: str, as_stored: bool = False) -> UInt8[np.ndarray, "height width 3"]:
-    if isinstance(file, Path) and not as_stored:
-        return read_image(file)
     try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            # An image that is given has no file: its pixels alone have no EXIF data either.
-            return read_image(np.asarray(opened.convert("RGB")) if as_stored else opened)
-    except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
-        raise ImageError(f"{name}: cannot be read as an image: {error}") from None
+        return read_rgb(file, name, turned=not as_stored)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
 
 
 # ---- where things lie -----------------------------------------------------------------------------------------------
