@@ -159,9 +159,9 @@ def _low_bytes(image: Image.Image, contents: bytes) -> Integer[np.ndarray, "heig
     (mode,) = raw
     other = LOW_BYTES.get(mode, "RGBA")
     with Image.open(BytesIO(contents)) as again:
-        again.tile = [  # pyright: ignore[reportAttributeAccessIssue]
-            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
-            for tile in again.tile  # pyright: ignore[reportAttributeAccessIssue]
+        tiles: Any = again.tile
+        again.tile = [
+            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])) for tile in tiles
         ]
         found = np.asarray(again)
     if mode != GRAY_AND_OPACITY:
@@ -177,7 +177,7 @@ def _eight_bits(image: Image.Image, low: Integer[np.ndarray, "height width *chan
     key = image.info.get("transparency")
     if image.mode.startswith("I"):
         tags = getattr(image, "tag_v2", {})
-        white = 2 ** int(tags.get(258, (16,))[0]) - 1
+        white = 2 ** int((tags.get(258) or (16,))[0]) - 1
         values = np.asarray(image).astype(np.int64)
         values = white - values if tags.get(262) == 0 else values  # TIFF's WhiteIsZero, which Pillow passes over
         gray = ((2 * values * 255 + white) // (2 * white)).clip(0, 255).astype(np.uint8)

@@ -118,7 +118,7 @@ def test_an_item_that_cannot_be_used_is_refused_by_its_files_name_and_the_others
         ("cat\n\nsky\n", r"classes\.txt, line 2 is blank"),
         ("cat\nsky\ncat\n", r"classes\.txt, line 3 repeats 'cat'"),
         ("".join(f"class {index}\n" for index in range(256)), "names 256 classes"),
-        (None, r"classes\.txt: expected class names"),
+        (None, r"classes\.txt: no such file; expected class names"),
     ],
 )
 def test_a_list_of_classes_that_names_none_or_two_alike_is_refused(root, contents, message):

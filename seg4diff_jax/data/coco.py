@@ -8,7 +8,6 @@ annotations/panoptic_val2017/000000000139.png     segment id = red + 256 green +
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from seg4diff_jax.data.labelled import (
     published_split,
     read_stored,
 )
+from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 UNLABELLED = 0
@@ -54,6 +54,10 @@ IDS = _ids({name: index for index, name in enumerate(CLASSES)})
 OBJECT_IDS = _ids({each.name: THINGS.index(each.name) + 1 if each.thing else BACKGROUND for each in CATEGORIES})
 STUFF27_IDS = _ids({category.name: STUFF27_CLASSES.index(category.supercategory) for category in CATEGORIES})
 
+PANOPTIC = "COCO's panoptic annotations"
+MOST_SEGMENT = 256**3 - 1
+KEPT = {"annotations", "categories", "file_name", "segments_info", "id", "category_id"}
+"""Names in the listing that are read."""
 SPLITS = ("val", "train")
 KINDS = ("stuffthingmaps", "panoptic")
 
@@ -147,13 +151,18 @@ def _map_labels(files: list[Path], ids: Mapping[int, int]) -> Labels:
 
 def _segments(listing: Path, names: list[str]) -> list[Int[np.ndarray, "_ 2"] | None]:
     """For each image its segments: number and category id."""
-    try:
-        with listing.open(encoding="utf-8") as opened:
-            annotations = json.load(opened)["annotations"]
-        found = {}
-        for each in annotations:
-            segments = [(segment["id"], segment["category_id"]) for segment in each["segments_info"]]
-            found[Path(each["file_name"]).stem] = np.array(segments, np.int64).reshape(-1, 2)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{listing} cannot be read: {error!r}; expected COCO's panoptic annotations") from None
+    contents = Annotations(read_json(listing, PANOPTIC, KEPT), listing, PANOPTIC)
+    if "categories" in contents:
+        categories = contents["categories"].each()
+        unrepeated([category["id"].whole(0, MOST_SEGMENT) for category in categories], categories)
+    annotations = contents["annotations"].each()
+    stems = [Path(each["file_name"].text()).stem for each in annotations]
+    unrepeated(stems, annotations)
+    found = {}
+    for stem, each in zip(stems, annotations, strict=True):
+        segments = each["segments_info"].each()
+        numbers = [segment["id"].whole(1, MOST_SEGMENT) for segment in segments]
+        unrepeated(numbers, segments)
+        categories = [segment["category_id"].whole(0, MOST_SEGMENT) for segment in segments]
+        found[stem] = np.array([numbers, categories], np.int64).T
     return [found.get(name) for name in names]

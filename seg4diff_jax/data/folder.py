@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting
+from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting, shown
 from seg4diff_jax.data.loader import Item
+from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 
@@ -34,8 +35,8 @@ class LabelledFolder:
             if not folder.is_dir():
                 raise FolderError(f"{folder}: no such directory; expected a folder with images/, labels/, classes.txt")
         self.classes = read_classes(self.root / "classes.txt")
-        files = (path for path in (self.root / "images").iterdir() if not path.name.startswith("."))
-        self.files = sorted((path for path in files if path.is_file()), key=lambda path: path.name)
+        files = [path for path in shown((self.root / "images").iterdir()) if path.is_file()]
+        self.files = sorted(files, key=lambda path: path.name)
         if not self.files:
             raise FolderError(f"{self.root / 'images'} holds no file: expected images")
         by_name: dict[str, Path] = {}
@@ -54,6 +55,10 @@ class LabelledFolder:
         image = read_fitting(self.files[index], labels.shape, self.labels.place(index))
         return {"image": image, "labels": labels, "name": self.files[index].stem}
 
+    @property
+    def names(self) -> list[str]:
+        return [path.stem for path in self.files]
+
     def __repr__(self) -> str:
         return f"LabelledFolder({str(self.root)!r})"
 
@@ -71,12 +76,7 @@ def listed_ids(classes: int, names: str) -> IdTable:
 
 def read_classes(file: Path) -> tuple[str, ...]:
     """Class names, one a line. Raises FolderError when one is blank or repeated, or they are none or too many."""
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FolderError(f"{file}: expected class names, one a line, in UTF-8: {error}") from None
-    while names and not names[-1]:
-        names.pop()
+    names = read_lines(file, "class names, one a line")
     if not 0 < len(names) <= IGNORED:
         raise FolderError(f"{file} names {len(names)} classes: expected 1 to {IGNORED}")
     for index, name in enumerate(names):

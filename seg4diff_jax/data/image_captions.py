@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jaxtyping import Bool, UInt8
 
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 SENTENCES = 2
@@ -56,17 +56,25 @@ def _key(name: str) -> str:
 
 def read_captions(file: str | Path) -> Mapping[str, str]:
     """Captions by their pictures' keys. Raises FolderError when the file is anything else."""
-    file = Path(file).expanduser()
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("annotations"), list):
-            each = [(str(annotation["image_id"]), annotation["caption"]) for annotation in found["annotations"]]
-            found = dict(reversed(each))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{file} cannot be read: {error!r}; expected {EXPECTED}") from None
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise FolderError(f"{file}: expected {EXPECTED}")
-    return {_key(key): caption for key, caption in found.items()}
+    found = Annotations(read_json(file, EXPECTED), file, EXPECTED)
+    if "annotations" in found and isinstance(found["annotations"].value, list):
+        each = found["annotations"].each()
+        if all("id" in one for one in each):
+            unrepeated([one["id"].value for one in each], each)
+        pairs = [(_image_key(one["image_id"]), one["caption"].text()) for one in each]
+        return dict(reversed(pairs))
+    if not isinstance(found.value, dict):
+        raise found.refuse("a list or a single value")
+    captions: dict[str, str] = {}
+    for name in found.value:
+        if (key := _key(name)) in captions:
+            raise found[name].refuse(f"a second caption of the picture {key}")
+        captions[key] = found[name].text()
+    return captions
+
+
+def _image_key(number: Annotations) -> str:
+    return _key(number.value if isinstance(number.value, str) else str(number.whole(0, 2**63 - 1)))
 
 
 def first_sentences(caption: str, count: int = SENTENCES) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -187,9 +187,15 @@ def first_of(root: str | Path, places: Sequence[str], origin: str) -> Path:
     raise FolderError(f"{root} holds no {' or '.join(places)}; expected {origin}")
 
 
+def shown(paths: Iterable[Path]) -> list[Path]:
+    """Without those whose name starts with a dot: what systems write beside images is none."""
+    return [path for path in paths if not path.name.startswith(".")]
+
+
 def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
     """Files in alphabetical order of their names. Raises FolderError when there is none."""
-    files = sorted(directory.glob(pattern), key=lambda path: path.name)
+    files = [path for path in shown(directory.glob(pattern)) if not path.parent.name.startswith(".")]
+    files.sort(key=lambda path: path.name)
     if not files:
         raise FolderError(f"{directory} holds no {pattern}; expected {origin}")
     return files

@@ -8,7 +8,6 @@ VOCdevkit/VOC2010/trainval_merged.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from jaxtyping import UInt8
 
 from seg4diff_jax.data.labelled import FolderError, IdTable, LabelledImages, first_of, published_split
 from seg4diff_jax.data.names import listed
+from seg4diff_jax.data.run_lengths import decoded
+from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 CLASSES = listed("""
@@ -44,6 +45,8 @@ IDS = {
 IDS_WITH_BACKGROUND = {number: BACKGROUND if label == IGNORED else label for number, label in IDS.items()}
 """The same with a class for those."""
 SPLITS = ("val", "train")
+"""5104 and 4996 images."""
+MOST_ID, MOST_SIDE = 2**31 - 1, 2**14
 FILE = "trainval_merged.json"
 ORIGIN = (
     f"VOCdevkit/VOC2010 with JPEGImages/ (VOCtrainval_03-May-2010.tar of the PASCAL VOC 2010 page) and {FILE} "
@@ -80,27 +83,6 @@ class MaskLabels:
         return f"{self.file}, {self.names[index]}"
 
 
-def decoded(mask: Any, size: tuple[int, int], place: str) -> np.ndarray:
-    """COCO's run lengths, which run down the columns, as a mask: bool [height, width].
-
-    Raises FolderError when they are of another size or damaged.
-    """
-    from pycocotools import mask as run_lengths
-
-    try:
-        found = tuple(mask["size"])
-        if isinstance(mask["counts"], list):
-            if sum(mask["counts"]) != found[0] * found[1]:
-                raise ValueError(f"counts make {sum(mask['counts'])} pixels")
-            mask = run_lengths.frPyObjects(mask, *found)
-        pixels = run_lengths.decode(mask) if found == size else None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FolderError(f"{place}: a mask is damaged: {error}") from None
-    if pixels is None:
-        raise FolderError(f"{place}: a mask is of size {found}; expected the image's, {size} (height, width)")
-    return pixels.astype(bool)
-
-
 def read_context(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
     """The images of a split, in alphabetical order.
 
@@ -113,20 +95,18 @@ def read_context(root: str | Path, split: str | None, kind: str | None, ids: Map
     split = published_split(split, SPLITS, "PASCAL Context")
     directory = first_of(root, [f"{place}JPEGImages" for place in PLACES], ORIGIN)
     file = first_of(root, [place + FILE for place in (*PLACES, "VOCdevkit/")], ORIGIN)
-    try:
-        with file.open(encoding="utf-8") as opened:
-            contents = json.load(opened, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k in KEPT})
-        images = [image for image in contents["images"] if image["phase"] == split]
-        images.sort(key=lambda image: image["file_name"])
-        masks: dict[int, list[tuple[int, Any]]] = {image["image_id"]: [] for image in images}
-        for mask in contents["annos_segmentation"]:
-            if mask["image_id"] in masks:
-                masks[mask["image_id"]].append((mask["category_id"], mask["segmentation"]))
-        sizes = [(image["height"], image["width"]) for image in images]
-        files = [directory / image["file_name"] for image in images]
-
-    except (ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{file} cannot be read: {error!r}; expected {ORIGIN}") from None
+    contents = Annotations(read_json(file, ORIGIN, KEPT), file, ORIGIN)
+    every = contents["images"].each()
+    unrepeated([image["image_id"].whole(0, MOST_ID) for image in every], every)
+    unrepeated([image["file_name"].text() for image in every], every)
+    images = [image for image in every if image["phase"].text() == split]
+    images.sort(key=lambda image: image["file_name"].text())
+    masks: dict[int, list[tuple[int, Any]]] = {image["image_id"].value: [] for image in images}
+    for mask in contents["annos_segmentation"].each():
+        if (number := mask["image_id"].whole(0, MOST_ID)) in masks:
+            masks[number].append((mask["category_id"].whole(0, MOST_ID), mask["segmentation"].value))
+    sizes = [(image["height"].whole(1, MOST_SIDE), image["width"].whole(1, MOST_SIDE)) for image in images]
+    files = [directory / image["file_name"].text() for image in images]
     if not images:
         raise FolderError(f"{file} names no image of the split {split}; expected {ORIGIN}")
     names = [image.stem for image in files]

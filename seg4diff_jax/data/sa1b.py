@@ -7,7 +7,6 @@ captions.json    {"1": "One sentence. Another."}: what each picture shows, see `
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from seg4diff_jax.data.image_captions import ImageCaptions
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.labelled import FolderError, shown
 from seg4diff_jax.data.loader import Item
-from seg4diff_jax.data.pascal_context import decoded
+from seg4diff_jax.data.run_lengths import decoded
+from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.images import read_image
 
 ORIGIN = "SA-1B: pictures (sa_1.jpg) and their masks (sa_1.json) in one folder, as the tars of its page unpack"
@@ -60,7 +60,7 @@ class MaskFolder:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FolderError(f"{self.root}: no such directory; expected {ORIGIN}")
-        files = [path for path in self.root.iterdir() if path.suffix.lower() in SUFFIXES]
+        files = [path for path in shown(self.root.iterdir()) if path.suffix.lower() in SUFFIXES]
         self.files = sorted(files, key=lambda path: path.name)
         if not self.files:
             raise FolderError(f"{self.root} holds no picture; expected {ORIGIN}")
@@ -86,9 +86,9 @@ class MaskFolder:
     def _annotations(self, index: int) -> list[Any]:
         """The picture's masks, largest first."""
         file = self.files[index].with_suffix(".json")
-        try:
-            contents = json.loads(file.read_text(encoding="utf-8"))
-            found = [(float(each["area"]), each["segmentation"]) for each in contents["annotations"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FolderError(f"{file} cannot be read: {error!r}; expected {ORIGIN}") from None
+        contents = Annotations(read_json(file, ORIGIN), file, ORIGIN)
+        masks = contents["annotations"].each()
+        if masks and all("id" in each for each in masks):
+            unrepeated([each["id"].whole(0, 2**63 - 1) for each in masks], masks)
+        found = [(each["area"].number(0), each["segmentation"].value) for each in masks]
         return [encoded for _, encoded in sorted(found, key=lambda pair: -pair[0])]

@@ -19,8 +19,10 @@ from seg4diff_jax.data.labelled import (
     PngLabels,
     first_of,
     published_kind,
+    shown,
 )
 from seg4diff_jax.data.names import listed
+from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 CLASSES = listed("""
@@ -70,10 +72,12 @@ def _listed_names(lists: Path, split: str) -> tuple[str, list[str]]:
     for word in (split, SYNONYMS.get(split, split)):
         file = lists / f"{word}.txt"
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+            names = [Path(line.split()[0]).stem for line in read_lines(file, "names of images, one a line") if line]
             if not names:
                 raise FolderError(f"{file} is empty; expected names of images, one a line")
+            if len(set(names)) < len(names):
+                twice = next(name for place, name in enumerate(names) if name in names[:place])
+                raise FolderError(f"{file} names {twice} twice; expected each image once")
             return word, names
-    there = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
+    there = ", ".join(sorted(path.stem for path in shown(lists.glob("*.txt")))) or "none"
     raise FolderError(f"{lists / split}.txt: no such file; the lists there are: {there}; expected {ORIGIN}")

@@ -1,0 +1,172 @@
+"""Text that people write and annotations that sets are handed out with, as editors of every system save them.
+
+A file may begin with a byte order mark (of UTF-8, UTF-16 or UTF-32; without one it is UTF-8), end its lines as Unix,
+Windows or old Macs do, and end with or without one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from seg4diff_jax.data.labelled import FolderError
+
+MARKS = (  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+MOST_BYTES = 2**32
+"""Of a file of text: PASCAL Context's, the largest that is read, has a tenth of it."""
+
+
+def read_text(file: str | Path, expected: str = "text") -> str:
+    r"""What a file says, its lines parted by \n alone. `expected`: what it should say, for messages.
+
+    Raises FolderError when there is no such file, it is too large, or it holds what is no text; the message names the
+    file and the line.
+    """
+    file = Path(file).expanduser()
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise FolderError(f"{file} has {file.stat().st_size} bytes; expected {expected} in at most {MOST_BYTES}")
+        contents = file.read_bytes()
+    except FileNotFoundError:
+        raise FolderError(f"{file}: no such file; expected {expected}") from None
+    except OSError as error:
+        raise FolderError(f"{file} cannot be read: {error.strerror or error}; expected {expected}") from None
+    mark, coding = next((each for each in MARKS if contents.startswith(each[0])), (b"", "utf-8"))
+    try:
+        text = contents[len(mark) :].decode(coding)
+    except UnicodeDecodeError as error:
+        line = _line(contents[len(mark) : len(mark) + error.start].decode(coding, "replace"))
+        raise FolderError(
+            f"{file}, line {line}: bytes that are no {coding.upper()}: expected {expected}; save the file in UTF-8"
+        ) from None
+    if "\0" in text:
+        line = _line(text[: text.index("\0")])
+        raise FolderError(f"{file}, line {line}: a NUL character: expected {expected}; save the file in UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _line(before: str) -> int:
+    return 1 + before.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+
+
+def read_lines(file: str | Path, expected: str) -> list[str]:
+    """The lines of a file without white space around them; blank ones at its end are left out.
+
+    Raises as `read_text`.
+    """
+    lines = [line.strip() for line in read_text(file, expected).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+# ---- annotations ----------------------------------------------------------------------------------------------------
+
+
+def read_json(file: str | Path, expected: str, keep: Collection[str] = ()) -> Any:
+    """What a file of JSON holds.
+
+    Args:
+      expected: what should be in it, for messages.
+      keep: names that are read; others are let go at once, which a large file needs. Default: all.
+
+    Raises FolderError when it is absent or damaged, names something twice in one object, or holds numbers that are none
+    (NaN, Infinity, 1e999).
+    """
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise ValueError(f"{twice!r} stands twice in one object")
+        return {name: value for name, value in pairs if name in keep} if keep else found
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text[:20]} is no number that can be read")
+        return number
+
+    try:
+        return json.loads(read_text(file, expected), object_pairs_hook=table, parse_constant=finite, parse_float=finite)
+    except FolderError:
+        raise
+    except RecursionError:
+        raise FolderError(f"{file} cannot be read: it is nested too deeply; expected {expected}") from None
+    except ValueError as error:
+        raise FolderError(f"{file} cannot be read: {error}; expected {expected}") from None
+
+
+class Annotations:
+    """A JSON value and where it stands; what is taken out of it is of the kind that is asked for.
+
+    Raises, of all methods: FolderError, which names the file and the place.
+    """
+
+    def __init__(self, value: Any, file: str | Path, expected: str, place: str = ""):
+        self.value, self._file, self._expected, self._place = value, file, expected, place
+
+    def refuse(self, problem: str) -> FolderError:
+        place = f", {self._place.lstrip('.')}" if self._place else ""
+        return FolderError(f"{self._file}{place}: {problem}; expected {self._expected}")
+
+    def __getitem__(self, name: str) -> Annotations:
+        """A part of an object."""
+        if not isinstance(self.value, dict):
+            raise self.refuse(f"a {_kind(self.value)} where an object belongs")
+        if name not in self.value:
+            raise self.refuse(f"no {name!r}")
+        return self._part(self.value[name], f".{name}")
+
+    def __contains__(self, name: str) -> bool:
+        return isinstance(self.value, dict) and name in self.value
+
+    def each(self) -> list[Annotations]:
+        """The parts of a list."""
+        if not isinstance(self.value, list):
+            raise self.refuse(f"a {_kind(self.value)} where a list belongs")
+        return [self._part(value, f"[{place}]") for place, value in enumerate(self.value)]
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.refuse(f"a {_kind(self.value)} where text belongs")
+        return self.value
+
+    def whole(self, least: int, most: int) -> int:
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value <= most:
+            shown = str(self.value) if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
+            raise self.refuse(f"{shown[:20]} where a whole number of {least} to {most} belongs")
+        return self.value
+
+    def number(self, least: int) -> int | float:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value >= least:
+            shown = str(self.value) if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
+            raise self.refuse(f"{shown[:20]} where a number from {least} belongs")
+        return self.value
+
+    def _part(self, value: Any, place: str) -> Annotations:
+        return Annotations(value, self._file, self._expected, self._place + place)
+
+
+def unrepeated(values: Sequence[Any], of: Sequence[Annotations]) -> None:
+    """Raises FolderError, which names the place, when a value occurs twice."""
+    seen = set()
+    for value, one in zip(values, of, strict=True):
+        if value in seen:
+            raise one.refuse(f"{value!r} a second time")
+        seen.add(value)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "table", list: "list", str: "text", bool: "truth value", type(None): "null"}
+    return names.get(type(value), "number")
