@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seg4diff_jax.data.cityscapes import CLASS_IDS
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.sets import SETS
 from tests.reference.label_files import label, picture
@@ -84,3 +85,36 @@ def test_what_is_not_where_it_should_be_is_named_with_its_origin(root):
         CITY.open(root, "train")
     with pytest.raises(FolderError, match=r"holds no leftImg8bit/val"):
         CITY.open(root / "gtFine")
+
+
+# ---- 27 classes -----------------------------------------------------------------------------------------------------
+
+CITY_27 = SETS["cityscapes27"]
+ALL_IDS = [[0, 6, 255, *range(7, 18)], [1, 5, 4, *range(18, 29)], [2, 3, 0, *range(29, 34), *[7] * 6]]
+
+
+def test_the_27_classes_are_the_ids_7_to_33_in_order(root):
+    label(root / f"gtFine/val/frankfurt/{FIRST}_gtFine_labelIds.png", ALL_IDS)
+    picture(root / f"leftImg8bit/val/frankfurt/{FIRST}_leftImg8bit.png", np.shape(ALL_IDS))
+    ids = np.array(ALL_IDS)
+    expected = np.where((ids < 7) | (ids > 33), 255, ids - 7)
+    np.testing.assert_array_equal(CITY_27.open(root)[0]["labels"], expected)
+    assert len(CITY_27.classes) == 27
+    assert [CITY_27.classes[number - 7] for number in (9, 14, 18, 29, 30)] == [
+        "parking",
+        "guard rail",
+        "polegroup",
+        "caravan",
+        "trailer",
+    ]
+    assert tuple(CITY_27.classes[number - 7] for number in CLASS_IDS) == CITY.classes
+
+
+def test_train_ids_do_not_tell_27_classes_apart(root):
+    with pytest.raises(ValueError, match=r"data\.labels is 'labelTrainIds': Cityscapes has labelIds"):
+        CITY_27.open(root, None, "labelTrainIds")
+    for name in (FIRST, SECOND):
+        file = root / f"gtFine/val/{name.split('_')[0]}/{name}_gtFine_labelIds.png"
+        file.rename(file.with_name(f"{name}_gtFine_labelTrainIds.png"))
+    with pytest.raises(FolderError, match=r"gtFine_labelIds\.png: no such file"):
+        CITY_27.open(root)[0]

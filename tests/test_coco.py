@@ -59,7 +59,7 @@ def panoptic_root(tmp_path) -> Path:
 
 EXPECTED = {
     "coco-171": [["person", "toothbrush", "-"], ["banner", "tree", "wood"]],
-    "coco-object": [["person", "toothbrush", "-"], ["background", "background", "background"]],
+    "coco-object": [["person", "toothbrush", "background"], ["background", "background", "background"]],
     "coco-stuff27": [["person", "indoor", "-"], ["textile", "plant", "solid"]],
 }
 
@@ -77,6 +77,17 @@ def test_panoptic_labels_number_segments_and_name_merged_stuffs_after_one_of_the
     assert source.kind == "panoptic"
     assert names_at(name, source[0]["labels"]) == EXPECTED[name]
     assert (source[1]["labels"] == SETS[name].classes.index("person")).all()
+
+
+@pytest.mark.parametrize("labels", ["root", "panoptic_root"])
+def test_what_nobody_labelled_is_background_of_objects_unless_it_is_to_be_ignored(request, labels):
+    objects, place = SETS["coco-object"], request.getfixturevalue(labels)
+    for unlabelled, expected in ((None, 0), ("background", 0), ("ignored", 255)):
+        label = objects.open(place, unlabelled=unlabelled)[0]["labels"]
+        assert label[IDS == 0].tolist() == [expected]
+        np.testing.assert_array_equal(label[IDS != 0], objects.open(place)[0]["labels"][IDS != 0])
+    with pytest.raises(ValueError, match=r"data\.unlabelled is 'ignored': only coco-object has unlabelled pixels"):
+        SETS["coco-171"].open(place, unlabelled="ignored")
 
 
 def test_classes_keep_the_order_of_ids_and_background_is_before_the_things():
@@ -142,7 +153,9 @@ def test_a_panoptic_label_that_its_listing_does_not_explain_is_named(panoptic_ro
     with pytest.raises(FolderError, match=r"139\.png is an image of mode L: expected RGB"):
         SETS["coco-171"].open(panoptic_root)[0]
     listing.write_text("{")
-    with pytest.raises(FolderError, match=r"panoptic_val2017\.json cannot be read"):
+    with pytest.raises(
+        FolderError, match=r"panoptic_val2017\.json cannot be read: .*; expected COCO's panoptic annotations"
+    ):
         SETS["coco-171"].open(panoptic_root)
 
 
@@ -157,3 +170,30 @@ def test_what_is_not_where_it_should_be_is_named_with_its_origin(root):
         SETS["coco-171"].open(root, "val", "panoptic")
     with pytest.raises(ValueError, match=r"data\.split is 'test': COCO 2017 has val, train"):
         SETS["coco-171"].open(root, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda entry, _: entry["segments_info"].append(entry["segments_info"][0]),
+            r"segments_info\[5\]: \d+ a second",
+        ),
+        (lambda entry, _: entry["segments_info"][0].update(id=1.5), r"segments_info\[0\]\.id: 1\.5 where a whole"),
+        (lambda entry, _: entry["segments_info"][0].update(id=10**30), r"segments_info\[0\]\.id: 1000.* where a whole"),
+        (lambda entry, _: entry.update(segments_info=None), r"segments_info: a null where a list belongs"),
+        (lambda entry, all_: all_["annotations"].append(entry), r"annotations\[1\]: '000000000139' a second time"),
+        (lambda _, all_: all_.update(categories=[{"id": 1}, {"id": 1}]), r"categories\[1\]: 1 a second time"),
+        (lambda _, all_: all_.update(annotations={}), r"annotations: a table where a list belongs"),
+    ],
+)
+def test_a_listing_that_says_something_twice_or_is_of_another_kind_is_refused_by_its_place(
+    panoptic_root, change, problem
+):
+    file = panoptic_root / "annotations/panoptic_val2017.json"
+    entry = panoptic(panoptic_root, "000000000139", IDS)
+    listing = {"annotations": [entry]}
+    change(entry, listing)
+    text(file, listing)
+    with pytest.raises(FolderError, match=rf"panoptic_val2017\.json, .*{problem}"):
+        SETS["coco-171"].open(panoptic_root)

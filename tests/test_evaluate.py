@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -308,10 +309,22 @@ def test_results_have_a_row_for_each_block_step_and_seed(results):
     settings = [(row["block"], row["step"], row["seed"]) for row in contents["rows"]]
     assert sorted(settings) == [(block, 4, seed) for block in (0, 2, 3) for seed in (0, 1)]
     wanted = {"dataset", "protocol", "prompts", "block", "step", "seed", "images", "miou", "pixel_accuracy"}
+    wanted |= {"mean_accuracy", "accuracy", "pixels", "cut_off", "list", "unlabelled", "unlabelled_images"}
     wanted |= {"things", "stuffs", "seconds", "images_per_second"}
     assert all(wanted <= set(row) for row in contents["rows"])
     assert {row["dataset"] for row in contents["rows"]} == {"varied"}
     assert contents["rows"][0]["things"] is None, "nobody said which of these classes are things"
+    for row in contents["rows"]:
+        by_class = [each for each in row["accuracy"].values() if each is not None]
+        assert row["mean_accuracy"] == pytest.approx(np.mean(by_class), abs=1e-3)
+    assert "mACC" in (results / "report.html").read_text()
+    with (results / "per_class.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    first = [line for line in lines if (line["block"], line["seed"]) == ("0", "0")]
+    row = contents["rows"][settings.index((0, 4, 0))]
+    assert {line["class"]: float(line["accuracy"]) for line in first if line["accuracy"]} == {
+        name: each for name, each in row["accuracy"].items() if each is not None
+    }
 
 
 def test_the_page_has_the_best_the_worst_and_a_random_image_inside_it(results):

@@ -47,7 +47,7 @@ def test_both_ways_of_asking_have_rows_and_baselines_of_their_own(out):
     assert guesses == [(kind, name) for kind in ("present", "all") for name in ("constant", "random", "permuted")]
     assert contents["best"] == {"block": 0, "step": 8, "prompts": "present"}
     present, whole = contents["rows"]
-    assert (present["reported"], present["skipped"], present["unlabelled"]) == ([], 0, 0)
+    assert (present["reported"], present["skipped"], present["unlabelled_images"]) == ([], 0, 0)
     assert whole["miou"] < present["miou"], "names of absent classes take pixels"
     assert whole["seconds"] >= present["seconds"], "it takes more prompts"
     assert (contents["device"]["devices"], contents["device"]["processes"]) == (1, 1)

@@ -166,8 +166,10 @@ def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tupl
     counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
     shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, images)]
     matched = Matched(*(rng.integers(0, 2**40, shape) for shape in shapes))
-    histograms = rng.integers(0, 9, (images, 4))
-    return Outcome(counted, matched, np.array(indices), histograms, np.array([7]), np.array([0.5, 2.0]), left_out)
+    histograms, cut_off = rng.integers(0, 9, (images, 4)), rng.integers(0, 9, images)
+    return Outcome(
+        counted, matched, np.array(indices), histograms, cut_off, np.array([7]), np.array([0.5, 2.0]), left_out
+    )
 
 
 def test_what_was_counted_is_the_same_after_a_file():

@@ -6,10 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, jaccard_score
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
-from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+from seg4diff_jax.segmentation.metrics import (
+    IGNORED,
+    accuracy_per_class,
+    confusion_matrix,
+    iou_per_class,
+    mean_iou,
+    pixel_accuracy,
+)
+from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 CLASSES = 5
 
@@ -56,3 +64,15 @@ def test_scores_are_scikit_learns_on_random_labels_with_ignored_pixels():
     assert mean_iou(found) == pytest.approx(jaccard_score(*pairs, labels=present, average="macro"))
     np.testing.assert_allclose(iou_per_class(found)[present], jaccard_score(*pairs, labels=present, average=None))
     assert pixel_accuracy(found) == pytest.approx(accuracy_score(*pairs))
+
+
+def test_accuracy_by_class_is_scikit_learns_recall_for_matched_segments_too():
+    truth, predicted = make_maps(2)
+    kept = truth != IGNORED
+    confusion = np.asarray(confusion_matrix(jnp.asarray(truth), jnp.asarray(predicted), CLASSES))
+    expected = recall_score(truth[kept], predicted[kept], labels=[0, 1, 2], average=None)
+    hits = np.diagonal(confusion)
+    matched = MatchCounts(hits, confusion.sum(axis=0) - hits, confusion.sum(axis=1) - hits)
+    for found in (accuracy_per_class(confusion), matched.accuracy()):
+        np.testing.assert_allclose(found[:3], expected)
+        assert np.isnan(found[3:]).all(), "predicted, but never true"

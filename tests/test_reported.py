@@ -91,7 +91,9 @@ ASKED = {
     "step": 8,
     "images": 1449,
     "skipped": 0,
-    "unlabelled": 0,
+    "unlabelled_images": 0,
+    "unlabelled": None,
+    "list": None,
 }
 DIVIDED = ASKED | {
     "protocol": "unsupervised",
@@ -105,7 +107,7 @@ DIVIDED = ASKED | {
     "absent_classes": True,
 }
 CITY = {"dataset": "cityscapes19", "images": 500, "background": None}
-OBJECT = {"dataset": "coco-object", "images": 4952, "unlabelled": 48}
+OBJECT = {"dataset": "coco-object", "images": 4952, "unlabelled_images": 48, "unlabelled": "background"}
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def test_the_noise_of_the_protocol_is_said_once():
         (DIVIDED | {"threshold": 0.035, "dataset": "coco-object", "images": 5000}, [38.5]),
         (DIVIDED | {"dataset": "context60", "images": 5104}, [52.6]),
         (DIVIDED | {"dataset": "coco-stuff27", "images": 5000, "background": None}, [49.7]),
-        (DIVIDED | {"dataset": "coco-stuff27", "images": 2175, "background": None}, [49.7]),
+        (DIVIDED | {"dataset": "coco-stuff27", "images": 2175, "list": "curated.txt", "background": None}, [49.7]),
         (DIVIDED | CITY, [24.2]),
     ],
 )
@@ -199,6 +201,8 @@ def test_a_reported_figure_stands_beside_what_was_measured_in_its_way(row, expec
         *((ASKED, {name: value}) for name, value in [("prompts", "all"), ("names", "readable"), ("dataset", "voc21")]),
         *((ASKED, {name: value}) for name, value in [("block", 8), ("head", 3), ("step", 7), ("skipped", 1)]),
         (ASKED, {"images": 1448}),
+        (ASKED, {"list": "mine.txt"}),
+        (ASKED | OBJECT | {"background": "asked"}, {"unlabelled": "ignored"}),
         (ASKED, OBJECT | {"background": "ignored"}),
         (ASKED, OBJECT | {"background": "scored"}),
         *((DIVIDED, {name: value}) for name, value in [("threshold", 0.01), ("resize", "square"), ("minmax", "pixel")]),

@@ -51,7 +51,9 @@ def _ids(class_of: Mapping[str, int]) -> dict[int, int]:
 
 
 IDS = _ids({name: index for index, name in enumerate(CLASSES)})
-OBJECT_IDS = _ids({each.name: THINGS.index(each.name) + 1 if each.thing else BACKGROUND for each in CATEGORIES})
+_OBJECTS = {each.name: THINGS.index(each.name) + 1 if each.thing else BACKGROUND for each in CATEGORIES}
+OBJECT_IDS = {**_ids(_OBJECTS), UNLABELLED: BACKGROUND}
+"""What nobody labelled, 4 % of the pixels, is background, as GroupViT, TCL, SCLIP and DiffCut convert it."""
 STUFF27_IDS = _ids({category.name: STUFF27_CLASSES.index(category.supercategory) for category in CATEGORIES})
 
 PANOPTIC = "COCO's panoptic annotations"

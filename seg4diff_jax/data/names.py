@@ -15,6 +15,9 @@ Background = Literal["scored", "asked", "ignored"]
     ignored: its pixels do not count and its name is not asked for
 """
 
+Unlabelled = Literal["background", "ignored"]
+"""What pixels are that nobody labelled, in a set that has a class for all that is none of the others."""
+
 READABLE = {
     "diningtable": "dining table",
     "pottedplant": "potted plant",

@@ -76,7 +76,7 @@ class PreparedSet:
         return len(self._source)
 
     def __getitem__(self, index: int, /) -> Item:
-        name = f"{self.split}-{index:06d}"
+        name = self._name(index)
         place = f"{self.root}, {name}, {self.kind}"
         try:
             record = self._source[index]
@@ -86,6 +86,13 @@ class PreparedSet:
         image = read_fitting(bytes(record[self.image]), labels.shape, place, f"{self.root}, {name}, {self.image}")
         return {"image": image, "labels": labels, "name": name}
 
+    @property
+    def names(self) -> list[str]:
+        return [self._name(index) for index in range(len(self))]
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}-{index:06d}"
+
     def __repr__(self) -> str:
         return f"PreparedSet({str(self.root)!r}, {self.split!r})"
 
@@ -93,7 +100,8 @@ class PreparedSet:
 def prepared_directory(root: str | Path) -> Path:
     """The directory of the one prepared set that is there. Raises FolderError when there is none, or several."""
     root = Path(root).expanduser()
-    found = [path.parent for depth in range(DEPTH) for path in sorted(root.glob("*/" * depth + INFO))]
+    places = [path.parent for depth in range(DEPTH) for path in sorted(root.glob("*/" * depth + INFO))]
+    found = [place for place in places if not any(part.startswith(".") for part in place.relative_to(root).parts)]
     if len(found) > 1:
         raise FolderError(f"{root} holds several prepared sets: {', '.join(map(str, found))}; give one of them")
     return found[0] if found else first_of(root, (INFO,), PREPARED).parent

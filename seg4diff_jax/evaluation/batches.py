@@ -14,12 +14,14 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.views import View
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.images import ImageError, Resize, nearest_aspect, resize, to_model_range
+from seg4diff_jax.evaluation.options import EvaluationResize
+from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
 
@@ -39,6 +41,7 @@ class Example(NamedTuple):
       histogram: how many pixels that count each class has.
       present: classes that the image is known to show, ascending: those that count, and the background where its name
         is asked for all the same.
+      cut_off: pixels that would count, but lie outside the square that `paper` sees: they have no prediction.
     """
 
     index: int
@@ -47,6 +50,7 @@ class Example(NamedTuple):
     labels: UInt8[np.ndarray, "height width"]
     histogram: Int[np.ndarray, " classes"]
     present: tuple[int, ...]
+    cut_off: int = 0
 
 
 class LeftOut(NamedTuple):
@@ -56,11 +60,13 @@ class LeftOut(NamedTuple):
       why: `skipped` for one that cannot be read or has no usable label; `unlabelled` for one without a labelled pixel,
         of which nothing could be asked.
       message: what is wrong with it, or its name.
+      cut_off: as of `Example`.
     """
 
     index: int
     why: Literal["skipped", "unlabelled"]
     message: str
+    cut_off: int = 0
 
 
 class PromptRows(NamedTuple):
@@ -101,8 +107,8 @@ class Reader:
 
     Args:
       view: how the model sees images.
-      how: they come to its size, see `images.Resize`; of aspects the nearest of `images.ASPECTS` is kept, so that there
-        are few sizes.
+      how: they come to its size, see `options.EvaluationResize`; of aspects the nearest of `images.ASPECTS` is
+        kept, so that there are few sizes.
       ahead: how many images are read before their turn.
     """
 
@@ -111,27 +117,38 @@ class Reader:
         benchmark: Benchmark,
         view: ModelView,
         *,
-        how: Resize = "square",
+        how: EvaluationResize = "square",
         skip_unreadable: bool = False,
         ahead: int = 64,
     ):
         self.benchmark, self.view = benchmark, view
-        self.how: Resize = how
+        self.how: EvaluationResize = how
         self.skip_unreadable, self.ahead = skip_unreadable, ahead
 
     def example(self, index: int) -> Example:
         """Raises ImageError or FolderError when the image or its label is not usable."""
         item = self.benchmark.source[index]
-        size = self.view.size(nearest_aspect(*item["image"].shape[:2]), None, self.how)
-        pixels = to_model_range(resize(item["image"], size, self.how))
-        labels, (background, rule) = item["labels"], (self.benchmark.background, self.benchmark.rule)
-        histogram = np.bincount(labels.ravel(), minlength=IGNORED + 1)[: len(self.benchmark.classes)]
+        image, labels = item["image"], item["labels"]
+        background, rule = self.benchmark.background, self.benchmark.rule
+        whole, how = np.bincount(labels.ravel(), minlength=IGNORED + 1), self.how
+        if how == "paper":
+            image, labels, how = middle_square(image), middle_square(labels), "square"
+        size = self.view.size(nearest_aspect(*image.shape[:2]), None, how)
+        pixels = to_model_range(resize(image, size, how))
+        inside = np.bincount(labels.ravel(), minlength=IGNORED + 1)
+        histogram, outside = (each[: len(self.benchmark.classes)] for each in (inside, whole - inside))
         present = histogram > 0
         if background is not None and rule != "scored":
             labels = np.where(labels == background, np.uint8(IGNORED), labels)
-            histogram[background] = 0
+            histogram[background] = outside[background] = 0
             present[background] &= rule == "asked"
-        return Example(index, item["name"], pixels, labels, histogram, tuple(np.flatnonzero(present).tolist()))
+        shown = tuple(np.flatnonzero(present).tolist())
+        return Example(index, item["name"], pixels, labels, histogram, shown, int(outside.sum()))
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        """What is seen of an image, at its own resolution. Raises as `example` does."""
+        image = self.benchmark.source[index]["image"]
+        return middle_square(image) if self.how == "paper" else image
 
     def read(self, numbers: Iterable[int]) -> Generator[Example | LeftOut, None, None]:
         """The images of these numbers, in order.
@@ -147,7 +164,15 @@ class Reader:
                     raise type(error)(f"image {number + 1} of {len(self.benchmark.source)}: {error} ({hint})") from None
                 yield LeftOut(number, "skipped", str(error))
                 continue
-            yield example if example.histogram.any() else LeftOut(number, "unlabelled", example.name)
+            empty = not example.histogram.any()
+            yield LeftOut(number, "unlabelled", example.name, example.cut_off) if empty else example
+
+
+def middle_square(pixels: Shaped[np.ndarray, "height width *channels"]) -> Shaped[np.ndarray, "side side *channels"]:
+    """The square as wide as the shorter side, in the middle."""
+    height, width = pixels.shape[:2]
+    view = View.of((height, width), "center")
+    return pixels[view.top : view.bottom, view.left : view.right]
 
 
 def ahead_of(

@@ -12,9 +12,10 @@ from convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.labelled import published_kind, published_split
 from seg4diff_jax.data.loader import Source
-from seg4diff_jax.data.names import Background, Spelling, spelled
+from seg4diff_jax.data.names import Background, Spelling, Unlabelled, spelled
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
+from seg4diff_jax.data.subset import Named, Subset, listed_places
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED, Data
 
 SCENE_SPLITS = ("test", "validation", "train")
@@ -34,6 +35,8 @@ class Benchmark:
       split, kind: which part of the set and which of its labels, where it has several.
       background: index of the class that stands for all others; `rule` says what becomes of it.
       names: how prompts spell the classes.
+      unlabelled: what pixels are that nobody labelled, where a set has a choice.
+      listed: the file that names the images; None: they are all.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Benchmark:
     background: int | None = None
     rule: Background = "scored"
     names: Spelling = "own"
+    unlabelled: Unlabelled | None = None
+    listed: str | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -84,10 +89,18 @@ def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN
     elif name == "tfds":
         benchmark = prepared_benchmark(data.root, data.split, data.labels)
     else:
-        benchmark = published_benchmark(name, data.root, data.split, data.labels)
+        benchmark = published_benchmark(name, data.root, data.split, data.labels, data.unlabelled)
     if data.background and benchmark.background is None:
         having = ", ".join(each for each, one in SETS.items() if one.background is not None)
         raise ValueError(f"data.background is {data.background!r}, but {name} has no background class; {having} have")
+    if data.unlabelled and benchmark.unlabelled is None:
+        having = ", ".join(each for each, one in SETS.items() if one.unlabelled is not None)
+        raise ValueError(f"data.unlabelled is {data.unlabelled!r}, but {name} has no such pixels; {having} has")
+    if data.list:
+        assert isinstance(benchmark.source, Named)
+        places = listed_places(data.list, benchmark.source.names, benchmark.where)
+        where = f"{benchmark.where}, of {data.list}"
+        benchmark = replace(benchmark, source=Subset(benchmark.source, places), where=where, listed=data.list)
     benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
     _ = benchmark.prompts  # names that cannot be told apart are found before weights are read
     return benchmark
@@ -108,13 +121,19 @@ def _background_rule(data: Data, benchmark: Benchmark, protocols: Sequence[str])
     return "scored" if unsupervised else benchmark.rule
 
 
-def published_benchmark(name: str, root: str | Path, split: str | None = None, kind: str | None = None) -> Benchmark:
+def published_benchmark(
+    name: str,
+    root: str | Path,
+    split: str | None = None,
+    kind: str | None = None,
+    unlabelled: Unlabelled | None = None,
+) -> Benchmark:
     """A set of `data.sets` in the layout in which it is handed out.
 
     Raises FolderError when something is not where it should be, ValueError for a split or labels that it has not.
     """
     published = SETS[name]
-    source = published.open(root, split, kind)
+    source = published.open(root, split, kind, unlabelled)
     return Benchmark(
         name,
         published.classes,
@@ -125,6 +144,7 @@ def published_benchmark(name: str, root: str | Path, split: str | None = None, k
         kind=source.kind,
         background=published.background,
         rule=published.rule,
+        unlabelled=None if published.unlabelled is None else unlabelled or "background",
     )
 
 

@@ -144,7 +144,7 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Se
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
         known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
-    chosen = {"split": benchmark.split, "labels": benchmark.kind}
+    chosen: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
     if benchmark.background is not None:
         chosen["background"] = benchmark.rule
     data = replace(options.data, **{name: value for name, value in chosen.items() if value})

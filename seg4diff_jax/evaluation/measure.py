@@ -21,16 +21,18 @@ from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_othe
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.forward import Forward, Place
 from seg4diff_jax.evaluation.hosts import gathered, in_step
+from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
-from seg4diff_jax.images import Resize
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 Told = Callable[[int, float | None], None]
 """Hears how many images are done and, now and then, their mean IoU in percent: the best block's of the first pass."""
+NO_PIXELS, NO_LABELS = np.zeros((0, 0, 3), np.float32), np.zeros((0, 0), np.uint8)
+"""Of examples that have been counted: what is large is let go."""
 TELL_EVERY = 5.0
 """Seconds between readings of the mean IoU, each of which waits for the device."""
 
@@ -44,7 +46,7 @@ class Settings:
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
       prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
       unsupervised: protocols for segments without names; each has figures of its own.
-      resize: how images come to the size that the model sees, see `images.resize`.
+      resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
     """
@@ -56,7 +58,7 @@ class Settings:
     heads: tuple[int | None, ...] = (None,)
     prompts: tuple[str, ...] = ("present",)
     unsupervised: tuple[UnsupervisedProtocol, ...] = ()
-    resize: Resize = "square"
+    resize: EvaluationResize = "square"
     lora: str | None = None
     skip_unreadable: bool = False
     shard_batches: int = 8
@@ -144,7 +146,7 @@ class Measurement:
     ) -> Outcome:
         start, compiled, processes = time.perf_counter(), clock.seconds, jax.process_count()
         left_out: list[LeftOut] = []
-        seen: list[tuple[int, np.ndarray]] = []
+        seen: list[Example] = []
         forwards = np.zeros(len(self.asked) + 1, np.int64)
         done = len(before.indices) + len(before.left_out) if before else 0
         for group in groups(items, self.settings.batch_size, left_out):
@@ -154,7 +156,7 @@ class Measurement:
             self.zero_shot.add(latents, *batches)
             self.unsupervised.add(latents, batch)
             forwards += [*(len(each.prompts) for each in batches), bool(self.settings.unsupervised)]
-            seen += [(example.index, example.histogram) for example in group]
+            seen += [example._replace(pixels=NO_PIXELS, labels=NO_LABELS) for example in group]
             told(done + processes * (len(seen) + len(left_out)), self._running_miou(before))
         counted, matched = self.zero_shot.take(), self.unsupervised.take()
         compiling = clock.seconds - compiled
@@ -163,8 +165,9 @@ class Measurement:
         return Outcome(
             counted,
             matched,
-            np.array([index for index, _ in seen], np.int64),
-            np.array([histogram for _, histogram in seen], np.int64).reshape(-1, classes),
+            np.array([example.index for example in seen], np.int64),
+            np.array([example.histogram for example in seen], np.int64).reshape(-1, classes),
+            np.array([example.cut_off for example in seen], np.int64),
             forwards,
             np.array([compiling, running]) / processes,
             tuple(left_out),

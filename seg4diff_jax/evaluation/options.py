@@ -9,9 +9,11 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ArgumentParser
 
 from seg4diff_jax.configuration import check_finite, configuration_file
-from seg4diff_jax.data.names import Background, Spelling
+from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
 
+EvaluationResize = Literal[Resize, "paper"]
+"""How an image comes to the model's size: as `images.resize` does it, or the square in its middle alone."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 MEAN = "mean"
@@ -35,7 +37,9 @@ class Data:
     labels: str | None = None
     names: Spelling = "own"
     background: Background | None = None
-    resize: Resize = "square"
+    unlabelled: Unlabelled | None = None
+    list: str | None = None
+    resize: EvaluationResize = "square"
     scenes: int = 500
 
 
@@ -85,7 +89,8 @@ HELP = {
         "open_vocabulary,unsupervised: both, reported apart"
     ),
     "data.name": (
-        "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, tfds, "
+        "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, "
+        "cityscapes27, tfds, "
         "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
     ),
     "data.root": "directory with the set as it is handed out; of a folder: with images/, labels/ and classes.txt",
@@ -102,9 +107,14 @@ HELP = {
         "of voc21, context60 and coco-object: scored as a class, ignored, or asked for without being scored, as the "
         "release does with coco-object; default: the set's rule"
     ),
+    "data.unlabelled": (
+        "what pixels of coco-object are that nobody labelled: background, as others convert it (default), or ignored"
+    ),
+    "data.list": "a file with names of images, one a line: these alone are read, in its order",
     "data.resize": (
         "how images come to the size that the model sees: square, straight to it, antialiased; release, as the release "
         "does it, by way of a shorter side of 640 pixels; aspect, to as many pixels in the nearest of 11 common aspects"
+        "; paper, the square in the middle alone: what is cut off is not scored, and reported"
     ),
     "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
     "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",

@@ -29,6 +29,7 @@ class Outcome:
       counted, matched: what each protocol has counted; without passes where it was not asked for.
       indices: which images were scored.
       histograms: how many pixels that count each class has in each of them.
+      cut_off: how many pixels of each that would count lie where nothing is predicted, see `batches.Example`.
       forwards: how often the transformer was run for each kind of prompts, by one pass; the empty prompt's come last.
       seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
     """
@@ -37,6 +38,7 @@ class Outcome:
     matched: Matched
     indices: Int[np.ndarray, " images"]
     histograms: Int[np.ndarray, "images classes"]
+    cut_off: Int[np.ndarray, " images"]
     forwards: Int[np.ndarray, " prompts"]
     seconds: Float[np.ndarray, 2]
     left_out: tuple[LeftOut, ...]
@@ -74,6 +76,7 @@ def together(parts: Sequence[Outcome]) -> Outcome:
         _added([part.matched for part in parts], order),
         indices[order],
         np.concatenate([part.histograms for part in parts])[order],
+        np.concatenate([part.cut_off for part in parts])[order],
         cast(np.ndarray, sum(part.forwards for part in parts)),
         cast(np.ndarray, sum(part.seconds for part in parts)),
         tuple(sorted(each for part in parts for each in part.left_out)),

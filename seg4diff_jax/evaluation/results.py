@@ -20,7 +20,13 @@ from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_settin
 from seg4diff_jax.reporting.evaluation_page import number, write_page
 
 RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
-SCORES = {"miou": "mIoU", "pixel_accuracy": "pixel acc.", "things": "things", "stuffs": "stuffs"}
+SCORES = {
+    "miou": "mIoU",
+    "mean_accuracy": "mACC",
+    "pixel_accuracy": "pixel acc.",
+    "things": "things",
+    "stuffs": "stuffs",
+}
 PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "step", "seed", "images", "skipped")
 ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5
@@ -66,8 +72,10 @@ def write_classes(path: Path, rows: list[Row]) -> None:
     """One line for each class of each row; nothing where a class does not occur."""
     with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
-        lines.writerow([*PLACE, "class", "iou"])
-        lines.writerows([*(row.get(name) for name in PLACE), *each] for row in rows for each in row["iou"].items())
+        lines.writerow([*PLACE, "class", "iou", "accuracy"])
+        for row in rows:
+            place = [row.get(name) for name in PLACE]
+            lines.writerows([*place, name, iou, row["accuracy"][name]] for name, iou in row["iou"].items())
 
 
 def tell(console: Console, evaluation: Evaluation) -> None:
@@ -96,6 +104,9 @@ def tell(console: Console, evaluation: Evaluation) -> None:
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
         table.add_section()
     Console(highlight=False).print(table)
+    if rows[0]["cut_off"]:
+        share = 100 * rows[0]["cut_off"] / (rows[0]["cut_off"] + rows[0]["pixels"])
+        console.print(f"cut off, without a prediction and not scored: {rows[0]['cut_off']} pixels, {share:.1f} %")
     for names, what in ((evaluation.skipped, "skipped"), (evaluation.unlabelled, "without a labelled pixel")):
         if names:
             listing = "".join(f"\n  {name}" for name in names[:MOST_NAMED])

@@ -70,10 +70,15 @@ def _common(outcome: Outcome, measurement: Measurement) -> Row:
         "split": benchmark.split or None,
         "labels": benchmark.kind or None,
         "background": None if benchmark.background is None else benchmark.rule,
+        "unlabelled": benchmark.unlabelled,
+        "list": benchmark.listed,
         "resize": measurement.settings.resize,
         "lora": measurement.settings.lora,
         "images": len(outcome.indices),
-        **{why: sum(each.why == why for each in outcome.left_out) for why in ("skipped", "unlabelled")},
+        "pixels": int(outcome.histograms.sum()),
+        "cut_off": int(outcome.cut_off.sum()) + sum(each.cut_off for each in outcome.left_out),
+        "skipped": sum(each.why == "skipped" for each in outcome.left_out),
+        "unlabelled_images": sum(each.why == "unlabelled" for each in outcome.left_out),
     }
 
 

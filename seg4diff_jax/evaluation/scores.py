@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.forward import Place
-from seg4diff_jax.segmentation.metrics import iou_per_class, mean_iou, pixel_accuracy
+from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 Row = dict[str, Any]
@@ -44,24 +44,33 @@ class Setting(NamedTuple):
 
 
 def metrics(confusion: Integer[np.ndarray, "classes classes"], benchmark: Benchmark) -> Row:
-    """`miou`, `pixel_accuracy`, the mean IoU of each of the benchmark's groups, and `iou` by class, in percent.
+    """`miou`, `mean_accuracy`, `pixel_accuracy`, the mean IoU of each of the benchmark's groups, and `iou` and
+    `accuracy` by class, in percent.
 
     None where nothing was there to be scored.
     """
-    return _scores(pixel_accuracy(confusion), iou_per_class(confusion), benchmark)
+    return _scores(pixel_accuracy(confusion), iou_per_class(confusion), accuracy_per_class(confusion), benchmark)
 
 
 def match_metrics(counts: MatchCounts, benchmark: Benchmark) -> Row:
     """The same of segments that were matched with classes."""
-    return _scores(counts.pixel_accuracy(), counts.iou(), benchmark)
+    return _scores(counts.pixel_accuracy(), counts.iou(), counts.accuracy(), benchmark)
 
 
-def _scores(accuracy: float, iou: Float[np.ndarray, " classes"], benchmark: Benchmark) -> Row:
+def _scores(
+    right: float,
+    iou: Float[np.ndarray, " classes"],
+    accuracy: Float[np.ndarray, " classes"],
+    benchmark: Benchmark,
+) -> Row:
+    named = lambda scores: dict(zip(benchmark.classes, map(_percent, scores.tolist()), strict=True))
     return {
         "miou": _mean(iou),
-        "pixel_accuracy": _percent(accuracy),
+        "mean_accuracy": _mean(accuracy),
+        "pixel_accuracy": _percent(right),
         **{name: _mean(iou[np.asarray(classes, int)]) for name, classes in groups(benchmark).items()},
-        "iou": {name: _percent(score) for name, score in zip(benchmark.classes, iou.tolist(), strict=True)},
+        "iou": named(iou),
+        "accuracy": named(accuracy),
     }
 
 
@@ -70,8 +79,8 @@ def groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
     return {"things": (), "stuffs": (), **benchmark.groups}
 
 
-def _mean(iou: Float[np.ndarray, " classes"]) -> float | None:
-    known = iou[~np.isnan(iou)]
+def _mean(scores: Float[np.ndarray, " classes"]) -> float | None:
+    known = scores[~np.isnan(scores)]
     return _percent(float(known.mean())) if len(known) else None
 
 

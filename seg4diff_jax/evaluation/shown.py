@@ -78,7 +78,7 @@ def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, cou
             if best.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
                 classes, grid = tuple(classes[at] for at in kept), grid[kept]
-            image = measurement.benchmark.source[example.index]["image"]
+            image = measurement.reader.image(example.index)
             found[number] = Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason)
     return [found[number] for number, _ in chosen]
 
@@ -95,7 +95,7 @@ def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, co
     for numbers, why, examples in _batches(measurement, outcome, chosen):
         divided = counting.segments(assemble(examples, settings.batch_size), look, block, place)
         for number, reason, example, segments in zip(numbers, why, examples, divided, strict=True):
-            image = measurement.benchmark.source[example.index]["image"]
+            image = measurement.reader.image(example.index)
             owners = owners_of(example.labels, segments, classes, absent_classes=absent_classes)
             found[number] = ShownSegments(example, image, segments, owners, float(accuracy[number]), reason)
     return [found[number] for number, _ in chosen]

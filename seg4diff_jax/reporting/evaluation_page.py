@@ -32,7 +32,7 @@ MOST_SETTINGS = 200
 """Lines of the table of all settings; `results.json` has more."""
 MOST_NAMED = 20
 """Images that were left out, by name."""
-TITLES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
+TITLES = {"miou": "mIoU", "mean_accuracy": "mACC", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
 PROTOCOLS = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
 ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
 
@@ -92,7 +92,7 @@ def contents(
     """Everything that the template names."""
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
-    names = ["miou", "pixel_accuracy", *groups(benchmark), "segments"]
+    names = ["miou", "mean_accuracy", "pixel_accuracy", *groups(benchmark), "segments"]
     names = [name for name in names if name == "miou" or any(row.get(name) is not None for row in rows)]
     ways = by_way(rows)
     seeds = len({row["seed"] for row in rows})
@@ -122,6 +122,8 @@ def contents(
         "confused": worst_classes(evaluation, benchmark),
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
         "grids": grids(evaluation, benchmark, ways),
+        "cut_off": best[0]["cut_off"],
+        "cut_off_share": 100 * best[0]["cut_off"] / max(1, best[0]["cut_off"] + best[0]["pixels"]),
         "left_out": {"skipped": evaluation.skipped, "without a labelled pixel": evaluation.unlabelled},
         "most_named": MOST_NAMED,
         "config": flat(config),

@@ -47,6 +47,12 @@ def mean_iou(confusion: Integer[np.ndarray, "classes classes"], subset: Sequence
     return float(scores.mean()) if len(scores) else float("nan")
 
 
+def accuracy_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
+    """Share of each class's pixels that are right, 0..1; NaN for a class that does not occur in truth."""
+    true = confusion.sum(axis=1)
+    return np.divide(np.diagonal(confusion), true, out=np.full(len(true), np.nan), where=true > 0)
+
+
 def pixel_accuracy(confusion: Integer[np.ndarray, "classes classes"]) -> float:
     """Share of the pixels counted whose class is right; NaN if none is counted."""
     total = confusion.sum()

@@ -69,6 +69,11 @@ class MatchCounts:
         scores = scores[~np.isnan(scores)]
         return float(scores.mean()) if len(scores) else float("nan")
 
+    def accuracy(self) -> Float[np.ndarray, " classes"]:
+        """Share of each class's labelled pixels that are right, 0..1; NaN for a class that truth does not have."""
+        labelled = self.hits + self.missed
+        return np.divide(self.hits, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0)
+
     def pixel_accuracy(self) -> float:
         """Share of the labelled pixels that are right; NaN if none is labelled."""
         labelled = (self.hits + self.missed).sum()

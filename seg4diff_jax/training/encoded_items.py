@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,10 @@ def sum_of_weights(encoder: nnx.Module) -> float:
     """Of its smaller parameters: other weights have another sum."""
     leaves = [leaf for leaf in jax.tree.leaves(nnx.state(encoder)) if leaf.size <= 2**20][:16]
     return sum(float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in leaves)
+
+
+def hash_of_names(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def hash_of_files(root: Path, apart: Path) -> str:

@@ -82,7 +82,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
     labels = held.labels or (data.labels if name == data.name else None)
     split = held.split or {"folder": None, "scenes": "validation"}.get(name, "val")
     root = None if name == "scenes" else held.root or (data.root if name == data.name else None)
-    other = replace(data, name=name, root=root, split=split, labels=labels, captions=None)
+    other = replace(data, name=name, root=root, split=split, labels=labels, captions=None, list=None)
     if _place(other) == _place(data):
         raise ValueError(
             f"held_out names the pictures that are trained on ({name}, {root or 'drawn'}, {split or 'all'}): give it "

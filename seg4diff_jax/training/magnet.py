@@ -331,13 +331,13 @@ def masks_of(
 
 def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
     assert config.cache is not None
-    data, size = config.data, config.held_out.batch_size
-    source = Mapped(pictures.source, items.fixed)
+    data, source = config.data, Mapped(pictures.source, items.fixed)
     names = ("name", "root", "split", "labels", "captions", "names", "crop", "flip", "rows", "least_area")
     identity = {
         **{key: getattr(data, key) for key in names},
         "size": opened.size,
         "count": len(pictures.source),
+        "listed": None if data.list is None else encoded_items.hash_of_names(pictures.names),
         "held_out": config.held_out.count if data.name == "folder" and config.held_out.root is None else 0,
         "positions": config.positions,
         "t5": config.t5,
@@ -348,7 +348,7 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
         "world": scene_sample(opened.size) if data.name == "scenes" else None,
         "classes": None if pictures.classes is None else " ".join(pictures.classes),
     }
-    batches = lambda: encoded(encoders, source, size, both=data.flip)
+    batches = lambda: encoded(encoders, source, config.held_out.batch_size, both=data.flip)
     make_once(config.cache, lambda directory: write_cache(directory, batches(), len(source), identity))
     return RecordCache(config.cache, identity)
 

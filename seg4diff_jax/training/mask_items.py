@@ -28,6 +28,7 @@ from seg4diff_jax.data.names import Spelling, spelled
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.shapes import CLASSES
+from seg4diff_jax.data.subset import listed_places
 from seg4diff_jax.data.views import Crop, View
 from seg4diff_jax.magnet.matching import largest_first
 from seg4diff_jax.segmentation.metrics import IGNORED
@@ -50,6 +51,7 @@ class MaskData:
       labels: which labels, where a published set has several.
       captions: file of captions, see `data.image_captions`. Prompts are then these, and masks have no names. Null: of
         sa1b prompts are empty, of labelled sets the classes' names.
+      list: file with names of pictures, one a line: these alone, see `data.subset`. Null: all.
       names: how prompts spell classes, see `data.names`.
       scenes: how many, of scenes.
       size: side of the square that the model sees; null: the checkpoint's own.
@@ -65,6 +67,7 @@ class MaskData:
     split: str | None = None
     labels: str | None = None
     captions: str | None = None
+    list: str | None = None
     names: Spelling = "own"
     scenes: int = 60000
     size: int | None = None
@@ -129,9 +132,16 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
     """What the options name. `size`: side of synthetic scenes.
 
     Raises:
-      FolderError: something is not where it should be, or not as described.
+      FolderError: something is not where it should be, or not as described, or `data.list` names what is not there.
       ValueError: the set has no such split, labels or names.
     """
+    pictures = _every_picture(data, size)
+    if data.list is None:
+        return pictures
+    return some(pictures, listed_places(data.list, pictures.names, data.name))
+
+
+def _every_picture(data: MaskData, size: int) -> Pictures:
     split = data.split or "train"
     if (data.root is None) != (data.name == "scenes"):
         what = "scenes lie nowhere: leave it out" if data.root else f"give the directory of {data.name}"
@@ -148,7 +158,7 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
         return Pictures(masks, None, masks.names, uncaptioned=masks.captions.absent)
     if data.name == "folder":
         folder = LabelledFolder(data.root)
-        pictures = Pictures(folder, spelled(folder.classes, data.names), [file.stem for file in folder.files])
+        pictures = Pictures(folder, spelled(folder.classes, data.names), folder.names)
     else:
         published = SETS[data.name]
         images: LabelledImages = published.open(data.root, split, data.labels)

@@ -81,7 +81,7 @@ def _common(benchmark: Benchmark, prompts: str | None) -> dict[str, Any]:
     protocol = "unsupervised" if prompts is None else "open_vocabulary"
     told = {"protocol": protocol, "prompts": prompts, "threshold": None if prompts else 0.1, "lora": None}
     told |= {} if prompts else {"match": "image", "absent_classes": False}
-    return told | {"dataset": benchmark.name, "split": "val", "images": 500}
+    return told | {"dataset": benchmark.name, "split": "val", "pixels": 10**6, "cut_off": 0, "images": 500}
 
 
 def made_up_images(
