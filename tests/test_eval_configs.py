@@ -15,6 +15,8 @@ from seg4diff_jax.evaluation.paper import BY_NAMES, FIGURES, WITHOUT_NAMES
 from seg4diff_jax.evaluation.reported import METHOD, RESIZES, THRESHOLDS
 
 ROOT = Path(__file__).parents[1]
+OTHER_MEASURES = ("coco_object_background", "unsupervised_stuff27_listed")
+"""Configurations of sets of which the paper's figures are measured in another way."""
 FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
@@ -35,7 +37,8 @@ def test_a_configuration_is_understood_and_names_a_set_that_exists(file):
     assert (options.blocks, options.steps, numbers(options.seeds, "", range(10))) == (9, 8, (0, 1, 2))
     assert numbers(options.steps, "--steps", STEPS) == (8,)
     assert kinds_of_prompts(options.prompts) == ("present",)
-    assert options.data.resize == ("release" if file.stem.endswith("_release") else "square")
+    resize = "release" if file.stem.endswith("_release") else "paper" if options.data.list else "square"
+    assert options.data.resize == resize
     assert options.unsupervised.threshold is None or thresholds(options.unsupervised.threshold, "") == THRESHOLDS
     assert options.out == f"runs/evaluate/{file.stem}"
 
@@ -47,6 +50,9 @@ def test_its_header_says_the_command_and_what_the_paper_reports_for_just_this(fi
     assert (protocol == "unsupervised") == file.stem.startswith("unsupervised_")
     mine = lambda figure: (figure.method, figure.dataset, figure.protocol) == (METHOD, options.data.name, protocol)
     reported = {(figure.model, figure.magnet): figure.miou for figure in FIGURES if mine(figure)}
+    if file.stem in OTHER_MEASURES or not reported:
+        assert "the paper reports none" in said
+        return
     assert (
         f"mIoU reported by the paper; not measured here: SD3 {reported['SD3', None]}, SD3.5 {reported['SD3.5', None]}; "
         f"SD3 with MAGNET's adapters trained on SA-1B {reported['SD3', 'SA-1B']}, on COCO {reported['SD3', 'COCO']}."
@@ -72,7 +78,7 @@ def test_every_column_of_the_two_tables_has_a_configuration():
     asked = {parse(["--config", str(file)]).data.name for file in FILES if not file.stem.startswith("unsupervised")}
     not_asked = {parse(["--config", str(file)]).data.name for file in FILES if file.stem.startswith("unsupervised")}
     assert set(BY_NAMES) <= asked
-    assert set(WITHOUT_NAMES) == not_asked
+    assert set(WITHOUT_NAMES) <= not_asked
 
 
 def test_the_releases_way_is_a_configuration_of_its_own_where_options_make_it():
@@ -83,6 +89,8 @@ def test_the_releases_way_is_a_configuration_of_its_own_where_options_make_it():
         if file.stem.startswith("unsupervised_"):
             ours, theirs = ("pixel", "image", False), ("token", "row", True)
             assert (how.minmax, how.match, how.absent_classes) == (theirs if released else ours)
+        if file.stem in OTHER_MEASURES:
+            continue
         if options.data.name == "coco-object" and not file.stem.startswith("unsupervised_"):
             assert options.data.background == ("asked" if released else "ignored")
     asked = [file for file in FILES if not file.stem.startswith("unsupervised_") and file.stem.endswith("_release")]
