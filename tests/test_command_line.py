@@ -18,6 +18,7 @@ from seg4diff_jax import command_line
 from seg4diff_jax.command_line import main, segment
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
+from tests.reference.ties import assert_same_labels
 
 CLASSES = ["cat", "dog", "sky"]
 BLOCK = 3
@@ -59,7 +60,7 @@ def expected(image, sd3_checkpoint) -> s4d.Segmentation:
 def test_the_label_image_holds_the_pipelines_labels(result, expected):
     labels = Image.open(result / "labels.png")
     assert labels.mode == "P"
-    np.testing.assert_array_equal(np.asarray(labels), expected.labels)
+    assert_same_labels(np.asarray(labels), expected.labels, expected.scores, few=0.02)
 
 
 def test_the_scores_are_the_pipelines(result, expected):

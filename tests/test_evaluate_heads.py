@@ -20,6 +20,7 @@ from seg4diff_jax.evaluation.forward import Place
 from seg4diff_jax.evaluation.measure import Measurement, Settings
 from seg4diff_jax.evaluation.options import chosen_heads
 from seg4diff_jax.evaluation.run import evaluate
+from seg4diff_jax.evaluation.zero_shot import without_images
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.reporting.evaluation_page import Way, sweep
@@ -27,21 +28,43 @@ from seg4diff_jax.reporting.evaluation_plots import plots
 from seg4diff_jax.segmentation.metrics import mean_iou
 from tests.reference.inputs import SQUARE
 from tests.reference.release import squashed
+from tests.reference.ties import ignore, undecided
 
 HEADS = (None, 2, 0)
 SETTINGS = Settings((2,), (8,), (5,), batch_size=4, heads=HEADS)
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory) -> Benchmark:
+def benchmark(sd3, tmp_path_factory) -> Benchmark:
+    """Without the pixels that rounding can decide about, in the mean over heads or in a head."""
     root = tmp_path_factory.mktemp("scenes")
     write_folder(root, [scene("test", index, 200) for index in range(4)])
-    return folder_benchmark(root)
+    benchmark = folder_benchmark(root)
+    for index, file in enumerate(sorted((root / "labels").iterdir())):
+        scores = scores_of_heads(sd3, benchmark, index)
+        looks = np.stack([scores.mean(axis=0), scores[0], scores[2]])
+        permuted, _ = without_images(looks.reshape(3, 1, len(scores[0]), -1), np.array([index], np.int32), 5)
+        looks = [*looks, *np.asarray(permuted).reshape(looks.shape)]
+        ignore(file, np.any([undecided(each, (200, 200)) for each in looks], axis=0), few=0.02)
+    return benchmark
 
 
 @pytest.fixture(scope="module")
 def evaluation(sd3, benchmark):
     return evaluate(sd3, benchmark, SETTINGS)
+
+
+def scores_of_heads(pipe, benchmark: Benchmark, index: int) -> np.ndarray:
+    """Of block 2 for one image and the classes that it has: [heads, classes, rows, columns]."""
+    item = benchmark.source[index]
+    names = [benchmark.classes[label] for label in np.unique(item["labels"]) if label != 255]
+    noise = np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+    how = {"noise": noise, "size": (SQUARE, SQUARE), "request": AttentionRequest(scores=False)}
+    probs = np.asarray(pipe.attention(item["image"], " ".join(names), blocks=2, step=8, **how)[2].probs[0])
+    counts = [len(pipe.tokenizers.clip_l(name, add_special_tokens=False).input_ids) for name in names]
+    spans = pairwise(1 + np.cumsum([0, *counts]))
+    maps = np.stack([probs[:, :, first:last].mean(axis=2) for first, last in spans], axis=1)
+    return maps.reshape(len(probs), len(names), SQUARE // 16, SQUARE // 16)
 
 
 def head_by_head(pipe, benchmark: Benchmark) -> np.ndarray:
@@ -50,23 +73,11 @@ def head_by_head(pipe, benchmark: Benchmark) -> np.ndarray:
     found = np.zeros((4, classes, classes), np.int64)
     for index in range(len(benchmark.source)):
         item = benchmark.source[index]
-        present = [label for label in np.unique(item["labels"]).tolist() if label != 255]
-        names = [benchmark.classes[label] for label in present]
-        how = {
-            "noise": np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0],
-            "size": (SQUARE, SQUARE),
-        }
-        request = AttentionRequest(scores=False)
-        probs = pipe.attention(item["image"], " ".join(names), blocks=2, step=8, request=request, **how)[2].probs[0]
-        counts = [len(pipe.tokenizers.clip_l(name, add_special_tokens=False).input_ids) for name in names]
-        ends = 1 + np.cumsum([0, *counts])
-        side = SQUARE // 16
-        for head, maps in enumerate(np.asarray(probs)):
-            spans = [maps[:, first:last].mean(axis=1) for first, last in pairwise(ends)]
-            scores = np.stack(spans).reshape(-1, side, side)
+        labelled = item["labels"] != 255
+        present = np.unique(item["labels"][labelled])
+        for head, scores in enumerate(scores_of_heads(pipe, benchmark, index)):
             grown = F.interpolate(torch.tensor(scores)[None], size=item["labels"].shape, mode="bilinear")[0]
-            predicted = np.array(present)[grown.argmax(0).numpy()]
-            labelled = item["labels"] != 255
+            predicted = present[grown.argmax(0).numpy()]
             np.add.at(found[head], (item["labels"][labelled], predicted[labelled]), 1)
     return found
 
@@ -76,15 +87,14 @@ def test_each_head_scores_what_its_own_maps_score_by_themselves(sd3, benchmark, 
     scores = {row["head"]: row for row in evaluation.rows}
     assert list(scores) == [*HEADS]
     for head in (2, 0):
-        # Where two classes tie within rounding a pixel may go to either.
-        assert scores[head]["miou"] == pytest.approx(100 * mean_iou(expected[head]), abs=0.02)
+        assert scores[head]["miou"] == pytest.approx(100 * mean_iou(expected[head]), abs=1e-4)
     assert abs(scores[2]["miou"] - scores[0]["miou"]) > 0.1, "heads that score alike would tell nothing"
 
 
 def test_the_mean_over_heads_scores_what_it_does_alone(sd3, benchmark, evaluation):
     alone = evaluate(sd3, benchmark, Settings((2,), (8,), (5,), batch_size=4))
     assert [row["head"] for row in alone.rows] == [None]
-    assert evaluation.rows[0]["miou"] == pytest.approx(alone.rows[0]["miou"], abs=0.02)
+    assert evaluation.rows[0]["miou"] == pytest.approx(alone.rows[0]["miou"], abs=1e-4)
 
 
 def test_permuted_maps_are_those_of_the_same_head(sd3, benchmark, evaluation):
@@ -92,7 +102,7 @@ def test_permuted_maps_are_those_of_the_same_head(sd3, benchmark, evaluation):
     (expected,) = [row["miou"] for row in alone.baselines if row["baseline"] == "permuted"]
     permuted = {row["head"]: row["miou"] for row in evaluation.baselines if row["baseline"] == "permuted"}
     assert list(permuted) == [*HEADS]
-    assert permuted[2] == pytest.approx(expected, abs=0.02)
+    assert permuted[2] == pytest.approx(expected, abs=1e-4)
     assert abs(permuted[0] - expected) > 0.1
     assert abs(permuted[None] - expected) > 0.1
 

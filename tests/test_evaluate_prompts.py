@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import seg4diff_jax as s4d
 from seg4diff_jax.evaluation.batches import AllClasses, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.command import main
@@ -20,15 +21,35 @@ from seg4diff_jax.evaluation.scores import constant_choices
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
 from tests.reference.inputs import SQUARE
-from tests.test_evaluate import NAMES, scored, write_images
+from tests.reference.ties import ignore, undecided
+from tests.reference.varied_set import NAMES, scored, write_images
 
 OWN_SIZES = [(70, 120), (100, 66), (90, 90)]
 """The last batch is short."""
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("set") / "varied", OWN_SIZES)
+
+
+@pytest.fixture(scope="module")
+def alone(sd3, whole) -> list[s4d.Segmentation]:
+    """Images segmented one by one, each asked for the whole vocabulary."""
+    benchmark, found = folder_benchmark(whole), []
+    for index in range(len(OWN_SIZES)):
+        noise = np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+        image, how = benchmark.source[index]["image"], {"noise": noise, "size": (SQUARE, SQUARE)}
+        found.append(sd3.segment(image, NAMES, block=0, step=8, **how))
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(whole, alone) -> Path:
+    """Without the pixels that rounding can decide about: of the rest all runs count the same."""
+    for index, (one, size) in enumerate(zip(alone, OWN_SIZES, strict=True)):
+        ignore(whole / "labels" / f"{index}.png", undecided(one.scores, size), few=0.02)
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +75,17 @@ def test_both_ways_of_asking_have_rows_and_baselines_of_their_own(out):
     assert contents["config"]["prompts"] == ["present", "all"]
 
 
-def test_scores_of_the_whole_vocabulary_are_those_of_images_segmented_one_by_one(out, sd3, root):
+def test_scores_of_the_whole_vocabulary_are_those_of_images_segmented_one_by_one(out, alone, root):
     benchmark, pairs = folder_benchmark(root), []
-    for index in range(len(OWN_SIZES)):
-        item = benchmark.source[index]
-        noise = np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
-        found = sd3.segment(item["image"], NAMES, block=0, step=8, noise=noise, size=(SQUARE, SQUARE))
+    for index, found in enumerate(alone):
         assert len(found.prompts) == 2
-        labelled = item["labels"] != 255
-        pairs.append(np.stack([item["labels"][labelled], found.labels[labelled]], axis=-1))
+        truth = benchmark.source[index]["labels"]
+        labelled = truth != 255
+        pairs.append(np.stack([truth[labelled], found.labels[labelled]], axis=-1))
     miou, accuracy = scored(np.concatenate(pairs), len(NAMES))
     (row,) = [row for row in json.loads((out / "results.json").read_text())["rows"] if row["prompts"] == "all"]
-    assert row["pixel_accuracy"] == pytest.approx(accuracy, abs=0.05)
-    assert row["miou"] == pytest.approx(miou, abs=0.05)
+    assert row["pixel_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert row["miou"] == pytest.approx(miou, abs=1e-3)
 
 
 def test_each_class_of_each_row_is_a_line_of_a_table(out):

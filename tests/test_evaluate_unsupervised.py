@@ -31,7 +31,16 @@ from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, Unsupervise
 from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.inputs import SQUARE, VARIED, an_image
 from tests.reference.label_files import label, picture
-from tests.reference.unsupervised import IGNORED, count_matches, labels_of, matched_segments, merged
+from tests.reference.ties import assert_same_labels, ignore, undecided
+from tests.reference.unsupervised import (
+    IGNORED,
+    assert_clear,
+    count_matches,
+    distributions,
+    labels_of,
+    matched_segments,
+    merged,
+)
 
 CLASSES = ("cat", "dog", "sky", "tree")
 SIZES = [(40, 60), (50, 30), (64, 64)]
@@ -39,8 +48,8 @@ BLOCKS, SEED = (VARIED, 2), 5
 GRID = (SQUARE // 16, SQUARE // 16)
 HERE = (
     UnsupervisedProtocol(0.004),
-    UnsupervisedProtocol(0.02),
-    UnsupervisedProtocol(0.02, absent_classes=True),
+    UnsupervisedProtocol(0.0204),
+    UnsupervisedProtocol(0.0204, absent_classes=True),
     UnsupervisedProtocol(0.1, "token", "row", absent_classes=True),
     UnsupervisedProtocol(0.001, "token", "row", absent_classes=True),
 )
@@ -48,7 +57,7 @@ HERE = (
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("set") / "patches"
     for name in ("images", "labels"):
         (root / name).mkdir(parents=True)
@@ -59,6 +68,29 @@ def root(tmp_path_factory) -> Path:
         Image.fromarray(an_image(height, width, number)).save(root / "images" / f"{number}.png")
         Image.fromarray(labels).save(root / "labels" / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def attention(sd3, whole) -> dict[tuple[int, int], list[np.ndarray]]:
+    """By block and noise level, [image, tokens] of each image: the mean over heads."""
+    benchmark, looks = folder_benchmark(whole), [(block, step) for block in BLOCKS for step in (8, 2)]
+    found = {look: [attention_of(sd3, benchmark, index, *look) for index in range(len(SIZES))] for look in looks}
+    for protocol in HERE:
+        every = (distributions(one, protocol.minmax) for some in found.values() for one in some)
+        assert_clear(protocol.threshold, *every)
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(whole, attention) -> Path:
+    """Without the pixels that rounding can decide about: of the rest every run counts the same."""
+    for index, size in enumerate(SIZES):
+        every = [
+            merged(some[index], protocol.threshold, protocol.minmax) for some in attention.values() for protocol in HERE
+        ]
+        ties = np.any([undecided(maps.reshape(-1, *GRID), size) for maps in every], axis=0)
+        ignore(whole / "labels" / f"{index}.png", ties, few=0.02)
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +120,11 @@ def attention_of(pipe: s4d.Pipeline, benchmark: Benchmark, index: int, block: in
 
 
 @pytest.mark.parametrize(("block", "step"), [(BLOCKS[0], 8), (BLOCKS[1], 2)])
-def test_figures_are_those_of_the_procedure_in_plain_loops(sd3, root, evaluation, block, step):
+def test_figures_are_those_of_the_procedure_in_plain_loops(attention, root, evaluation, block, step):
     benchmark = folder_benchmark(root)
-    attention = [attention_of(sd3, benchmark, index, block, step) for index in range(len(SIZES))]
     for protocol in HERE:
         counts, numbers = np.zeros((3, len(CLASSES)), int), []
-        for index, one in enumerate(attention):
+        for index, one in enumerate(attention[block, step]):
             labels = benchmark.source[index]["labels"]
             segments = merged(one, protocol.threshold, protocol.minmax)
             found = labels_of(segments, GRID, labels.shape)
@@ -104,8 +135,8 @@ def test_figures_are_those_of_the_procedure_in_plain_loops(sd3, root, evaluation
         row = row_of(evaluation.rows, protocol, block, step)
         iou = {name: row["iou"][name] for name in CLASSES}
         assert [name for name in CLASSES if iou[name] is None] == [CLASSES[i] for i in np.flatnonzero(union == 0)]
-        assert row["miou"] == pytest.approx(100 * (hits / np.maximum(union, 1))[union > 0].mean(), abs=0.05)
-        assert row["pixel_accuracy"] == pytest.approx(100 * hits.sum() / (counts[0] + counts[2]).sum(), abs=0.05)
+        assert row["miou"] == pytest.approx(100 * (hits / np.maximum(union, 1))[union > 0].mean(), abs=1e-3)
+        assert row["pixel_accuracy"] == pytest.approx(100 * hits.sum() / (counts[0] + counts[2]).sum(), abs=1e-3)
         assert row["segments"] == pytest.approx(np.mean(numbers), abs=0.01)
         assert (row["images"], row["protocol"], row["prompts"]) == (len(SIZES), "unsupervised", "empty")
 
@@ -128,21 +159,21 @@ def counted(sd3, root) -> tuple[Measurement, Outcome]:
 
 
 @pytest.mark.parametrize(("protocol", "block"), [(HERE[0], BLOCKS[1]), (HERE[1], BLOCKS[0]), (HERE[4], BLOCKS[1])])
-def test_shown_segments_have_the_classes_that_scipy_matches_them_with(sd3, counted, protocol, block):
+def test_shown_segments_have_the_classes_that_scipy_matches_them_with(attention, counted, protocol, block):
     measurement, outcome = counted
     shown = shown_segments(measurement, outcome, Setting(block, 8, "empty", protocol.threshold), len(SIZES))
     assert sorted(one.example.index for one in shown) == list(range(len(SIZES)))
     assert max(one.segments.max() for one in shown) > 2
     for one in shown:
-        attention = attention_of(sd3, measurement.benchmark, one.example.index, block, 8)
+        maps = merged(attention[block, 8][one.example.index], protocol.threshold, protocol.minmax)
         truth = measurement.benchmark.source[one.example.index]["labels"]
-        segments = labels_of(merged(attention, protocol.threshold, protocol.minmax), GRID, truth.shape)
-        assert (one.segments == segments).mean() > 0.999
+        segments = labels_of(maps, GRID, truth.shape)
+        assert_same_labels(one.segments, segments, maps.reshape(-1, *GRID), few=0.02)
         expected = matched_segments(truth.ravel(), one.segments.ravel(), len(CLASSES), protocol.absent_classes)
         owners = {int(owner): segment for segment, owner in enumerate(one.owners) if owner != UNMATCHED}
         assert owners == {owner: segment for owner, segment in expected.items() if segment <= one.segments.max()}
         matches = count_matches(truth, segments, len(CLASSES), protocol.match, protocol.absent_classes)
-        assert one.accuracy == pytest.approx(100 * matches.hits.sum() / (truth != IGNORED).sum(), abs=0.1)
+        assert one.accuracy == pytest.approx(100 * matches.hits.sum() / (truth != IGNORED).sum(), abs=1e-3)
     accuracy = {one.why: one.accuracy for one in shown}
     assert accuracy["best"] >= accuracy["random"] >= accuracy["worst"]
 
@@ -177,7 +208,7 @@ def out(sd3_checkpoint, root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("results") / "out"
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", f"{BLOCKS[0]},{BLOCKS[1]}"]
     options += ["--steps", "8,2", "--seeds", str(SEED), "--batch-size", "2", "--pictures", "1"]
-    options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.004,0.02"]
+    options += ["--protocol", "open_vocabulary,unsupervised", "--unsupervised.threshold", "0.004,0.0204"]
     assert main([*options, "--out", str(out)]) == 0
     return out
 
@@ -201,7 +232,7 @@ def test_both_protocols_from_one_command_are_reported_apart_with_the_figures_of_
 def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolved(out):
     with (out / "per_class.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["threshold"] for line in lines].count("0.02") == 4 * len(CLASSES)
+    assert [line["threshold"] for line in lines].count("0.0204") == 4 * len(CLASSES)
     assert {line["threshold"] for line in lines if line["protocol"] == "open_vocabulary"} == {""}
     page = (out / "report.html").read_text()
     assert re.findall("<h2>(Images .*)</h2>", page) == [
@@ -211,7 +242,7 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
     assert page.count("<article") == 2, "one of each"
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["protocol"] == ["open_vocabulary", "unsupervised"]
-    expected = {"threshold": [0.004, 0.02], "minmax": "pixel", "match": "image", "absent_classes": False}
+    expected = {"threshold": [0.004, 0.0204], "minmax": "pixel", "match": "image", "absent_classes": False}
     assert config["unsupervised"] == expected
     again = parse(["--config", str(out / "config.yaml")])
     assert merging_protocols(again) == HERE[:2]
@@ -302,22 +333,32 @@ def merged_checkpoint(source: Path, target: Path, adapters: dict[str, torch.Tens
 
 
 def test_adapters_change_scores_into_those_of_a_checkpoint_that_they_are_merged_into(
-    sd3, sd3_checkpoint, root, tmp_path
+    sd3, sd3_checkpoint, whole, tmp_path
 ):
     adapters = factors()
     file = write_release(tmp_path / "lora_weights.pth", release_names(adapters))
+    pipe = s4d.load(merged_checkpoint(sd3_checkpoint, tmp_path / "merged", adapters, 16 / RANK))
+    root, benchmark = shutil.copytree(whole, tmp_path / "set"), folder_benchmark(whole)
+    for index, size in enumerate(SIZES):
+        maps = attention_of(pipe, benchmark, index, 2, 8)
+        assert_clear(0.0204, distributions(maps, "pixel"))
+        image, present = benchmark.source[index]["image"], np.unique(benchmark.source[index]["labels"])
+        names = [CLASSES[label] for label in present if label != IGNORED]
+        noise = np.asarray(image_noise(SEED, [index], (SQUARE // 8, SQUARE // 8, 16)))
+        scores = pipe.segment(image, names, block=2, step=8, size=(SQUARE, SQUARE), noise=noise).scores
+        ties = undecided(scores, size) | undecided(merged(maps, 0.0204, "pixel").reshape(-1, *GRID), size)
+        ignore(root / "labels" / f"{index}.png", ties, few=0.02)
     options = ["--model", str(sd3_checkpoint), "--lora", str(file), "--data.root", str(root), "--blocks", "2"]
     options += ["--steps", "8", "--seeds", str(SEED), "--batch-size", "2", "--protocol", "open_vocabulary,unsupervised"]
-    assert main([*options, "--unsupervised.threshold", "0.02", "--out", str(tmp_path / "out")]) == 0
+    assert main([*options, "--unsupervised.threshold", "0.0204", "--out", str(tmp_path / "out")]) == 0
     contents = json.loads((tmp_path / "out/results.json").read_text())
     assert contents["config"]["lora"] == str(file)
     assert {row["lora"] for row in contents["rows"]} == {str(file)}
-    merged = s4d.load(merged_checkpoint(sd3_checkpoint, tmp_path / "merged", adapters, 16 / RANK))
     settings = Settings((2,), (8,), (SEED,), batch_size=2, unsupervised=HERE[1:2])
-    found = [evaluate(pipe, folder_benchmark(root), settings) for pipe in (merged, sd3)]
+    found = [evaluate(pipe, folder_benchmark(root), settings) for pipe in (pipe, sd3)]
     assert not any(one.shown or one.divided for one in found), "pictures are made when they are asked for"
     expected, plain = (one.rows for one in found)
     accuracy = lambda rows: [row["pixel_accuracy"] for row in rows]
-    assert accuracy(contents["rows"]) == pytest.approx(accuracy(expected), abs=0.05)
+    assert accuracy(contents["rows"]) == pytest.approx(accuracy(expected), abs=1e-3)
     for ours, without in zip(contents["rows"], plain, strict=True):
         assert abs(ours["pixel_accuracy"] - without["pixel_accuracy"]) > 0.5

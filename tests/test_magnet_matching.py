@@ -15,6 +15,7 @@ from tests.reference import magnet as reference
 from tests.reference.largest_array import largest_array
 from tests.reference.magnet import random_masks
 from tests.reference.random_weights import relative_error
+from tests.reference.ties import assert_one_best
 
 match_all = jax.jit(jax.vmap(match))
 
@@ -47,6 +48,7 @@ def test_real_masks_get_maps_of_the_least_total_cost_whatever_the_padding(maps, 
         found = cost[row[kept], np.flatnonzero(kept)].sum(dtype=np.float64)
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
         if not ties:
+            assert_one_best(cost[:, kept])
             np.testing.assert_array_equal(row[kept], expected_maps[np.argsort(expected_masks)])
 
 
@@ -67,6 +69,7 @@ def test_published_shapes_are_matched_as_scipy_matches_them():
     real = np.arange(32)[None] < 29
     chosen = np.asarray(match_all(costs, real))
     assert_one_to_one(chosen, 1848)
+    assert_one_best(costs[0, :, :29])
     maps, masks = linear_sum_assignment(costs[0, :, :29])
     np.testing.assert_array_equal(chosen[0, :29], maps[np.argsort(masks)])
 

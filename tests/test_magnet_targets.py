@@ -16,6 +16,7 @@ from seg4diff_jax.text import ClassPrompts, TokenSpan
 from tests.reference import magnet as reference
 from tests.reference.magnet import ReleaseHead, carried, random_masks, release_head
 from tests.reference.random_weights import relative_error
+from tests.reference.ties import assert_one_best
 
 GRID, HEADS, TEXT = (5, 6), 3, 9
 
@@ -92,7 +93,7 @@ def test_the_releases_class_averages_every_place_of_its_names_ids():
 
 
 def test_matched_maps_are_one_to_one_over_heads_and_tokens_and_only_they_have_gradients():
-    scores, masks = 2 * normal(2, HEADS, 30, TEXT), random_masks((2, 4, 40, 44))
+    scores, masks = 2 * normal(2, HEADS, 30, TEXT), random_masks((2, 4, 40, 44), seed=2)
     real = np.array([[True, True, False, True], [False, True, False, False]])
     arrays = jnp.asarray(masks), jnp.asarray(real)
 
@@ -107,6 +108,7 @@ def test_matched_maps_are_one_to_one_over_heads_and_tokens_and_only_they_have_gr
         rows = np.flatnonzero(real[image])
         maps = scores[image].transpose(0, 2, 1).reshape(HEADS * TEXT, *GRID)
         costs = reference.costs(torch.tensor(maps), torch.tensor(masks[image, rows]))
+        assert_one_best(costs)
         chosen, of_row = linear_sum_assignment(costs)
         for map_, row in zip(chosen, rows[of_row], strict=True):
             np.testing.assert_array_equal(found[image, row], maps[map_])
@@ -116,15 +118,14 @@ def test_matched_maps_are_one_to_one_over_heads_and_tokens_and_only_they_have_gr
 
 
 def test_maps_are_matched_as_the_head_refines_them():
-    theirs, scores, masks = release_head(seed=2), 2 * normal(1, HEADS, 30, 40), random_masks((1, 3, 40, 44))
+    theirs, scores, masks = release_head(seed=2), 2 * normal(1, HEADS, 30, 40), random_masks((1, 3, 40, 44), seed=2)
     real = np.ones((1, 3), bool)
     maps = torch.tensor(scores[0]).transpose(1, 2).reshape(-1, *GRID)
     with torch.no_grad():
         refined = reference.refined(maps, theirs)
-    assignments = [
-        linear_sum_assignment(reference.costs(x, torch.tensor(masks[0])))[0].tolist() for x in (maps, refined)
-    ]
-    assert assignments[0] != assignments[1]
-    rows, columns = linear_sum_assignment(reference.costs(refined, torch.tensor(masks[0])))
+    costs = [reference.costs(each, torch.tensor(masks[0])) for each in (maps, refined)]
+    assert linear_sum_assignment(costs[0])[0].tolist() != linear_sum_assignment(costs[1])[0].tolist()
+    assert_one_best(costs[1])
+    rows, columns = linear_sum_assignment(costs[1])
     found = matched_maps(jnp.asarray(scores), jnp.asarray(masks), jnp.asarray(real), GRID, carried(theirs))
     assert relative_error(found[0], refined[rows[np.argsort(columns)]]) <= 1e-6

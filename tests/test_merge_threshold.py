@@ -13,9 +13,11 @@ from seg4diff_jax.analysis.merge_threshold import (
 )
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.segmentation.unsupervised import UnsupervisedSegmentation
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, MatchCounts, UnsupervisedProtocol
 from seg4diff_jax.segmentation.unsupervised_tally import UnsupervisedScore
 from tests.reference.inputs import SQUARE, VARIED, an_image
+from tests.reference.ties import undecided
 from tests.reference.unsupervised import IGNORED, Counts, count_matches
 
 CLASSES = 4
@@ -38,29 +40,47 @@ SOURCE = [an_item(number, size) for number, size in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module")
-def scores(sd3) -> list[UnsupervisedScore]:
+def alone(sd3) -> dict[UnsupervisedProtocol, list[UnsupervisedSegmentation]]:
+    """Segments of each image by itself."""
+    noises = [np.asarray(image_noise(3, [number], (SQUARE // 8, SQUARE // 8, 16))) for number in range(len(SIZES))]
+    how = {"block": VARIED, "size": (SQUARE, SQUARE)}
+    return {
+        protocol: [
+            sd3.segment_unsupervised(
+                item["image"], noise=noise, threshold=protocol.threshold, minmax=protocol.minmax, **how
+            )
+            for item, noise in zip(SOURCE, noises, strict=True)
+        ]
+        for protocol in PROTOCOLS_HERE
+    }
+
+
+@pytest.fixture(scope="module")
+def decided(alone) -> list[dict]:
+    """`SOURCE` without the pixels that rounding can decide about: of the rest every run counts the same."""
+    items = []
+    for number, item in enumerate(SOURCE):
+        ties = np.any([undecided(found[number].maps, SIZES[number]) for found in alone.values()], axis=0)
+        assert ties.mean() <= 0.02
+        items.append(item | {"labels": np.where(ties, np.uint8(IGNORED), item["labels"])})
+    return items
+
+
+@pytest.fixture(scope="module")
+def scores(sd3, decided) -> list[UnsupervisedScore]:
     told = []
     found = unsupervised_scores(
-        sd3, SOURCE, CLASSES, PROTOCOLS_HERE, block=VARIED, seed=3, batch_size=2, progress=told.append
+        sd3, decided, CLASSES, PROTOCOLS_HERE, block=VARIED, seed=3, batch_size=2, progress=told.append
     )
     assert told == [2, 3]
     return found
 
 
 @pytest.mark.parametrize("place", range(len(PROTOCOLS_HERE)), ids=map(str, PROTOCOLS_HERE))
-def test_a_protocols_counts_are_those_of_every_image_by_itself(sd3, scores, place):
+def test_a_protocols_counts_are_those_of_every_image_by_itself(alone, decided, scores, place):
     protocol, found = PROTOCOLS_HERE[place], scores[place]
     total, segments = Counts(*np.zeros((3, CLASSES), int)), 0
-    for number, item in enumerate(SOURCE):
-        noise = np.asarray(image_noise(3, [number], (SQUARE // 8, SQUARE // 8, 16)))
-        ours = sd3.segment_unsupervised(
-            item["image"],
-            block=VARIED,
-            noise=noise,
-            size=(SQUARE, SQUARE),
-            threshold=protocol.threshold,
-            minmax=protocol.minmax,
-        )
+    for item, ours in zip(decided, alone[protocol], strict=True):
         segments += ours.segments
         one = count_matches(item["labels"], ours.labels, CLASSES, protocol.match, protocol.absent_classes)
         total = Counts(*(getattr(total, name) + getattr(one, name) for name in ("hits", "false", "missed")))
@@ -68,7 +88,7 @@ def test_a_protocols_counts_are_those_of_every_image_by_itself(sd3, scores, plac
     assert found.segments == pytest.approx(segments / len(SOURCE))
     for name in ("hits", "false", "missed"):
         np.testing.assert_array_equal(getattr(found.counts, name), getattr(total, name), name)
-    assert (found.counts.hits + found.counts.missed).sum() == sum((item["labels"] != IGNORED).sum() for item in SOURCE)
+    assert (found.counts.hits + found.counts.missed).sum() == sum((item["labels"] != IGNORED).sum() for item in decided)
 
 
 def test_the_transformer_runs_once_for_each_batch_whatever_is_tried(sd3, monkeypatch):
@@ -78,10 +98,10 @@ def test_the_transformer_runs_once_for_each_batch_whatever_is_tried(sd3, monkeyp
     assert len(calls) == 2
 
 
-def test_batches_of_any_size_score_alike(sd3, scores):
-    found = unsupervised_scores(sd3, SOURCE, CLASSES, PROTOCOLS_HERE[:3], block=VARIED, seed=3, batch_size=3)
+def test_batches_of_any_size_score_alike(sd3, decided, scores):
+    found = unsupervised_scores(sd3, decided, CLASSES, PROTOCOLS_HERE[:3], block=VARIED, seed=3, batch_size=3)
     for one, expected in zip(found, scores, strict=False):
-        assert one.counts.mean_iou() == pytest.approx(expected.counts.mean_iou(), abs=1e-3)
+        assert one.counts.mean_iou() == pytest.approx(expected.counts.mean_iou(), abs=1e-9)
         assert one.segments == expected.segments
 
 

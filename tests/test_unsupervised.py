@@ -13,6 +13,7 @@ from seg4diff_jax.segmentation import unsupervised as ours
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, check_threshold, merged_maps, segment_labels
 from tests.reference import unsupervised as reference
 from tests.reference.random_weights import relative_error
+from tests.reference.ties import assert_same_labels
 
 GRID = (12, 9)
 PIXELS = GRID[0] * GRID[1]
@@ -48,8 +49,7 @@ ATTENTION = {
 
 def thresholds_between(attention: np.ndarray, minmax: str, count: int = 4) -> list[float]:
     """Some that no divergence comes near, so that rounding decides nothing."""
-    probs = [reference.softmax(one) for one in reference.minmax_maps(attention.astype(np.float64), minmax)]
-    found = sorted({reference.symmetric_kl(x, y) for x in probs for y in probs})
+    found = sorted({0.0, *reference.divergences(reference.distributions(attention, minmax))})
     gaps = [((low + high) / 2, high - low) for low, high in pairwise(found)]
     wide = [middle for middle, gap in gaps if gap > 1e-3 * middle and gap > 1e-8]
     picked = [wide[i] for i in np.linspace(0, len(wide) - 1, min(count, len(wide))).astype(int)] if wide else []
@@ -160,7 +160,8 @@ def test_small_divergences_of_near_maps_do_not_drown_in_rounding():
 
 def test_a_batch_has_the_segments_of_each_image_under_vmap_and_of_many_thresholds_too():
     attention = np.stack([random_attention(20, seed) for seed in range(3)])
-    thresholds = jnp.array([0.005, 0.02, 0.05])
+    probs = [reference.distributions(each, "pixel") for each in attention]
+    thresholds = jnp.array([reference.threshold_near(wanted, *probs) for wanted in (0.005, 0.02, 0.05)])
     one = lambda attention, threshold: merged_maps(attention, threshold=threshold)
     every = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(attention, thresholds)
     for image in range(3):
@@ -182,9 +183,9 @@ def test_labels_are_torchs_interpolation_of_the_merged_maps_and_its_argmax(size,
         segments = merged_maps(jnp.asarray(attention), threshold=threshold, minmax=minmax)
         labels = np.asarray(segment_labels(segments, GRID, size))
         found = np.asarray(segments.maps[: int(segments.count)])
-        np.testing.assert_array_equal(labels, reference.labels_of(found, GRID, size))
-        expected = reference.labels_of(reference.merged(attention, threshold, minmax), GRID, size)
-        assert np.mean(labels != expected) <= 1e-2  # rounding decides pixels where two maps meet
+        assert_same_labels(labels, reference.labels_of(found, GRID, size), found.reshape(-1, *GRID), error=0)
+        maps = reference.merged(attention, threshold, minmax)
+        assert_same_labels(labels, reference.labels_of(maps, GRID, size), maps.reshape(-1, *GRID), few=1e-2)
         assert labels.dtype == np.int32
         assert labels.max() < segments.count
 
@@ -202,7 +203,7 @@ def test_on_the_host_one_program_serves_any_number_of_segments():
         maps, count = ours.merged_maps_of_images(attention, threshold, "pixel")
         found = ours.unsupervised_segmentation(np.asarray(maps[0]).reshape(-1, *GRID), int(count[0]), (40, 50))
         assert found.maps.shape == (found.segments, *GRID)
-        np.testing.assert_array_equal(found.labels, reference.labels_of(found.maps, GRID, (40, 50)))
+        assert_same_labels(found.labels, reference.labels_of(found.maps, GRID, (40, 50)), found.maps, error=0)
         counts.append(found.segments)
         if number == 0:
             compilations.clear()

@@ -31,9 +31,40 @@ def symmetric_kl(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * quotient).sum() - (y * quotient).sum()) / 2
 
 
+def distributions(attention: np.ndarray, minmax: str) -> list[np.ndarray]:
+    """[image, tokens] to one distribution over the image for each token."""
+    return [softmax(one) for one in minmax_maps(attention.astype(np.float64), minmax)]
+
+
+def divergences(probs: list[np.ndarray]) -> list[float]:
+    """Of every two distributions, each once."""
+    return [symmetric_kl(x, y) for place, x in enumerate(probs) for y in probs[:place]]
+
+
+def threshold_near(wanted: float, *images: list[np.ndarray]) -> float:
+    """The threshold nearest to `wanted` that no divergence of an image's distributions comes near.
+
+    What rounds differently then merges the same maps.
+    """
+    found = np.sort(np.concatenate([divergences(probs) for probs in images]))
+    low, high = found[:-1], found[1:]
+    middles = (low + high)[high - low > 2 * CLEAR * high] / 2
+    return float(middles[np.abs(middles - wanted).argmin()])
+
+
+def assert_clear(threshold: float, *images: list[np.ndarray]) -> None:
+    """No divergence of an image's distributions is so near the threshold that rounding decides whether maps merge."""
+    apart = np.abs(np.concatenate([divergences(probs) for probs in images]) / threshold - 1)
+    assert apart.min() > CLEAR, f"{threshold} is within {apart.min():.1e} of a divergence: take another"
+
+
+CLEAR = 3e-5
+"""What a divergence may be off by when it decides about merging, over itself."""
+
+
 def merged(attention: np.ndarray, threshold: float, minmax: str) -> np.ndarray:
     """[segments, image]."""
-    probs = [softmax(one) for one in minmax_maps(attention.astype(np.float64), minmax)]
+    probs = distributions(attention, minmax)
     claimed: set[int] = set()
     segments = []
     for first in range(len(probs)):
