@@ -17,6 +17,7 @@ import pytest
 from seg4diff_jax.models.attention import QKV, AttentionRequest, attention_record, joint_attention
 from seg4diff_jax.models.kernels import Kernel, attend, default_kernel, log_normalizer
 from tests.reference.largest_array import largest_array
+from tests.reference.processes import flags
 
 KERNELS = {
     "xla": Kernel("xla"),
@@ -233,7 +234,7 @@ print("same")
 
 
 def test_splash_on_a_mesh_is_the_same_whether_or_not_batch_and_heads_divide():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | flags("--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr[-3000:]
 

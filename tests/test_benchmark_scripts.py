@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.convert_checkpoint import CONFIGS
 from benchmarks.real_shapes.flops import TEXT_TOKENS, stages
+from tests.reference.ties import FEW, SCORES, upsampling_error
 
 ROOT = Path(__file__).parents[1]
 TERA = 1e12
@@ -64,8 +65,10 @@ def test_both_sides_of_the_real_shapes_find_the_same_labels(tmp_path):
     options = ("--shapes", "tiny", "--layers", "3", "--block", "1", "--size", "64", "--batch", "2", "--repeats", "1")
     printed = run("zero_shot_real_shapes.py", *options, "--json_file", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["agreement"]["equal_labels"] >= 0.9999
-    assert figures["agreement"]["scores_differ"] <= 1e-5
+    agreement = figures["agreement"]
+    assert agreement["scores_differ"] <= SCORES
+    assert agreement["equal_labels"] >= 1 - FEW
+    assert agreement["ties_within"] <= 2 * (SCORES + upsampling_error((4, 4))), "labels differ where rounding decides"
     assert set(figures["rows"]) == {"release", "ours, batch 2"}
     assert "matmul peak: ours" in printed
 

@@ -23,6 +23,7 @@ import seg4diff_jax as s4d
 from seg4diff_jax.flow import FlowSchedule, euler, guided, image_noise
 from seg4diff_jax.generation import decode_pictures, sample_latents
 from tests.reference.inputs import SIZE, SQUARE, a_noise
+from tests.reference.processes import flags
 from tests.reference.random_weights import relative_error
 
 PROMPTS = ["a photo of a cat on the grass", "two red buses"]
@@ -212,8 +213,8 @@ np.save(target, [pipe.generate({PROMPTS!r}, guidance=guidance, **options) for gu
 
 
 def test_a_mesh_of_eight_devices_makes_the_pictures_of_one(sd3, sd3_checkpoint, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    sooner = flags("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")  # to compile
+    environment = os.environ | sooner | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(sd3_checkpoint), str(tmp_path / "pictures.npy")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

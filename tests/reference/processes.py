@@ -16,12 +16,17 @@ next, until XLA gives them up."""
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
+def flags(*more: str) -> dict[str, str]:
+    """XLA_FLAGS for a process: those that this one was given, such as the instructions to use, and more."""
+    return {"XLA_FLAGS": " ".join(filter(None, (os.environ.get("XLA_FLAGS"), *more)))}
+
+
 def start(
     module: str, *command: str, devices: int = 1, compiled: Path | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     """`tests.reference.MODULE` with a number of simulated devices. `compiled`: where programs are kept for the next."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE} {IN_ONE_ORDER}"
-    variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
+    simulated = flags(f"--xla_force_host_platform_device_count={devices}", QUICK_TO_COMPILE, IN_ONE_ORDER)
+    variables = os.environ | {"JAX_PLATFORMS": "cpu"} | simulated | environment
     if compiled is not None:
         kept = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_ENABLE_COMPILATION_CACHE": "true"}
         variables |= kept | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
