@@ -26,6 +26,7 @@ from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent, usual_dtype
 from convert.sources import NothingLacks, open_source
 from convert.verify_inputs import make_inputs
+from seg4diff_jax.numerics import settled
 
 DType = Literal["float32", "bfloat16"]
 
@@ -42,6 +43,7 @@ class Report:
         return [row for row in self.rows if not row.passed]
 
 
+@settled()
 def verify(
     source: str | Path,
     against: str | Path | None = None,

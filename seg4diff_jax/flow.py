@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seg4diff_jax.numerics import settled
+
 EULER = "FlowMatchEulerDiscreteScheduler"
 SHIFT_KEYS = {
     EULER: "shift",
@@ -218,6 +220,7 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
+@settled()
 def image_noise(
     seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, int, int]
 ) -> Float[Array, "batch rows columns channels"]:

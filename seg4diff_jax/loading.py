@@ -23,6 +23,7 @@ from convert.tokenizers import open_tokenizers
 from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.models.lora import LoRA
 from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import AXES, parameter_shardings
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import Tokenizers
@@ -30,6 +31,7 @@ from seg4diff_jax.text import Tokenizers
 DTYPES = ("float32", "bfloat16")
 
 
+@settled()
 def load(
     model: str | PathLike,
     *,

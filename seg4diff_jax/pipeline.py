@@ -26,6 +26,7 @@ from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
@@ -88,6 +89,7 @@ class Pipeline:
     def segment(
         self, image: Sequence[ImageInput], classes: Sequence[Sequence[str]], **options: Any
     ) -> list[Segmentation]: ...
+    @settled()
     def segment(  # pyright: ignore[reportInconsistentOverload]
         self,
         image: ImageInput | Sequence[ImageInput],
@@ -135,13 +137,13 @@ class Pipeline:
             for place, own_size, grid in zip(group.places, group.own_sizes, scores, strict=True):
                 labels = upsampled_labels(_finite(grid, block), own_size)
                 results[place] = Segmentation(labels, grid, prompts[place].classes, prompts[place].prompts)
-        ordered = [results[place] for place in range(len(images))]
-        return ordered[0] if single else ordered
+        return results[0] if single else [results[place] for place in range(len(images))]
 
     @overload
     def segment_unsupervised(self, image: ImageInput, **options: Any) -> UnsupervisedSegmentation: ...
     @overload
     def segment_unsupervised(self, image: Sequence[ImageInput], **options: Any) -> list[UnsupervisedSegmentation]: ...
+    @settled()
     def segment_unsupervised(  # pyright: ignore[reportInconsistentOverload]
         self,
         image: ImageInput | Sequence[ImageInput],
@@ -177,9 +179,9 @@ class Pipeline:
             grids = _finite(maps, block).reshape(*maps.shape[:2], *group.grid)
             for place, own_size, grid, count in zip(group.places, group.own_sizes, grids, counts, strict=True):
                 results[place] = unsupervised_segmentation(grid, int(count), own_size)
-        ordered = [results[place] for place in range(len(images))]
-        return ordered[0] if single else ordered
+        return results[0] if single else [results[place] for place in range(len(images))]
 
+    @settled()
     def attention(
         self,
         image: ImageInput,
@@ -213,6 +215,7 @@ class Pipeline:
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
+    @settled()
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -260,6 +263,7 @@ class Pipeline:
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
+    @settled()
     def encode_images(
         self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
     ) -> Float[Array, "batch rows columns channels"]:
@@ -268,6 +272,7 @@ class Pipeline:
         with self.settings():
             return image_latents(self.vae, self.view.pixels([read_image(image) for image in images], wanted, resize))
 
+    @settled()
     def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
         """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
 
@@ -293,6 +298,7 @@ class Pipeline:
             del self._conditioning[prompt]
         return stacked
 
+    @settled()
     def empty_prompt_attention(
         self,
         pixels: Float[np.ndarray, "images height width 3"],
@@ -345,10 +351,10 @@ class Pipeline:
 
     @contextmanager
     def settings(self) -> Iterator[None]:
-        """The mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
+        """JAX's options settled, the mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
         exact = self.transformer.context_embed.dtype == jnp.float32
         mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-        with mesh, jax.default_matmul_precision("highest" if exact else None):
+        with settled(), mesh, jax.default_matmul_precision("highest" if exact else None):
             yield
 
     def _sigma(self, step: int | None) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "parallel", "checksums")
+ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "numerics", "parallel", "checksums")
 """Parts that know no files, tokenizers, pictures or terminals."""
 FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
 FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
@@ -17,7 +17,8 @@ FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
 MAY_IMPORT: dict[str, str] = {
     # Arrays to arrays.
     "models": "parallel",
-    "flow": "",
+    "numerics": "",
+    "flow": "numerics",
     "segmentation": "",
     "parallel": "",
     "checksums": "",
@@ -31,15 +32,16 @@ MAY_IMPORT: dict[str, str] = {
     "configuration": "",
     "text": "models",
     "batching": "flow images",
-    "pipeline": "batching flow generation images masks models parallel segmentation text",
+    "pipeline": "batching flow generation images masks models numerics parallel segmentation text",
     # Checkpoints, and what reads or writes them.
-    "convert": "checksums flow models segmentation text",
-    "loading": "compilation convert flow images models parallel pipeline text",
-    "analysis": "convert data flow images models pipeline segmentation text",
+    "convert": "checksums flow models numerics segmentation text",
+    "loading": "compilation convert flow images models numerics parallel pipeline text",
+    "analysis": "convert data flow images models numerics pipeline segmentation text",
     "reporting": "pipeline",
     "data": "convert image_files images segmentation",
     "miniature": "data",
     "training": "analysis compilation configuration convert data flow generation loading magnet miniature models "
+    "numerics "
     "parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""

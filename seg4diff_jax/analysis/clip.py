@@ -18,6 +18,7 @@ from convert.load import load_component
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.clip_vision import CLIPVision
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -34,6 +35,7 @@ class Clip:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
+    @settled()
     def similarities(
         self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts: Sequence[str], *, batch: int = 32
     ) -> Float[np.ndarray, "pictures prompts"]:
@@ -77,6 +79,7 @@ def _in_batches(
     return jnp.concatenate(parts)
 
 
+@settled()
 def load_clip(directory: str | Path) -> Clip:
     """Load folders text_encoder, tokenizer, tokenizer_2 and image_encoder of a checkpoint, in fp32.
 

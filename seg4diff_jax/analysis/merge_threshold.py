@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.images import Resize
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.segmentation.open_vocabulary import CANVAS
@@ -32,6 +33,7 @@ class LabelledBatch(NamedTuple):
     truth: Truth
 
 
+@settled()
 def unsupervised_scores(
     pipe: Pipeline,
     source: Source,

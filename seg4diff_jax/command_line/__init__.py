@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from convert.command_line import Command, run_command
 from seg4diff_jax.command_line import analyze, generate, merge_threshold, scenes, segment, segment_unsupervised
+from seg4diff_jax.numerics import settled
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
 COMMANDS: dict[str, Command] = {
@@ -28,6 +29,7 @@ AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; CheckpointError and ImageError are ValueErrors."""
 
 
+@settled()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

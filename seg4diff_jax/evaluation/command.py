@@ -32,6 +32,7 @@ from seg4diff_jax.evaluation.options import (
     protocols,
     thresholds,
 )
+from seg4diff_jax.numerics import settled
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.benchmarks import Benchmark
@@ -45,6 +46,7 @@ LINE_EVERY = 30
 """Seconds between lines of progress where there is no terminal."""
 
 
+@settled()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate what the arguments say. Returns the exit status: 1, after one message on stderr, when input is wrong."""
     try:

@@ -26,6 +26,7 @@ from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -94,6 +95,7 @@ class Measurement:
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
         self._read = time.monotonic()
 
+    @settled()
     def outcome(self, *, told: Told = lambda done, miou: None, kept: Progress | None = None) -> Outcome:
         """Count all images, in all processes: each hears of all.
 

@@ -16,6 +16,7 @@ from seg4diff_jax.evaluation.rows import baseline_rows, score_rows, unsupervised
 from seg4diff_jax.evaluation.scores import Row, Setting, best_setting
 from seg4diff_jax.evaluation.shown import Shown, ShownSegments, shown_by_name, shown_segments
 from seg4diff_jax.evaluation.zero_shot import Pass
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 
 
@@ -45,6 +46,7 @@ class Evaluation:
     divided: list[ShownSegments] = field(default_factory=list)
 
 
+@settled()
 def evaluate(
     pipe: Pipeline,
     benchmark: Benchmark,

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from seg4diff_jax.configuration import check_arguments, check_finite, configuration_file, read_configuration
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.training.bounds import check_numbers
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
@@ -98,6 +99,7 @@ def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any,
     return made, record
 
 
+@settled()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once the step is checkpointed, or
     before any was taken."""

@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 
 from convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
+from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
@@ -120,6 +121,7 @@ class RunConfig:
             raise ValueError(f"run.workers is {self.workers}; expected 0 (threads of this process) or more")
 
 
+@settled()
 def train(
     task: Task, run: RunConfig, optimizer: OptimizerConfig, record: Mapping[str, Any] | None = None, *, resume=False
 ) -> Any:
