@@ -41,8 +41,7 @@ MAY_IMPORT: dict[str, str] = {
     "data": "convert image_files images segmentation",
     "miniature": "data",
     "training": "analysis compilation configuration convert data flow generation loading magnet miniature models "
-    "numerics "
-    "parallel segmentation text",
+    "numerics parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")

@@ -62,9 +62,11 @@ class MagnetObjective:
                     f"{option} is {getattr(self, option)} and targets 'classes', which match nothing: leave {option} "
                     "out, or take targets 'matching'"
                 )
-        for option in ("velocity_weight", "focal_weight", "dice_weight", "focal_cost", "dice_cost", "alpha"):
-            if not math.isfinite(getattr(self, option)):
-                raise ValueError(f"{option} is {getattr(self, option)}; expected a finite number")
+        for option in ("velocity_weight", "focal_weight", "dice_weight", "focal_cost", "dice_cost"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} is {getattr(self, option)}; expected a finite number, at least 0")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; expected 0 to 1")
         if not 0 <= self.gamma < math.inf:
             raise ValueError(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
         if self.focal == "release" and self.gamma != 2:

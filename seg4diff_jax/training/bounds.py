@@ -9,7 +9,6 @@ from typing import Any
 
 from convert.configurations import POSITIVE, Bounds, check_values
 from seg4diff_jax.flow import LARGEST_SEED
-from seg4diff_jax.magnet.objective import MagnetObjective
 from seg4diff_jax.models.clip import CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVisionConfig
 from seg4diff_jax.models.kernels import Kernel
@@ -22,8 +21,7 @@ from seg4diff_jax.training.contrastive import ContrastiveConfig
 from seg4diff_jax.training.flow_matching import Evaluation, FlowMatchingConfig
 from seg4diff_jax.training.flow_matching import Objective as FlowObjective
 from seg4diff_jax.training.loop import MeshConfig, RunConfig
-from seg4diff_jax.training.magnet import MagnetConfig, NoiseLevels
-from seg4diff_jax.training.optimizers import OptimizerConfig
+from seg4diff_jax.training.magnet import MagnetConfig
 from seg4diff_jax.training.samples import Samples
 from seg4diff_jax.training.scenes import SceneConfig
 
@@ -34,7 +32,6 @@ ARCHITECTURES = (MMDiTConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig)
 NUMBERS: dict[type, dict[str, Bounds]] = {
     RunConfig: {"seed": SEED, "steps": COUNT, "workers": Bounds(0, 4096)},
     MeshConfig: {"data": COUNT, "fsdp": COUNT, "tensor": COUNT},
-    OptimizerConfig: {"betas": SHARE, "epsilon": POSITIVE, "rates": WEIGHT},
     Samples: {"steps": Bounds(1, 1000), "guidance": Bounds(-1000, 1000), "seed": SEED},
     SceneConfig: {"size": COUNT, "train": COUNT, "validation": COUNT},
     AutoencoderObjective: {"edges": WEIGHT, "divergence": WEIGHT, "distances": WEIGHT},
@@ -51,17 +48,8 @@ NUMBERS: dict[type, dict[str, Bounds]] = {
     Evaluation: {"sigmas": SHARE, "batch_size": COUNT},
     FlowMatchingConfig: {"inference_shift": POSITIVE},
     MagnetConfig: {"block": Bounds(0, 999)},
-    NoiseLevels: {"mean": MEAN, "shift": POSITIVE},
     LoRAConfig: {"alpha": POSITIVE, "blocks": Bounds(0, 999)},
     Kernel: {"query_chunk": COUNT},
-    MagnetObjective: {
-        "alpha": SHARE,
-        "velocity_weight": WEIGHT,
-        "focal_weight": WEIGHT,
-        "dice_weight": WEIGHT,
-        "focal_cost": WEIGHT,
-        "dice_cost": WEIGHT,
-    },
 }
 
 
