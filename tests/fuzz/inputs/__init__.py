@@ -1,0 +1,1 @@
+"""Small sound inputs of every reader, and what is read of them."""

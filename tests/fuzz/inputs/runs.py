@@ -1,0 +1,261 @@
+"""What our own runs leave and read again: checkpoints, logs, caches, counts, records; and what starts them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from seg4diff_jax.command_line.generate import RECORD, remove_former
+from seg4diff_jax.data.record_cache import RecordCache, write_cache
+from seg4diff_jax.evaluation import options as evaluation
+from seg4diff_jax.evaluation.batches import LeftOut
+from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.progress import Progress
+from seg4diff_jax.evaluation.unsupervised import Matched
+from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.training.checkpoints import Checkpoints
+from seg4diff_jax.training.command import parse
+from seg4diff_jax.training.logs import Logs
+from seg4diff_jax.training.loop import train
+from seg4diff_jax.training.state import TrainState
+from tests.fuzz.reader import OWN_ERRORS, Reader
+from tests.reference.small_training import OPTIMIZER, make_task
+from tests.reference.small_training import make_run as run_of
+
+IDENTITY = {"model": "miniature", "size": [64, 64], "seeds": [0, 1]}
+STEPS = 4
+
+
+def make_state() -> TrainState:
+    normal = np.random.default_rng(0).normal
+    weights = {"up.kernel": normal(size=(4, 8)).astype(np.float32), "up.bias": normal(size=8).astype(np.float32)}
+    moments = {name: array * 0.1 for name, array in weights.items()}
+    return TrainState(np.int32(3), weights, {"mu": moments}, weights, np.arange(2, dtype=np.uint32))
+
+
+def make_checkpoints(root: Path) -> None:
+    with Checkpoints(root, keep=2, best="miou") as checkpoints:
+        checkpoints.save(3, make_state(), {"position": {"next": 12}}, {"task": "points"}, {"miou": 12.5})
+
+
+def read_checkpoints(root: Path) -> Any:
+    state = make_state()
+    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpoints(root, keep=2, best="miou") as checkpoints:
+        found = checkpoints.restore(3, state, jax.tree.map(lambda _: alone, state))
+    return jax.tree.map(np.asarray, found[0]), found[1:]
+
+
+def make_run(root: Path) -> None:
+    record = {"optimizer": {"accumulate": 1}, "run": {"steps": STEPS}}
+    train(make_task(), run_of(root, steps=STEPS, checkpoint_every=STEPS), OPTIMIZER, record)
+
+
+def resumed(root: Path) -> Any:
+    """The model of a run that is done; nothing is trained."""
+    from flax import nnx
+
+    record = {"optimizer": {"accumulate": 1}, "run": {"steps": STEPS}}
+    model = train(make_task(), run_of(root, steps=STEPS, checkpoint_every=STEPS), OPTIMIZER, record, resume=True)
+    rows = (root / "metrics.jsonl").read_text()
+    return {str(path): np.asarray(each.get_value()) for path, each in nnx.to_flat_state(nnx.state(model))}, rows
+
+
+def make_logs(root: Path) -> None:
+    with Logs(root, name="points", steps=9, start=0) as logs:
+        for step in (1, 2, 3, 4):
+            logs.row(step, {"loss": 1 / step})
+            logs.picture(step, np.full((4, 4, 3), 40 * step, np.uint8))
+    for file in root.glob("events.*"):
+        file.unlink()
+
+
+def read_logs(root: Path) -> Any:
+    """What is left of a run that goes on after step 2, once it has made another picture."""
+    with Logs(root, name="points", steps=9, start=2) as logs:
+        logs.picture(3, np.full((4, 4, 3), 9, np.uint8))
+    found = {path.name: path.read_bytes() for path in sorted((root / "pictures").iterdir())}
+    return (root / "metrics.jsonl").read_text(), found
+
+
+def make_progress(root: Path) -> None:
+    draw = np.random.default_rng(0)
+    counts = lambda *shape: draw.integers(0, 99, shape)
+    progress = Progress(root, IDENTITY)
+    progress.begin(2)
+    for number in range(2):
+        counted = Counted(counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 2))
+        matched = Matched(
+            counts(1, 1, 1, 3, 3), counts(1, 1, 1), counts(1, 1, 1, 3, 3), counts(1, 1, 1), counts(1, 1, 1, 3, 3), counts(1, 1, 1, 2)
+        )  # fmt: skip
+        indices = np.arange(2) + 2 * number
+        left_out = (LeftOut(7 + number, "skipped", "broken.png: cannot be read"),)
+        outcome = Outcome(counted, matched, indices, counts(2, 3), counts(1), np.ones(2), left_out)
+        progress.save(number, outcome)
+
+
+def read_progress(root: Path) -> Any:
+    """Damaged counts are counted anew: that is their refusal."""
+    progress = Progress(root, IDENTITY)
+    size = progress.resumed()
+    there = {path.name for path in (root / "progress").glob("*.npz")}
+    numbers, outcome = progress.done()
+    if lost := there - {f"{number:06d}.npz" for number in numbers}:
+        raise Recounted(", ".join(lost))
+    return size, numbers, outcome
+
+
+class Recounted(Exception):
+    """A part of an evaluation is measured again."""
+
+
+def make_cache(root: Path) -> None:
+    draw = np.random.default_rng(0)
+    batches = [{"latents": draw.normal(size=(2, 3, 4)).astype(np.float16), "ids": draw.integers(0, 9, (2, 5))}] * 2
+    root.rmdir()
+    write_cache(root, batches, 4, IDENTITY)
+
+
+def read_cache(root: Path) -> Any:
+    cache = RecordCache(root, IDENTITY)
+    return [cache[index] for index in range(len(cache))]
+
+
+def make_pictured(root: Path) -> None:
+    for name in ("00_a_cat.png", "01_a_dog.png", "kept.png"):
+        (root / name).write_bytes(b"pixels")
+    pictures = [{"file": "00_a_cat.png", "prompt": "a cat"}, {"file": "01_a_dog.png", "prompt": "a dog"}]
+    (root / RECORD).write_text(json.dumps({"seed": 0, "pictures": pictures}))
+
+
+def left_of_pictured(root: Path) -> Any:
+    remove_former(root)
+    assert (root / "kept.png").read_bytes() == b"pixels"
+    return sorted(path.name for path in root.iterdir() if path.is_file())
+
+
+EVALUATION = """\
+model: miniature
+data:
+  name: folder
+  root: /data/set
+  resize: square
+  scenes: 12
+blocks: 0..3
+steps: 8
+seeds: [0, 1]
+unsupervised:
+  threshold: 0.05
+  minmax: pixel
+batch_size: 2
+pictures: 3
+skip_unreadable: true
+"""
+TRAINING = """\
+task: magnet
+model: miniature
+block: 2
+data:
+  root: /data/set
+  size: 64
+optimizer:
+  learning_rate: 0.001
+  warmup: 2
+run:
+  out: runs/small
+  steps: 10
+  batch_size: 2
+lora:
+  rank: 4
+  alpha: 4.0
+"""
+
+
+def configured(text: str) -> Any:
+    return lambda root: (root / "options.yaml").write_text(text)
+
+
+def evaluated(root: Path) -> Any:
+    return evaluation.parse(["--config", str(root / "options.yaml")])
+
+
+def trained(root: Path) -> Any:
+    return parse(["--config", str(root / "options.yaml")])
+
+
+CHECKPOINT = {
+    "**/data/metadata": "json",
+    "**/config/metadata": "json",
+    "**/metrics/metrics": "json",
+    "**/state/**/*": "summed",
+    "**/_CHECKPOINT_METADATA": "json",
+}
+CHOSEN = {r"": "another sound value of an option; what is no option is refused"}
+
+READERS: dict[str, Reader] = {
+    "checkpoint": Reader(
+        make_checkpoints,
+        read_checkpoints,
+        ("seg4diff_jax/training/checkpoints.py",),
+        CHECKPOINT,
+        {"_CHECKPOINT_METADATA: ": "Orbax's own notes of versions and times"},
+        cases=20,
+    ),
+    "resumed run": Reader(
+        make_run,
+        resumed,
+        ("seg4diff_jax/training/loop.py",),
+        {"**/config/metadata": "json", "**/data/metadata": "json", "metrics.jsonl": "text", "**/state/**/*": "summed"},
+        cases=6,
+    ),
+    "logs": Reader(
+        make_logs, read_logs, ("seg4diff_jax/training/logs.py",), {"metrics.jsonl": "text", "pictures/*.png": "png"}, cases=8
+    ),
+    "counts": Reader(
+        make_progress,
+        read_progress,
+        ("seg4diff_jax/evaluation/progress.py", "seg4diff_jax/evaluation/outcome.py"),
+        {"progress/*.npz": "zip", "progress/run.json": "json"},
+        {"npz: (absent|swap|directory|dangling): ": "what is not there is counted anew; a name is but a number"},
+        errors=(*OWN_ERRORS, ValueError, Recounted),
+        cases=24,
+    ),
+    "record cache": Reader(
+        make_cache,
+        read_cache,
+        ("seg4diff_jax/data/record_cache.py",),
+        {"items.json": "json", "items.arrayrecord": "summed"},
+        errors=(*OWN_ERRORS, ValueError),
+        cases=24,
+    ),
+    "record of pictures": Reader(
+        make_pictured,
+        left_of_pictured,
+        ("seg4diff_jax/command_line/generate.py",),
+        {RECORD: "json"},
+        {"": "files of a damaged record stay where they are"},
+        cases=6,
+    ),
+    "evaluation options": Reader(
+        configured(EVALUATION),
+        evaluated,
+        ("seg4diff_jax/evaluation/options.py",),
+        {"*": "yaml"},
+        CHOSEN,
+        errors=(*OWN_ERRORS, ValueError),
+        cases=16,
+    ),
+    "training options": Reader(
+        configured(TRAINING),
+        trained,
+        ("seg4diff_jax/training/command.py",),
+        {"*": "yaml"},
+        CHOSEN,
+        errors=(*OWN_ERRORS, ValueError),
+        cases=16,
+    ),
+}
