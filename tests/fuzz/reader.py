@@ -49,6 +49,7 @@ class Reader:
       free: patterns of damages after which another reading is right, as they are described in a case's line; each with
         the reason.
       errors: classes in which it refuses.
+      options: whether the files hold options: then a refusal may name the option in place of the file.
       cases: how many the quick tests have.
     """
 
@@ -58,4 +59,5 @@ class Reader:
     files: Mapping[str, str]
     free: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[type[BaseException], ...] = OWN_ERRORS
+    options: bool = False
     cases: int = 10

@@ -14,3 +14,40 @@ CALLS = {
     "GGUFReader",
 }  # fmt: skip
 """Names of functions that read files: where one is called, a reader is."""
+ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "seg4diff_jax/analysis/clip.py",
+            "seg4diff_jax/batching.py",
+            "seg4diff_jax/command_line/analyze.py",
+            "seg4diff_jax/command_line/segment.py",
+            "seg4diff_jax/evaluation/benchmarks.py",
+            "seg4diff_jax/evaluation/command.py",
+            "seg4diff_jax/loading.py",
+            "seg4diff_jax/pipeline.py",
+            "seg4diff_jax/planning/checkpoints.py",
+            "seg4diff_jax/training/flow_matching.py",
+            "seg4diff_jax/training/magnet.py",
+            "seg4diff_jax/training/mask_items.py",
+            "convert/load.py",
+            "convert/readers.py",
+            "convert/verify.py",
+        ),
+        "reads by what is fuzzed",
+    ),
+    **dict.fromkeys(
+        ("seg4diff_jax/command_line/plan.py", "convert/command_line.py"), "options of the command line alone"
+    ),
+    **dict.fromkeys(
+        (
+            "seg4diff_jax/evaluation/results.py",
+            "seg4diff_jax/training/tensorboard.py",
+            "convert/verify_command.py",
+        ),
+        "writes",
+    ),
+    "convert/comparison.py": "arrays of its own, of the same process",
+    "convert/hub.py": "model_index.json of a download, as diffusers_folder reads it",
+    "convert/torch_side.py": "PyTorch's own reading, of what ours has read before",
+}
+"""Modules that call such functions and are in no row, and why."""

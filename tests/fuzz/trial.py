@@ -133,20 +133,31 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     except Inapplicable:
         return None
     inside = file.relative_to(root)
-    line = f"{name}-{case}: {inside}: {damage.name}: {said}"
-    free = not damage.noticed or any(
-        re.search(one, f"{inside}: {damage.name}: {said}") for one in reader.free
-    )
+    done = f"{inside}: {damage.name}: {said}"
+    free = not damage.noticed or any(re.search(each, done) for each in reader.free)
     payload.traces.clear()
-    verdict, message = _read(reader, root, file, expected, free)
+    names = names_of(root, file, said, free, reader)
+    verdict, message = _read(reader, root, names, expected, free)
     if payload.traces:
         verdict = "ran"
     elif verdict == "refused" and (left := [path.name for path in work.iterdir() if path != root]):
         verdict, message = "leftover", f"{', '.join(left)}; {message}"
-    return Trial(line, verdict, message)
+    return Trial(f"{name}-{case}: {done}", verdict, message)
 
 
-def _read(reader: Reader, root: Path, file: Path, expected: str, free: bool) -> tuple[Verdict, str]:
+def names_of(root: Path, file: Path, said: str, free: bool, reader: Reader) -> list[str]:
+    """What a refusal may name: the file, a folder of the input that holds it, the option.
+
+    A file that does not show its damage misleads to others, and any of them may be named.
+    """
+    inside = [folder for folder in file.parents if root in folder.parents]
+    named = [file.name, *map(str, [root] if free else inside or [root])]
+    if reader.options and (keys := re.match(r"([\w.]+) (?:=|is absent)", said)):
+        named += [key for key in keys[1].split(".")[-2:] if not key.isdigit()]
+    return named
+
+
+def _read(reader: Reader, root: Path, names: list[str], expected: str, free: bool) -> tuple[Verdict, str]:
     errors = io.StringIO()
     began = time.perf_counter()
     try:
@@ -159,23 +170,19 @@ def _read(reader: Reader, root: Path, file: Path, expected: str, free: bool) -> 
     except (Exception, SystemExit) as error:
         if time.perf_counter() - began > SECONDS:
             return "endless", repr(error)[:600]
-        return _refusal(reader, root, file, error, errors.getvalue())
+        return _refusal(reader, names, error, errors.getvalue())
     if found == expected:
         return "equal", ""
     return "undetectable" if free else "silent", ""
 
 
-def _refusal(reader: Reader, root: Path, file: Path, error: BaseException, printed: str) -> tuple[Verdict, str]:
-    message = printed if isinstance(error, SystemExit) else str(error)
+def _refusal(reader: Reader, names: list[str], error: BaseException, printed: str) -> tuple[Verdict, str]:
+    left = isinstance(error, SystemExit)
+    message = printed.split("error:", 1)[-1] if left else str(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    if not isinstance(error, SystemExit):
-        ours = Path(where.filename).is_relative_to(ROOT)
-        if type(error) not in reader.errors or not ours:
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            return "traceback", f"{type(error).__name__} at {place}: {message}"
+    ours = Path(where.filename).is_relative_to(ROOT) and (where.line or "").startswith("raise ")
+    if not left and not (ours and type(error) in reader.errors):
+        return "traceback", f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {message}"
     if len(message) > LONGEST_MESSAGE or any(len(line) > LONGEST_LINE for line in message.splitlines()):
         return "long", f"{len(message)} characters: {message[:500]}"
-    folders = [folder for folder in file.parents if folder.is_relative_to(root) and (folder != root or file.parent == root)]
-    if file.name not in message and not any(str(folder) in message for folder in folders):
-        return "unnamed", message
-    return "refused", message
+    return ("refused" if any(name in message for name in names) else "unnamed"), message

@@ -14,9 +14,10 @@ from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.outcome import Outcome
-from seg4diff_jax.evaluation.progress import Progress
+from seg4diff_jax.evaluation.progress import RUN, Progress
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.images import read_image
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.command import parse
 from seg4diff_jax.training.logs import Logs
@@ -78,8 +79,7 @@ def read_logs(root: Path) -> Any:
     """What is left of a run that goes on after step 2, once it has made another picture."""
     with Logs(root, name="points", steps=9, start=2) as logs:
         logs.picture(3, np.full((4, 4, 3), 9, np.uint8))
-    found = {path.name: path.read_bytes() for path in sorted((root / "pictures").iterdir())}
-    return (root / "metrics.jsonl").read_text(), found
+    return (root / "metrics.jsonl").read_text(), read_image(root / "pictures.png")
 
 
 def make_progress(root: Path) -> None:
@@ -104,8 +104,9 @@ def read_progress(root: Path) -> Any:
     size = progress.resumed()
     there = {path.name for path in (root / "progress").glob("*.npz")}
     numbers, outcome = progress.done()
-    if lost := there - {f"{number:06d}.npz" for number in numbers}:
-        raise Recounted(", ".join(lost))
+    lost = there - {f"{number:06d}.npz" for number in numbers}
+    if lost or size is None:
+        raise Recounted(f"{', '.join(lost)} of {root}, {RUN}")
     return size, numbers, outcome
 
 
@@ -187,22 +188,16 @@ def trained(root: Path) -> Any:
     return parse(["--config", str(root / "options.yaml")])
 
 
-CHECKPOINT = {
-    "**/data/metadata": "json",
-    "**/config/metadata": "json",
-    "**/metrics/metrics": "json",
-    "**/state/**/*": "summed",
-    "**/_CHECKPOINT_METADATA": "json",
-}
 CHOSEN = {r"": "another sound value of an option; what is no option is refused"}
+GONE = "what is not there is as if it had never been"
 
 READERS: dict[str, Reader] = {
     "checkpoint": Reader(
         make_checkpoints,
         read_checkpoints,
         ("seg4diff_jax/training/checkpoints.py",),
-        CHECKPOINT,
-        {"_CHECKPOINT_METADATA: ": "Orbax's own notes of versions and times"},
+        {"**/state/**/*": "summed", "**/metrics/metrics": "json", "**/_CHECKPOINT_METADATA": "json"},
+        {r"_CHECKPOINT_METADATA: ": "Orbax's own notes of versions and times", r"metrics: ": "scores are not restored"},
         cases=20,
     ),
     "resumed run": Reader(
@@ -210,17 +205,23 @@ READERS: dict[str, Reader] = {
         resumed,
         ("seg4diff_jax/training/loop.py",),
         {"**/config/metadata": "json", "**/data/metadata": "json", "metrics.jsonl": "text", "**/state/**/*": "summed"},
+        {r"metrics.jsonl: (absent|empty|dangling): ": GONE},
         cases=6,
     ),
     "logs": Reader(
-        make_logs, read_logs, ("seg4diff_jax/training/logs.py",), {"metrics.jsonl": "text", "pictures/*.png": "png"}, cases=8
+        make_logs,
+        read_logs,
+        ("seg4diff_jax/training/logs.py",),
+        {"metrics.jsonl": "text", "pictures/*.png": "png"},
+        {r"metrics.jsonl: (absent|empty|dangling): ": GONE, r"pictures/": "the sheet may leave out what is damaged"},
+        cases=8,
     ),
     "counts": Reader(
         make_progress,
         read_progress,
         ("seg4diff_jax/evaluation/progress.py", "seg4diff_jax/evaluation/outcome.py"),
         {"progress/*.npz": "zip", "progress/run.json": "json"},
-        {"npz: (absent|swap|directory|dangling): ": "what is not there is counted anew; a name is but a number"},
+        {r"npz: (absent|swap|directory|dangling): ": GONE},
         errors=(*OWN_ERRORS, ValueError, Recounted),
         cases=24,
     ),
@@ -247,6 +248,7 @@ READERS: dict[str, Reader] = {
         {"*": "yaml"},
         CHOSEN,
         errors=(*OWN_ERRORS, ValueError),
+        options=True,
         cases=16,
     ),
     "training options": Reader(
@@ -256,6 +258,7 @@ READERS: dict[str, Reader] = {
         {"*": "yaml"},
         CHOSEN,
         errors=(*OWN_ERRORS, ValueError),
+        options=True,
         cases=16,
     ),
 }
