@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.fuzz.bytes import rewrite
+from tests.fuzz.files import rewrite
 from tests.fuzz.payload import Pickled
 from tests.fuzz.reader import Damage, Inapplicable
-from tests.fuzz.trees import damaged_tree, VALUES
+from tests.fuzz.trees import VALUES, damaged_tree
 
 METADATA = "__metadata__"
 LAYERS = 10**9

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.fuzz.bytes import rewrite
+from tests.fuzz.files import rewrite
 from tests.fuzz.reader import Damage, Inapplicable
 
 MARK = "damaged-value"
-DEPTH, DIGITS, LONG, HUGE = 100_000, 5000, 1 << 20, 10**18
-Path_ = tuple[Any, ...]
+DEPTH, DIGITS, LONG, MANY, HUGE = 100_000, 5000, 1 << 20, 3000, 10**18
+Place = tuple[Any, ...]
 """Keys and places from the root of a tree."""
 
 
-def nodes(tree: Any, at: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def nodes(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
     """Every value of a tree with its place, the root first."""
     yield at, tree
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -31,7 +31,7 @@ def nodes(tree: Any, at: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
         yield from nodes(child, (*at, key))
 
 
-def _put(tree: Any, at: Path_, value: Any) -> Any:
+def _put(tree: Any, at: Place, value: Any) -> Any:
     if not at:
         return value
     owner = tree
@@ -98,7 +98,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], Callable[[str], Written]]] = {
     "exponent": (_number, lambda _: lambda r, v: "1.0e+999"),
     "deep": (lambda v: True, lambda _: lambda r, v: "[" * DEPTH + "]" * DEPTH),
     "long": (_scalar, lambda _: lambda r, v: json.dumps("x" * LONG)),
-    "many": (lambda v: True, lambda _: lambda r, v: json.dumps([[]] * 100_000)),
+    "many": (lambda v: True, lambda _: lambda r, v: json.dumps([[]] * MANY)),
     "listed": (_scalar, lambda _: lambda r, v: json.dumps([v])),
     "twice": (lambda v: isinstance(v, dict) and bool(v), lambda _: _twice),
     "repeated": (lambda v: isinstance(v, list) and bool(v) and isinstance(v[0], dict), lambda _: _repeated),

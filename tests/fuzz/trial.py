@@ -33,8 +33,8 @@ SECONDS = 10
 """Most that a case may take; nearly all take less than a tenth of one."""
 MEMORY = 1 << 30
 """Bytes of addresses that a case may take beyond what the process has: files are smaller by far."""
-LONGEST_LINE, LONGEST_MESSAGE = 1000, 20_000
-"""Characters of a refusal. Lists of tensors have a line for each."""
+LONGEST_LINE, LONGEST_MESSAGE = 1000, 100_000
+"""Characters of a refusal. Lists of all tensors have a line for each."""
 ROOT = Path(__file__).parents[2]
 
 

@@ -89,9 +89,9 @@ def make_progress(root: Path) -> None:
     progress.begin(2)
     for number in range(2):
         counted = Counted(counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 2))
-        matched = Matched(
-            counts(1, 1, 1, 3, 3), counts(1, 1, 1), counts(1, 1, 1, 3, 3), counts(1, 1, 1), counts(1, 1, 1, 3, 3), counts(1, 1, 1, 2)
-        )  # fmt: skip
+        each, all_classes = (1, 1, 1), (1, 1, 1, 3, 3)
+        sizes = all_classes, each, all_classes, each, all_classes, (*each, 2)
+        matched = Matched(*(counts(*size) for size in sizes))
         indices = np.arange(2) + 2 * number
         left_out = (LeftOut(7 + number, "skipped", "broken.png: cannot be read"),)
         outcome = Outcome(counted, matched, indices, counts(2, 3), counts(1), np.ones(2), left_out)
