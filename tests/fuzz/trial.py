@@ -114,6 +114,12 @@ def steady(path: Path) -> tuple[str, int]:
     return re.sub(r"[0-9a-f]{16,}", "*", str(path)), path.stat().st_size
 
 
+def _shares(files: list[Path]) -> np.ndarray:
+    """How often each file is drawn: half of the time they are equal, half of the time their bytes are."""
+    sizes = np.array([path.stat().st_size for path in files]) + 1
+    return (sizes / sizes.sum() + 1 / len(files)) / 2
+
+
 def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, work: Path) -> Trial | None:
     """Damage a copy of a sound input and read it.
 
@@ -127,7 +133,7 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     pattern, damage, random = draw(name, reader, case)
     root = Path(shutil.copytree(sound, work / sound.name, symlinks=True))
     files = sorted((path for path in root.glob(pattern) if path.is_file()), key=steady)
-    file = files[random.integers(len(files))]
+    file = files[random.choice(len(files), p=_shares(files))]
     try:
         said = damage.apply(random, file)
     except Inapplicable:

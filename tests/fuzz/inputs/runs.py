@@ -33,7 +33,7 @@ STEPS = 4
 
 def make_state() -> TrainState:
     normal = np.random.default_rng(0).normal
-    weights = {"up.kernel": normal(size=(4, 8)).astype(np.float32), "up.bias": normal(size=8).astype(np.float32)}
+    weights = {"up.kernel": normal(size=(32, 64)).astype(np.float32), "up.bias": normal(size=8).astype(np.float32)}
     moments = {name: array * 0.1 for name, array in weights.items()}
     return TrainState(np.int32(3), weights, {"mu": moments}, weights, np.arange(2, dtype=np.uint32))
 
@@ -196,7 +196,13 @@ READERS: dict[str, Reader] = {
         make_checkpoints,
         read_checkpoints,
         ("seg4diff_jax/training/checkpoints.py",),
-        {"**/state/**/*": "summed", "**/metrics/metrics": "json", "**/_CHECKPOINT_METADATA": "json"},
+        {
+            "**/state/**/*": "summed",
+            "**/state/**/d/*": "summed",
+            "**/state/d/*": "summed",
+            "**/metrics/metrics": "json",
+            "**/_CHECKPOINT_METADATA": "json",
+        },
         {r"_CHECKPOINT_METADATA: ": "Orbax's own notes of versions and times", r"metrics: ": "scores are not restored"},
         cases=20,
     ),
