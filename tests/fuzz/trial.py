@@ -160,6 +160,8 @@ def names_of(root: Path, file: Path, said: str, free: bool, reader: Reader) -> l
     named = [file.name, *map(str, [root] if free else inside or [root])]
     if reader.options and (keys := re.match(r"([\w.]+) (?:=|is absent)", said)):
         named += [key for key in keys[1].split(".")[-2:] if not key.isdigit()]
+    elif reader.options and file.is_file():
+        named += re.findall(r"\w{3,}(?=:)", file.read_text("utf-8", "replace"))
     return named
 
 
