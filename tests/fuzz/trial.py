@@ -134,6 +134,7 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     root = Path(shutil.copytree(sound, work / sound.name, symlinks=True))
     files = sorted((path for path in root.glob(pattern) if path.is_file()), key=steady)
     file = files[random.choice(len(files), p=_shares(files))]
+    text = file.read_text("utf-8", "replace") if reader.options else ""
     try:
         said = damage.apply(random, file)
     except Inapplicable:
@@ -142,7 +143,7 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     done = f"{inside}: {damage.name}: {said}"
     free = not damage.noticed or any(re.search(each, done) for each in reader.free)
     payload.traces.clear()
-    names = names_of(root, file, said, free, reader)
+    names = [*names_of(root, file, free), *options_of(text, said)]
     verdict, message = _read(reader, root, names, expected, free)
     if payload.traces:
         verdict = "ran"
@@ -151,18 +152,21 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     return Trial(f"{name}-{case}: {done}", verdict, message)
 
 
-def names_of(root: Path, file: Path, said: str, free: bool, reader: Reader) -> list[str]:
-    """What a refusal may name: the file, a folder of the input that holds it, the option.
+def names_of(root: Path, file: Path, free: bool) -> list[str]:
+    """What a refusal may name: the file, or a folder of the input that holds it.
 
     A file that does not show its damage misleads to others, and any of them may be named.
     """
     inside = [folder for folder in file.parents if root in folder.parents]
-    named = [file.name, *map(str, [root] if free else inside or [root])]
-    if reader.options and (keys := re.match(r"([\w.]+) (?:=|is absent)", said)):
-        named += [key for key in keys[1].split(".")[-2:] if not key.isdigit()]
-    elif reader.options and file.is_file():
-        named += re.findall(r"\w{3,}(?=:)", file.read_text("utf-8", "replace"))
-    return named
+    return [file.name, *map(str, [root] if free else inside or [root])]
+
+
+def options_of(text: str, said: str) -> list[str]:
+    """The option whose value is damaged; where that is none in particular, any of the options in a file's text."""
+    keys = re.match(r"([\w.]+) (?:=|is absent)", said)
+    if text and keys and keys[1] != "all":
+        return [key for key in keys[1].split(".")[-2:] if not key.isdigit()]
+    return re.findall(r"\w{3,}(?=:)", text)
 
 
 def _read(reader: Reader, root: Path, names: list[str], expected: str, free: bool) -> tuple[Verdict, str]:

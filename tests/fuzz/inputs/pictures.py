@@ -313,7 +313,10 @@ READERS: dict[str, Reader] = {
         each(read_captions, "numbered.json", "coco.json"),
         ("seg4diff_jax/data/image_captions.py",),
         {"*": "json"},
-        {r": (swap|long|deleted|zero|negative|huge): ": "another caption, or none"},
+        {
+            r": (swap|long|deleted|zero|negative|huge): ": "another caption, or none",
+            r'image_id = "text"': "pictures may have names in place of numbers",
+        },
         cases=12,
     ),
     "prepared set": Reader(
