@@ -143,6 +143,7 @@ def try_case(name: str, reader: Reader, case: int, sound: Path, expected: str, w
     done = f"{inside}: {damage.name}: {said}"
     free = not damage.noticed or any(re.search(each, done) for each in reader.free)
     payload.traces.clear()
+    text += file.read_text("utf-8", "replace") if reader.options and file.is_file() else ""
     names = [*names_of(root, file, free), *options_of(text, said)]
     verdict, message = _read(reader, root, names, expected, free)
     if payload.traces:
