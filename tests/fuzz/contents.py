@@ -28,5 +28,6 @@ CONTENTS: dict[str, tuple[Damage, ...]] = {
     # Nothing tells.
     "jpeg": (*LENGTHS, *VALUES, *files.of_places(swapped=False)),
     "text": (*LENGTHS, *VALUES, *files.of_places(swapped=False)),
+    "gguf": (*CUT, *VALUES, *files.of_places(), PICKLED),
     "pickle": (*LENGTHS, *VALUES, *files.of_places(), PICKLED),
 }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from tests.fuzz.inputs import adapters, pictures, runs, weights
+from tests.fuzz.inputs import adapters, pictures, runs, shared_weights, weights
 from tests.fuzz.reader import Reader
 
-READERS: dict[str, Reader] = {**weights.READERS, **adapters.READERS, **pictures.READERS, **runs.READERS}
+READERS: dict[str, Reader] = {
+    **weights.READERS,
+    **shared_weights.READERS,
+    **adapters.READERS,
+    **pictures.READERS,
+    **runs.READERS,
+}
 
 CALLS = {
     "open", "read_text", "read_bytes", "read_json", "read_header", "read_tensor", "load", "load_file", "load_pickle",

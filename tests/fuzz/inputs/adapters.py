@@ -9,15 +9,16 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from convert.components import abstract_model
+from convert.components import abstract_model, parse_config
 from convert.lora import convert_lora, read_lora, write_lora
 from convert.lora_formats import PEFT_CONFIG, Format, LoRACheckpoint
 from convert.lora_run import read_run
+from convert.sources import open_source
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
 from seg4diff_jax.training.adapter_files import HEAD_FILE, PREFIX, begin
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.state import TrainState
-from tests.fuzz.inputs.weights import CONFIGS, make_folder
+from tests.fuzz.inputs.weights import CONFIGS
 from tests.fuzz.reader import OWN_ERRORS, Reader
 
 TARGETS = ("image.attention.q", "image.attention.v")
@@ -71,28 +72,20 @@ def converted(root: Path) -> Any:
 
 
 def make_run(root: Path) -> None:
-    """What MAGNET's training keeps, and the model that it names: beside the run, and sound."""
-    model = root / "model"
-    make_folder("transformer")(model)
+    """What MAGNET's training of the miniature keeps, with adapters narrower than its layers."""
+    config = parse_config("transformer", open_source("miniature").configs["transformer"])
     normal = np.random.default_rng(0).normal
     factors = {
-        f"transformer.stacks.{stack}.{target}.lora_{side}": normal(size=shape).astype(np.float32)
-        for stack in (0, 1)
+        f"transformer.{stack.path}.{target}.lora_{side}": normal(size=(stack.stop - stack.start, *shape))
+        for stack in config.layer_stacks(config.num_layers)
         for target in TARGETS
-        for side, shape in (("a", (1, WIDTH, RANK)), ("b", (1, RANK, WIDTH)))
+        for side, shape in (("a", (WIDTH, RANK)), ("b", (RANK, WIDTH)))
     }
-    state = TrainState(np.int32(3), factors, {"momentum": np.ones(3, np.float32)}, None, np.zeros(2, np.uint32))
-    record = {"task": "magnet", "model": "MODEL", "lora": {"rank": RANK, "alpha": 16.0, "blocks": None}}
-    with Checkpoints(root / "run", keep=2, best="miou") as checkpoints:
-        checkpoints.save(3, state, {"position": 1}, record, {"miou": 12.5})
-
-
-def read_checkpoint(root: Path) -> Any:
-    """The run names its model by where it lies now."""
-    record = root / "run" / "checkpoints" / "3" / "config" / "metadata"
-    if record.is_file():
-        record.write_bytes(record.read_bytes().replace(b"MODEL", str(root / "model").encode()))
-    return value(read_run(root / "run", "best"))
+    trained = {name: array.astype(np.float32) for name, array in factors.items()}
+    state = TrainState(np.int32(3), trained, {"momentum": np.ones(3, np.float32)}, None, np.zeros(2, np.uint32))
+    record = {"task": "magnet", "model": "miniature", "lora": {"rank": RANK, "alpha": 16.0, "blocks": None}}
+    with Checkpoints(root, keep=2, best="miou") as checkpoints:
+        checkpoints.save(3, state, 1, record, {"miou": 12.5})
 
 
 def make_head(root: Path) -> None:
@@ -151,12 +144,12 @@ READERS: dict[str, Reader] = {
     ),
     "lora checkpoint": Reader(
         make_run,
-        read_checkpoint,
+        lambda root: value(read_run(root, "best")),
         ("convert/lora_run.py",),
         {
-            "run/checkpoints/3/config/metadata": "json",
-            "run/checkpoints/3/metrics/metrics": "json",
-            "run/checkpoints/3/state/**/*": "summed",
+            "checkpoints/3/config/metadata": "summed",
+            "checkpoints/3/metrics/metrics": "json",
+            "checkpoints/3/state/**/*": "summed",
         },
         cases=20,
     ),

@@ -15,6 +15,7 @@ from seg4diff_jax.data.image_captions import ImageCaptions
 from seg4diff_jax.data.labelled import read_values
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.sets import SETS
+from seg4diff_jax.data.subset import listed_places
 from seg4diff_jax.data.tfds_source import PreparedSet
 from seg4diff_jax.images import read_image
 from tests.fuzz.reader import Reader
@@ -242,7 +243,11 @@ READERS: dict[str, Reader] = {
         cases=8,
     ),
     "label map": Reader(
-        make_labels, each(read_values, "labels.png", "palette.png", "deep.png"), (LABELLED,), {"*": "png"}, cases=14
+        make_labels,
+        each(read_values, "labels.png", "palette.png", "deep.png"),
+        (LABELLED, "seg4diff_jax/image_files.py"),
+        {"*": "png"},
+        cases=14,
     ),
     "class list": Reader(
         lambda root: (root / "classes.txt").write_text("cat\ndog\ntraffic light\n"),
@@ -250,6 +255,13 @@ READERS: dict[str, Reader] = {
         ("seg4diff_jax/data/folder.py",),
         {"*": "text"},
         cases=8,
+    ),
+    "list of images": Reader(
+        lambda root: (root / "list.txt").write_text("second\nimages/first.jpg\n"),
+        lambda root: listed_places(root / "list.txt", ["first", "second", "third"], "a set"),
+        ("seg4diff_jax/data/subset.py",),
+        {"*": "text"},
+        cases=6,
     ),
     "folder": Reader(
         make_folder,
@@ -311,7 +323,7 @@ READERS: dict[str, Reader] = {
     "captions": Reader(
         make_captions,
         each(read_captions, "numbered.json", "coco.json"),
-        ("seg4diff_jax/data/image_captions.py",),
+        ("seg4diff_jax/data/image_captions.py", "seg4diff_jax/data/text_files.py"),
         {"*": "json"},
         {
             r": (swap|long|deleted|zero|negative|huge): ": "another caption, or none",

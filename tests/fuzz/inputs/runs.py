@@ -40,7 +40,7 @@ def make_state() -> TrainState:
 
 def make_checkpoints(root: Path) -> None:
     with Checkpoints(root, keep=2, best="miou") as checkpoints:
-        checkpoints.save(3, make_state(), {"position": {"next": 12}}, {"task": "points"}, {"miou": 12.5})
+        checkpoints.save(3, make_state(), 12, {"task": "points"}, {"miou": 12.5})
 
 
 def read_checkpoints(root: Path) -> Any:
@@ -48,7 +48,7 @@ def read_checkpoints(root: Path) -> Any:
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(root, keep=2, best="miou") as checkpoints:
         found = checkpoints.restore(3, state, jax.tree.map(lambda _: alone, state))
-    return jax.tree.map(np.asarray, found[0]), found[1:]
+    return jax.tree.map(np.asarray, found.state), found.batches, found.config
 
 
 def make_run(root: Path) -> None:
@@ -94,7 +94,7 @@ def make_progress(root: Path) -> None:
         matched = Matched(*(counts(*size) for size in sizes))
         indices = np.arange(2) + 2 * number
         left_out = (LeftOut(7 + number, "skipped", "broken.png: cannot be read"),)
-        outcome = Outcome(counted, matched, indices, counts(2, 3), counts(1), np.ones(2), left_out)
+        outcome = Outcome(counted, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
         progress.save(number, outcome)
 
 
@@ -195,11 +195,12 @@ READERS: dict[str, Reader] = {
     "checkpoint": Reader(
         make_checkpoints,
         read_checkpoints,
-        ("seg4diff_jax/training/checkpoints.py",),
+        ("seg4diff_jax/training/checkpoints.py", "convert/run_checkpoint.py"),
         {
             "**/state/**/*": "summed",
             "**/state/**/d/*": "summed",
             "**/state/d/*": "summed",
+            "**/3/*/metadata": "summed",
             "**/metrics/metrics": "json",
             "**/_CHECKPOINT_METADATA": "json",
         },
@@ -210,7 +211,12 @@ READERS: dict[str, Reader] = {
         make_run,
         resumed,
         ("seg4diff_jax/training/loop.py",),
-        {"**/config/metadata": "json", "**/data/metadata": "json", "metrics.jsonl": "text", "**/state/**/*": "summed"},
+        {
+            "**/config/metadata": "summed",
+            "**/data/metadata": "summed",
+            "metrics.jsonl": "text",
+            "**/state/**/*": "summed",
+        },
         {r"metrics.jsonl: (absent|empty|dangling): ": GONE},
         cases=6,
     ),
@@ -260,7 +266,7 @@ READERS: dict[str, Reader] = {
     "training options": Reader(
         configured(TRAINING),
         trained,
-        ("seg4diff_jax/training/command.py",),
+        ("seg4diff_jax/training/command.py", "seg4diff_jax/configuration.py"),
         {"*": "yaml"},
         CHOSEN,
         errors=(*OWN_ERRORS, ValueError),

@@ -313,7 +313,7 @@ READERS: dict[str, Reader] = {
             "scheduler/*": "summed",
             "tokenizer/*": "summed",
         },
-        cases=20,
+        cases=14,
     ),
     "conversion": Reader(
         make_convertible,
