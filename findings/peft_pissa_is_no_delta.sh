@@ -31,9 +31,11 @@ for init in ("pissa", "olora", True):
         factors = load_file(directory + "/adapter_model.safetensors")
         a, b = (next(t for name, t in factors.items() if f"lora_{kind}" in name) for kind in "AB")
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), directory)
-    plain = base(x) + x @ a.T @ b.T
-    kept = loaded.unload()[0].weight
-    found[init] = [float((y - model(x)).abs().max()) for y in (loaded(x), plain)] + [float((kept - base[0].weight).abs().max())]
+    with torch.no_grad():
+        right, again, plain = model(x), loaded(x), base(x) + x @ a.T @ b.T
+        kept = loaded.unload()[0].weight
+        pairs = (again, right), (plain, right), (kept, base[0].weight)
+        found[init] = [float((one - other).abs().max()) for one, other in pairs]
     print(f"seen: init_lora_weights={init}: off by {found[init][0]:.4f} as PEFT loads it, by {found[init][1]:.4f} as W + BA; "
           f"the base is off by {found[init][2]:.4f} after unload()")
 print("expected: alpha / r is 1, so that W + BA is the model, and unload() gives the base back")
