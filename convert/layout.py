@@ -54,8 +54,8 @@ def dtype_named(name: str) -> np.dtype:
 
 
 def is_dtype(name: str) -> bool:
-    """Whether `dtype_named` knows a name."""
+    """Whether a name is that of a dtype of numbers, as `str(dtype)` prints it."""
     try:
-        return str(dtype_named(name)) == name
+        return str(dtype_named(name)) == name and not dtype_named(name).hasobject
     except (TypeError, ValueError, SyntaxError):
         return False

@@ -195,7 +195,6 @@ RECORD = {"shape": [3], "dtype": "float32", "crc32": "0123abcd"}
         {"shape": [True]},
         {"dtype": "finfo"},
         {"dtype": "object"},
-        {"dtype": "int32"},
         {"dtype": 4},
         {"crc32": 7},
         {"crc32": "x"},

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LARGEST_MEAN = 100
+"""Of a logit: far beyond it every level is 0 or 1."""
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -15,8 +18,8 @@ class NoiseLevels:
     shift: float | None = None
 
     def __post_init__(self):
-        if not math.isfinite(self.mean):
-            raise ValueError(f"noise_levels.mean is {self.mean}; expected a finite number")
+        if not -LARGEST_MEAN <= self.mean <= LARGEST_MEAN:
+            raise ValueError(f"noise_levels.mean is {self.mean}; expected -{LARGEST_MEAN} to {LARGEST_MEAN}")
         for name in ("std", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
