@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The position of a Grain data set cannot be restored with another number of workers, and no message says so.
+# A Grain data set's position restored with another number of workers is a bare KeyError, or another item.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -40,7 +40,7 @@ def main():
     for (before, after), what in found.items():
         print(f"seen: {what}, with {before} workers and then {after}")
     assert found.pop((0, 0)) == "5"
-    assert all("Error" in what for what in found.values())
+    assert "5" not in found.values()
 
 
 if __name__ == "__main__":
