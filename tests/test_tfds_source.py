@@ -124,7 +124,7 @@ def test_gray_and_cmyk_pictures_are_read_as_rgb(tmp_path, mode):
 def test_labels_may_be_arrays_and_class_names_lie_beside_a_set_without_any(tmp_path):
     features = image_and(mask=tfds.features.Tensor(shape=(2, 3, 1), dtype=np.int32))
     root = prepare(tmp_path / "set", features, {"test": [{"image": jpeg(), "mask": LABELS}]})
-    with pytest.raises(FolderError, match=r"classes\.txt: expected class names"):
+    with pytest.raises(FolderError, match=r"classes\.txt: no such file; expected class names"):
         PreparedSet(root)
     (root / "classes.txt").write_text("cat\ndog\n")
     source = PreparedSet(root)
