@@ -48,7 +48,7 @@ def sample_latents(
         latents: Float[Array, "images rows columns channels"], sigma: Float[Array, ""]
     ) -> Float[Array, "images rows columns channels"]:
         seen = latents if negative is None else _side_by_side(latents, latents)
-        timesteps = jnp.full(len(seen), 1000 * sigma)
+        timesteps = jnp.full(len(seen), 1000 * sigma, jnp.float32)
         predicted, _ = transformer(seen, timesteps, *conditioning, kernel=kernel, equal_tail=equal_tail)
         predicted = predicted.astype(jnp.float32)
         if negative is None:

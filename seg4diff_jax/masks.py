@@ -43,7 +43,7 @@ def read_class_scores(
     record = attention_at(
         transformer,
         noisy[image_of_prompt],
-        jnp.full(len(image_of_prompt), 1000 * sigma),
+        jnp.full(len(image_of_prompt), 1000 * sigma, jnp.float32),
         *conditioning,
         block=block,
         request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
@@ -71,5 +71,5 @@ def read_attention(
 ) -> dict[int, JointAttention]:
     """Joint attention of blocks on images at noise level sigma, in one pass that ends in the last of the blocks."""
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
-    inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma), *conditioning
+    inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma, jnp.float32), *conditioning
     return attentions_at(*inputs, blocks=blocks, request=request, kernel=kernel, equal_tail=equal_tail)

@@ -149,7 +149,7 @@ def attention_maps(
     """
     latents, noise, image_of_row = images
     noisy = add_noise(latents, noise, sigma)[image_of_row]
-    inputs = noisy, jnp.full(len(noisy), 1000 * sigma), *texts
+    inputs = noisy, jnp.full(len(noisy), 1000 * sigma, jnp.float32), *texts
     mean_heads = all(place.head is None for place in places)
     request = AttentionRequest(scores=False, mean_heads=mean_heads, text_tokens=(0, columns))
     blocks = tuple(dict.fromkeys(place.block for place in places))

@@ -25,7 +25,8 @@ def confusion_matrix(
     truth, predicted = truth.astype(jnp.int32).reshape(-1), predicted.astype(jnp.int32).reshape(-1)
     counted = truth != ignored
     pairs = jnp.where(counted, truth * classes + predicted, classes**2)
-    return jnp.bincount(pairs, length=classes**2 + 1)[:-1].reshape(classes, classes)
+    counts = jnp.bincount(pairs, length=classes**2 + 1).astype(jnp.int32)
+    return counts[:-1].reshape(classes, classes)
 
 
 def iou_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:

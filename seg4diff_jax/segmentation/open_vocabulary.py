@@ -78,7 +78,9 @@ def label_map(
     classes = scores.shape[0]
     allowed = jnp.ones(classes, bool) if present is None else present
     start = jnp.full((height, width), -jnp.inf), jnp.zeros((height, width), jnp.int32)
-    (_, labels), _ = jax.lax.scan(compete, start, (scores.astype(jnp.float32), jnp.arange(classes), allowed))
+    (_, labels), _ = jax.lax.scan(
+        compete, start, (scores.astype(jnp.float32), jnp.arange(classes, dtype=jnp.int32), allowed)
+    )
     return labels
 
 

@@ -101,7 +101,8 @@ def intersections(
     """
     truth = jnp.where(truth == ignored, classes, truth.astype(jnp.int32))
     pairs = jnp.where(segments < 0, (classes + 1) * most, truth * most + segments)
-    return jnp.bincount(pairs.reshape(-1), length=(classes + 1) * most + 1)[:-1].reshape(classes + 1, most)
+    counts = jnp.bincount(pairs.reshape(-1), length=(classes + 1) * most + 1).astype(jnp.int32)
+    return counts[:-1].reshape(classes + 1, most)
 
 
 def matched_counts(
