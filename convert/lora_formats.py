@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert.errors import CheckpointError
-from convert.files import read_json
+from convert.files import parse_object, read_json
 from convert.layout import contiguous
 from convert.lora_layers import config_of, fill, gaps, is_alpha, most_common, pair, refuse, unite
 from convert.lora_names import (
@@ -43,7 +42,7 @@ from convert.lora_names import (
     torch_names,
 )
 from convert.lora_peft import read_settings, settings_of
-from convert.safetensors_stream import read_header, read_tensor
+from convert.safetensors_stream import read_annotated, read_tensor
 from convert.torch_pickle import is_pickle, load_pickle, save_pickle, to_numpy
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
 
@@ -105,8 +104,8 @@ def open_file(path: Path) -> Opened:
         tensors, left_out = _unpickled(path)
         metadata: dict[str, str] = {}
     else:
-        tensors, left_out = {name: read_tensor(info) for name, info in read_header(path).items()}, ()
-        metadata = read_metadata(path)
+        stored, metadata = read_annotated(path)
+        tensors, left_out = {name: read_tensor(info) for name, info in stored.items()}, ()
     if metadata.get("format") == NATIVE_FORMAT:
         return Opened(path, "native", "", tensors, metadata)
     form, prefix = _told_from(path, list(tensors))
@@ -132,7 +131,7 @@ def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
 
 def read_native(opened: Opened, alpha: float | None) -> LoRACheckpoint:
     path, tensors = opened.path, opened.tensors
-    stated = _json(path, NATIVE_KEY, opened.metadata.get(NATIVE_KEY, "{}"))
+    stated = _stated(opened, NATIVE_KEY)
     if stated.get("version", NATIVE_VERSION) != NATIVE_VERSION:
         raise CheckpointError(
             f"{path}: expected version {NATIVE_VERSION}, found {stated['version']!r:.50}; convert the original again"
@@ -239,15 +238,6 @@ def write_release(path: Path, checkpoint: LoRACheckpoint) -> None:
     save_pickle(path, torch_names(checkpoint.adapters, RELEASE_PREFIX, ".default.weight") | checkpoint.others)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header. Raises CheckpointError when it is no table of texts."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: corrupt header: {error}; fetch the file again") from None
-
-
 def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     save_file({name: contiguous(array) for name, array in tensors.items()}, path, metadata)
 
@@ -317,27 +307,15 @@ def _agreed(path: Path, stated: float | None, asked: float | None) -> float | No
 
 def _settings_in(opened: Opened) -> tuple[str, dict[str, Any]] | None:
     """PEFT's settings of the transformer's adapters in a header: alone, or with `transformer.` beside others'."""
-    if DIFFUSERS_KEY not in opened.metadata:
-        return None
-    stated = _json(opened.path, DIFFUSERS_KEY, opened.metadata[DIFFUSERS_KEY])
+    stated = _stated(opened, DIFFUSERS_KEY)
     ours = {key.removeprefix(DIFFUSERS_PREFIX): v for key, v in stated.items() if key.startswith(DIFFUSERS_PREFIX)}
     ours = ours or {key: value for key, value in stated.items() if "." not in key}
     return (DIFFUSERS_KEY, ours) if ours else None
 
 
-def _json(path: Path, key: str, text: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    try:
-        found = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {key} in its header is not a JSON object: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: {key} in its header is not a JSON object: found a {type(found).__name__}")
-    return found
+def _stated(opened: Opened, key: str) -> dict[str, Any]:
+    """What the metadata says under a key; nothing where that is absent. Who reads a number refuses it by name."""
+    return parse_object(opened.metadata.get(key, "{}"), f"{opened.path}: {key} in its header", finite=False)
 
 
 def _refuse_others(checkpoint: LoRACheckpoint, to: Format) -> None:

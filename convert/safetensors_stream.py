@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import CheckpointError
+from convert.files import parse_object, shown
 from convert.layout import contiguous, raw
 from convert.names import Shape
 from convert.quantised import INSTEAD
@@ -72,55 +73,53 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError naming the file when it is absent, truncated, or when its header does not describe it.
     """
+    return read_annotated(path)[0]
+
+
+def read_annotated(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The same, and what else the header says: its metadata."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise CheckpointError(
-                    f"{path}: truncated, or not a safetensors file: its first 8 bytes announce a header of "
-                    f"{length} bytes, the file has {size} bytes in all (headers of at most {LARGEST_HEADER} are read)"
-                )
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-    except CheckpointError:
-        raise
+            text = file.read(length) if size >= 8 and length <= min(size - 8, LARGEST_HEADER) else None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: expected a file, found a directory") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and depth without end among them
-        raise CheckpointError(f"{path}: corrupt header: {error}; fetch the file again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: corrupt header: expected an object, found a {type(header).__name__}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if text is None:
+        raise CheckpointError(
+            f"{path}: truncated, or not a safetensors file: its first 8 bytes announce a header of "
+            f"{length} bytes, the file has {size} bytes in all (headers of at most {LARGEST_HEADER} are read)"
+        )
+    header = parse_object(text, f"{path}: corrupt header")
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{path}: corrupt header: expected an object of strings as __metadata__")
+    return _placed(path, size, 8 + len(text), header), metadata
+
+
+def _placed(path: Path, size: int, begin: int, header: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Tensors with their place in a file of `size` bytes, whose data, from `begin` on, they have to fill."""
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     tensors: dict[str, TensorInfo] = {}
     end = 0
     for name, (shape, dtype, start, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
-        tensors[name] = info = TensorInfo(path, shape, dtype, 8 + length + start)
+        tensors[name] = info = TensorInfo(path, shape, dtype, begin + start)
         if start != end or stop - start != info.nbytes:
             raise CheckpointError(
                 f"{path}: corrupt header: {name} ({dtype} {list(shape)}) should take {info.nbytes} bytes from "
                 f"{end}, its data_offsets are [{start}, {stop}]"
             )
         end = stop
-    if size != 8 + length + end:
-        state = "truncated" if size < 8 + length + end else "too long"
+    if size != begin + end:
+        state = "truncated" if size < begin + end else "too long"
         raise CheckpointError(
-            f"{path}: {state}: its header describes {8 + length + end} bytes, the file has {size}; fetch it again"
+            f"{path}: {state}: its header describes {begin + end} bytes, the file has {size}; fetch it again"
         )
     return tensors
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = [name for name, _ in pairs if name in seen or seen.add(name)]
-        raise ValueError(f"{', '.join(twice)} occurs twice")
-    return entries
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]:
@@ -135,22 +134,15 @@ def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path}: corrupt header: {name} needs a dtype of {', '.join(DTYPES)}, a shape and two data_offsets, "
-            f"found {_excerpt(entry)}"
+            f"found {shown(entry)}"
         ) from None
     if (
         not all(type(number) is int and number >= 0 for number in numbers)
         or len(entry["shape"]) > LARGEST_RANK
         or not is_addressable(tuple(entry["shape"]))
     ):
-        raise CheckpointError(f"{path}: corrupt header: {name} has the shape or offsets {str(numbers)[:200]}")
+        raise CheckpointError(f"{path}: corrupt header: {name} has the shape or offsets {shown(numbers)}")
     return tuple(entry["shape"]), dtype, start, stop
-
-
-def _excerpt(entry: Any) -> str:
-    try:
-        return json.dumps(entry)[:200]
-    except RecursionError:
-        return "something that is nested without end"
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:

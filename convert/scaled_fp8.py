@@ -7,7 +7,6 @@ are no part of the weights.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.errors import raise_all
+from convert.errors import CheckpointError, raise_all
+from convert.files import parse_object, shown
 from convert.layout import is_weight
 from convert.names import Shape
 from convert.quantised import INSTEAD, refusal, refuse_foreign_forms
@@ -126,7 +126,7 @@ def _problems_of_descriptions(tensors: Mapping[str, TensorInfo], where: str) -> 
         if described is None:
             problems.append(f"{where}: {name}: expected a JSON object of at most {LONGEST_DESCRIPTION} bytes as uint8")
         elif described.get("format") not in FORMATS:
-            raise refusal(where, f"weights in the format {str(described.get('format'))[:80]!r}, which {name} names,")
+            raise refusal(where, f"weights in the format {shown(described.get('format'))}, which {name} names,")
         elif unknown := sorted(described.keys() - HARMLESS):
             raise refusal(where, f"fp8 weights with {', '.join(unknown)[:80]}, which {name} names,")
         elif f"{found['layer']}weight_scale" not in tensors:
@@ -137,9 +137,7 @@ def _problems_of_descriptions(tensors: Mapping[str, TensorInfo], where: str) -> 
 def _description(info: TensorInfo) -> dict | None:
     if info.dtype != np.uint8 or info.nbytes > LONGEST_DESCRIPTION:
         return None
-    data = info.read().tobytes()
     try:
-        described = json.loads(data)
-    except (ValueError, RecursionError):
+        return parse_object(info.read().tobytes(), str(info.file))
+    except CheckpointError:
         return None
-    return described if isinstance(described, dict) else None

@@ -122,9 +122,10 @@ def test_every_setting_that_is_not_read_is_refused_at_once(tmp_path):
         ({"r": True}, "r is True; expected a positive whole number"),
         ({"r": 10**12}, "r is 1000000000000; expected a positive whole number"),
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a finite positive number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf; expected a finite positive number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": 10**400}, "expected a finite positive number"),
+        ({"lora_alpha": float("inf")}, "adapter_config.json: not JSON: Infinity is no number"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: not JSON: NaN is no number"),
+        ({"lora_alpha": 10**20}, "expected a finite positive number"),
+        ({"lora_alpha": 10**400}, "a number of 401 digits"),
         ({"target_modules": {"to_q": 1}}, "expected names or a pattern"),
         ({"target_modules": [["to_q"]]}, "expected names or a pattern"),
         ({"rank_pattern": ["to_q"]}, "expected positive whole numbers by pattern"),
@@ -135,7 +136,7 @@ def test_every_setting_that_is_not_read_is_refused_at_once(tmp_path):
     ],
 )
 def test_settings_of_a_wrong_kind_are_named(tmp_path, settings, message):
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors") as error:
+    with pytest.raises(CheckpointError, match=r"adapter_(model\.safetensors|config\.json)") as error:
         load_lora(write(tmp_path, **settings))
     assert message in str(error.value)
 
