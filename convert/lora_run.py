@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convert.components import parse_config
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, reason
 from convert.lora_formats import CHECKPOINTS, LoRACheckpoint
 from convert.lora_layers import config_of
 from convert.lora_names import block_of
@@ -64,7 +64,7 @@ def _read(checkpoint: Path, run: str | Path) -> LoRACheckpoint:
         kind = "average" if state["average"] else "trainable"
         chosen = state[kind]
     except Exception as error:  # what Orbax and the file system say
-        raise CheckpointError(f"{checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{checkpoint} cannot be read: {reason(error)}") from error
     check_arrays(checkpoint, chosen, below=f"{kind}/")
     adapters = _adapters(chosen, settings, checkpoint)
     head = ("the mask head",) if any(name.startswith("head.") for name in chosen) else ()

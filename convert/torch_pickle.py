@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, reason
 from convert.layout import contiguous
 
 SAME_BITS = {
@@ -79,19 +79,21 @@ def load_pickle(path: Path) -> Any:
     torch = _torch(path)
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_numpy_makers()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # An open file: torch.load hands a path that ends in .safetensors to another reader.
+        with torch.serialization.safe_globals(_numpy_makers()), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|load unsupported GLOBAL ([\w.]+)", str(error))
-        what = f"it refers to {found[1] or found[2]}" if found else "it holds more than tensors"
+        what = f"it refers to {(found[1] or found[2])[:80]}" if found else "it holds more than tensors"
         raise CheckpointError(
             f"{path}: refused: {what}, and loading that could run code; have its tensors saved alone, or as safetensors"
         ) from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}; fetch the file again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: truncated, or not a file of torch.save: {reason}") from None
+        raise CheckpointError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # of whatever class: PyTorch asserts what it expects, and unpacks what it finds
+        raise CheckpointError(f"{path}: truncated, or not a file of torch.save: {reason(error)}") from None
 
 
 def to_numpy(value: Any) -> np.ndarray | None:

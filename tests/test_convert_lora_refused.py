@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -101,10 +102,10 @@ def test_two_tensors_for_one_factor_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "not a JSON object"),
-        ('{"transformer.r": ' + "9" * 5000 + "}", "not a JSON object"),
-        ('{"transformer.r": ' + "9" * 4000 + "}", "expected a positive whole number"),
-        ('{"transformer.r": 3, "transformer.r": 4}', "a key occurs twice"),
+        ("[" * 100_000, "not JSON of ours"),
+        ('{"transformer.r": ' + "9" * 5000 + "}", "not JSON: a number of 5000 digits"),
+        ('{"transformer.r": ' + "9" * 30 + "}", "expected a positive whole number"),
+        ('{"transformer.r": 3, "transformer.r": 4}', "'transformer.r' occurs twice"),
         ("[1]", "found a list"),
         ('{"transformer.r": 3.0, "transformer.lora_alpha": 1}', "expected a positive whole number"),
         ('{"transformer.r": 3, "transformer.lora_alpha": NaN}', "expected a finite positive number"),
@@ -126,6 +127,41 @@ def test_metadata_that_is_no_table_is_refused(tmp_path):
         (tmp_path / "broken.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
         with pytest.raises(CheckpointError, match=r"broken\.safetensors: corrupt header"):
             load_lora(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.pth"])
+def test_a_file_of_torch_save_is_told_by_its_content_whatever_it_is_called(tmp_path, name):
+    plain = {f"transformer.{key}": tensor for key, tensor in factors().items()}
+    torch.save(plain, tmp_path / name)
+    found, expected = load_lora(tmp_path / name), load_lora(diffusers_file(tmp_path / "other.safetensors"))
+    assert found[0] == expected[0]
+    for layer, factors_of in expected[1].items():
+        assert all(map(np.array_equal, found[1][layer], factors_of))
+    (tmp_path / name).write_bytes(pickle.dumps(print, 2))
+    with pytest.raises(CheckpointError, match=rf"{name}: refused: it refers to print"):
+        load_lora(tmp_path / name)
+
+
+def test_what_a_library_says_of_a_damaged_file_is_cut(tmp_path):
+    """zipfile echoes both names of an entry where they differ, however long they are."""
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as file:
+        file.writestr("x" * 5000, b"data")
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes().replace(b"x", b"y", 1))
+    with pytest.raises(CheckpointError, match=r"a\.pth: damaged: ") as error:
+        load_lora(tmp_path / "a.pth")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+def test_storages_that_a_legacy_file_does_not_hold_are_refused(tmp_path):
+    """PyTorch asserts that each key it lists is of a storage."""
+    release = release_names(factors())
+    torch.save({"model": release}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "a.pth").read_bytes()
+    key = next(iter(release.values())).untyped_storage()._cdata
+    place = data.rindex(str(key).encode())
+    (tmp_path / "a.pth").write_bytes(data[:place] + b";" + data[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"a\.pth: truncated, or not a file of torch\.save: storage key"):
+        load_lora(tmp_path / "a.pth")
 
 
 def test_a_native_header_is_checked(tmp_path):
