@@ -23,8 +23,9 @@ from convert.lora import attach_lora, load_lora, read_lora
 from seg4diff_jax.data.loader import training_batches
 from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.models.lora import lora_state, remove_lora
+from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.parallel import make_mesh
-from seg4diff_jax.training.adapter_files import head_tensors
+from seg4diff_jax.training.adapter_files import fill_head, head_tensors
 from seg4diff_jax.training.command import main, parse
 from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, Opened, loss, task
 from seg4diff_jax.training.optimizers import make_optimizer
@@ -322,3 +323,10 @@ def test_every_configuration_is_understood(name):
     config = parsed.config
     assert (config.lora.rank, config.lora.alpha) == (16, 16)
     assert (config.objective.mask_head == "conv") == name.endswith("release")
+
+
+def test_integers_are_no_mask_head():
+    head = MaskHead(rngs=nnx.Rngs(0))
+    whole = {name: array.astype(np.int32) for name, array in head_tensors(head).items()}
+    with pytest.raises(ValueError, match=r"a\.safetensors: its mask head has \S+weight \(int32\), .*floating-point"):
+        fill_head(head, whole, "a.safetensors")

@@ -6,6 +6,7 @@ RUN/export/mask_head.safetensors   if there was one; only training needs it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,11 +87,13 @@ def head_tensors(head: MaskHead) -> dict[str, np.ndarray]:
 
 
 def fill_head(head: MaskHead, tensors: Mapping[str, np.ndarray], where: object) -> None:
-    """The other way round. Raises ValueError when tensors are missing, surplus or of another shape."""
+    """The other way round. Raises ValueError when tensors are missing, surplus, of another shape, or no fractions."""
     expected = {name: array.shape for name, array in head_tensors(head).items()}
     found = {name: np.shape(array) for name, array in tensors.items()}
     if expected != found:
         raise ValueError(f"{where}: its mask head has tensors {found}; expected {expected}")
+    if wrong := [f"{name} ({array.dtype})" for name, array in tensors.items() if not _is_floating(array)]:
+        raise ValueError(f"{where}: its mask head has {', '.join(wrong)}; expected floating-point numbers")
     for number, layer in enumerate(head.layers):
         weight, bias = (tensors[f"{PREFIX}{2 * number}.{kind}"] for kind in ("weight", "bias"))
         layer.kernel.set_value(jnp.asarray(np.asarray(weight, np.float32).transpose(2, 3, 1, 0)))
@@ -98,12 +101,17 @@ def fill_head(head: MaskHead, tensors: Mapping[str, np.ndarray], where: object) 
         layer.bias.set_value(jnp.asarray(np.asarray(bias, np.float32)))
 
 
+def _is_floating(array: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
 def _head_beside(place: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
+    """The head's tensors; none where there is no such file. What is there and cannot be read is an error."""
+    from convert.safetensors_stream import read_header, read_tensor
 
     folders = (place, place / EXPORT) if place.is_dir() else (place.parent,)
-    found = [folder / HEAD_FILE for folder in folders if (folder / HEAD_FILE).is_file()]
-    return load_file(found[0]) if found else {}
+    found = [folder / HEAD_FILE for folder in folders if os.path.lexists(folder / HEAD_FILE)]
+    return {name: read_tensor(info) for name, info in read_header(found[0]).items()} if found else {}
 
 
 def _check_equal(start: str, asked: LoRAConfig, found: LoRAConfig, depth: int) -> None:

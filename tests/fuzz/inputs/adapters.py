@@ -160,6 +160,6 @@ READERS: dict[str, Reader] = {
         {HEAD_FILE: "safetensors"},
         {": absent: ": "then a fresh one is trained"},
         errors=(*OWN_ERRORS, ValueError),
-        cases=6,
+        cases=16,
     ),
 }
