@@ -167,7 +167,7 @@ def _described(cursor: _Cursor) -> _Described:
 
 def _placed(cursor: _Cursor, described: list[_Described], alignment: int) -> dict[str, GGUFTensor]:
     """Tensors with their place in the file. They follow each other without gaps, each aligned, as the format asks."""
-    path, end = cursor.path, 0
+    path, last, end = cursor.path, 0, 0
     begin = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, number, offset in ((each.name, each.shape, each.type, each.offset) for each in described):
@@ -194,7 +194,12 @@ def _placed(cursor: _Cursor, described: list[_Described], alignment: int) -> dic
                 f"{cursor.size} bytes; fetch it again"
             )
         tensors[name] = GGUFTensor(path, shape, kind, begin + offset)
-        end = -(-(offset + size) // alignment) * alignment
+        last, end = offset + size, -(-(offset + size) // alignment) * alignment
+    if cursor.size > begin + last and cursor.size != begin + end:
+        raise CheckpointError(
+            f"{path}: too long: its header describes {begin + last} bytes, or {begin + end} with the last tensor "
+            f"filled up to {alignment}, the file has {cursor.size}; fetch it again"
+        )
     return tensors
 
 

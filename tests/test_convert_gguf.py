@@ -180,6 +180,19 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, transformer: Arrays):
             read_gguf(tmp_path / "cut.gguf")
 
 
+@pytest.mark.parametrize("more", [1, 31, 32, 33, 1000])
+def test_a_file_longer_than_its_header_describes_is_refused(tmp_path: Path, more: int):
+    """But for what fills the last tensor up to the alignment: writers leave it out, or not."""
+    head = header(tensors=tensor(shape=(33,)))
+    head += bytes(-len(head) % 32)
+    for filled in (0, 28):
+        (tmp_path / "whole.gguf").write_bytes(head + bytes(33 * 4 + filled))
+        assert read_gguf(tmp_path / "whole.gguf")[1]["w"].shape == (33,)
+        (tmp_path / "long.gguf").write_bytes(head + bytes(33 * 4 + filled + more))
+        with pytest.raises(CheckpointError, match=r"long\.gguf: too long: its header describes"):
+            read_gguf(tmp_path / "long.gguf")
+
+
 def test_integers_are_no_weights_in_gguf_either(tmp_path: Path, transformer: Arrays):
     named = {n: a.astype(np.int8) if n == "final_layer.linear.weight" else a for n, a in transformer.items()}
     kinds = {name: "I8" if array.dtype == np.int8 else "F32" for name, array in named.items()}
