@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
-from convert.files import read_json
-from convert.index import check_index, named_components
+from convert.files import read_json, shown
+from convert.index import check_index, is_inside, named_components
 from convert.quantised import refuse_quantization_config
 from convert.readers import SCHEDULER, Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
@@ -37,7 +39,6 @@ def open_diffusers(
     if absent and origin is None:
         raise CheckpointError(f"{directory}: model_index.json names {', '.join(absent)}, which it has no folder for")
     configs = {name: read_json(directory / name / "config.json") for name in present}
-    scheduler = directory / "scheduler" / "scheduler_config.json"
 
     def component(name: str) -> TorchComponent:
         folder = directory / name
@@ -49,9 +50,16 @@ def open_diffusers(
         configs,
         component,
         {name: directory / name for name in tokenizers_of(present) if (directory / name).is_dir()},
-        read_json(scheduler) if scheduler.is_file() else dict(SCHEDULER),
+        _scheduler(directory, index),
         index,
     )
+
+
+def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder says of its scheduler, or SD3's where the index names none and there is none."""
+    file = directory / "scheduler" / "scheduler_config.json"
+    named = index.get("scheduler", [None])[0] is not None
+    return read_json(file, "model_index.json names a scheduler") if named or os.path.lexists(file) else dict(SCHEDULER)
 
 
 def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:
@@ -107,18 +115,16 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: expected a weight_map from tensors to files")
-    if wrong := [name for name, shard in weight_map.items() if not (isinstance(shard, str) and "\0" not in shard)]:
+    beside = lambda shard: isinstance(shard, str) and is_inside(shard) and Path(shard).name == shard
+    if wrong := [name for name, shard in weight_map.items() if not beside(shard)]:
         raise CheckpointError(
-            f"{index}: weight_map: expected the name of a file for each tensor, found "
-            f"{str(weight_map[wrong[0]])[:80]!r} for {wrong[0]}"
+            f"{index}: weight_map: expected for each tensor the name of a file in this folder, found "
+            f"{shown(weight_map[wrong[0]])} for {shown(wrong[0])}"
         )
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for shard in sorted(set(weight_map.values())):
         path = index.parent / shard
-        if path.parent != index.parent:
-            problems.append(f"{index}: the shard {shard} is outside its folder")
-            continue
         if not path.is_file():
             problems.append(f"{path}: missing shard, named by {index.name}")
             continue

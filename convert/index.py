@@ -10,6 +10,10 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import raise_all
 from convert.files import shown
 
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
+MOST_FOLDERS = 8
+"""Parts of a path; files of a checkpoint have four."""
 PARTS = (*COMPONENTS, *tokenizers_of(list(COMPONENTS)), "scheduler")
 
 
@@ -33,6 +37,7 @@ def named_components(index: Mapping[str, Any]) -> list[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path stays in the directory that it is relative to."""
+    """Whether a relative path can be one of a file, and stays in the directory that it is relative to."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+    short = len(parts) <= MOST_FOLDERS and all(len(part.encode("utf-8", "replace")) <= LONGEST_NAME for part in parts)
+    return bool(parts) and short and not name.startswith("/") and ".." not in parts and "\0" not in name
