@@ -12,6 +12,7 @@ from flax import nnx
 from convert.assemble import abstract
 from convert.configurations import PUBLISHED, check_values
 from convert.errors import CheckpointError
+from convert.files import shown
 from convert.names import Rule
 from convert.tables import clip as clip_table
 from convert.tables import mmdit as mmdit_table
@@ -128,7 +129,7 @@ def checked_block(block: Any, num_layers: int, where: str) -> int | None:
     if block is None or (type(block) is int and 0 <= block < num_layers):
         return block
     raise CheckpointError(
-        f"{where}: expert_block is {block!r}; expected an integer from 0 to {num_layers - 1}, or null"
+        f"{where}: expert_block is {shown(block)}; expected an integer from 0 to {num_layers - 1}, or null"
     )
 
 
@@ -143,7 +144,9 @@ def expert_step(transformer_config: dict[str, Any]) -> int:
     """
     step = transformer_config.get("expert_step", EXPERT_STEP)
     if type(step) is not int or not 1 <= step <= 28:
-        raise CheckpointError(f"transformer: config.json: expert_step is {step!r}; expected an integer from 1 to 28")
+        raise CheckpointError(
+            f"transformer: config.json: expert_step is {shown(step)}; expected an integer from 1 to 28"
+        )
     return step
 
 

@@ -139,8 +139,8 @@ def open_native(directory: Path) -> Source:
     manifest = read_json(directory / MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {manifest.get('format')!r} version "
-            f"{manifest.get('version')}; convert the original again"
+            f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {shown(manifest.get('format'))} "
+            f"version {shown(manifest.get('version'))}; convert the original again"
         )
     _check_manifest(directory / MANIFEST, manifest)
     problems = []
@@ -180,14 +180,14 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         if not isinstance(manifest.get(key, {}), dict)
     ]
     if type(manifest.get("expert_block")) not in (int, NoneType):
-        problems.append(f"{path}: expert_block is {manifest['expert_block']!r}; expected an integer or null")
+        problems.append(f"{path}: expert_block is {shown(manifest['expert_block'])}; expected an integer or null")
     for name, digest in files.items() if isinstance(files := manifest.get("files"), dict) else ():
         if not is_inside(name) or not isinstance(digest, str):
             problems.append(f"{path}: files: {shown(name)}: expected a file of this directory and its SHA-256; {again}")
     components = manifest.get("components")
     for name, parts in components.items() if isinstance(components, dict) else ():
         if name not in COMPONENTS:
-            problems.append(f"{path}: no component is called {name}; {again}")
+            problems.append(f"{path}: no component is called {shown(name)}; {again}")
         elif not (isinstance(parts, dict) and all(is_inside(part) and _is_part(parts[part]) for part in parts)):
             problems.append(f"{path}: {name}: expected each parameter's shape, dtype and crc32; {again}")
     raise_all(problems, f"{path} is damaged")

@@ -66,7 +66,7 @@ class FlowSchedule:
         name = config.get("_class_name", EULER)
         if not isinstance(name, str) or name not in SHIFT_KEYS:
             raise ValueError(
-                f"the scheduler is {name!r}, which is not known to follow a flow as SD3 does; expected one of "
+                f"the scheduler is {name!r:.80}, which is not known to follow a flow as SD3 does; expected one of "
                 + ", ".join(SHIFT_KEYS)
             )
         key = SHIFT_KEYS[name]
@@ -74,30 +74,30 @@ class FlowSchedule:
             for option, expected in (("use_flow_sigmas", True), ("prediction_type", "flow_prediction")):
                 if config.get(option) != expected:
                     raise ValueError(
-                        f"the scheduler is {name} whose {option} is {config.get(option)!r}; SD3 is a flow: expected "
-                        f"{expected!r}"
+                        f"the scheduler is {name} whose {option} is {config.get(option)!r:.80}; SD3 is a flow: "
+                        f"expected {expected!r}"
                     )
         for option in OTHER_MODELS:
             if config.get(option):
                 raise ValueError(
-                    f"the scheduler's {option} is {config[option]!r}; SD3's schedule has a fixed shift only"
+                    f"the scheduler's {option} is {config[option]!r:.80}; SD3's schedule has a fixed shift only"
                 )
         timesteps = config.get("num_train_timesteps", cls.num_train_timesteps)
         if timesteps != cls.num_train_timesteps:
             raise ValueError(
-                f"the scheduler's num_train_timesteps is {timesteps!r}; SD3's is {cls.num_train_timesteps}"
+                f"the scheduler's num_train_timesteps is {timesteps!r:.80}; SD3's is {cls.num_train_timesteps}"
             )
         shift = config.get(key, 1.0)
         if type(shift) not in (int, float) or not 0 < shift < np.inf:
-            raise ValueError(f"the scheduler's {key} is {shift!r}; expected a positive number")
+            raise ValueError(f"the scheduler's {key} is {shift!r:.80}; expected a positive number")
         other = "shift" if key == "flow_shift" else "flow_shift"
         if config.get(other, shift) != shift:
             # diffusers keeps the keys of the scheduler that another was made from, and takes 1 for what has a new name.
             raise ValueError(
-                f"the scheduler is {name} with {key} {shift!r}, and {other} {config[other]!r} is left of the one that "
-                f"it was made from: set both to the model's own ({cls.shift} for SD3), or remove {other}"
+                f"the scheduler is {name} with {key} {shift!r}, and {other} {config[other]!r:.80} is left of the one "
+                f"that it was made from: set both to the model's own ({cls.shift} for SD3), or remove {other}"
             )
-        changed = [f"{option} {config[option]!r}" for option in OTHER_STEPS if config.get(option)]
+        changed = [f"{option} {config[option]!r:.80}" for option in OTHER_STEPS if config.get(option)]
         return cls(float(shift), " with ".join([name, *([", ".join(changed)] if changed else [])]))
 
     def check_sampler(self, sampler: Sampler | None) -> None:

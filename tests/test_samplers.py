@@ -167,6 +167,32 @@ def test_the_index_and_the_schedulers_own_file_name_one_class(tmp_path):
         _ = open_source(source).schedule
 
 
+def test_a_scheduler_that_the_index_names_is_read_or_refused(tmp_path):
+    """None is taken for SD3's only where the index names none."""
+    source = saved_with(FlowMatchEulerDiscreteScheduler(shift=3.0), tmp_path / "source")
+    file = source / "scheduler" / "scheduler_config.json"
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: no such file; model_index\.json names a sched"):
+        open_source(source)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"scheduler": [None, None]}))
+    assert open_source(source).schedule.shift == 3.0
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: no such file"):
+        open_source(source)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: cannot be read: Is a directory"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("key", ["_class_name", "shift", "num_train_timesteps"])
+def test_a_wrong_value_is_shown_in_short(key):
+    with pytest.raises(ValueError, match="the scheduler") as error:
+        FlowSchedule.from_json({key: "x" * 10_000})
+    assert len(str(error.value)) < 500
+
+
 def test_commands_and_training_say_so_before_weights_are_read(tmp_path):
     source = str(saved_with(FlowMatchHeunDiscreteScheduler(shift=3.0), tmp_path / "heun"))
     parser = ArgumentParser()

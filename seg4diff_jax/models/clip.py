@@ -53,7 +53,7 @@ class LayerConfig(Protocol):
 def check_layers(config: LayerConfig) -> None:
     """Raise ValueError, naming key and value, for layers that are not implemented."""
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {config.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"hidden_act is {config.hidden_act!r:.80}; implemented: {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size is {config.hidden_size}; it must be a multiple of num_attention_heads "
@@ -82,7 +82,7 @@ class CLIPTextConfig:
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         for name in ("projection_dim", "eos_token_id"):
             if not isinstance(known.get(name, 0), int):
-                raise ValueError(f"{name} is {known[name]!r}; one integer is implemented")
+                raise ValueError(f"{name} is {known[name]!r:.80}; one integer is implemented")
         parsed = cls(**known)
         check_layers(parsed)
         return parsed

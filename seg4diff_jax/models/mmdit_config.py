@@ -35,26 +35,27 @@ class MMDiTConfig:
     def from_json(cls, config: dict[str, Any]) -> MMDiTConfig:
         """From a diffusers `transformer/config.json`. Raises ValueError for a variant that is not implemented."""
         if (kind := config.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
-            raise ValueError(f"_class_name is {kind!r}; 'SD3Transformer2DModel' is implemented")
+            raise ValueError(f"_class_name is {kind!r:.80}; 'SD3Transformer2DModel' is implemented")
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         norm = known.pop("qk_norm", None)
         if norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {norm!r}; null or 'rms_norm' is implemented")
+            raise ValueError(f"qk_norm is {norm!r:.80}; null or 'rms_norm' is implemented")
         if known.get("out_channels") is None:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
         layers = known.get("dual_attention_layers") or ()
         if not isinstance(layers, list | tuple) or not all(_is_integer(layer) for layer in layers):
-            raise ValueError(f"dual_attention_layers is {layers!r}; expected a list of integers")
+            raise ValueError(f"dual_attention_layers is {layers!r:.80}; expected a list of integers")
         known["dual_attention_layers"] = tuple(layers)
         if not known.get("pos_embed_max_size", cls.pos_embed_max_size):
             raise ValueError("pos_embed_max_size is missing; SD3's positional table is cropped from one of that size")
         for name, value in known.items():
             if name != "dual_attention_layers" and (not _is_integer(value) or value < 1):
-                raise ValueError(f"{name} is {value!r}; expected a positive integer")
+                raise ValueError(f"{name} is {value!r:.80}; expected a positive integer")
         parsed = cls(**known, qk_norm=norm is not None)
         if len(set(layers)) < len(layers) or not all(0 <= layer < parsed.num_layers for layer in layers):
             raise ValueError(
-                f"dual_attention_layers is {layers!r}; expected numbers of its {parsed.num_layers} layers, each once"
+                f"dual_attention_layers is {layers!r:.80}; expected numbers of its {parsed.num_layers} layers, each "
+                "once"
             )
         if parsed.caption_projection_dim != parsed.width:
             raise ValueError(

@@ -45,7 +45,7 @@ class T5Config:
         found = {"feed_forward_proj": "relu", **config}
         for name, implemented in IMPLEMENTED.items():
             if found.get(name, implemented) != implemented:
-                raise ValueError(f"{name} is {found[name]!r}; T5 version 1.1's {implemented!r} is implemented")
+                raise ValueError(f"{name} is {found[name]!r:.80}; T5 version 1.1's {implemented!r} is implemented")
         parsed = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
         if parsed.relative_attention_max_distance <= parsed.relative_attention_num_buckets // 4:
             raise ValueError(
