@@ -13,17 +13,18 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
 LARGEST = 1 << 20
 """Bytes of a file."""
 VALUES = 20_000
 """Of a file, each counted as often as aliases repeat it."""
 DEPTH = 32
-SHOWN = 80
+SHOWN, LONGEST_LINE = 80, 400
+"""Characters of a wrong value in a message, and of a line of one."""
 CLASSES = ("class_path", "init_args", "dict_kwargs")
 """How jsonargparse is told to import a class; no option is called so."""
 
@@ -59,7 +60,7 @@ def read_configuration(path: Path, kind: type | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a configuration of at most {LARGEST >> 10} KiB, the file is larger")
     found = parse_yaml(contents, str(path))
     if not isinstance(found, dict | None):
-        raise ValueError(f"{path}: expected options, as in `name: value`, found {_shown(found)}")
+        raise ValueError(f"{path}: expected options, as in `name: value`, found {shown(found)}")
     try:
         return {} if found is None else _options(found, kind, "")
     except ValueError as error:
@@ -95,7 +96,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) ->
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
-                raise ValueError(f"{', '.join(map(_shown, twice[:8]))} occurs twice in one section")
+                raise ValueError(f"{', '.join(map(shown, twice[:8]))} occurs twice in one section")
             parts = [each for pair in node.value for each in pair]
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
@@ -128,7 +129,7 @@ def _options(found: Mapping[Any, Any], kind: type | None, prefix: str) -> dict[s
         elif isinstance(value, dict):
             kept[name] = _options(value, inner, f"{option}.")
         elif value is not None:
-            raise ValueError(f"{option} is {_shown(value)}; expected a section with options of its own")
+            raise ValueError(f"{option} is {shown(value)}; expected a section with options of its own")
         elif optional:
             kept[name] = None
     return kept
@@ -145,21 +146,39 @@ def _plain(value: Any, option: str) -> Any:
     if type(value) is int and abs(value) >= 2**63:
         raise ValueError(f"{option} is a number of {len(str(abs(value)))} digits; expected one below 2^63")
     if value is not None and not isinstance(value, str | bool | int | float):
-        raise ValueError(f"{option} is {_shown(value)}; expected a number, a word, or a list or table of them")
+        raise ValueError(f"{option} is {shown(value)}; expected a number, a word, or a list or table of them")
     return value
 
 
-def check_finite(values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ValueError naming an option whose number is not finite, of options that were parsed."""
+def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "") -> None:
+    """Raise ValueError naming an option whose number is not finite, or that is null and has no such value.
+
+    Args:
+      values: options that jsonargparse has parsed, which takes null for any of them.
+      kind: the dataclass that they are of.
+    """
+    hints = get_type_hints(kind) if kind else {}
     for name, value in values.items():
+        option, hint = prefix + name, hints.get(name)
+        inner, optional = section(hint)
         if isinstance(value, Mapping):
-            check_finite(value, f"{prefix}{name}.")
+            check_parsed(value, inner, f"{option}.")
+        elif value is None and hint is not None and not optional:
+            raise ValueError(f"{option} is null; expected a value, or leave the option out for its default")
         elif any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
-            raise ValueError(f"{prefix}{name} is {_shown(value)}; expected a finite number")
+            raise ValueError(f"{option} is {shown(value)}; expected a finite number")
 
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else (value,)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, whose messages hold wrong values of any length: here lines of them are cut."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = (line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.splitlines())
+        super().error("\n".join(lines), ex)
 
 
 def configuration_file(kind: type) -> type[ActionConfigFile]:
@@ -191,7 +210,7 @@ def check_arguments(arguments: Sequence[str], kind: type) -> None:
         found = parse_yaml(value if given else following, option)
         inner, optional = sections[name]
         if not isinstance(found, dict) and not (found is None and optional):
-            raise ValueError(f"{option} is {_shown(found)}; expected options of it, as in {option}.NAME=VALUE")
+            raise ValueError(f"{option} is {shown(found)}; expected options of it, as in {option}.NAME=VALUE")
         _options(found or {}, inner, f"{option}.")
 
 
@@ -204,6 +223,7 @@ def _sections(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]
             yield from _sections(inner, f"{prefix}{field.name}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A wrong value as messages show it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

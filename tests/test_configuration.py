@@ -79,6 +79,35 @@ def test_options_given_after_the_file_win_and_those_before_it_do_not(tmp_path):
     assert parse_evaluation(["--pictures=3", "--config", str(written(tmp_path, "pictures: 4\n"))]).pictures == 4
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("train", "lora.alpha"), ("train", "optimizer.warmup"), ("evaluate", "model"), ("evaluate", "data.scenes")],
+)
+def test_null_is_refused_by_name_where_it_is_no_value(tmp_path, command, option):
+    section, _, name = option.rpartition(".")
+    file = written(tmp_path, f"{section}:\n  {name}: null\n" if section else f"{name}: null\n")
+    with pytest.raises(ValueError, match=rf"^{option} is null; expected a value"):
+        COMMANDS[command](file)
+
+
+@pytest.mark.parametrize("contents", ["", "{}", "# none", "task: null", "task: sewing"])
+def test_a_file_that_names_no_task_is_named_itself(tmp_path, contents):
+    file = written(tmp_path, contents)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(file))}: the task is (not named|'sewing'); expected one of"
+    ):
+        parse_training(["--config", str(file)])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_wrong_value_is_shown_in_short(tmp_path, capsys, command):
+    with pytest.raises(SystemExit):
+        COMMANDS[command](written(tmp_path, f"model: {[[]] * 3000}\n"))
+    said = capsys.readouterr().err.rpartition("error: ")[2]
+    assert "model" in said
+    assert max(map(len, said.splitlines())) < 500
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 

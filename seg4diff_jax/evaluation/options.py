@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from jsonargparse import ArgumentParser
-
-from seg4diff_jax.configuration import check_finite, configuration_file
+from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, shown
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
 
@@ -150,9 +148,9 @@ HELP = {
 }
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> Parser:
     """Dashes on the command line, underscores in a configuration file; unknown names are refused in both."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="evaluate.py",
         description="Score zero-shot segmentation, by names or without, on a set of labelled images.",
         allow_abbrev=False,
@@ -175,10 +173,11 @@ def make_parser() -> ArgumentParser:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Leaves with a message (SystemExit) for options that are not right; ValueError for a number that is not finite."""
+    """Leaves with a message (SystemExit) for options that are not right; ValueError for null and numbers that are
+    none."""
     values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
-    check_finite(values)
+    check_parsed(values, Options)
     values |= {name: group(**values[name]) for name, group in GROUPS.items()}
     return Options(**values)
 
@@ -199,13 +198,13 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
         span = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", str(part))
         if span is None:
             everything = ", or all" if all_allowed else ""
-            raise ValueError(f"{name} is {value!r}: expected numbers, as in 8 or 2,4,8 or 0..23{everything}")
+            raise ValueError(f"{name} is {shown(value)}: expected numbers, as in 8 or 2,4,8 or 0..23{everything}")
         found += range(int(span[1]), int(span[2] or span[1]) + 1)
     wrong = [number for number in found if number not in allowed]
     if wrong:
-        raise ValueError(f"{name} is {value!r}: {wrong[0]} is not one of {allowed[0]}..{allowed[-1]}")
+        raise ValueError(f"{name} is {shown(value)}: {wrong[0]} is not one of {allowed[0]}..{allowed[-1]}")
     if not found or len(set(found)) < len(found):
-        raise ValueError(f"{name} is {value!r}: expected at least one number, and each once")
+        raise ValueError(f"{name} is {shown(value)}: expected at least one number, and each once")
     return tuple(found)
 
 
@@ -222,7 +221,7 @@ def protocols(value: str | list[str]) -> tuple[str, ...]:
 def _each_once(value: str | list[str], name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in _parts(value))
     if not kinds or set(kinds) - set(known) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"{name} is {value!r}: expected {', '.join(known)}, or {','.join(known)}")
+        raise ValueError(f"{name} is {shown(value)}: expected {', '.join(known)}, or {','.join(known)}")
     return kinds
 
 
@@ -239,7 +238,7 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
     except ValueError:
         found = ()
     if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
-        raise ValueError(f"{name} is {value!r}: expected numbers above 0, each once, as in 0.005,0.01")
+        raise ValueError(f"{name} is {shown(value)}: expected numbers above 0, each once, as in 0.005,0.01")
     return found
 
 
@@ -252,7 +251,7 @@ def chosen_heads(value: Numbers, heads: int) -> tuple[int | None, ...]:
     for part in _parts(value):
         found += [None] if str(part).strip() == MEAN else numbers(str(part).strip(), "--heads", range(heads))
     if len(set(found)) < len(found):
-        raise ValueError(f"--heads is {value!r}: expected each once")
+        raise ValueError(f"--heads is {shown(value)}: expected each once")
     return tuple(found)
 
 

@@ -10,9 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import yaml
-from jsonargparse import ArgumentParser
 
-from seg4diff_jax.configuration import check_arguments, check_finite, configuration_file, read_configuration
+from seg4diff_jax.configuration import (
+    Parser,
+    check_arguments,
+    check_parsed,
+    configuration_file,
+    read_configuration,
+    shown,
+)
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.training.bounds import check_numbers
 from seg4diff_jax.training.errors import TrainingError
@@ -21,9 +27,9 @@ from seg4diff_jax.training.tasks import TASKS
 from seg4diff_jax.training.termination import Terminated, termination
 
 
-def task_parser(task: str, prog: str, description: str) -> ArgumentParser:
+def task_parser(task: str, prog: str, description: str) -> Parser:
     """All options of one task's configuration."""
-    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add: Any = parser.add_argument
     add("--config", action=configuration_file(TASKS[task].config), help="YAML file; options given after it win")
     add("--task", type=str, choices=list(TASKS), default=task)
@@ -31,7 +37,7 @@ def task_parser(task: str, prog: str, description: str) -> ArgumentParser:
     return parser
 
 
-def make_parser(task: str) -> ArgumentParser:
+def make_parser(task: str) -> Parser:
     """The same, and those of a run."""
     parser = task_parser(task, "train.py", f"Train the task {task}.")
     add: Any = parser.add_argument
@@ -50,17 +56,20 @@ def chosen_task(arguments: Sequence[str]) -> str:
 
     Raises ValueError when none or an unknown one is named, or the file cannot be read.
     """
-    found = None
+    found, where = None, ""
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         option, _, value = argument.partition("=")
         value = value or following
         if option == "--config" and value:
-            found = read_configuration(Path(value)).get("task", found)
+            options = read_configuration(Path(value))
+            if found is None or "task" in options:
+                found, where = options.get("task"), f"{value}: "
         elif option == "--task":
-            found = value
+            found, where = value, ""
     if not isinstance(found, str) or found not in TASKS:
         raise ValueError(
-            f"the task is {found!r}; expected one of {', '.join(TASKS)}, as `task:` in the file that --config names"
+            f"{where}the task is {'not named' if found is None else shown(found)}; expected one of "
+            f"{', '.join(TASKS)}, as `task:` in the file that --config names"
         )
     return found
 
@@ -87,11 +96,11 @@ def parse(arguments: Sequence[str]) -> Parsed:
     return Parsed(task, config, record, **flags)
 
 
-def configuration(task: str, parser: ArgumentParser, options: Any) -> tuple[Any, dict[str, Any]]:
+def configuration(task: str, parser: Parser, options: Any) -> tuple[Any, dict[str, Any]]:
     """A task's configuration of the options that `task_parser` adds, and the same as plain values."""
     options.pop("config", None)
     record = yaml.safe_load(parser.dump(options, skip_unset=False))
-    check_finite(record)
+    check_parsed(record, TASKS[task].config)
     values = parser.instantiate(options)
     values.pop("task")
     made = TASKS[task].config(**values)
