@@ -89,7 +89,7 @@ def root(whole, attention) -> Path:
             merged(some[index], protocol.threshold, protocol.minmax) for some in attention.values() for protocol in HERE
         ]
         ties = np.any([undecided(maps.reshape(-1, *GRID), size) for maps in every], axis=0)
-        ignore(whole / "labels" / f"{index}.png", ties, few=0.02)
+        ignore(whole / "labels" / f"{index}.png", ties, few=0.1)  # of twenty readings
     return whole
 
 
