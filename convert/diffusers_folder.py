@@ -11,7 +11,7 @@ from typing import Any
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
-from convert.index import check_index, is_inside, named_components
+from convert.index import check_index, is_inside, named_components, read_scheduler
 from convert.quantised import refuse_quantization_config
 from convert.readers import SCHEDULER, Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
@@ -57,9 +57,10 @@ def open_diffusers(
 
 def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder says of its scheduler, or SD3's where the index names none and there is none."""
-    file = directory / "scheduler" / "scheduler_config.json"
     named = index.get("scheduler", [None])[0] is not None
-    return read_json(file, "model_index.json names a scheduler") if named or os.path.lexists(file) else dict(SCHEDULER)
+    if named or os.path.lexists(directory / "scheduler" / "scheduler_config.json"):
+        return read_scheduler(directory, "model_index.json names a scheduler")
+    return dict(SCHEDULER)
 
 
 def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import raise_all
-from convert.files import shown
+from convert.files import read_json, shown
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems take."""
@@ -41,3 +41,11 @@ def is_inside(name: str) -> bool:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     short = len(parts) <= MOST_FOLDERS and all(len(part.encode("utf-8", "replace")) <= LONGEST_NAME for part in parts)
     return bool(parts) and short and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def read_scheduler(directory: Path, why: str = "") -> dict[str, Any]:
+    """A checkpoint's scheduler as diffusers writes it: DPM-Solver's has an infinite number.
+
+    Raises CheckpointError as `read_json` does.
+    """
+    return read_json(directory / "scheduler" / "scheduler_config.json", why, finite=False)

@@ -31,7 +31,7 @@ from convert.components import COMPONENTS, abstract_model, checked_block, parse_
 from convert.configurations import check_depth
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
-from convert.index import check_index, is_inside
+from convert.index import check_index, is_inside, read_scheduler
 from convert.layout import checksum, dtype_named, is_dtype, is_weight
 from convert.names import parameter_shapes
 from convert.readers import Layout, Source, part_of
@@ -164,7 +164,7 @@ def open_native(directory: Path) -> Source:
         configs,
         lambda name: NativeComponent(name, configs[name], directory / name / "params", components[name]),
         {path.split("/")[0]: directory / path.split("/")[0] for path in manifest["files"] if path.startswith("token")},
-        read_json(directory / "scheduler" / "scheduler_config.json"),
+        read_scheduler(directory),
         manifest["model_index"],
         manifest["expert_block"],
     )

@@ -149,13 +149,21 @@ def test_a_shift_left_of_the_scheduler_that_another_was_made_from_must_be_the_sa
     assert FlowSchedule.from_json(written(sampler.from_config(former.config, **FLOW, **same))).shift == 3.0
 
 
+@pytest.mark.parametrize("name", others(1.0))
+def test_every_sampler_is_read_from_what_diffusers_saves(tmp_path, name):
+    scheduler = others(3.0)[name]
+    schedule = open_source(saved_with(scheduler, tmp_path / "saved")).schedule
+    assert schedule == FlowSchedule.from_json(written(scheduler))
+
+
 def test_a_sampler_survives_conversion_to_our_format_and_back(tmp_path):
-    source = saved_with(UniPCMultistepScheduler(**FLOW, flow_shift=4.0), tmp_path / "unipc")
+    # DPM-Solver's configuration has an infinite number.
+    source = saved_with(DPMSolverMultistepScheduler(**FLOW, flow_shift=4.0), tmp_path / "solver")
     convert_checkpoint(source, tmp_path / "native", components=["vae"])
     convert_checkpoint(tmp_path / "native", tmp_path / "back", to="diffusers")
     found = [open_source(folder) for folder in (source, tmp_path / "native", tmp_path / "back")]
-    assert {each.schedule for each in found} == {FlowSchedule(4.0, "UniPCMultistepScheduler")}
-    assert found[2].model_index["scheduler"] == ["diffusers", "UniPCMultistepScheduler"]
+    assert {each.schedule for each in found} == {FlowSchedule(4.0, "DPMSolverMultistepScheduler")}
+    assert found[2].model_index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     assert found[2].scheduler == found[0].scheduler
 
 
