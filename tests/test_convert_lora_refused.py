@@ -102,8 +102,8 @@ def test_two_tensors_for_one_factor_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "not JSON of ours"),
-        ('{"transformer.r": ' + "9" * 5000 + "}", "not JSON: a number of 5000 digits"),
+        ("[" * 100_000, "in its header: not JSON that is read: more than 64"),
+        ('{"transformer.r": ' + "9" * 5000 + "}", "a number of 5000 digits"),
         ('{"transformer.r": ' + "9" * 30 + "}", "expected a positive whole number"),
         ('{"transformer.r": 3, "transformer.r": 4}', "'transformer.r' occurs twice"),
         ("[1]", "found a list"),

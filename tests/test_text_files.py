@@ -11,7 +11,7 @@ import pytest
 
 from seg4diff_jax.data import text_files
 from seg4diff_jax.data.folder import read_classes
-from seg4diff_jax.data.image_captions import read_captions
+from seg4diff_jax.data.image_captions import ImageCaptions, read_captions
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.text_files import Annotations, read_json, read_lines, read_text
 
@@ -81,18 +81,18 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
     [
         ("{", "Expecting property name"),
         ("", "Expecting value"),
-        ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands twice in one object"),
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' occurs twice in one object"),
         ('{"a": NaN}', "NaN is no number"),
         ('{"a": -Infinity}', "-Infinity is no number"),
-        ('{"a": 1e999}', "1e999 is no number"),
-        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
-        ("[" * 200_000, "nested too deeply|Expecting value"),
+        ('{"a": 1e999}', "the number '1e999' is larger than any float"),
+        ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
+        ("[" * 200_000, "more than 64 objects or lists"),
     ],
 )
 def test_damaged_json_is_refused_in_one_sentence_that_names_the_file(tmp_path, contents, problem):
     file = tmp_path / "annotations.json"
     file.write_text(contents)
-    with pytest.raises(FolderError, match=rf"annotations\.json cannot be read: .*({problem}).*; expected a list$"):
+    with pytest.raises(FolderError, match=rf"annotations\.json: not JSON.*({problem}).*; expected a list$"):
         read_json(file, "a list")
 
 
@@ -135,9 +135,27 @@ def test_a_value_of_another_kind_is_refused_by_its_place():
             {"annotations": [{"image_id": n, "id": 7, "caption": ""} for n in (1, 2)]},
             r"annotations\[1\]: 7 a second time",
         ),
+        (
+            {"annotations": [{"image_id": 1, "id": [1], "caption": ""}]},
+            r"annotations\[0\]\.id: a list where text or a whole number belongs",
+        ),
+        (
+            {"annotations": [{"image_id": 1, "id": {}, "caption": ""}]},
+            r"annotations\[0\]\.id: a table where text or a whole",
+        ),
     ],
 )
 def test_captions_of_another_kind_or_twice_are_refused_by_their_place(tmp_path, contents, problem):
     (tmp_path / "captions.json").write_text(json.dumps(contents))
     with pytest.raises(FolderError, match=problem):
         read_captions(tmp_path / "captions.json")
+
+
+def test_long_names_are_cut_in_messages(tmp_path):
+    name, file = "x" * 10**5, tmp_path / "captions.json"
+    twice = {f"0{'1' * 10**4}": "", "1" * 10**4: ""}
+    for contents in ({name: 5}, {name: "A cat."}, twice, {"annotations": [{"image_id": name}]}):
+        file.write_text(json.dumps(contents))
+        with pytest.raises(FolderError, match="captions") as caught:
+            ImageCaptions(("sa_1",), file)
+        assert len(str(caught.value)) < 1000

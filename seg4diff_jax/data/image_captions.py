@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from convert.files import cut, shown
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
@@ -42,7 +43,7 @@ class ImageCaptions:
         if self._captions and len(self.absent) == len(names):
             raise FolderError(
                 f"{file} has a caption for none of the {len(names)} pictures: its first key is "
-                f"{next(iter(self._captions))!r}, and that of {names[0]} would be {_key(names[0])!r}"
+                f"{shown(next(iter(self._captions)))}, and that of {names[0]} would be {_key(names[0])!r}"
             )
 
     def __call__(self, name: str) -> str:
@@ -60,7 +61,7 @@ def read_captions(file: str | Path) -> Mapping[str, str]:
     if "annotations" in found and isinstance(found["annotations"].value, list):
         each = found["annotations"].each()
         if all("id" in one for one in each):
-            unrepeated([one["id"].value for one in each], each)
+            unrepeated([one["id"].label() for one in each], each)
         pairs = [(_image_key(one["image_id"]), one["caption"].text()) for one in each]
         return dict(reversed(pairs))
     if not isinstance(found.value, dict):
@@ -68,7 +69,7 @@ def read_captions(file: str | Path) -> Mapping[str, str]:
     captions: dict[str, str] = {}
     for name in found.value:
         if (key := _key(name)) in captions:
-            raise found[name].refuse(f"a second caption of the picture {key}")
+            raise found[name].refuse(f"a second caption of the picture {cut(key)}")
         captions[key] = found[name].text()
     return captions
 

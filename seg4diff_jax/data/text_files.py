@@ -7,12 +7,12 @@ Windows or old Macs do, and end with or without one.
 from __future__ import annotations
 
 import codecs
-import json
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.errors import CheckpointError
+from convert.files import cut, parse_json, shown
 from seg4diff_jax.data.labelled import FolderError
 
 MARKS = (  # UTF-32's begins with UTF-16's
@@ -80,31 +80,13 @@ def read_json(file: str | Path, expected: str, keep: Collection[str] = ()) -> An
       expected: what should be in it, for messages.
       keep: names that are read; others are let go at once, which a large file needs. Default: all.
 
-    Raises FolderError when it is absent or damaged, names something twice in one object, or holds numbers that are none
-    (NaN, Infinity, 1e999).
+    Raises FolderError when it is absent or no such JSON as `convert.files.parse_json` reads.
     """
-
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for place, name in enumerate(names) if name in names[:place])
-            raise ValueError(f"{twice!r} stands twice in one object")
-        return {name: value for name, value in pairs if name in keep} if keep else found
-
-    def finite(text: str) -> float:
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"{text[:20]} is no number that can be read")
-        return number
-
+    text = read_text(file, expected)
     try:
-        return json.loads(read_text(file, expected), object_pairs_hook=table, parse_constant=finite, parse_float=finite)
-    except FolderError:
-        raise
-    except RecursionError:
-        raise FolderError(f"{file} cannot be read: it is nested too deeply; expected {expected}") from None
-    except ValueError as error:
-        raise FolderError(f"{file} cannot be read: {error}; expected {expected}") from None
+        return parse_json(text, str(file), keep=keep)
+    except CheckpointError as error:
+        raise FolderError(f"{error}; expected {expected}") from None
 
 
 class Annotations:
@@ -117,7 +99,7 @@ class Annotations:
         self.value, self._file, self._expected, self._place = value, file, expected, place
 
     def refuse(self, problem: str) -> FolderError:
-        place = f", {self._place.lstrip('.')}" if self._place else ""
+        place = f", {cut(self._place.lstrip('.'))}" if self._place else ""
         return FolderError(f"{self._file}{place}: {problem}; expected {self._expected}")
 
     def __getitem__(self, name: str) -> Annotations:
@@ -144,15 +126,22 @@ class Annotations:
 
     def whole(self, least: int, most: int) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value <= most:
-            shown = str(self.value) if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
-            raise self.refuse(f"{shown[:20]} where a whole number of {least} to {most} belongs")
+            raise self.refuse(f"{self._told()} where a whole number of {least} to {most} belongs")
         return self.value
 
     def number(self, least: int) -> int | float:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value >= least:
-            shown = str(self.value) if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
-            raise self.refuse(f"{shown[:20]} where a number from {least} belongs")
+            raise self.refuse(f"{self._told()} where a number from {least} belongs")
         return self.value
+
+    def label(self) -> str | int:
+        """What something is called by."""
+        if isinstance(self.value, bool) or not isinstance(self.value, str | int):
+            raise self.refuse(f"{self._told()} where text or a whole number belongs")
+        return self.value
+
+    def _told(self) -> str:
+        return str(self.value)[:20] if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
 
     def _part(self, value: Any, place: str) -> Annotations:
         return Annotations(value, self._file, self._expected, self._place + place)
@@ -163,7 +152,7 @@ def unrepeated(values: Sequence[Any], of: Sequence[Annotations]) -> None:
     seen = set()
     for value, one in zip(values, of, strict=True):
         if value in seen:
-            raise one.refuse(f"{value!r} a second time")
+            raise one.refuse(f"{shown(value)} a second time")
         seen.add(value)
 
 
