@@ -85,6 +85,9 @@ def test_what_is_not_where_it_should_be_is_named_with_its_origin(root):
         CITY.open(root, "train")
     with pytest.raises(FolderError, match=r"holds no leftImg8bit/val"):
         CITY.open(root / "gtFine")
+    (root / "leftImg8bit/val/lost").symlink_to(root / "another disk")
+    with pytest.raises(FolderError, match=r"leftImg8bit/val/lost is a link to nothing"):
+        CITY.open(root)
 
 
 # ---- 27 classes -----------------------------------------------------------------------------------------------------

@@ -184,6 +184,8 @@ def test_what_is_not_where_it_should_be_is_named_with_its_origin(root):
         (lambda entry, _: entry.update(segments_info=None), r"segments_info: a null where a list belongs"),
         (lambda entry, all_: all_["annotations"].append(entry), r"annotations\[1\]: '000000000139' a second time"),
         (lambda _, all_: all_.update(categories=[{"id": 1}, {"id": 1}]), r"categories\[1\]: 1 a second time"),
+        (lambda entry, _: entry["segments_info"][0].update(category_id=0), r"category_id: 0 where a whole number of 1"),
+        (lambda _, all_: all_.update(categories=[{"id": 0}]), r"categories\[0\]\.id: 0 where a whole number of 1 to"),
         (lambda _, all_: all_.update(annotations={}), r"annotations: a table where a list belongs"),
     ],
 )

@@ -70,6 +70,16 @@ def spoil_image(root: Path) -> None:
     (root / "images" / "a.jpg").write_bytes(b"no image")
 
 
+def lose_image(root: Path) -> None:
+    (root / "images" / "a.jpg").unlink()
+    (root / "images" / "a.jpg").symlink_to(root / "another disk" / "a.jpg")
+
+
+def lose_label(root: Path) -> None:
+    (root / "labels" / "a.png").unlink()
+    (root / "labels" / "a.png").symlink_to(root / "another disk" / "a.png")
+
+
 def remove_label(root: Path) -> None:
     (root / "labels" / "a.png").unlink()
 
@@ -96,6 +106,8 @@ def colour_label(root: Path) -> None:
     ("damage", "message"),
     [
         (spoil_image, r"images/a\.jpg: cannot be read as an image"),
+        (lose_image, r"images/a\.jpg: a link to nothing"),
+        (lose_label, r"labels/a\.png: a link to nothing"),
         (remove_label, r"labels/a\.png: no such file"),
         (spoil_label, r"labels/a\.png: cannot be read as an image"),
         (paint_outside, r"labels/a\.png: 2 pixels have the value 3; classes\.txt names 3 classes, so expected 0 to 2"),

@@ -156,7 +156,7 @@ def _segments(listing: Path, names: list[str]) -> list[Int[np.ndarray, "_ 2"] | 
     contents = Annotations(read_json(listing, PANOPTIC, KEPT), listing, PANOPTIC)
     if "categories" in contents:
         categories = contents["categories"].each()
-        unrepeated([category["id"].whole(0, MOST_SEGMENT) for category in categories], categories)
+        unrepeated([category["id"].whole(1, MOST_SEGMENT) for category in categories], categories)
     annotations = contents["annotations"].each()
     stems = [Path(each["file_name"].text()).stem for each in annotations]
     unrepeated(stems, annotations)
@@ -165,6 +165,6 @@ def _segments(listing: Path, names: list[str]) -> list[Int[np.ndarray, "_ 2"] | 
         segments = each["segments_info"].each()
         numbers = [segment["id"].whole(1, MOST_SEGMENT) for segment in segments]
         unrepeated(numbers, segments)
-        categories = [segment["category_id"].whole(0, MOST_SEGMENT) for segment in segments]
+        categories = [segment["category_id"].whole(1, MOST_SEGMENT) for segment in segments]
         found[stem] = np.array([numbers, categories], np.int64).T
     return [found.get(name) for name in names]

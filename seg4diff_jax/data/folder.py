@@ -35,7 +35,7 @@ class LabelledFolder:
             if not folder.is_dir():
                 raise FolderError(f"{folder}: no such directory; expected a folder with images/, labels/, classes.txt")
         self.classes = read_classes(self.root / "classes.txt")
-        files = [path for path in shown((self.root / "images").iterdir()) if path.is_file()]
+        files = [path for path in shown((self.root / "images").iterdir()) if not path.is_dir()]
         self.files = sorted(files, key=lambda path: path.name)
         if not self.files:
             raise FolderError(f"{self.root / 'images'} holds no file: expected images")

@@ -125,7 +125,7 @@ def read_stored(file: Path | bytes, name: str) -> tuple[str, np.ndarray]:
     try:
         return read_label_png(file, name)
     except FileNotFoundError:
-        raise FolderError(f"{name}: no such file; expected the label of the image of that name") from None
+        raise FolderError(f"{name}: {_nothing(file)}; expected the label of the image of that name") from None
     except ImageError as error:
         raise FolderError(str(error)) from None
 
@@ -164,7 +164,11 @@ def _pixels(file: Path | bytes, name: str, as_stored: bool = False) -> UInt8[np.
     try:
         return read_rgb(file, name, turned=not as_stored)
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
+        raise ImageError(f"{name}: {_nothing(file)}") from None
+
+
+def _nothing(file: Path | bytes) -> str:
+    return "a link to nothing" if isinstance(file, Path) and file.is_symlink() else "no such file"
 
 
 # ---- where things lie -----------------------------------------------------------------------------------------------
@@ -193,7 +197,9 @@ def shown(paths: Iterable[Path]) -> list[Path]:
 
 
 def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
-    """Files in alphabetical order of their names. Raises FolderError when there is none."""
+    """Files in alphabetical order of their names. Raises FolderError when there is none, or a folder of them is lost."""
+    if "/" in pattern and (lost := [path for path in sorted(shown(directory.iterdir())) if not path.exists()]):
+        raise FolderError(f"{lost[0]} is a link to nothing; expected {origin}")
     files = [path for path in shown(directory.glob(pattern)) if not path.parent.name.startswith(".")]
     files.sort(key=lambda path: path.name)
     if not files:
