@@ -194,7 +194,7 @@ class Measurement:
                 size = self._images_per_shard()
                 if kept:
                     kept.begin(size)
-            done, counted = kept.done() if kept else ([], None)
+            done, counted = kept.done(size, len(self.benchmark.source)) if kept else ([], None)
             return json.dumps([size, done]).encode(), counted.to_bytes() if counted else b""
 
         description, former = (gathered(message)[0] for message in in_step(known))

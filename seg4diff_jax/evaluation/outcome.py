@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
 from typing import Any, TypeVar, cast
@@ -16,7 +17,7 @@ from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
 
-LEFT_OUT = "left_out"
+LEFT_OUT, CHECKSUM = "left_out", "checksum"
 PROTOCOLS = {"counted": Counted, "matched": Matched}
 Kind = TypeVar("Kind", Counted, Matched)
 
@@ -43,11 +44,16 @@ class Outcome:
     seconds: Float[np.ndarray, 2]
     left_out: tuple[LeftOut, ...]
 
+    def covered(self) -> list[int]:
+        """Numbers of the images that were looked at, scored or left out, ascending."""
+        return sorted([*self.indices.tolist(), *(each.index for each in self.left_out)])
+
     def to_bytes(self) -> bytes:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
         for protocol in PROTOCOLS:
             arrays |= {f"{protocol}.{name}": each for name, each in getattr(self, protocol)._asdict().items()}
         arrays[LEFT_OUT] = np.array(json.dumps(self.left_out))
+        arrays[CHECKSUM] = np.array(_checksum(arrays))
         file = BytesIO()
         np.savez_compressed(file, **arrays)
         return file.getvalue()
@@ -56,15 +62,27 @@ class Outcome:
     def from_bytes(cls, contents: bytes) -> Outcome:
         """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
         with np.load(BytesIO(contents), allow_pickle=False) as file:
-            parts: dict[str, Any] = {
-                protocol: kind(*(file[f"{protocol}.{name}"] for name in kind._fields))
-                for protocol, kind in PROTOCOLS.items()
-            }
-            left_out = tuple(LeftOut(*each) for each in parse_json(str(file[LEFT_OUT]), LEFT_OUT))
-            return cls(left_out=left_out, **parts, **{name: file[name] for name in ARRAYS})
+            arrays = {name: file[name] for name in file.files}
+        if arrays.pop(CHECKSUM) != _checksum(arrays):
+            raise ValueError("the arrays are not those that were written")
+        parts: dict[str, Any] = {
+            protocol: kind(*(arrays[f"{protocol}.{name}"] for name in kind._fields))
+            for protocol, kind in PROTOCOLS.items()
+        }
+        left_out = tuple(LeftOut(*each) for each in parse_json(str(arrays[LEFT_OUT]), LEFT_OUT))
+        return cls(left_out=left_out, **parts, **{name: arrays[name] for name in ARRAYS})
 
 
 ARRAYS = [field.name for field in fields(Outcome) if field.name not in (*PROTOCOLS, LEFT_OUT)]
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of the arrays with their names, which the archive's own checksums do not bind to each other."""
+    found = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found = zlib.crc32(array, zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), found))
+    return found
 
 
 def together(parts: Sequence[Outcome]) -> Outcome:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import CheckpointError
-from convert.files import read_json
+from convert.files import cut, read_json, shown
 from seg4diff_jax.evaluation.outcome import Outcome, together
 
 DIRECTORY, RUN = "progress", "run.json"
@@ -49,11 +49,11 @@ class Progress:
         shard = former.pop(SHARD, None)
         if type(shard) is not int or shard < 1:
             raise ValueError(
-                f"{path}: {SHARD} is {shard!r}, expected a whole number, at least 1: give --overwrite to begin anew"
+                f"{path}: {SHARD} is {shown(shard)}, expected a whole number from 1: give --overwrite to begin anew"
             )
         names = dict.fromkeys((*former, *self.identity))
         changed = [
-            f"{name} was {former.get(name)!r} and is {self.identity.get(name)!r}"
+            f"{cut(name)} was {shown(former.get(name))} and is {shown(self.identity.get(name))}"
             for name in names
             if former.get(name) != self.identity.get(name)
         ]
@@ -69,17 +69,26 @@ class Progress:
         self.clear()
         self._images_per_shard = images_per_shard
 
-    def done(self) -> tuple[list[int], Outcome | None]:
-        """Numbers of the finished shards, and what was counted over all of them; a damaged file counts as none."""
+    def done(self, images_per_shard: int, images: int) -> tuple[list[int], Outcome | None]:
+        """Numbers of the finished shards, and what was counted over all of them.
+
+        A damaged file counts as none, and so does one whose images are not those of the shard with its number.
+
+        Args:
+          images: of the whole set.
+        """
         numbers: list[int] = []
         total: Outcome | None = None
         for path in sorted(self.directory.glob("[0-9]*.npz")):
             try:
-                part = Outcome.from_bytes(path.read_bytes())
+                number, part = int(path.stem), Outcome.from_bytes(path.read_bytes())
+                first = number * images_per_shard
+                if part.covered() != list(range(images)[first : first + images_per_shard]):
+                    raise ValueError("images of another shard")
             except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error):
-                path.unlink(missing_ok=True)
+                _remove(path)
                 continue
-            numbers.append(int(path.stem))
+            numbers.append(number)
             total = together([total, part] if total else [part])  # one at a time: many are more than memory holds
         return numbers, total
 
@@ -92,6 +101,13 @@ class Progress:
 
     def clear(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, contents: bytes) -> None:

@@ -29,6 +29,7 @@ from tests.reference.small_training import make_run as run_of
 
 IDENTITY = {"model": "miniature", "size": [64, 64], "seeds": [0, 1]}
 STEPS = 4
+IMAGES_PER_SHARD, SHARDS = 3, 2
 
 
 def make_state() -> TrainState:
@@ -86,14 +87,14 @@ def make_progress(root: Path) -> None:
     draw = np.random.default_rng(0)
     counts = lambda *shape: draw.integers(0, 99, shape)
     progress = Progress(root, IDENTITY)
-    progress.begin(2)
-    for number in range(2):
+    progress.begin(IMAGES_PER_SHARD)
+    for number in range(SHARDS):
         counted = Counted(counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 2))
         each, all_classes = (1, 1, 1), (1, 1, 1, 3, 3)
         sizes = all_classes, each, all_classes, each, all_classes, (*each, 2)
         matched = Matched(*(counts(*size) for size in sizes))
-        indices = np.arange(2) + 2 * number
-        left_out = (LeftOut(7 + number, "skipped", "broken.png: cannot be read"),)
+        indices = np.arange(2) + IMAGES_PER_SHARD * number
+        left_out = (LeftOut(IMAGES_PER_SHARD * number + 2, "skipped", "broken.png: cannot be read"),)
         outcome = Outcome(counted, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
         progress.save(number, outcome)
 
@@ -103,7 +104,7 @@ def read_progress(root: Path) -> Any:
     progress = Progress(root, IDENTITY)
     size = progress.resumed()
     there = {path.name for path in (root / "progress").glob("*.npz")}
-    numbers, outcome = progress.done()
+    numbers, outcome = progress.done(size or 1, IMAGES_PER_SHARD * SHARDS)
     lost = there - {f"{number:06d}.npz" for number in numbers}
     if lost or size is None:
         raise Recounted(f"{', '.join(lost)} of {root}, {RUN}")
