@@ -11,16 +11,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.errors import CheckpointError
-from convert.files import read_json
+from convert.files import cut, read_json, shown
 from seg4diff_jax.checksums import checksums
 
 STATE, CHECKSUMS, DATA, CONFIG, METRICS = "state", "checksums", "data", "config", "metrics"
+NOTES = "_CHECKPOINT_METADATA"
+"""Orbax's own, of versions and times; it reads checkpoints that have none."""
+NOTED: dict[str, type | tuple[type, ...]] = {
+    "item_handlers": (dict, str),
+    "metrics": dict,
+    "performance_metrics": dict,
+    "init_timestamp_nsecs": int,
+    "commit_timestamp_nsecs": int,
+    "custom_metadata": dict,
+}
+"""What Orbax wants each of them to be, or null."""
 
 
 def checksums_to_keep(state: Any, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
@@ -39,7 +51,18 @@ def read_record(checkpoint: Path, name: str) -> dict[str, Any]:
 
 
 def has_record(checkpoint: Path, name: str) -> bool:
-    return _file(checkpoint, name).is_file()
+    """Whether there is one, sound or not."""
+    return os.path.lexists(checkpoint / name)
+
+
+def check_notes(checkpoint: Path) -> None:
+    """Raise CheckpointError when a checkpoint's `NOTES` are there and damaged."""
+    file = checkpoint / NOTES
+    if not os.path.lexists(file):
+        return
+    for name, value in read_json(file).items():
+        if value is not None and not isinstance(value, NOTED.get(name, object)):
+            raise CheckpointError(f"{file} is damaged: {cut(name)} is {shown(value)}")
 
 
 def check_arrays(checkpoint: Path, arrays: Any, *, below: str = "") -> bool:

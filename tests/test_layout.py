@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, str] = {
     "reporting": "pipeline",
     "data": "convert image_files images segmentation",
     "miniature": "data",
-    "training": "analysis compilation configuration convert data flow generation loading magnet miniature models "
-    "numerics parallel segmentation text",
+    "training": "analysis compilation configuration convert data flow generation image_files loading magnet "
+    "miniature models numerics parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")

@@ -17,10 +17,11 @@ from jax.sharding import SingleDeviceSharding
 
 from convert.errors import CheckpointError
 from convert.lora_run import read_run
-from convert.run_checkpoint import score
+from convert.run_checkpoint import NOTES, score
+from seg4diff_jax.images import read_image
 from seg4diff_jax.training.checkpoints import Checkpoints, Restored
 from seg4diff_jax.training.errors import TrainingError
-from seg4diff_jax.training.logs import Logs
+from seg4diff_jax.training.logs import STRIP, Logs
 from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.state import TrainState
 from tests.reference.small_training import OPTIMIZER, make_run, make_task
@@ -188,6 +189,36 @@ def test_a_damaged_score_is_named_and_not_compared(two, tmp_path):
             write(run, {4: 0.2})
 
 
+def test_a_score_that_is_a_directory_is_named(two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    file = run / "checkpoints" / "3" / "metrics" / "metrics"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(TrainingError, match=r"checkpoints/3/metrics/metrics: cannot be read.*goes on from step 2"):
+        write(run, {4: 0.2})
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"init_timestamp_nsecs": 1.5}', '{"commit_timestamp_nsecs": "now"}', "[]", "[" * 100_000]
+)
+def test_damaged_notes_of_orbax_are_named_and_what_it_reads_without_them_is_whole(damaged, two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    file = run / "checkpoints" / "2" / NOTES
+    file.write_text(damaged)
+    with pytest.raises(TrainingError, match=r"checkpoints/2/_CHECKPOINT_METADATA.*Remove the file"):
+        restored(run, 2)
+    file.unlink()
+    assert as_bytes(restored(run, 2).state) == as_bytes(STATE)
+
+
+def test_what_orbax_says_of_a_lost_file_is_told_in_some_lines(two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    for file in (run / "checkpoints" / "3" / "state").rglob("d/*"):
+        file.unlink()
+    (said,) = refused_or_whole(run)
+    assert len(said) < 1500
+
+
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +297,39 @@ def test_pictures_that_are_not_a_runs_own_stay(tmp_path):
     with Logs(tmp_path, name="points", steps=20, start=5):
         pass
     assert sorted(path.name for path in folder.iterdir()) == [".00000010.png", "00000005.png", "notes.png"]
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl", "pictures/00000003.png", "pictures"])
+def test_what_is_in_the_way_of_a_log_is_named(place, tmp_path):
+    if place == "pictures":
+        (tmp_path / place).touch()
+    else:
+        (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=rf"{place}: .*(move it elsewhere|could not be written)"):  # noqa: SIM117
+        with Logs(tmp_path, name="points", steps=9, start=2) as logs:
+            logs.picture(3, np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("damage", ["cut", "dangling", "directory"])
+def test_a_former_picture_that_cannot_be_read_is_left_out_of_the_sheet_and_told_once(damage, tmp_path, capsys):
+    with Logs(tmp_path, name="points", steps=9, start=0) as logs:
+        for step in (1, 2):
+            logs.picture(step, np.full((4, 4, 3), step, np.uint8))
+    file = tmp_path / "pictures" / "00000001.png"
+    contents = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(contents[:40])
+    elif damage == "dangling":
+        file.symlink_to(tmp_path / "another disk")
+    else:
+        file.mkdir()
+    with Logs(tmp_path, name="points", steps=9, start=2) as logs:
+        for step in (3, 4):
+            logs.picture(step, np.full((4, 4, 3), step, np.uint8))
+    sheet = read_image(tmp_path / "pictures.png")
+    assert [sheet[STRIP + row * (STRIP + 4), 0, 0] for row in range(3)] == [2, 3, 4]
+    assert len(sheet) == 3 * (STRIP + 4)
+    said = "".join(capsys.readouterr().err.split("\n"))
+    assert said.count("00000001.png") == 1
+    assert "left out of pictures.png" in said

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from convert.errors import CheckpointError
+from convert.files import cut
 from convert.run_checkpoint import (
     CHECKSUMS,
     CONFIG,
@@ -32,6 +33,7 @@ from convert.run_checkpoint import (
     STATE,
     add_metrics,
     check_arrays,
+    check_notes,
     checksums_to_keep,
     finite,
     read_record,
@@ -92,15 +94,16 @@ class Checkpoints:
             # Halves left by a run that was cut off. What cannot be removed now is when its step is written again.
             for half in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(half, ignore_errors=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                # With it metrics are written, and known to a run that is resumed; `Best` compares them.
-                best_fn=None if best is None else lambda metrics: metrics.get(best, 0.0),
-                enable_async_checkpointing=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            # With it metrics are written, and known to a run that is resumed; `Best` compares them.
+            best_fn=None if best is None else lambda metrics: metrics.get(best, 0.0),
+            enable_async_checkpointing=True,
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:  # what Orbax, the disk or the file system says
+            raise self._unopened(error) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -177,12 +180,19 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(error) from error
 
+    def _unopened(self, error: Exception) -> TrainingError:
+        for step in self._on_disk():
+            try:
+                check_notes(self.directory / str(step))
+            except CheckpointError as damage:
+                return TrainingError(f"{damage}. Remove the file: the checkpoint is read without it")
+        return TrainingError(f"{self.directory}: checkpoints cannot be read or written here ({_reason(error)})")
+
     def _failure(self, error: Exception) -> TrainingError:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         last = max(self._on_disk(), default=None)
         intact = "there is no earlier one" if last is None else f"the one of step {last} is intact"
         return TrainingError(
-            f"{self.directory}: a checkpoint could not be written ({reason}); {intact}. "
+            f"{self.directory}: a checkpoint could not be written ({_reason(error)}); {intact}. "
             "Make room on the disk, then continue with --resume"
         )
 
@@ -205,9 +215,8 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(target)}))
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise TrainingError(
-                f"{place} cannot be resumed with this configuration: {reason}. "
+                f"{place} cannot be resumed with this configuration: {_reason(error)}. "
                 f"Use the configuration that it was written with, or another run.out; if it is damaged, "
                 f"{self._earlier(step)}"
             ) from error
@@ -230,3 +239,9 @@ class Checkpoints:
         before = max((each for each in self._on_disk() if each < step), default=None)
         where = "begins anew" if before is None else f"goes on from step {before}"
         return f"move {self.directory / str(step)} elsewhere: --resume then {where}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, without TensorStore's own account of what it was asked."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return cut(line.partition(" [tensorstore_spec")[0], 600)

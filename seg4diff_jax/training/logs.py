@@ -7,8 +7,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convert.errors import CheckpointError
 from convert.files import parse_object
+from seg4diff_jax.image_files import ImageError, read_rgb
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.tensorboard import EventFile
 
@@ -55,15 +56,17 @@ class Logs:
         self._begun: tuple[int, float] | None = None
         self._events, self._directory = None, directory
         if writes:
-            directory.mkdir(parents=True, exist_ok=True)
-            _drop_rows_after(directory / METRICS, start)
-            _drop_pictures_after(directory / PICTURES, start)
-            self._rows = (directory / METRICS).open("a", encoding="utf-8")
-            cut_off = any(directory.glob("events.out.tfevents.*"))
-            self._events = EventFile(directory)
-            if cut_off:
-                self._events.restarted(start + 1)
+            with _at_its_start(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                _drop_rows_after(directory / METRICS, start)
+                _drop_pictures_after(directory / PICTURES, start)
+                self._rows = (directory / METRICS).open("a", encoding="utf-8")
+                cut_off = any(directory.glob("events.out.tfevents.*"))
+                self._events = EventFile(directory)
+                if cut_off:
+                    self._events.restarted(start + 1)
         self._pictures = directory / PICTURES
+        self._left_out: set[Path] = set()
 
     def __enter__(self) -> Logs:
         self._progress.start()
@@ -91,15 +94,21 @@ class Logs:
             self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
         if self._events is not None:
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            try:
+            with self._written(step):
                 self._rows.write(json.dumps({"step": step, **finite}) + "\n")
                 self._rows.flush()
                 self._events.scalars(step, values)
-            except OSError as error:
-                raise TrainingError(
-                    f"{self._directory}: the log of step {step} could not be written ({error.strerror}); checkpoints "
-                    "up to now are intact. Make room on the disk, then continue with --resume"
-                ) from error
+
+    @contextmanager
+    def _written(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{error.filename or self._directory}: the log of step {step} could not be written "
+                f"({error.strerror or error}); checkpoints up to now are intact. Make room on the disk, then continue "
+                "with --resume"
+            ) from error
 
     def _left(self, step: int) -> str:
         """As long as the steps since the first one took, all that was between them with it."""
@@ -110,15 +119,29 @@ class Logs:
         return f"  {timedelta(seconds=round(seconds))} left"
 
     def picture(self, step: int, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
-        """Keep the picture of a step, and lay those of all steps below each other in `pictures.png`."""
+        """Keep the picture of a step, and lay those of all steps below each other in `pictures.png`.
+
+        A former one that cannot be read any more is left out of that, and the run says so.
+        """
         if self._events is None:
             return
-        self._pictures.mkdir(exist_ok=True)
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
-        (self._pictures / f"{step:08d}.png").write_bytes(encoded.getvalue())
-        self._events.image(step, "pictures", encoded.getvalue(), *pixels.shape[:2])
-        rows = [(str(number), Image.open(file)) for number, file in _pictures(self._pictures)]
+        with self._written(step):
+            self._pictures.mkdir(exist_ok=True)
+            (self._pictures / f"{step:08d}.png").write_bytes(encoded.getvalue())
+            self._events.image(step, "pictures", encoded.getvalue(), *pixels.shape[:2])
+            self._sheet().save(self._pictures.with_suffix(".png"))
+
+    def _sheet(self) -> Image.Image:
+        rows = []
+        for number, file in _pictures(self._pictures):
+            try:
+                rows.append((str(number), Image.fromarray(read_rgb(file, str(file)))))
+            except (ImageError, FileNotFoundError) as error:
+                if file not in self._left_out:
+                    self.say(f"{error}; it is left out of {self._pictures.name}.png")
+                self._left_out.add(file)
         height = sum(STRIP + row.height for _, row in rows)
         sheet = Image.new("RGB", (max(row.width for _, row in rows), height), "white")
         top = 0
@@ -126,7 +149,7 @@ class Logs:
             ImageDraw.Draw(sheet).text((2, top), said, fill="black", font=ImageFont.load_default(STRIP - 2))
             sheet.paste(row, (0, top + STRIP))
             top += STRIP + row.height
-        sheet.save(self._pictures.with_suffix(".png"))
+        return sheet
 
     def advance(self, step: int) -> None:
         self._begun = self._begun or (step, time.perf_counter())
@@ -137,9 +160,21 @@ def _shown(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
+@contextmanager
+def _at_its_start(directory: Path) -> Iterator[None]:
+    """Raises TrainingError, which names the file, when logs cannot be written, or rows and pictures cannot go."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or directory}: logs cannot be kept here ({error.strerror or error}): move it elsewhere, "
+            "checkpoints do not need it, or give another run.out"
+        ) from error
+
+
 def _drop_rows_after(path: Path, step: int) -> None:
     """And the last line, where the run was killed while it wrote it. Raises TrainingError for other damage."""
-    if not path.is_file():
+    if not path.exists():
         return
     lines = path.read_bytes().splitlines()
     rows = [_parsed(line) for line in lines]
