@@ -155,6 +155,22 @@ def test_a_cache_whose_file_is_cut_short_or_absent_is_refused_by_name(cache):
         read_all(cache)
 
 
+@pytest.mark.parametrize("part", ["identity", "dtype", "shape", "count"])
+def test_what_a_cache_says_wrongly_is_cut_in_the_message(cache, part):
+    file, long = cache / "items.json", "x" * 10**5
+    described = json.loads(file.read_text())
+    wrong = {
+        "identity": {"identity": {"model": long, long: 1}},
+        "dtype": {"fields": {"x": [long, [30]]}},
+        "shape": {"fields": {long: ["float64", [[long]]]}},
+        "count": {"count": long},
+    }
+    file.write_text(json.dumps(described | wrong[part]))
+    with pytest.raises(ValueError, match="cache") as caught:
+        read_all(cache)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_flipped_bit_of_a_cache_is_found_or_changes_nothing(cache):
     """The file is filled up with zeros that nobody reads."""
     records, expected = cache / "items.arrayrecord", read_all(cache)

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from convert.files import read_json
+from convert.files import cut, read_json, shown
 from convert.staging import staged_directory
 from seg4diff_jax.data.loader import Item
 
@@ -121,7 +121,9 @@ class RecordCache:
         described = _fields(manifest, directory / MANIFEST)
         made_of = manifest["identity"]
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
-            listing = "; ".join(f"{key}: {made_of.get(key)!r}, not {identity.get(key)!r}" for key in different)
+            listing = "; ".join(
+                f"{cut(key)}: {shown(made_of.get(key))}, not {shown(identity.get(key))}" for key in different
+            )
             raise ValueError(f"{directory} was made of something else ({listing}): remove it, or name another")
         self._directory = directory
         self._seed = _seed(manifest) if "key" in manifest else None  # caches of earlier versions have no checksums
@@ -132,8 +134,9 @@ class RecordCache:
             if fields is None or name in fields:
                 self._places[name] = self._nbytes, field
             self._nbytes += field.nbytes
-        if "count" in manifest and manifest["count"] != len(self._records):
-            raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {manifest['count']}")
+        count = manifest.get("count", len(self._records))
+        if count != len(self._records):
+            raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {shown(count)}")
         if len(self._records):
             self[0]  # the file of another cache is told at once
 
@@ -157,7 +160,7 @@ class RecordCache:
         try:
             return act()
         except (RuntimeError, OSError) as error:
-            raise self._damaged(" ".join(str(error).split())) from error
+            raise self._damaged(cut(" ".join(str(error).split()))) from error
 
     def _damaged(self, how: str) -> ValueError:
         return ValueError(f"{self._directory} cannot be read ({how}): remove it, and it is made anew")
@@ -171,8 +174,8 @@ def _fields(manifest: Mapping[str, Any], file: Path) -> dict[str, Field]:
         found = {name: Field(dtype, tuple(shape)) for name, (dtype, shape) in manifest["fields"].items()}
         for name, field in found.items():
             if np.dtype(field.dtype).hasobject or not all(type(size) is int and size >= 0 for size in field.shape):
-                raise TypeError(f"field {name} is {field.dtype} {list(field.shape)}")
+                raise TypeError(f"field {cut(name)} is {cut(field.dtype)} {shown(list(field.shape))}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else cut(str(error))
         raise ValueError(f"{file} is damaged ({reason}): remove the cache, and it is made anew") from None
     return found
