@@ -14,7 +14,7 @@ from PIL import Image
 
 import seg4diff_jax as s4d
 from seg4diff_jax.command_line import main, segment
-from seg4diff_jax.command_line.generate import file_names, grid
+from seg4diff_jax.command_line.generate import RECORD, file_names, grid, remove_former
 from tests.reference.inputs import an_image
 
 PROMPTS = ["a cat on the grass", "two red buses, at night"]
@@ -86,6 +86,16 @@ def test_progress_goes_to_stderr(result, printed):
     assert printed["stdout"] == ""
     for part in ("blocks 0..5 of 0..5, float32", "generated 4 of 64 x 96 pixels in", "compiling", "wrote", FILES[0]):
         assert part in printed["stderr"]
+
+
+def test_only_files_that_a_record_names_go_whatever_names_it_has(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for name in ("00_a.png", "mine.png"):
+        (tmp_path / name).touch()
+    names = ["x" * 10**6, "a\0b", "", "..", "kept", "00_a.png"]
+    (tmp_path / RECORD).write_text(json.dumps({"pictures": [{"file": name} for name in names]}))
+    remove_former(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "mine.png"]
 
 
 def test_one_picture_has_the_trained_size_and_no_grid_and_replaces_an_earlier_run_when_told(

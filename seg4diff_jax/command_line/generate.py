@@ -113,11 +113,12 @@ def run(options: Any) -> None:
 def remove_former(out: Path) -> None:
     """Remove an earlier run's files: those that its record names, and nothing else."""
     try:
-        former = [Path(picture["file"]).name for picture in read_json(out / RECORD)["pictures"]]
+        former = {RECORD, GRID, *(Path(picture["file"]).name for picture in read_json(out / RECORD)["pictures"])}
     except (ValueError, KeyError, TypeError):
         return
-    for name in (RECORD, GRID, *former):
-        (out / name).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.name in former and (path.is_file() or path.is_symlink()):
+            path.unlink()
 
 
 def examine(options: Any) -> tuple[int, int]:
