@@ -12,7 +12,12 @@ import optax
 import pytest
 import torch
 
+from seg4diff_jax.models.lora import LoRAConfig
+from seg4diff_jax.training.autoencoder import Objective as AutoencoderObjective
+from seg4diff_jax.training.flow_matching import Evaluation
+from seg4diff_jax.training.flow_matching import Objective as FlowObjective
 from seg4diff_jax.training.optimizers import BOUNDS, OptimizerConfig, average_decay, make_optimizer, make_schedule
+from seg4diff_jax.training.samples import Samples
 
 STEPS = 40
 
@@ -147,6 +152,23 @@ def test_numbers_beyond_an_options_bounds_are_refused_by_its_name(option, values
     for value in values:
         with pytest.raises(ValueError, match=rf"^optimizer\.{option}.* is .*; expected "):
             OptimizerConfig(**{option: value})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("kind", "option", "several"),
+    [
+        (FlowObjective, "std", False),
+        (FlowObjective, "caption_dropout", False),
+        (Evaluation, "sigmas", True),
+        (AutoencoderObjective, "edges", False),
+        (Samples, "guidance", False),
+        (LoRAConfig, "alpha", False),
+    ],
+)
+def test_numbers_of_tasks_that_are_not_finite_are_refused_in_python_too(kind, option, several, number):
+    with pytest.raises(ValueError, match=rf"{option} is .*; expected a (finite )?number"):
+        kind(**{option: (0.5, number) if several else number})
 
 
 def test_every_number_of_the_options_has_bounds():

@@ -11,6 +11,7 @@ Every function here returns a new model that shares its argument's arrays, and l
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +61,8 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; an adapter has a rank of at least 1")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}; expected a finite number")
         if not self.targets or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets are {list(self.targets)}; name at least one layer, each once")
         if self.blocks is not None and (not self.blocks or list(self.blocks) != sorted({*self.blocks})):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seg4diff_jax.configuration import check_finite
 from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import on_host
@@ -49,6 +50,9 @@ class Objective:
     edges: float = 1.0
     divergence: float = 1e-4
     distances: float = 0.0
+
+    def __post_init__(self):
+        check_finite(vars(self), "objective.")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.analysis.clip_score import unit_vectors
+from seg4diff_jax.configuration import check_finite
 from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
@@ -71,6 +72,7 @@ class ContrastiveConfig:
     export_dtype: Dtype = "float16"
 
     def __post_init__(self):
+        check_finite(vars(self))
         widths = {self.clip_l.projection_dim, self.clip_g.projection_dim, self.vision.projection_dim}
         if len(widths) > 1:
             raise ValueError(f"projection_dim differs between the towers ({sorted(widths)}); they need one space")

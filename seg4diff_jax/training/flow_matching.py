@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from seg4diff_jax.configuration import check_finite
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
@@ -72,6 +73,9 @@ class Objective:
     caption_dropout: float = 0.1
     pooled_dropout: float = 0.0
 
+    def __post_init__(self):
+        check_finite(vars(self), "objective.")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -79,6 +83,9 @@ class Evaluation:
 
     sigmas: tuple[float, ...] = (0.2, 0.3, 0.5)
     batch_size: int = 16
+
+    def __post_init__(self):
+        check_finite(vars(self), "evaluation.")
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class FlowMatchingConfig:
     export_dtype: Dtype = "float16"
 
     def __post_init__(self):
+        check_finite(vars(self))
         if self.prompts.filled and self.cache is None:
             raise ValueError("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
 

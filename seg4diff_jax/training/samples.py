@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, Sampler, image_noise
+from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
 from seg4diff_jax.generation import finite_pictures, sample_latents
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.text import TokenIds, encode_prompts
@@ -37,6 +37,7 @@ class Samples:
     def __post_init__(self):
         if self.count < 1 or self.steps < 1:
             raise ValueError(f"samples.count is {self.count} and samples.steps {self.steps}; expected at least 1 each")
+        check_guidance(self.guidance)
 
 
 def sample_row(
