@@ -197,7 +197,7 @@ def shown(paths: Iterable[Path]) -> list[Path]:
 
 
 def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
-    """Files in alphabetical order of their names. Raises FolderError when there is none, or a folder of them is lost."""
+    """Files in alphabetical order of their names. Raises FolderError when there are none, or a folder is lost."""
     if "/" in pattern and (lost := [path for path in sorted(shown(directory.iterdir())) if not path.exists()]):
         raise FolderError(f"{lost[0]} is a link to nothing; expected {origin}")
     files = [path for path in shown(directory.glob(pattern)) if not path.parent.name.startswith(".")]
