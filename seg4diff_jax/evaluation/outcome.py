@@ -80,8 +80,8 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
     """Of the arrays with their names, which the archive's own checksums do not bind to each other."""
     found = 0
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        found = zlib.crc32(array, zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), found))
+        array = arrays[name]
+        found = zlib.crc32(array.tobytes(), zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), found))
     return found
 
 
