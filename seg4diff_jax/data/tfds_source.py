@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from convert.files import cut
 from seg4diff_jax.data.folder import listed_ids, read_classes
 from seg4diff_jax.data.labelled import FolderError, first_of, published_kind, published_split, read_fitting, read_values
 from seg4diff_jax.data.loader import Item
@@ -53,7 +54,7 @@ class PreparedSet:
             builder: Any = tfds.builder_from_directory(str(self.root))
             features = dict(sorted(builder.info.features.items()))
         except Exception as error:  # it raises almost anything at a damaged file
-            raise FolderError(f"{self.root} cannot be read: {error}; expected {PREPARED}") from None
+            raise FolderError(f"{self.root} cannot be read: {cut(str(error))}; expected {PREPARED}") from None
         self.name, splits = builder.name, list(builder.info.splits)
         if not splits:
             raise FolderError(f"{self.root} has no split; expected {PREPARED}")
@@ -81,7 +82,7 @@ class PreparedSet:
         try:
             record = self._source[index]
         except Exception as error:  # readers of records raise almost anything at a damaged file
-            raise FolderError(f"{self.root}, {name} cannot be read: {error}") from None
+            raise FolderError(f"{self.root}, {name} cannot be read: {cut(str(error))}") from None
         labels = self._class_of(label_values(record[self.kind], place), place)
         image = read_fitting(bytes(record[self.image]), labels.shape, place, f"{self.root}, {name}, {self.image}")
         return {"image": image, "labels": labels, "name": name}
