@@ -154,7 +154,7 @@ def test_a_panoptic_label_that_its_listing_does_not_explain_is_named(panoptic_ro
         SETS["coco-171"].open(panoptic_root)[0]
     listing.write_text("{")
     with pytest.raises(
-        FolderError, match=r"panoptic_val2017\.json cannot be read: .*; expected COCO's panoptic annotations"
+        FolderError, match=r"panoptic_val2017\.json: not JSON: .*; expected COCO's panoptic annotations"
     ):
         SETS["coco-171"].open(panoptic_root)
 

@@ -253,7 +253,7 @@ def test_damaged_masks_are_named(nameless, tmp_path):
     source = MaskFolder(tmp_path)
     with pytest.raises(FolderError, match=r"sa_1\.json, mask 0: a mask is of size \(64, 65\)"):
         source[0]["masks"][0]
-    with pytest.raises(FolderError, match=r"sa_2\.json cannot be read"):
+    with pytest.raises(FolderError, match=r"sa_2\.json: not JSON: "):
         source[1]
     (tmp_path / "sa_2.json").unlink()
     with pytest.raises(FolderError, match=r"no \.json with masks beside sa_2\.jpg"):

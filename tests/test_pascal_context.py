@@ -131,7 +131,7 @@ def test_a_picture_of_another_size_than_its_masks_is_refused(root):
 def test_what_is_not_where_it_should_be_or_not_as_described_is_named_with_its_origin(root):
     file = root / "VOCdevkit/VOC2010/trainval_merged.json"
     file.write_text(json.dumps(annotations())[:-20])
-    with pytest.raises(FolderError, match=r"trainval_merged\.json cannot be read: .*VOCdevkit/VOC2010"):
+    with pytest.raises(FolderError, match=r"trainval_merged\.json: not JSON: .*VOCdevkit/VOC2010"):
         CONTEXT.open(root)
     rewrite(root, lambda all_: all_.pop("annos_segmentation"))
     with pytest.raises(FolderError, match=r"trainval_merged\.json: no 'annos_segmentation'; expected"):
