@@ -237,8 +237,7 @@ class Pipeline:
           negative_prompt: what guidance leads away from.
           guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
           seed, noise, size, kernel: as for `segment`; the default size is the trained square.
-          sampler: "euler", SD3's own, also where the checkpoint was saved with another. Default: the checkpoint's,
-            which is an error unless it is Euler.
+          sampler: "euler", SD3's own, also where the checkpoint was saved with another, which otherwise is an error.
 
         Raises:
           ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
@@ -263,7 +262,6 @@ class Pipeline:
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    @settled()
     def encode_images(
         self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
     ) -> Float[Array, "batch rows columns channels"]:
@@ -298,7 +296,6 @@ class Pipeline:
             del self._conditioning[prompt]
         return stacked
 
-    @settled()
     def empty_prompt_attention(
         self,
         pixels: Float[np.ndarray, "images height width 3"],
@@ -342,8 +339,7 @@ class Pipeline:
 
     def spread(self, arrays: Any) -> Any:
         """Split leading axes over the mesh's data axes, where they divide."""
-        mesh = self.mesh
-        if mesh is None:
+        if (mesh := self.mesh) is None:
             return arrays
         devices = mesh.shape["data"] * mesh.shape["fsdp"]
         place = lambda array: NamedSharding(mesh, BATCH if len(array) % devices == 0 else PartitionSpec())

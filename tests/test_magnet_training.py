@@ -129,7 +129,10 @@ def test_adapters_of_checkpoints_are_found_by_step_and_score(run, tmp_path, caps
     [
         ([], "a training run that is not finished: take the adapters of one of its checkpoints"),
         (["--checkpoint", "30"], "has no checkpoint 30: give last, best or one of 20, 40"),
-        (["--checkpoint", "best"], "none of the checkpoints 20, 40 was evaluated to a finite mIoU: give last or a step"),
+        (
+            ["--checkpoint", "best"],
+            "none of the checkpoints 20, 40 was evaluated to a finite mIoU: give last or a step",
+        ),
         (["--checkpoint", "20"], "20/config/metadata: not JSON"),
         (["--checkpoint", "40", "--alpha", "3"], "a checkpoint says its alpha"),
     ],
