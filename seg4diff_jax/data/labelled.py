@@ -99,8 +99,9 @@ class IdTable:
         classes = np.where(inside, self._class_of[np.where(inside, ids, 0)], -1)
         unknown = ids[classes < 0]
         if unknown.size:
-            others = " and others" if np.any(unknown != unknown[0]) else ""
-            raise FolderError(f"{place}: {unknown.size} pixels have the value {unknown[0]}{others}; {self.expected}")
+            least, largest = unknown.min(), unknown.max()
+            values = f"the value {least}" if least == largest else f"values from {least} to {largest}"
+            raise FolderError(f"{place}: {unknown.size} pixels have {values}; {self.expected}")
         return classes.astype(np.uint8)
 
 
