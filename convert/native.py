@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from convert.components import COMPONENTS, abstract_model, checked_block, parse_config
 from convert.configurations import check_depth
-from convert.errors import CheckpointError, raise_all
+from convert.errors import CheckpointError, raise_all, reason
 from convert.files import read_json, shown
 from convert.index import check_index, is_inside, read_scheduler
 from convert.layout import checksum, dtype_named, is_dtype, is_weight
@@ -261,8 +261,7 @@ class NativeComponent:
             with _checkpointer() as checkpointer:
                 arrays = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=restore))
         except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{folder}: cannot be read ({reason}); convert the original again") from error
+            raise CheckpointError(f"{folder}: cannot be read ({reason(error)}); convert the original again") from error
         changed = [name for name in records if name not in arrays or _record(arrays[name]) != records[name]]
         raise_all(
             [f"{folder}: {name} is not what was written (checksum); convert the original again" for name in changed],

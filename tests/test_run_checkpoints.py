@@ -167,6 +167,23 @@ def test_a_flipped_bit_of_an_array_is_found_and_told_with_what_to_do(two, tmp_pa
     assert restored(run, 2).checked
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of readings that Orbax gives up
+def test_a_file_of_arrays_cut_short_is_told_as_damage_in_one_short_sentence(two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    state = run / "checkpoints" / "3" / "state"
+    (numbers,) = [file for file in state.rglob("d/*") if file.stat().st_size > 1000]
+    for file in (numbers, state / "manifest.ocdbt", state / "_METADATA"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        (said,) = refused_or_whole(run)
+        assert said.startswith(f"{state} is damaged or cannot be read (")
+        assert "this configuration" not in said
+        assert "ensorStore details" not in said
+        assert "tensorstore_spec" not in said
+        assert len(said.replace(str(run), "")) < 600
+        file.write_bytes(whole)
+
+
 @pytest.mark.parametrize("name", ["data/metadata", "config/metadata", "checksums/metadata", "state/_METADATA"])
 def test_a_damaged_record_of_a_checkpoint_is_refused_by_name(name, two, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")

@@ -10,10 +10,12 @@ RUN/checkpoints/<step>/metrics     of the evaluation after that step, if there w
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +59,12 @@ class Best:
         known = [(value, place) for place, value in enumerate(scores) if value is not None]
         _, best = max(known, default=(None, None))
         return [place == best for place in range(len(scores))]
+
+
+UNREAD = re.compile(r"^[A-Z_]+: Error (opening|reading|decoding)|^Encountered error while reading")
+"""How TensorStore and Orbax begin what they say of files that they cannot read."""
+DETAILS = re.compile(r"\.? See full TensorStore details| \[tensorstore_spec")
+"""What begins the parts of their messages that tell nothing of the fault."""
 
 
 class Restored(NamedTuple):
@@ -215,8 +223,14 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(target)}))
         except Exception as error:
+            reason = _reason(error)
+            if isinstance(error, JSONDecodeError) or UNREAD.search(reason):
+                raise TrainingError(
+                    f"{place / STATE} is damaged or cannot be read ({reason}). To go on without it, "
+                    f"{self._earlier(step)}"
+                ) from error
             raise TrainingError(
-                f"{place} cannot be resumed with this configuration: {_reason(error)}. "
+                f"{place} cannot be resumed with this configuration: {reason}. "
                 f"Use the configuration that it was written with, or another run.out; if it is damaged, "
                 f"{self._earlier(step)}"
             ) from error
@@ -244,4 +258,4 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     """The first line of what a library says, without TensorStore's own account of what it was asked."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return cut(line.partition(" [tensorstore_spec")[0], 600)
+    return cut(DETAILS.split(line)[0], 600)
