@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from convert.errors import listed
 from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
@@ -60,7 +61,7 @@ def assemble(
             buffers[path] = np.empty(flat[path].get_value().shape, dtype or array.dtype)
         buffers[path][... if row is None else row] = array
     if waiting:
-        raise NameTableError("missing parameters:\n  " + "\n  ".join(waiting))
+        raise NameTableError("missing parameters:\n  " + "\n  ".join(listed(list(waiting))))
     for path, variable in flat.items():
         buffer = buffers.pop(path)
         variable.set_value(jax.device_put(buffer, shardings(path, buffer.shape)) if shardings else jnp.asarray(buffer))

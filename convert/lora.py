@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import lora_formats as formats
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, listed
 from convert.hub import is_repository_id
 from convert.lora_formats import Format, LoRACheckpoint
 from convert.lora_layers import config_of, gaps, pair, refuse
@@ -66,8 +66,7 @@ def load_lora(
         raise CheckpointError(
             f"{path}: tensors that are no adapters of the transformer and would go unused: "
             f"{formats.in_short(checkpoint.others)}; "
-            f"say adapters_only=True to leave them out, or leave them out for good with `python -m convert lora {path} "
-            "DST --adapters-only`"
+            f"leave them out with `python -m convert lora {path} DST --adapters-only`"
         )
     return checkpoint.config, checkpoint.adapters
 
@@ -206,8 +205,16 @@ def _find(path: Path) -> Path:
                 f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
                 f"`python -m convert lora {path} DST --checkpoint last`, or best"
             )
+        alone = sorted(file for file in path.glob("[!.]*.safetensors") if file.is_file())
+        if len(alone) == 1:
+            return alone[0]
+        if named := sorted(file.parent.name for file in path.glob(f"*/{formats.PEFT_CONFIG}")):
+            raise CheckpointError(f"{path}: adapters are in its folders {', '.join(listed(named))}: name one of them")
         names = f"{', '.join(formats.IN_DIRECTORIES[:-1])} or {formats.IN_DIRECTORIES[-1]}"
-        raise CheckpointError(f"{path}: no adapters: expected {names} in it; name a file that is called otherwise")
+        raise CheckpointError(
+            f"{path}: no adapters: expected {names}, or a single .safetensors file, in it; name a file that is called "
+            "otherwise"
+        )
     if not path.is_file():
         hint = f"; if it is on the Hub: hf download {path}" if is_repository_id(str(path)) else ""
         raise CheckpointError(f"{path}: no such file or directory{hint}")

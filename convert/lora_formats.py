@@ -23,8 +23,9 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, listed
 from convert.files import parse_object, read_json
+from convert.foreign_names import OF_ADAPTERS, recognise
 from convert.layout import contiguous
 from convert.lora_layers import config_of, fill, gaps, is_alpha, most_common, pair, refuse, unite
 from convert.lora_names import (
@@ -56,6 +57,7 @@ EXPORT, CHECKPOINTS = "export", "checkpoints"
 """Where in a training run's directory."""
 DIFFUSERS_KEY = "lora_adapter_metadata"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_KEY = "ss_network_alpha"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IN_DIRECTORIES = (NATIVE_FILE, PEFT_WEIGHTS, "adapter_model.bin", DIFFUSERS_FILE, "pytorch_lora_weights.bin")
 """Names by which a file of adapters is found in a directory."""
@@ -122,6 +124,8 @@ def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
     for prefix, form in (FLAT_PREFIXES | DOTTED_PREFIXES | bare).items():
         if any(name.startswith(prefix) for name in adapters):
             return cast(Format, form), "" if prefix in bare else prefix
+    if known := recognise(names, OF_ADAPTERS):
+        raise CheckpointError(f"{path}: {known}")
     layer = f"{DIFFUSERS}.0.attn.to_q.lora_A.weight"
     raise CheckpointError(
         f"{path}: no adapters of SD3's transformer: expected names like {DIFFUSERS_PREFIX}{layer}, "
@@ -244,11 +248,18 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[st
 
 def _whole(path: Path, parsed: Parsed, problems: list[str], rank: Callable[[str], int] | None) -> dict[str, Adapter]:
     """Whole adapters, none missing. Raises CheckpointError with all that stands in the way."""
-    problems = [*problems, *parsed.problems, *map(surplus, parsed.rest)]
+    problems = [*problems, *parsed.problems, *_surplus(path, parsed)]
     adapters = pair(parsed.factors, rank, problems)
     problems += [f"missing: an adapter of {layer}" for layer in gaps(_layers(parsed))]
     refuse(path, problems)
     return adapters
+
+
+def _surplus(path: Path, parsed: Parsed) -> list[str]:
+    """A line for each tensor that is not used. Raises CheckpointError when their names tell what happened."""
+    if known := recognise(parsed.rest, OF_ADAPTERS):
+        raise CheckpointError(f"{path}: {known}")
+    return [*map(surplus, parsed.rest)]
 
 
 def _configured(
@@ -256,17 +267,18 @@ def _configured(
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """Adapters whose ranks and alphas are the file's own, layer by layer, brought to one of each."""
     path, layers = opened.path, _layers(parsed)
+    unused = _surplus(path, parsed)
     own, problems = _alphas(parsed, layers)
     if settings is None:
         adapters = _whole(path, parsed, problems, None)
-        asked = _agreed(path, most_common(own.values()) if own else None, alpha)
+        asked = _agreed(path, most_common(own.values()) if own else _kohyas_alpha(opened), alpha)
         alphas = own or {layer: asked or float(a.shape[1]) for layer, (a, _) in adapters.items()}
         return unite(adapters, alphas)
     stated = read_settings(path, *settings, layers, problems)
     if different := [layer for layer in own if own[layer] != stated.alphas[layer]]:
         layer = different[0]
         problems.append(f"{layer}: alpha is {stated.alphas[layer]:g} in {settings[0]}, {own[layer]:g} in the tensors")
-    problems += [*parsed.problems, *map(surplus, parsed.rest)]
+    problems += [*parsed.problems, *unused]
     adapters = pair(parsed.factors, stated.ranks.__getitem__, problems)
     refuse(path, problems)
     _agreed(path, most_common(stated.alphas.values()), alpha)
@@ -294,6 +306,21 @@ def _alphas(parsed: Parsed, layers: Sequence[str]) -> tuple[dict[str, float], li
     if parsed.alphas:
         problems += [f"missing: the alpha of {layer}" for layer in layers if layer not in found]
     return found, problems
+
+
+def _kohyas_alpha(opened: Opened) -> float | None:
+    """All layers' alpha as kohya's header says it; None, each layer's rank, without one or, as kohya has it, for 0."""
+    text = opened.metadata.get(KOHYA_KEY)
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = -1.0
+    if value and not is_alpha(value):
+        raise CheckpointError(
+            f"{opened.path}: {KOHYA_KEY} in its header: expected a finite positive number, found {text!r:.50}; "
+            "correct it, or leave it out and say --alpha"
+        )
+    return value or None
 
 
 def _agreed(path: Path, stated: float | None, asked: float | None) -> float | None:
@@ -330,7 +357,9 @@ def in_short(others: Iterable[str]) -> str:
     """Names of tensors, those of text encoders counted by their beginnings."""
     found = [(name, TEXT_ENCODER.match(name)) for name in others]
     counts = Counter(f"{begin[0]}*" for _, begin in found if begin)
-    return ", ".join([name for name, begin in found if not begin] + [f"{n} {name}" for name, n in counts.items()])
+    return ", ".join(
+        listed([name for name, begin in found if not begin] + [f"{n} {name}" for name, n in counts.items()])
+    )
 
 
 def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import ml_dtypes
 import numpy as np
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, listed
 from convert.lora_names import MODULES, Factor, Side, block_of, scale_first, swap_halves, target_of
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
 
@@ -21,17 +21,14 @@ Value = TypeVar("Value")
 FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64", ml_dtypes.bfloat16)}
 FLOATS_OF_8_BITS = {np.dtype(name) for name in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
 """Held as float16, which has all their values."""
-LISTED = 50
-"""Problems that a message lists; a file can have as many as it has tensors."""
 LARGEST_ALPHA = 1e9
 
 
 def refuse(where: object, problems: list[str]) -> None:
-    """Raise one CheckpointError that names the file and lists every problem; nothing when there is none."""
+    """Raise one CheckpointError that names the file and lists problems, a bounded number; nothing for none."""
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        listing = "\n  ".join([*problems[:LISTED], *more])
+        listing = "\n  ".join(listed(problems))
         raise CheckpointError(f"{where}: its adapters cannot be used ({count}):\n  {listing}")
 
 
@@ -47,11 +44,15 @@ def pair(factors: Iterable[Factor], rank: Callable[[str], int] | None, problems:
       rank: what the file says it is, by per-layer name; None: it does not say.
     """
     by_layer: dict[str, dict[Side, Factor]] = {}
+    twice: list[str] = []
     for factor in factors:
         sides = by_layer.setdefault(factor.layer, {})
         if factor.side in sides:
-            problems.append(f"{factor.key}: the same layer's {factor.side.upper()} as {sides[factor.side].key}")
+            twice.append(f"{factor.key}: the same layer's {factor.side.upper()} as {sides[factor.side].key}")
         sides[factor.side] = factor
+    if len(twice) > 1:
+        twice = [f"{twice[0]}, and {len(twice) - 1} more such: of two adapters in one file save one alone"]
+    problems += twice
     adapters = {layer: found for layer, sides in by_layer.items() if (found := _adapter(sides, problems)) is not None}
     if not adapters:
         problems.append("there is no whole adapter in it")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from convert.errors import listed
+from convert.foreign_names import recognise, recognise_prefix
 from convert.layout import is_weight
 from convert.quantised import INSTEAD
 from seg4diff_jax.models.stack import Layered, layer_parameters
@@ -22,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 class NameTableError(ValueError):
-    """A checkpoint and a model do not match; the message lists every offender."""
+    """A checkpoint and a model do not match; the message lists what does not, a bounded number."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,19 @@ def assign(
       dtypes: of the checkpoint's tensors, if they are to be checked: what fills a parameter is a floating-point number.
 
     Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
-    or when a shape or a dtype is wrong; everything wrong is listed at once, under the checkpoint's own names.
+    or when a shape or a dtype is wrong: in one sentence if the surplus names tell why, otherwise with a bounded listing
+    of everything wrong, under the checkpoint's own names.
     """
     rules = list(rules)
     compiled = [(_regex(name), rank, rule) for rule in rules for rank, name in enumerate(rule.source_names)]
     ranked: list[tuple[int, Assignment]] = []
     problems: list[str] = []
+    unknown: list[str] = []
     integers: list[str] = []
     for source, shape in sources.items():
         matches = [(found, rank, rule) for regex, rank, rule in compiled if (found := regex.fullmatch(source))]
+        if not matches:
+            unknown.append(prefix + source)
         if len(matches) != 1:
             kind = (
                 f"{len(matches)} rows of the name table match it" if matches else "no tensor of the model has its name"
@@ -175,10 +181,13 @@ def assign(
     twice = dict.fromkeys(tuple(names) for names in filling.values() if len(names) > 1)
     problems += [f"one tensor under {len(names)} names: {', '.join(names)}" for names in twice]
     problems += _missing(rules, {name: shape for name, shape in expected.items() if name not in filling}, prefix)
+    known = recognise(unknown) or (recognise_prefix(unknown) if len(unknown) == len(sources) else None)
+    if known:
+        raise NameTableError(f"{what} does not match the model: {known}")
     if integers:
-        problems.append(f"only floating-point numbers are weights, found {', '.join(integers)}; {INSTEAD}")
+        problems.append(f"only floating-point numbers are weights, found {', '.join(listed(integers))}; {INSTEAD}")
     if problems:
-        listing = "\n  ".join(problems)
+        listing = "\n  ".join(listed(problems))
         raise NameTableError(f"{what} does not match the model ({len(problems)} problems):\n  {listing}")
     return assignments
 
@@ -205,7 +214,7 @@ def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]
     """
     assignments, left = _rows_back(rules, names)
     if left:
-        raise NameTableError("no row of the name table covers:\n  " + "\n  ".join(left))
+        raise NameTableError("no row of the name table covers:\n  " + "\n  ".join(listed(left)))
     return assignments
 
 

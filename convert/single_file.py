@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convert.components import COMPONENTS, Naming
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, listed
+from convert.foreign_names import recognise, recognise_prefix
 from convert.inferred_configs import infer_config
 from convert.readers import Source, TorchComponent
 from convert.stored import StoredTensor
@@ -32,6 +33,9 @@ def open_single_file(path: Path) -> Source:
             tensors.setdefault(owner, {})[name.removeprefix(prefixes[owner])] = tensor
         elif not REDUNDANT.fullmatch(name):
             surplus.append(name)
+    known = recognise(surplus) or (None if tensors else recognise_prefix(surplus))
+    if known:
+        raise CheckpointError(f"{path}: {known}")
     if not tensors:
         raise CheckpointError(
             f"{path}: not an SD3 checkpoint: no tensor's name begins with "
@@ -39,7 +43,8 @@ def open_single_file(path: Path) -> Source:
             + (f"; it has {next(iter(weights))} and the like" if weights else "; it has none")
         )
     if surplus:
-        raise CheckpointError(f"{path}: {len(surplus)} surplus tensors of no component:\n  " + "\n  ".join(surplus))
+        listing = "\n  ".join(listed(surplus))
+        raise CheckpointError(f"{path}: {len(surplus)} surplus tensors of no component:\n  {listing}")
     return of_tensors(
         str(path), {name: (path, prefixes[name], tensors[name]) for name in COMPONENTS if name in tensors}
     )
@@ -78,7 +83,8 @@ def of_tensors(origin: str, found: Mapping[str, tuple[Path, str, Mapping[str, St
         try:
             configs[name] = infer_config(name, shapes, prefix, namings[name])
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            known = recognise(prefix + key for key in tensors)
+            raise CheckpointError(f"{path}: {known or error}") from None
 
     def component(name: str) -> TorchComponent:
         path, prefix, tensors = found[name]

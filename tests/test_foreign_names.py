@@ -1,0 +1,146 @@
+"""What the names of foreign tensors tell is said in one sentence, with the remedy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.errors import LISTED, CheckpointError
+from convert.foreign_names import OF_ADAPTERS, OF_MODELS, recognise
+from convert.lora import load_lora
+from convert.sources import open_source
+from tests.reference.adapters import factors
+from tests.reference.checkpoints import make_checkpoint
+from tests.reference.damage import edit
+
+Tensors = dict[str, torch.Tensor]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+EMA = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modelpos_embed": torch.ones(1)}
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def with_adapters(tensors: Tensors) -> Tensors:
+    """As PEFT's layers save themselves."""
+    wrapped = lambda name: name.replace(".to_q.", ".to_q.base_layer.") if ".attn.to_q." in name else name
+    return {wrapped(name): tensor for name, tensor in tensors.items()} | factors()
+
+
+def fused(tensors: Tensors) -> Tensors:
+    first = "transformer_blocks.0.attn."
+    parts = {
+        name: tensor for name, tensor in tensors.items() if name.startswith(tuple(f"{first}to_{x}." for x in "qkv"))
+    }
+    whole = torch.cat([parts[f"{first}to_{x}.weight"] for x in "qkv"])
+    return {name: x for name, x in tensors.items() if name not in parts} | {f"{first}to_qkv.weight": whole}
+
+
+MODELS = {
+    "torch.compile": (lambda tensors: prefixed("_orig_mod.", tensors), "model._orig_mod"),
+    "data parallel": (lambda tensors: prefixed("module.", tensors), "model.module"),
+    "both": (lambda tensors: prefixed("module._orig_mod.", tensors), "model._orig_mod"),
+    "average": (lambda tensors: tensors | EMA, "moving average"),
+    "adapters inside": (with_adapters, "unload_lora_weights()"),
+    "adapters beside": (lambda tensors: tensors | factors(), "adapters are read with `--lora`"),
+    "fused projections": (fused, "unfuse_qkv_projections()"),
+    "another prefix": (
+        lambda tensors: prefixed("pipeline.transformer.", tensors),
+        "begin with `pipeline.transformer.`",
+    ),
+}
+STATE = {"transformer_blocks.0.attn.to_q.base_layer.weight": torch.ones(4, 4)}
+CLIP = {"text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 2)}
+T5 = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(2, 2)}
+ADAPTERS = {
+    "torch.compile": (prefixed("_orig_mod.", factors()), "model._orig_mod"),
+    "below the prefix": (prefixed("transformer._orig_mod.", factors()), "model._orig_mod"),
+    "data parallel": (prefixed("module.", factors()), "model.module"),
+    "a whole state": (STATE | factors(), "save them alone"),
+    "CLIP's": (prefixed("text_encoder.", CLIP), "of a text encoder"),
+    "CLIP's of PEFT": (prefixed("base_model.model.", CLIP), "of a text encoder"),
+    "T5's of kohya": (T5, "of a text encoder"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("sound") / "sd3")
+
+
+def said(source: Path) -> str:
+    check = lambda: open_source(source, components=["transformer"]).component("transformer").check()
+    with pytest.raises(CheckpointError) as caught:
+        check()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", MODELS)
+def test_a_foreign_state_is_told_in_one_sentence_with_the_remedy(sound: Path, tmp_path: Path, form: str):
+    change, remedy = MODELS[form]
+    tensors = change(load_file(sound / WEIGHTS))
+    for name in ("model_index.json", "transformer/config.json"):
+        (tmp_path / "sd3" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sound / name, tmp_path / "sd3" / name)
+    shutil.copytree(sound / "scheduler", tmp_path / "sd3/scheduler")
+    for file in (tmp_path / "single.safetensors", tmp_path / "sd3" / WEIGHTS):
+        save_file(tensors, file)
+    for source, place in ((tmp_path / "single.safetensors",) * 2, (tmp_path / "sd3", tmp_path / "sd3/transformer")):
+        message = said(source)
+        assert str(place) in message
+        assert remedy in message
+        assert "\n" not in message
+        assert len(message.replace(str(place), "")) < 400
+
+
+@pytest.mark.parametrize("form", ADAPTERS)
+def test_adapters_from_elsewhere_are_told_the_same_way(tmp_path: Path, form: str):
+    tensors, remedy = ADAPTERS[form]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        load_lora(tmp_path / "lora.safetensors")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'lora.safetensors'}: ")
+    assert remedy in message
+    assert "\n" not in message
+    assert len(message.replace(str(tmp_path), "")) < 400
+
+
+def test_every_row_has_a_case():
+    for rows, cases in ((OF_MODELS, MODELS), (OF_ADAPTERS, ADAPTERS)):
+        for sentence in rows.values():
+            assert any(remedy in sentence for _, remedy in cases.values()), sentence
+
+
+def test_names_that_tell_nothing_are_listed_up_to_a_bound(sound: Path, tmp_path: Path):
+    assert recognise(load_file(sound / WEIGHTS)) is None
+    source = Path(shutil.copytree(sound, tmp_path / "sd3"))
+    edit(source / WEIGHTS, lambda tensors: tensors.update({f"odd.{i}": torch.ones(1) for i in range(LISTED + 3)}))
+    message = said(source)
+    assert f"({LISTED + 3} problems)" in message
+    assert message.endswith("and 3 more")
+    assert message.count("surplus tensor odd.") == LISTED
+
+
+def test_tensors_of_no_component_are_listed_up_to_the_same_bound(sound: Path, tmp_path: Path):
+    prefix = "model.diffusion_model."
+    odd = {f"odd.{i}": torch.ones(1) for i in range(LISTED + 3)}
+    save_file(prefixed(prefix, load_file(sound / WEIGHTS)) | odd, tmp_path / "single.safetensors")
+    message = said(tmp_path / "single.safetensors")
+    assert f"{LISTED + 3} surplus tensors of no component" in message
+    assert message.endswith("and 3 more")
+
+
+def test_two_adapters_in_one_file_are_one_problem(tmp_path: Path):
+    twice = [{name.replace(".weight", f".{one}.weight"): x for name, x in factors().items()} for one in "ab"]
+    save_file({name: x.clone() for name, x in (twice[0] | twice[1]).items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"\(1 problem\)(?s:.*)A as .*: of two adapters in one file save one alone"
+    ):
+        load_lora(tmp_path / "lora.safetensors")
