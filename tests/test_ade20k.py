@@ -50,9 +50,7 @@ def test_a_label_that_is_absent_or_beyond_the_classes_is_named(root):
     source = ADE.open(root)
     with pytest.raises(FolderError, match=r"ADE_val_00000001\.png: no such file"):
         source[0]
-    with pytest.raises(
-        FolderError, match=r"00000002\.png: 2 pixels have values from 151 to 200; ADE20K's 150 classes"
-    ):
+    with pytest.raises(FolderError, match=r"00000002\.png: 2 pixels have values from 151 to 200; ADE20K's 150 classes"):
         source[1]
 
 

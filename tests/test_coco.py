@@ -127,9 +127,7 @@ def test_a_map_that_is_absent_or_holds_what_is_no_category_is_named(root):
     label(file, [[11, 0, 0], [0, 0, 90]])
     (root / "stuffthingmaps/val2017/000000000285.png").unlink()
     source = SETS["coco-object"].open(root)
-    with pytest.raises(
-        FolderError, match=r"139\.png: 2 pixels have values from 11 to 90; COCO-Stuff's values are cat"
-    ):
+    with pytest.raises(FolderError, match=r"139\.png: 2 pixels have values from 11 to 90; COCO-Stuff's values are cat"):
         source[0]
     with pytest.raises(FolderError, match=r"285\.png: no such file"):
         source[1]
