@@ -217,6 +217,48 @@ def test_without_any_alpha_each_layer_is_applied_as_it_is(tmp_path):
         )
 
 
+def kohyas(path: Path, header: str) -> Path:
+    """A file without alphas among its tensors."""
+    layer = lambda name: "lora_unet_" + name.split(".lora_")[0].replace(".", "_")
+    part = lambda name: "lora_down" if ".lora_A." in name else "lora_up"
+    tensors = {f"{layer(name)}.{part(name)}.weight": tensor for name, tensor in factors().items()}
+    save_file(tensors, path, {"ss_network_alpha": header, "ss_network_dim": str(RANK)})
+    return path
+
+
+@pytest.mark.parametrize(("header", "alpha"), [("8", 8), ("0.5", 0.5), ("0", RANK)])
+def test_kohyas_header_says_alpha_where_no_tensor_does(tmp_path, header, alpha):
+    """Its trainer takes 0 for the rank."""
+    assert load_lora(kohyas(tmp_path / "lora.safetensors", header))[0].alpha == alpha
+
+
+def test_an_alpha_in_kohyas_header_is_not_overruled(tmp_path):
+    with pytest.raises(CheckpointError, match="it says alpha is 8; --alpha 5 is for files that do not say"):
+        load_lora(kohyas(tmp_path / "lora.safetensors", "8"), alpha=5.0)
+
+
+@pytest.mark.parametrize("header", ["None", "", "nan", "-1", "inf"])
+def test_an_alpha_in_kohyas_header_that_is_no_number_is_refused(tmp_path, header):
+    with pytest.raises(CheckpointError, match="ss_network_alpha in its header: expected a finite positive number"):
+        load_lora(kohyas(tmp_path / "lora.safetensors", header))
+
+
+def test_the_only_file_of_a_directory_is_read_whatever_it_is_called(tmp_path):
+    kohyas(tmp_path / "k.safetensors", "8")
+    assert load_lora(tmp_path)[1].keys() == load_lora(tmp_path / "k.safetensors")[1].keys()
+    kohyas(tmp_path / "l.safetensors", "8")
+    with pytest.raises(CheckpointError, match=r"or a single \.safetensors file, in it; name a file"):
+        load_lora(tmp_path)
+
+
+def test_the_folders_that_peft_writes_for_several_names_are_named(tmp_path):
+    for name in ("style", "object"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapters are in its folders object, style: name one of them"):
+        load_lora(tmp_path)
+
+
 def test_text_encoders_adapters_are_named_and_left_out_only_when_asked(tmp_path, capsys):
     tensors = {f"transformer.{name}": tensor for name, tensor in factors().items()}
     for encoder in ("text_encoder", "text_encoder_2"):
@@ -225,7 +267,7 @@ def test_text_encoders_adapters_are_named_and_left_out_only_when_asked(tmp_path,
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path)
     with pytest.raises(
-        CheckpointError, match=r"would go unused: 2 text_encoder\.\*, 2 text_encoder_2\.\*;.*adapters_on"
+        CheckpointError, match=r"would go unused: 2 text_encoder\.\*, 2 text_encoder_2\.\*;.*--adapters-on"
     ):
         load_lora(path)
     assert load_lora(path, adapters_only=True)[1].keys() == read_lora(path).adapters.keys()
