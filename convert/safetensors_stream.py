@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.container import HEAD, NO_SAFETENSORS, container_of
 from convert.errors import CheckpointError
 from convert.files import parse_object, shown
 from convert.layout import contiguous, raw
@@ -71,7 +72,8 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a file, in the order of its data.
 
-    Raises CheckpointError naming the file when it is absent, truncated, or when its header does not describe it.
+    Raises CheckpointError naming the file when it is absent, truncated, of another format, or when its header does not
+    describe it.
     """
     return read_annotated(path)[0]
 
@@ -81,6 +83,8 @@ def read_annotated(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            container = container_of(file.read(HEAD))
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if size >= 8 and length <= min(size - 8, LARGEST_HEADER) else None
     except FileNotFoundError:
@@ -89,6 +93,8 @@ def read_annotated(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"{path}: expected a file, found a directory") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if container in NO_SAFETENSORS:
+        raise CheckpointError(f"{path}: {NO_SAFETENSORS[container]}")
     if text is None:
         raise CheckpointError(
             f"{path}: truncated, or not a safetensors file: its first 8 bytes announce a header of "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert import hub, native
 from convert.components import COMPONENTS, tokenizers_of
+from convert.container import SUFFIXES
 from convert.diffusers_folder import open_diffusers
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source
@@ -22,7 +23,6 @@ from convert.text_encoders import (
     open_files,
     remedy,
 )
-from convert.weight_files import READERS
 from seg4diff_jax.miniature import CHECKPOINT as MINIATURE
 
 T5 = "text_encoder_3"
@@ -153,7 +153,7 @@ def _is_marked(directory: Path) -> bool:
 
 def _candidates(directory: Path) -> str:
     """What a directory that is no checkpoint holds that may be one."""
-    found = [path.name for path in sorted(directory.iterdir()) if path.suffix in READERS or _is_marked(path)]
+    found = [path.name for path in sorted(directory.iterdir()) if path.suffix.lower() in SUFFIXES or _is_marked(path)]
     return f" (it holds {', '.join(found)}: is one of these meant?)" if found else ""
 
 

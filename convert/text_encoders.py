@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.components import COMPONENTS, parse_config, tokenizers_of
+from convert.container import SUFFIXES
 from convert.errors import CheckpointError, raise_all
 from convert.readers import MODEL_INDEX, Source
 from convert.single_file import of_tensors
-from convert.weight_files import READERS, read_weights
+from convert.weight_files import read_weights
 
 FILES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 """What Stability calls a text encoder's own file, without what follows (`_fp16`) and the suffix."""
@@ -57,7 +58,7 @@ def open_file(path: Path) -> Source:
 
 def _variant(file: str, name: str) -> str | None:
     """What follows the name of a text encoder's file, as in `fp16`; "" for nothing, None for another file."""
-    suffixes = "|".join(map(re.escape, READERS))
+    suffixes = "|".join(map(re.escape, SUFFIXES))
     found = re.fullmatch(rf"(?:{STEMS[name]})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file)
     return None if found is None else found["variant"] or ""
 

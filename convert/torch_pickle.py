@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.container import HEAD, container_of
 from convert.errors import CheckpointError, reason
 from convert.layout import contiguous
 
@@ -53,10 +54,9 @@ def _numpy_makers() -> list[Any]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is one of torch.save: a zip, formerly a bare pickle. Safetensors' ninth byte is a brace."""
+    """Whether a file is one of torch.save, or a zip, which may be one."""
     with path.open("rb") as file:
-        head = file.read(9)
-    return not head.endswith(b"{") and head.startswith((b"PK", b"\x80"))
+        return container_of(file.read(HEAD)) in ("torch", "zip")
 
 
 def _check_sums(path: Path) -> None:

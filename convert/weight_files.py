@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from convert.container import HEAD, NO_SAFETENSORS, SUFFIXES, Container, container_of
 from convert.errors import CheckpointError
 from convert.gguf import GGUFTensor, read_gguf
 from convert.safetensors_stream import read_header
@@ -19,13 +20,20 @@ UNNAMED = (None, "pig", "cow")
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every weight of a file by its name. Raises CheckpointError naming the file and what it is or has wrong."""
-    if path.suffix not in READERS:
-        raise CheckpointError(
-            f"{path}: only safetensors files and GGUF are read: pickled files can run code; convert it with "
-            "safetensors.torch.save_file first"
-        )
-    return READERS[path.suffix](path)
+    """Every weight of a file by its name. Raises CheckpointError naming the file and what it is or has wrong.
+
+    Its first bytes say what it is; its suffix only what a damaged one was meant to be.
+    """
+    try:
+        with path.open("rb") as file:
+            container = container_of(file.read(HEAD))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    container = container or SUFFIXES.get(path.suffix.lower())
+    if container not in READERS:
+        what = NO_SAFETENSORS.get(container, "neither safetensors nor GGUF: fetch the weights in one of these forms")
+        raise CheckpointError(f"{path}: {what}")
+    return READERS[container](path)
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -46,4 +54,7 @@ def _with_batch(table: GGUFTensor) -> GGUFTensor:
     return replace(table, shape=(1, *table.shape)) if len(table.shape) == 2 else table
 
 
-READERS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {".safetensors": _safetensors, ".gguf": _gguf}
+READERS: dict[Container | None, Callable[[Path], dict[str, StoredTensor]]] = {
+    "safetensors": _safetensors,
+    "gguf": _gguf,
+}
