@@ -1,7 +1,8 @@
 """Files that hold tensors only: what each component's configuration must have been.
 
-Widths and depths follow from shapes. What shapes do not tell (head dimension, activations, the VAE's scaling) is the
-same in every published SD3 and SD3.5 and is taken from there.
+Widths and depths follow from shapes, and the size of attention heads from the norms of queries where there are some.
+What shapes do not tell (otherwise that size, activations, the VAE's groups and scaling, the size of images) is the same
+in every published SD3 and SD3.5 and is taken from there. Shapes that cannot have come from those numbers are refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from statistics import mode
 from typing import Any, NamedTuple
 
 from convert.components import Naming
@@ -16,7 +18,11 @@ from convert.errors import CheckpointError
 from convert.names import Shape
 
 HEAD_DIM = 64
-"""Of the transformer and of both CLIPs."""
+"""Of both CLIPs, and of a transformer that does not norm its queries."""
+GROUPS = 32
+"""Of the VAE's norms."""
+UNSAID = "which all published ones have, and no tensor says otherwise"
+GIVE_CONFIG = "give the model in diffusers' layout, whose config.json says more"
 
 Shapes = Mapping[str, Shape]
 
@@ -50,7 +56,8 @@ def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "
       prefix: that prefix, for messages.
       naming: whose names they have.
 
-    Raises CheckpointError naming a tensor that is needed and absent, or whose shape cannot be.
+    Raises CheckpointError naming a tensor that is needed and absent, or whose shape cannot be, or saying which of the
+    numbers that are assumed does not fit.
     """
     known = _Known(shapes)
     try:
@@ -59,10 +66,22 @@ def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "
         raise CheckpointError(
             f"{name}: missing tensor {prefix}{error.args[0]}, from which its configuration follows"
         ) from None
+    except CheckpointError:  # which is a ValueError, and says more
+        raise
     except (ValueError, IndexError, ZeroDivisionError):
         raise CheckpointError(
             f"{name}: no configuration follows from the shape {list(shapes[known.asked])} of {prefix}{known.asked}"
         ) from None
+
+
+def _heads(name: str, width: int, size: int = HEAD_DIM, told_by: str | None = None) -> int:
+    """How many attention heads of `size` there are. Raises CheckpointError when that is no whole number."""
+    if width % size:
+        why = f"as {told_by} says" if told_by else UNSAID
+        raise CheckpointError(
+            f"{name}: {width} features are no whole number of attention heads of {size}, {why}: {GIVE_CONFIG}"
+        )
+    return width // size
 
 
 def _numbers(shapes: Shapes, pattern: str) -> set[int]:
@@ -118,6 +137,8 @@ def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
         width, joint = shapes["context_embedder.weight"]
         _, channels, _, patch = shapes[names.patches]
         layers = _count(shapes, names.block)
+        norms = [name for name in shapes if name.endswith(names.norm)]
+        size = mode([shapes[name][0] for name in norms]) if norms else HEAD_DIM
         return {
             "_class_name": "SD3Transformer2DModel",
             "sample_size": 128,
@@ -125,13 +146,13 @@ def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
             "in_channels": channels,
             "out_channels": shapes[names.outputs][0] // patch**2,
             "num_layers": layers,
-            "num_attention_heads": width // HEAD_DIM,
-            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": _heads("transformer", width, size, norms[0] if norms else None),
+            "attention_head_dim": size,
             "caption_projection_dim": width,
             "joint_attention_dim": joint,
             "pooled_projection_dim": shapes[names.pooled][1],
             "pos_embed_max_size": math.isqrt(shapes[names.table][1]),
-            "qk_norm": "rms_norm" if any(name.endswith(names.norm) for name in shapes) else None,
+            "qk_norm": "rms_norm" if norms else None,
             "dual_attention_layers": sorted(i for i in _numbers(shapes, names.dual) if i < layers),
         }
 
@@ -140,10 +161,16 @@ def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
 
 def _vae(shapes: Shapes) -> dict[str, Any]:
     levels = range(_count(shapes, "encoder.down.{i}."))
+    channels = {name: shapes[name][0] for i in levels for name in [f"encoder.down.{i}.block.0.conv1.weight"]}
+    if odd := [name for name in channels if channels[name] % GROUPS]:
+        raise CheckpointError(
+            f"vae: the {channels[odd[0]]} channels of {odd[0]} do not divide into {GROUPS} groups, {UNSAID}: "
+            f"{GIVE_CONFIG}"
+        )
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels],
+        "block_out_channels": list(channels.values()),
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         "layers_per_block": _count(shapes, "encoder.down.0.block.{i}."),
@@ -151,7 +178,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
-        "norm_num_groups": 32,
+        "norm_num_groups": GROUPS,
         "sample_size": 1024,
         "scaling_factor": 1.5305,
         "shift_factor": 0.0609,
@@ -161,7 +188,7 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _clip(activation: str, projected: bool) -> Callable[[Shapes], dict[str, Any]]:
+def _clip(encoder: str, activation: str, projected: bool) -> Callable[[Shapes], dict[str, Any]]:
     """`projected`: False for CLIP-L, whose pooled state single files leave as it is."""
 
     def infer(shapes: Shapes) -> dict[str, Any]:
@@ -173,7 +200,7 @@ def _clip(activation: str, projected: bool) -> Callable[[Shapes], dict[str, Any]
             "hidden_size": width,
             "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             "num_hidden_layers": _count(shapes, "text_model.encoder.layers.{i}."),
-            "num_attention_heads": width // HEAD_DIM,
+            "num_attention_heads": _heads(encoder, width),
             "projection_dim": shapes["text_projection.weight"][0] if projected else width,
             "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
             "hidden_act": activation,
@@ -245,8 +272,8 @@ _INFER: dict[tuple[str, Naming], Callable[[Shapes], dict[str, Any]]] = {
     ("transformer", "stability"): _transformer("stability"),
     ("transformer", "diffusers"): _transformer("diffusers"),
     ("vae", "stability"): _vae,
-    ("text_encoder", "stability"): _clip("quick_gelu", projected=False),
-    ("text_encoder_2", "stability"): _clip("gelu", projected=True),
+    ("text_encoder", "stability"): _clip("text_encoder", "quick_gelu", projected=False),
+    ("text_encoder_2", "stability"): _clip("text_encoder_2", "gelu", projected=True),
     ("text_encoder_3", "stability"): _t5("stability"),
     ("text_encoder_3", "gguf"): _t5("gguf"),
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from convert.components import COMPONENTS, Naming
+from convert.components import COMPONENTS, Naming, parse_config
 from convert.errors import CheckpointError, listed
+from convert.files import read_json
 from convert.foreign_names import recognise, recognise_prefix
 from convert.inferred_configs import infer_config
+from convert.quantised import refuse_quantization_config
 from convert.readers import Source, TorchComponent
 from convert.stored import StoredTensor
 from convert.weight_files import read_weights
@@ -68,17 +71,36 @@ def naming_of(names: Mapping[str, object]) -> Naming:
     return "stability"
 
 
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """The configuration that `save_pretrained` wrote beside a transformer, which says more than shapes do."""
+    file = path.with_name("config.json")
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    if config.get("_class_name") != "SD3Transformer2DModel":
+        return None
+    refuse_quantization_config(config, str(file))
+    try:
+        parse_config("transformer", config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return config
+
+
 def of_tensors(origin: str, found: Mapping[str, tuple[Path, str, Mapping[str, StoredTensor]]]) -> Source:
     """Components that lie in files without configurations.
 
     Args:
       found: by component, its file, what stands before its tensors' names there, and its tensors without that.
 
-    Raises CheckpointError when a configuration does not follow from a component's tensors.
+    Raises CheckpointError when a configuration neither lies beside a component's file nor follows from its tensors.
     """
     namings: dict[str, Naming] = {name: naming_of(tensors) for name, (_, _, tensors) in found.items()}
     configs = {}
     for name, (path, prefix, tensors) in found.items():
+        if namings[name] == "diffusers" and (beside := _config_beside(path)) is not None:
+            configs[name] = beside
+            continue
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         try:
             configs[name] = infer_config(name, shapes, prefix, namings[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 from convert.lora import read_lora
 from convert.sources import open_source
 from tests.fuzz.inputs.adapters import value
-from tests.fuzz.inputs.weights import contents, make_single, write
+from tests.fuzz.inputs.weights import MEANT, contents, make_single, write
 from tests.fuzz.reader import Reader
-from tests.reference.weight_files import random_tensors, write_gguf
+from tests.reference.weight_files import CONFIGS, random_tensors, write_gguf
 
 KINDS = ("Q8_0", "Q4_0", "F16")
 
@@ -39,6 +40,12 @@ def make_scaled(root: Path) -> None:
             tensors[name.replace(".weight", ".scale_weight")] = np.asarray(0.25, np.float32)
     tensors["model.diffusion_model.scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
     write(file, tensors)
+
+
+def make_alone(root: Path) -> None:
+    write(root / "transformer.sft", random_tensors("transformer", "diffusers"))
+    described = CONFIGS["transformer"] | {"_class_name": "SD3Transformer2DModel"}
+    (root / "config.json").write_text(json.dumps(described), "utf-8")
 
 
 def make_kohya(root: Path) -> None:
@@ -69,6 +76,14 @@ READERS: dict[str, Reader] = {
         reads("sd3.safetensors"),
         ("convert/scaled_fp8.py", "convert/weight_files.py"),
         {"*": "safetensors"},
+        cases=6,
+    ),
+    "transformer alone": Reader(
+        make_alone,
+        reads("transformer.sft"),
+        ("convert/single_file.py", "convert/inferred_configs.py"),
+        {"*.sft": "safetensors", "config.json": "json"},
+        MEANT,
         cases=6,
     ),
     "lora kohya": Reader(
