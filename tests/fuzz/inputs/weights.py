@@ -268,7 +268,13 @@ MEANT = {
         "other values of these are sound, or they have a default"
     ),
 }
-FOLDERS = ("convert/sources.py", "convert/diffusers_folder.py", "convert/files.py", "convert/safetensors_stream.py")
+FOLDERS = (
+    "convert/sources.py",
+    "convert/diffusers_folder.py",
+    "convert/index.py",
+    "convert/files.py",
+    "convert/safetensors_stream.py",
+)
 
 READERS: dict[str, Reader] = {
     "safetensors": Reader(
