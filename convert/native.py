@@ -231,17 +231,17 @@ class NativeComponent:
         integers = [(name, dtype) for name, (_, dtype) in self.layout().items() if not is_weight(dtype)]
         found = {name: (tuple(r["shape"]), owner) for owner, rs in self.records.items() for name, r in rs.items()}
         raise_all(
-            [f"{self.folder}: missing parameter {name}" for name in expected if name not in found]
+            [
+                f"{self.folder}: {name} is {dtype}: weights are floating-point numbers; convert the original again"
+                for name, dtype in integers
+            ]
+            + [f"{self.folder}: missing parameter {name}" for name in expected if name not in found]
             + [f"{self.folder}: surplus parameter {name}" for name in found if name not in expected]
             + [
                 f"{self.folder}: {name}: expected {list(shape)} in {part[name]}, found {list(found[name][0])} in "
                 f"{found[name][1]}"
                 for name, shape in expected.items()
                 if name in found and found[name] != (shape, part[name])
-            ]
-            + [
-                f"{self.folder}: {name} is {dtype}: weights are floating-point numbers; convert the original again"
-                for name, dtype in integers
             ],
             f"{self.folder} does not match the model",
         )

@@ -165,8 +165,15 @@ def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "")
             check_parsed(value, inner, f"{option}.")
         elif value is None and hint is not None and not optional:
             raise ValueError(f"{option} is null; expected a value, or leave the option out for its default")
-        elif any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
-            raise ValueError(f"{option} is {shown(value)}; expected a finite number")
+        else:
+            check_finite({name: value}, prefix)
+
+
+def check_finite(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError naming an option whose number is not finite."""
+    for name, value in values.items():
+        if any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
+            raise ValueError(f"{prefix}{name} is {shown(value)}; expected a finite number")
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -225,7 +225,7 @@ def test_published_tokenizers_that_were_downloaded_in_part_are_not_taken_for_who
 
 def test_a_repository_in_another_layout_is_explained(serve, tmp_path: Path):
     serve(FakeHub(tmp_path, ["sd3_medium.safetensors", "README.md"]))
-    with pytest.raises(CheckpointError, match=r"no model_index\.json.*download its single safetensors file"):
+    with pytest.raises(CheckpointError, match=r"no model_index\.json.*download its single safetensors or GGUF file"):
         open_source("stabilityai/stable-diffusion-3-medium")
 
 

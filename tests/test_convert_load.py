@@ -15,7 +15,7 @@ import pytest
 import torch
 from flax import nnx
 
-from convert import native
+from convert import native, readers
 from convert.checkpoint import convert_checkpoint
 from convert.components import abstract_model
 from convert.load import load_component
