@@ -110,7 +110,7 @@ def test_results_record_the_list_and_the_papers_figures_are_not_of_it(tmp_path, 
     assert (row["images"], row["list"], row["reported"], contents["config"]["data"]["list"]) == (
         2,
         listed,
-        None,
+        [],
         listed,
     )
     assert (row["resize"], row["pixels"], row["cut_off"]) == ("paper", 16 + 16, 8)

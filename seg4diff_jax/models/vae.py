@@ -84,7 +84,7 @@ class VAEConfig:
             value = list(json[key]) if isinstance(json.get(key), tuple) else json.get(key)
             if key in json and value not in allowed:
                 expected = " or ".join(map(repr, allowed))
-                raise ValueError(f"VAE config: {key} = {value!r:.80} is not implemented; expected {expected}")
+                raise ValueError(f"VAE config: {key} = {value!r:.200} is not implemented; expected {expected}")
         return config
 
 
