@@ -6,6 +6,7 @@ python -m tests.reference.split_checksums DIR
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seg4diff_jax.checksums import checksums
+from seg4diff_jax.checksums import checksums, sums_of_parts
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.command import join_processes
@@ -41,6 +42,10 @@ if __name__ == "__main__":
         name: checksums({dtype: placed(values(dtype), place) for dtype in DTYPES}) for name, place in places.items()
     }
 
+    split = {name: placed(values("float32"), place) for name, place in places.items() if place.mesh == mesh}
+    program = sums_of_parts(mesh, tuple(SPLIT[name] for name in split)).lower(*split.values()).compile()
+    collectives = re.findall(r"\b(?:all-|reduce-scatter|collective-)\S*", program.as_text() or "")
+
     def state(place: NamedSharding) -> TrainState:
         whole = NamedSharding(place.mesh, P())
         arrays = {dtype: placed(values(dtype), place) for dtype in DTYPES}
@@ -52,4 +57,4 @@ if __name__ == "__main__":
         with jax.set_mesh(other):
             target = state(NamedSharding(other, P(None, "data", "tensor")))
             read = checkpoints.restore(1, target, jax.tree.map(lambda array: array.sharding, target))
-    print(json.dumps({"sums": found, "checked": read.checked, "batches": read.batches}))
+    print(json.dumps({"sums": found, "collectives": collectives, "checked": read.checked, "batches": read.batches}))
