@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Float, Shaped
 
 FACTOR, LABEL_FACTOR = 2.0, 3.0
 """How many times farther than PyTorch's our array may be from what is exact; labels that differ are few and jump."""
@@ -19,7 +19,7 @@ class Bounds:
 
     Attributes:
       relative: largest absolute error over the reference's largest absolute value, at most; None: never enough.
-      equal: fraction of equal labels, at least; None: never enough.
+      equal: fraction of equal labels where rounding cannot decide, at least; None: never enough.
       rounding: our distance from the exact array is at most FACTOR times PyTorch's plus this.
       label_rounding: as `rounding`, for the fraction of labels that differ.
     """
@@ -30,7 +30,7 @@ class Bounds:
     label_rounding: float
 
 
-BOUNDS = {"float32": Bounds(1e-4, 0.9999, 1e-6, 1e-4), "bfloat16": Bounds(None, None, 2**-9, 0.01)}
+BOUNDS = {"float32": Bounds(1e-4, 1.0, 1e-6, 1e-4), "bfloat16": Bounds(None, None, 2**-9, 0.01)}
 """By the dtype that both compute in.
 
 What rounding costs depends on the weights: where attention is sharp, as it can be without norms on q and k, PyTorch
@@ -46,7 +46,8 @@ class Row:
     Attributes:
       max_error, relative_error, cosine: None for label maps. The relative error is the largest absolute error over the
         reference's largest absolute value.
-      equal: fraction of equal labels; None for all else.
+      equal: fraction of equal labels, of those that are `decided`; None for all else.
+      decided: fraction of labels that rounding cannot decide about; None for all else.
       distance, reference_distance: how far ours and PyTorch's are from PyTorch in a wider dtype, if that was run: RMS
         of the difference over RMS of the value, or the fraction of differing labels.
     """
@@ -57,6 +58,7 @@ class Row:
     relative_error: float | None
     cosine: float | None
     equal: float | None
+    decided: float | None
     distance: float | None
     reference_distance: float | None
     bound: str
@@ -95,23 +97,27 @@ def compare(
     theirs: Shaped[np.ndarray, "*theirs"],
     exact: Shaped[np.ndarray, "*exact"] | None = None,
     bounds: Bounds = BOUNDS["float32"],
+    decided: Bool[np.ndarray, "*theirs"] | None = None,
 ) -> Row:
     """The row of two arrays of one shape; label maps are those of integers. What is not finite never passes.
 
     Args:
       exact: PyTorch's in a wider dtype.
+      decided: the labels that rounding cannot decide about, see `decided_labels`. Default: all.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"{what}: PyTorch's shape is {list(theirs.shape)}, ours is {list(ours.shape)}")
     labels = np.issubdtype(theirs.dtype, np.integer)
     if labels:
         error = relative = cosine = None
-        equal = float((ours == theirs).mean())
+        decided = np.ones(theirs.shape, bool) if decided is None else decided
+        share = float(decided.mean())
+        equal = float((ours == theirs)[decided].mean()) if share else 0.0
         passed = bounds.equal is not None and equal >= bounds.equal
-        bound = f">= {100 * (bounds.equal or 0):g} %"
+        bound = f">= {100 * (bounds.equal or 0):g} % of the decided {100 * share:.6g} %"
     else:
         error, relative, cosine = _errors(ours.astype(np.float64), theirs.astype(np.float64))
-        equal = None
+        equal = share = None
         passed = bounds.relative is not None and relative <= bounds.relative
         bound = f"<= {bounds.relative or 0:.0e}"
     distances = None, None
@@ -121,7 +127,20 @@ def compare(
         limit = factor * distances[1] + rounding
         if not passed:
             bound, passed = f"{distances[0]:.1e} <= {limit:.1e} from exact", distances[0] <= limit
-    return Row(what, theirs.shape, error, relative, cosine, equal, *distances, bound, passed)
+    return Row(what, theirs.shape, error, relative, cosine, equal, share, *distances, bound, passed)
+
+
+def decided_labels(
+    ours: Float[np.ndarray, "classes height width"], theirs: Float[np.ndarray, "classes height width"]
+) -> Bool[np.ndarray, "height width"]:
+    """Pixels whose best class leads the second, in PyTorch, by more than the scores of the two are apart.
+
+    A score that is no number decides nothing.
+    """
+    if len(theirs) == 1:
+        return np.ones(theirs.shape[1:], bool)
+    second, best = np.partition(theirs.astype(np.float64), -2, axis=0)[-2:]
+    return best - second > 2 * np.abs(ours.astype(np.float64) - theirs).max()
 
 
 def _errors(ours: Shaped[np.ndarray, "*ours"], theirs: Shaped[np.ndarray, "*theirs"]) -> tuple[float, float, float]:

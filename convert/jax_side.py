@@ -19,7 +19,7 @@ from convert.components import abstract_model, parse_config
 from convert.layout import contiguous
 from convert.load import load_component
 from convert.readers import ComponentReader, Source
-from convert.verify_inputs import CLIPS, EXPERT_ROW, STEPS, Conditioning, Inputs, Sample, TransformerInputs
+from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, Conditioning, Inputs, Sample, TransformerInputs
 from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
@@ -29,7 +29,7 @@ from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.stack import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
 from seg4diff_jax.models.vae import VAE
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
+from seg4diff_jax.segmentation.open_vocabulary import bilinear_matrix, class_scores, label_map
 from seg4diff_jax.text import join_states
 
 Check = Callable[[str, np.ndarray], None]
@@ -265,7 +265,9 @@ def masks(
 ) -> None:
     scores = class_scores(jnp.asarray(probs), jnp.asarray(averaging))[0]
     side = math.isqrt(scores.shape[-1])
-    check("masks", np.asarray(label_map(scores.reshape(-1, side, side), (size, size))))
+    grid, upsample = scores.reshape(-1, side, side), bilinear_matrix(side, size, size)
+    check(SCORES_ROW, np.asarray(jnp.einsum("hr,crs,ws->chw", upsample, grid, upsample, precision="highest")))
+    check("masks", np.asarray(label_map(grid, (size, size))))
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from convert.errors import CheckpointError
 from convert.readers import Source, TorchComponent
 from convert.safetensors_stream import TensorInfo
 from convert.stored import StoredTensor
-from convert.verify_inputs import CLIPS, EXPERT_ROW, STEPS, Conditioning, Inputs, Sample
+from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, Conditioning, Inputs, Sample
 
 diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers
 Record = Callable[[str, np.ndarray], None]
@@ -338,12 +338,13 @@ def masks(
     size: int,
     record: Record,
 ) -> None:
-    """The label map: mean over each class's tokens, bilinear to the picture's size, arg-max."""
+    """Class scores and the label map: mean over each class's tokens, bilinear to the picture's size, arg-max."""
     maps = torch.from_numpy(probs).transpose(-1, -2)
     scores = torch.from_numpy(averaging).to(maps) @ maps
     side = round(scores.shape[-1] ** 0.5)
     grid = scores.unflatten(-1, (side, side))
     upsampled = nn.functional.interpolate(grid, size=(size, size), mode="bilinear", align_corners=False)
+    record(SCORES_ROW, _numpy(upsampled[0]))
     record("masks", upsampled.argmax(1)[0].to(torch.int32).numpy())
 
 

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from convert import jax_side
-from convert.comparison import BOUNDS, Recording, Row, compare
+from convert.comparison import BOUNDS, Recording, Row, compare, decided_labels
 from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent, usual_dtype
 from convert.sources import NothingLacks, open_source
-from convert.verify_inputs import make_inputs
+from convert.verify_inputs import SCORES_ROW, make_inputs
 from seg4diff_jax.numerics import settled
 
 DType = Literal["float32", "bfloat16"]
@@ -94,8 +94,14 @@ def verify(
         exact = run_torch(wider)[0] if wider else None
         theirs, shared = run_torch(dtype)
 
+        decided: list[np.ndarray] = []
+
         def check(what: str, array: np.ndarray) -> None:
-            rows.append(compare(what, array, theirs.take(what), exact.take(what) if exact else None, BOUNDS[dtype]))
+            of_torch, of_exact = theirs.take(what), exact.take(what) if exact else None
+            labels = decided.pop() if what == "masks" else None
+            rows.append(compare(what, array, of_torch, of_exact, BOUNDS[dtype], labels))
+            if what == SCORES_ROW:
+                decided.append(decided_labels(array, of_torch))
 
         with _exact_products(dtype):
             jax_side.run(ours, inputs, shared, dtype, check, lambda doing: progress(f"JAX, {dtype}: {doing}"))

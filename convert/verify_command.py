@@ -20,11 +20,12 @@ from convert.verify import Report, verify
 DESCRIPTION = """Run PyTorch (diffusers, transformers) and JAX side by side on the same weights and the same seeded
 inputs, and print how far apart they are: latents and pixels, prompt embeddings, both streams and the image-to-text maps
 of every transformer block, the velocity, and the masks. The exit status is 0 only if every row is within its bound. In
-float32 the largest absolute error is at most {relative:.0e} of the reference's largest absolute value, and {equal:.2%}
-of the masks' pixels are equal. In bfloat16, where what rounding costs depends on the weights, PyTorch's own error is
-the measure: PyTorch runs in float32 as well, and the RMS distance of ours from it is at most {factor:g} times that of
-PyTorch in bfloat16 plus {rounding:.1e} ({labels:g} times plus {label_rounding:.0%} of the pixels for masks). With
---float64 a float32 row out of its bound passes if the same holds of the distances from PyTorch in float64."""
+float32 the largest absolute error is at most {relative:.0e} of the reference's largest absolute value, and masks are
+equal wherever one class leads by more than the scores are apart. In bfloat16, where what rounding costs depends on the
+weights, PyTorch's own error is the measure: PyTorch runs in float32 as well, and the RMS distance of ours from it is at
+most {factor:g} times that of PyTorch in bfloat16 plus {rounding:.1e} ({labels:g} times plus {label_rounding:.0%} of the
+pixels for masks). With --float64 a float32 row out of its bound passes if the same holds of the
+distances from PyTorch in float64."""
 WIDTH = 200
 """Of the console where there is no terminal: more than the table needs."""
 
@@ -34,7 +35,6 @@ def arguments(parser: ArgumentParser) -> None:
     half, full = BOUNDS["bfloat16"], BOUNDS["float32"]
     parser.description = DESCRIPTION.format(
         relative=full.relative,
-        equal=full.equal,
         factor=FACTOR,
         rounding=half.rounding,
         labels=LABEL_FACTOR,

@@ -24,6 +24,7 @@ STEPS = 28
 """Masks are made at the checkpoint's own timestep of these: the paper's, 8, counted from the clean end, or its own."""
 
 EXPERT_ROW = "expert block: image-to-text probs"
+SCORES_ROW = "class scores"
 """What masks are made of, computed as the pipeline does: the mean over heads, and nothing after the block's q and k."""
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from convert import jax_side, torch_side, verify_command
 from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
-from convert.comparison import BOUNDS, FACTOR, Recording, compare
+from convert.comparison import BOUNDS, FACTOR, Recording, compare, decided_labels
 from convert.errors import CheckpointError
 from convert.sources import open_source
 from convert.verify import verify
@@ -48,7 +48,7 @@ def expected_rows(blocks: int, *, t5: bool = True, expert: int | None = None) ->
         rows += ["expert block: image-to-text probs"] * (number == expert)
         rows += [f"block {number}: {what}" for what in ("image-to-text scores", "image-to-text probs", "image stream")]
         rows += [f"block {number}: text stream"] * (number < blocks - 1)
-    return [*rows, "velocity", "masks"]
+    return [*rows, "velocity", "class scores", "masks"]
 
 
 @pytest.mark.parametrize("variant", BLOCKS)
@@ -65,7 +65,8 @@ def test_every_part_of_a_sound_checkpoint_passes(
         assert row["passed"]
         if row["what"] == "masks":
             assert row["shape"] == [128, 128]
-            assert row["equal"] >= 0.9999
+            assert row["equal"] == 1
+            assert row["decided"] > 0.99
         else:
             assert 0 <= row["relative_error"] <= 2e-5
             assert row["cosine"] > 1 - 1e-8
@@ -136,8 +137,9 @@ def test_changed_weights_of_a_converted_directory_fail_where_they_are_and_nowher
     assert [row["what"] for row in report["rows"]] == expected_rows(6)
     failed = {row["what"] for row in report["rows"] if not row["passed"]}
     later = {row for row in expected_rows(6) if row.startswith(("expert", "block 3", "block 4", "block 5", "velocity"))}
-    # Masks come from block 3; a small change need not move any label.
-    assert failed - {"masks"} == {"text_encoder: pooled", "prompt: pooled", "block 2: image stream"} | later
+    # Masks come from block 3; labels differ only where scores that are so far apart may decide.
+    expected = {"text_encoder: pooled", "prompt: pooled", "block 2: image stream", "class scores"} | later
+    assert failed - {"masks"} == expected
     told = capsys.readouterr()
     assert f"error: {len(failed)} of {len(expected_rows(6))} rows are out of bounds; the first is" in told.err
     assert "'text_encoder: pooled'" in told.err
@@ -340,15 +342,31 @@ def test_what_is_not_finite_or_not_of_one_shape_never_passes():
         compare("x", theirs, theirs[:1])
 
 
-def test_label_maps_pass_by_the_fraction_of_equal_labels():
+def test_label_maps_pass_by_equal_labels_where_rounding_cannot_decide():
     theirs = np.zeros((100, 100), np.int32)
     ours = theirs.copy()
+    assert compare("masks", ours, theirs).passed
     ours[0, 0] = 1
     row = compare("masks", ours, theirs)
-    assert row.equal == 0.9999
+    assert (row.equal, row.decided) == (0.9999, 1)
+    assert not row.passed
+    decided = np.ones(theirs.shape, bool)
+    decided[0, :2] = False
+    row = compare("masks", ours, theirs, decided=decided)
+    assert (row.equal, row.decided) == (1, 0.9998)
     assert row.passed
-    ours[0, 1] = 1
-    assert not compare("masks", ours, theirs).passed
+    assert not compare("masks", ours, theirs, decided=~decided).passed
+    assert not compare("masks", theirs, theirs, decided=np.zeros_like(decided)).passed
+
+
+def test_rounding_cannot_decide_where_one_class_leads_by_more_than_scores_are_apart():
+    theirs = np.array([[[0.5, 0.5, 0.5]], [[0.4, 0.49, 0.5]], [[0.1, 0.2, 0.3]]], np.float32)
+    ours = theirs.copy()
+    ours[0, 0, 0] += np.float32(0.01)  # apart by 0.01: a lead of 0.02 could be lost
+    np.testing.assert_array_equal(decided_labels(ours, theirs), [[True, False, False]])
+    np.testing.assert_array_equal(decided_labels(theirs, theirs), [[True, True, False]])
+    np.testing.assert_array_equal(decided_labels(np.full_like(ours, np.nan), theirs), [[False] * 3])
+    np.testing.assert_array_equal(decided_labels(ours[:1], theirs[:1]), [[True] * 3])
 
 
 def test_in_bfloat16_the_distance_of_pytorch_itself_is_the_measure():
