@@ -28,7 +28,8 @@ class Bounds(NamedTuple):
             return f"more than {self.least:g}" + ("" if math.isinf(self.most) else f", up to {self.most:g}")
         if math.isinf(self.most):
             return f"at least {self.least}"
-        return f"{self.least} to {self.most}"
+        power = int(self.most).bit_length() - 1
+        return f"{self.least} to {f'2^{power}' if power >= 20 and self.most == 2**power else self.most}"
 
 
 LAYERS, SIZE = Bounds(1, 1000), Bounds(1, 2**20)

@@ -229,7 +229,7 @@ def test_what_cannot_be_planned_is_said(arguments, words, capsys):
 @needs_libtpu
 def test_a_mesh_without_devices_is_refused(capsys):
     assert main(["plan", *COCO, "--topology=v5e:2x2", "--largest-batch", "--run.mesh.tensor=0"]) == 2
-    assert "tensor is 0; expected a whole number of devices" in capsys.readouterr().err
+    assert "run.mesh.tensor is 0; expected 1 to 2^40" in capsys.readouterr().err
 
 
 def test_tasks_without_plans_are_refused(capsys):

@@ -103,6 +103,6 @@ def test_numbers_of_the_objective_and_its_noise_levels_are_finite(value):
     for option in ("velocity_weight", "focal_weight", "dice_weight", "alpha", "gamma"):
         with pytest.raises(ValueError, match=f"^{option} is {value}; expected"):
             MagnetObjective(**{option: value})
-    for option in ("mean", "std", "shift"):
-        with pytest.raises(ValueError, match=rf"^noise_levels\.{option} is {value}; expected a finite number"):
+    for option, expected in {"mean": "-100 to 100", "std": "a finite number", "shift": "a finite number"}.items():
+        with pytest.raises(ValueError, match=rf"^noise_levels\.{option} is {value}; expected {expected}"):
             NoiseLevels(**{option: value})
