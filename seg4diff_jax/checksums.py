@@ -75,7 +75,7 @@ def sums_of_parts(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
     Sums of integers have no order: with places of the whole, those of an array's parts add up to the whole's.
     """
 
-    def part(*parts: Shaped[Array, "*shape"]) -> UInt32[Array, "1 arrays"]:
+    def part(*parts: Array) -> UInt32[Array, "1 arrays"]:
         sums = [_sum_of_words(part, _ways(mesh, spec, part.ndim)) for part, spec in zip(parts, specs, strict=True)]
         return jnp.stack(sums)[None]
 

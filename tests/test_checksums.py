@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from seg4diff_jax.checksums import checksums
+from seg4diff_jax.parallel import make_mesh
 from tests.reference import split_checksums
 from tests.reference.processes import finish, together
 from tests.reference.split_checksums import values
@@ -61,6 +64,13 @@ def test_the_order_of_numbers_counts_and_their_axes_do_not():
     array = drawn("float32", 6, 4)
     assert checksums(array) != checksums(array[::-1])
     assert checksums(array) == checksums(array.reshape(4, 6))
+
+
+def test_arrays_of_one_mesh_have_shapes_of_their_own():
+    mesh = make_mesh(1, among=jax.devices()[:1])
+    arrays = {"a": drawn("float32", 3, 4), "b": drawn("bfloat16", 5), "c": drawn("int32")}
+    placed = {name: jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for name, array in arrays.items()}
+    assert checksums(placed) == {name: by_hand(array) for name, array in arrays.items()}
 
 
 def test_names_are_ways_through_the_tree():
