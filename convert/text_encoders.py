@@ -130,12 +130,6 @@ def _check_fit(source: Source, second: Source, configs: dict[str, dict]) -> None
                 f"the CLIPs' pooled states are {pooled} wide together, the transformer of {source.origin} takes "
                 f"{transformer.pooled_projection_dim}"
             )
-        width = parsed["text_encoder"].hidden_size + parsed["text_encoder_2"].hidden_size
-        if width > transformer.joint_attention_dim:
-            problems.append(
-                f"the CLIPs' states are {width} wide together, the transformer of {source.origin} takes "
-                f"{transformer.joint_attention_dim} at most"
-            )
     if "text_encoder_3" in parsed and parsed["text_encoder_3"].d_model != transformer.joint_attention_dim:
         problems.append(
             f"T5's states are {parsed['text_encoder_3'].d_model} wide, the transformer of {source.origin} takes "
