@@ -21,7 +21,8 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import default_kernel
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
 
@@ -55,15 +56,15 @@ def main(
     model = nnx.jit(lambda: MMDiT(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal((batch, *shape)), jnp.float32)
-    inputs = draw(size // 8, size // 8, 16), jnp.full(batch, 515.072), draw(154, 4096), draw(2048)
+    inputs = draw(size // 8, size // 8, 16), jnp.full(batch, 515.072), TextConditioning(draw(154, 4096), draw(2048))
 
     def forward(request):
         capture = () if request is None else (block,)
-        return lambda model, *x: model(*x, capture=capture, request=request or AttentionRequest())
+        return lambda model, *x: model(*x, capture=capture, options=ForwardOptions(request))
 
     programs = {name: forward(request) for name, request in REQUESTS.items()}
     programs[f"nothing after block {block}"] = lambda model, *x: attention_at(
-        model, *x, block=block, request=REQUESTS["scores and probabilities, heads averaged"]
+        model, *x, block=block, options=ForwardOptions(REQUESTS["scores and probabilities, heads averaged"])
     )
     compiled, compile_seconds = {}, {}
     for name, program in programs.items():

@@ -167,6 +167,8 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
 
     from seg4diff_jax.flow import logit_normal_sigmas
     from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
+    from seg4diff_jax.models.attention import ForwardOptions
+    from seg4diff_jax.models.conditioning import TextConditioning
     from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
     from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
     from seg4diff_jax.models.vae import VAE as Autoencoder
@@ -204,14 +206,13 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
             latents=latents,
             noise=jax.random.normal(for_noise, latents.shape),
             sigma=logit_normal_sigmas(for_sigma, len(latents), mean=0.0, std=0.5, shift=3.0),
-            context=batch["context"],
-            pooled=batch["pooled"],
+            texts=TextConditioning.from_full(batch["context"], batch["pooled"], ZEROS),
             masks=batch["masks"],
             real=jnp.ones(batch["masks"].shape[:2], bool),
             averaging=batch["averaging"],
         )
-        how = {"block": case.block, "clip_tokens": CLIP, "remat": REMATERIALISED[case.remat], "equal_tail": ZEROS}
-        return magnet_loss(model.transformer, shown, objective, **how)
+        options = ForwardOptions(remat=REMATERIALISED[case.remat])
+        return magnet_loss(model.transformer, shown, objective, block=case.block, clip_tokens=CLIP, options=options)
 
     mesh = make_mesh(1, 1, 1, among=jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -21,8 +21,9 @@ from convert.load import load_component
 from convert.readers import ComponentReader, Source
 from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, Conditioning, Inputs, Sample, TransformerInputs
 from seg4diff_jax.flow import add_noise
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention, attention_record
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.joint_block import JointBlock, StreamState
 from seg4diff_jax.models.kernels import repeat_last
 from seg4diff_jax.models.mmdit import MMDiT
@@ -151,8 +152,8 @@ def prompt(
     joint_dim: int,
     check: Check,
 ) -> Conditioning:
-    joined = join_states(clips[0], clips[1], t5_states, joint_dim=joint_dim)
-    joined = Conditioning(_numpy(joined.context), _numpy(joined.pooled))
+    states = join_states(clips[0], clips[1], t5_states, joint_dim=joint_dim)
+    joined = Conditioning(_numpy(states.full_context), _numpy(states.pooled))
     check("prompt: joint context", joined.context)
     check("prompt: pooled", joined.pooled)
     return joined
@@ -199,12 +200,12 @@ def transformer(
     latents = np.concatenate([sample.latents for sample in samples])
     context, pooled = map(np.concatenate, zip(*(sample.conditioning for sample in samples), strict=True))
     timesteps = np.asarray([sample.timestep for sample in samples], np.float32)
-    one_of_equals = context[:, : context.shape[1] - given.equal_tail + 1]
-    state, conditioning = _embed(model, latents, timesteps, one_of_equals, pooled)
-    text = lambda state: _numpy(repeat_last(state.text[:1], given.equal_tail, axis=1))
+    conditioning = TextConditioning.from_full(jnp.asarray(context), jnp.asarray(pooled), given.last_token_count)
+    state, vector = _embed(model, latents, timesteps, conditioning)
+    text = lambda state: _numpy(repeat_last(state.text[:1], state.last_token_count, axis=1))
     check("transformer: embedded latents", _numpy(state.image[:1]))
     check("transformer: embedded context", text(state))
-    check("transformer: conditioning", _numpy(conditioning[:1]))
+    check("transformer: conditioning", _numpy(vector[:1]))
     everything = AttentionRequest(text_tokens=(0, tokens))
     for_masks = replace(everything, scores=False, mean_heads=True)
     for i in range(config.num_layers):
@@ -214,10 +215,10 @@ def transformer(
         )
         block = load_layer(component, names, dtype, f"blocks.{i}.", make)
         if i == given.block:
-            alone = _record_alone(block, state, conditioning, for_masks, given.equal_tail).probs
+            alone = _record_alone(block, state, vector, ForwardOptions(for_masks)).probs
             check(EXPERT_ROW, _numpy(alone[:1]))
             probs = _numpy(alone[-1:])
-        state, record = _joint_block(block, state, conditioning, everything, given.equal_tail)
+        state, record = _joint_block(block, state, vector, ForwardOptions(everything))
         del block
         assert record.scores is not None
         assert record.probs is not None
@@ -227,34 +228,32 @@ def transformer(
         if not last:
             check(f"block {i}: text stream", text(state))
         progress(f"transformer, block {i + 1} of {config.num_layers}")
-    check("velocity", _numpy(_velocity(model, state.image[:1], conditioning[:1], (latents.shape[1], latents.shape[2]))))
+    check("velocity", _numpy(_velocity(model, state.image[:1], vector[:1], (latents.shape[1], latents.shape[2]))))
     return probs
 
 
 @jax.jit
-def _embed(model: MMDiT, latents: Array, timesteps: Array, context: Array, pooled: Array) -> tuple[StreamState, Array]:
-    return model.embed(latents, timesteps, context, pooled)
+def _embed(model: MMDiT, latents: Array, timesteps: Array, conditioning: TextConditioning) -> tuple[StreamState, Array]:
+    return model.embed(latents, timesteps, conditioning)
 
 
-@partial(jax.jit, static_argnames=("request", "equal_tail"))
+@partial(jax.jit, static_argnames=("options",))
 def _joint_block(
-    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest, equal_tail: int
+    block: OneLayer, state: StreamState, vector: Array, options: ForwardOptions
 ) -> tuple[StreamState, JointAttention | None]:
-    return block.layer(state, conditioning, request, equal_tail=equal_tail)
+    return block.layer(state, vector, options)
 
 
-@partial(jax.jit, static_argnames=("request", "equal_tail"))
-def _record_alone(
-    block: OneLayer, state: StreamState, conditioning: Array, request: AttentionRequest, equal_tail: int
-) -> JointAttention:
+@partial(jax.jit, static_argnames=("options",))
+def _record_alone(block: OneLayer, state: StreamState, vector: Array, options: ForwardOptions) -> JointAttention:
     """As `attention_at` ends: nothing but q, k and the normaliser."""
-    image, text = block.layer.qkv(state, block.layer.modulations(conditioning))
-    return attention_record(image, text, request, equal_tail=equal_tail)
+    image, text = block.layer.qkv(state, block.layer.modulations(vector))
+    return attention_record(image, text, options)
 
 
 @partial(jax.jit, static_argnames=("size",))
-def _velocity(model: MMDiT, image: Array, conditioning: Array, size: tuple[int, int]) -> Array:
-    return model.velocity(image, conditioning, size)
+def _velocity(model: MMDiT, image: Array, vector: Array, size: tuple[int, int]) -> Array:
+    return model.velocity(image, vector, size)
 
 
 def masks(

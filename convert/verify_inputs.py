@@ -64,8 +64,8 @@ class Prompt:
 class TransformerInputs:
     """Noise, and seeded numbers in place of the outputs of a VAE or of text encoders that are not there.
 
-    `block` is the one whose maps become masks, `step` the timestep at which they are read. The last `equal_tail` tokens
-    of the context are equal: the zeros that stand for an absent T5, which the pipeline computes once.
+    `block` is the one whose maps become masks, `step` the timestep at which they are read. The last
+    `last_token_count` tokens of the context are equal: zeros for an absent T5, of which the pipeline computes one.
     """
 
     noise: Float[np.ndarray, "1 rows columns channels"]
@@ -73,7 +73,7 @@ class TransformerInputs:
     conditioning: Conditioning
     block: int
     step: int
-    equal_tail: int
+    last_token_count: int
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from seg4diff_jax.flow import euler, guided, is_whole
+from seg4diff_jax.models.attention import ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.text import TextConditioning
 
 
-@partial(jax.jit, static_argnames=("kernel", "equal_tail"))
+@partial(jax.jit, static_argnames=("kernel",))
 def sample_latents(
     transformer: MMDiT,
     noise: Float[Array, "images rows columns channels"],
@@ -27,7 +28,6 @@ def sample_latents(
     sigmas: Float[Array, " steps"],
     guidance: Float[Array, ""],
     kernel: Kernel | None = None,
-    equal_tail: int = 1,
 ) -> Float[Array, "images rows columns channels"]:
     """Clean latents from noise, fp32 between the steps, in one program whatever the number of steps.
 
@@ -37,7 +37,7 @@ def sample_latents(
         image and step instead of two, and the velocity as it is.
       sigmas: noise levels, falling; the clean end is left out (`FlowSchedule.sigmas`).
       guidance: scale of the way from `negative` to `prompts`; 1 leads to `prompts` exactly.
-      kernel, equal_tail: as for `MMDiT.__call__`.
+      kernel: see `ForwardOptions`.
 
     Raises:
       ValueError: the transformer lacks its last blocks, or latents do not fit it.
@@ -49,7 +49,7 @@ def sample_latents(
     ) -> Float[Array, "images rows columns channels"]:
         seen = latents if negative is None else _side_by_side(latents, latents)
         timesteps = jnp.full(len(seen), 1000 * sigma, jnp.float32)
-        predicted, _ = transformer(seen, timesteps, *conditioning, kernel=kernel, equal_tail=equal_tail)
+        predicted, _ = transformer(seen, timesteps, conditioning, options=ForwardOptions(kernel=kernel))
         predicted = predicted.astype(jnp.float32)
         if negative is None:
             return predicted

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.flow import add_noise
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, attention_at, attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
-from seg4diff_jax.text import TextConditioning
 
 
 @jax.jit
@@ -25,7 +25,7 @@ def image_latents(
     return vae.encode(pixels)
 
 
-@partial(jax.jit, static_argnames=("block", "kernel", "equal_tail"))
+@partial(jax.jit, static_argnames=("block", "kernel"))
 def read_class_scores(
     transformer: MMDiT,
     vae: VAE,
@@ -34,21 +34,19 @@ def read_class_scores(
     sigma: Float[Array, ""],
     block: int,
     kernel: Kernel | None,
-    equal_tail: int,
 ) -> Float[Array, "images classes grid_rows grid_columns"]:
     """Images and noise, and for each prompt its conditioning, its image and its averaging weights, to class scores."""
     pixels, noise = images
     conditioning, image_of_prompt, averaging = prompts
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
+    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1]))
     record = attention_at(
         transformer,
         noisy[image_of_prompt],
         jnp.full(len(image_of_prompt), 1000 * sigma, jnp.float32),
-        *conditioning,
+        conditioning,
         block=block,
-        request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
-        kernel=kernel,
-        equal_tail=equal_tail,
+        options=ForwardOptions(request, kernel),
     )
     assert record.probs is not None
     scores = combine_prompts(class_scores(record.probs, averaging), image_of_prompt, len(pixels))
@@ -56,20 +54,18 @@ def read_class_scores(
     return scores.reshape(*scores.shape[:2], noise.shape[1] // patch, noise.shape[2] // patch)
 
 
-@partial(jax.jit, static_argnames=("blocks", "request", "kernel", "equal_tail"))
+@partial(jax.jit, static_argnames=("blocks", "options"))
 def read_attention(
     transformer: MMDiT,
     vae: VAE,
-    pixels: Float[Array, "images height width 3"],
-    noise: Float[Array, "images rows columns channels"],
+    images: tuple[Float[Array, "images height width 3"], Float[Array, "images rows columns channels"]],
     conditioning: TextConditioning,
     sigma: Float[Array, ""] | float,
     blocks: tuple[int, ...],
-    request: AttentionRequest,
-    kernel: Kernel | None,
-    equal_tail: int,
+    options: ForwardOptions,
 ) -> dict[int, JointAttention]:
-    """Joint attention of blocks on images at noise level sigma, in one pass that ends in the last of the blocks."""
+    """Joint attention of blocks on images and noise at level sigma, in one pass that ends in the last of the blocks."""
+    pixels, noise = images
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
-    inputs = transformer, noisy, jnp.full(len(pixels), 1000 * sigma, jnp.float32), *conditioning
-    return attentions_at(*inputs, blocks=blocks, request=request, kernel=kernel, equal_tail=equal_tail)
+    timesteps = jnp.full(len(pixels), 1000 * sigma, jnp.float32)
+    return attentions_at(transformer, noisy, timesteps, conditioning, blocks=blocks, options=options)

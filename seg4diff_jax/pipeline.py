@@ -19,8 +19,9 @@ from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
 from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.masks import image_latents, read_attention, read_class_scores
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
 from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
@@ -38,7 +39,6 @@ from seg4diff_jax.segmentation.unsupervised import (
 )
 from seg4diff_jax.text import (
     ClassPrompts,
-    TextConditioning,
     TokenIds,
     Tokenizers,
     class_prompts,
@@ -208,10 +208,11 @@ class Pipeline:
         pixels = read_image(image)
         wanted = self.view.size(pixels.shape[:2], size, resize)
         eps = self.view.noise(noise, [0], 1, wanted, seed)
-        inputs = self.view.pixels([pixels], wanted, resize), eps, self.encode_prompts([prompt])
-        sigma, how = self._sigma(step), (self._blocks(blocks), request, kernel, self.zero_tokens)
+        images = self.view.pixels([pixels], wanted, resize), eps
+        conditioning, options = self.encode_prompts([prompt]), ForwardOptions(request, kernel)
+        sigma, wanted_blocks = self._sigma(step), self._blocks(blocks)
         with self.settings():
-            return read_attention(self.transformer, self.vae, *inputs, sigma, *how)
+            return read_attention(self.transformer, self.vae, images, conditioning, sigma, wanted_blocks, options)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class Pipeline:
         negative = self.encode_prompts([negative_prompt]) if guidance > 1 else None
         images = self.spread((eps, self.encode_prompts(prompts)))
         with self.settings():
-            latents = sample_latents(self.transformer, *images, negative, *levels, kernel, self.zero_tokens)
+            latents = sample_latents(self.transformer, *images, negative, *levels, kernel)
             pictures = finite_pictures(self.vae, latents)
         return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
 
@@ -307,11 +308,12 @@ class Pipeline:
     ) -> Float[Array, "images image_tokens text_tokens"]:
         """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
         tokens = (0, self.tokenizers.clip_l.model_max_length)
-        request = AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens)
-        inputs = self.spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
-        sigma, how = jnp.float32(self._sigma(step)), (self._blocks(self._block(block)), request, kernel)
+        options = ForwardOptions(AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens), kernel)
+        images, conditioning = self.spread(((pixels, noise), self.encode_prompts([""] * len(pixels))))
+        sigma, blocks = jnp.float32(self._sigma(step)), self._blocks(self._block(block))
         with self.settings():
-            (record,) = read_attention(self.transformer, self.vae, *inputs, sigma, *how, self.zero_tokens).values()
+            records = read_attention(self.transformer, self.vae, images, conditioning, sigma, blocks, options)
+        (record,) = records.values()
         assert record.probs is not None
         return record.probs
 
@@ -332,9 +334,7 @@ class Pipeline:
         rows = self.spread((conditioning, image_of_row, averaging))
         images = self.spread((pixels, noise))
         with self.settings():
-            scores = read_class_scores(
-                self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel, self.zero_tokens
-            )
+            scores = read_class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def spread(self, arrays: Any) -> Any:
@@ -373,11 +373,6 @@ class Pipeline:
             return tuple(range(self.transformer.depth))
         several = (blocks,) if isinstance(blocks, int | np.integer) else blocks
         return tuple(sorted({self._block(block) for block in several}))
-
-    @property
-    def zero_tokens(self) -> int:
-        """How many equal tokens end every context: the zeros that stand for an absent T5, as many as a prompt has."""
-        return self.tokenizers.clip_l.model_max_length if self.t5 is None else 1
 
     @property
     def view(self) -> ModelView:

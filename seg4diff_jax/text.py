@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.t5 import T5Encoder
 
 if TYPE_CHECKING:
@@ -39,13 +40,6 @@ class TokenIds(NamedTuple):
     clip_l: Int[Array | np.ndarray, "batch tokens"]
     clip_g: Int[Array | np.ndarray, "batch tokens"]
     t5: Int[Array | np.ndarray, "batch t5_tokens"] | None = None
-
-
-class TextConditioning(NamedTuple):
-    """What the transformer reads of the prompts: the CLIP tokens first, then the T5 ones (or zeros)."""
-
-    context: Float[Array, "batch tokens width"]
-    pooled: Float[Array, "batch pooled_width"]
 
 
 class TokenSpan(NamedTuple):
@@ -184,13 +178,13 @@ def encode_prompts(
     joint_dim: int,
     t5_length: int | None = None,
 ) -> TextConditioning:
-    """Token ids to the transformer's context [batch, CLIP tokens + T5 tokens, joint_dim] and pooled vector.
+    """Token ids to the transformer's context [batch, tokens, joint_dim] and pooled vector.
 
     The CLIPs' penultimate states stand side by side on the features, zero-padded to `joint_dim`; T5's states follow on
     the token axis. The pooled vector is CLIP-L's projection, then bigG's. Works under jit.
 
     Args:
-      t5: None puts zeros in place of its states, which still take part in attention.
+      t5: None puts zeros in place of its states, which still take part in attention; one token stands for them all.
       joint_dim: the transformer's `joint_attention_dim`.
       t5_length: how many zero tokens those are; default: as many as a CLIP prompt has, as in the released Seg4Diff
         (diffusers: `max_sequence_length`). With T5 the ids decide.
@@ -216,13 +210,15 @@ def join_states(
     batch, tokens, width = clip_states.shape
     if width > joint_dim:
         raise ValueError(f"the two CLIPs' states are {width} wide together: expected at most {joint_dim=}")
+    zeros = 1
     if t5_states is None:
-        t5_states = jnp.zeros((batch, tokens if t5_length is None else t5_length, joint_dim), clip_states.dtype)
+        zeros = tokens if t5_length is None else t5_length
+        t5_states = jnp.zeros((batch, min(zeros, 1), joint_dim), clip_states.dtype)
     elif t5_states.shape[-1] != joint_dim:
         raise ValueError(f"T5's states are {t5_states.shape[-1]} wide: expected {joint_dim=}")
     clip_states = jnp.pad(clip_states, ((0, 0), (0, 0), (0, joint_dim - width)))
     context = jnp.concatenate([clip_states, t5_states], axis=1)
-    return TextConditioning(context, jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1))
+    return TextConditioning(context, jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1), max(1, zeros))
 
 
 def _t5_states(

@@ -14,7 +14,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from seg4diff_jax.models.attention import QKV, AttentionRequest, attention_record, joint_attention
+from seg4diff_jax.models.attention import QKV, AttentionRequest, ForwardOptions, attention_record, joint_attention
 from seg4diff_jax.models.kernels import Kernel, attend, default_kernel, log_normalizer
 from tests.reference.largest_array import largest_array
 from tests.reference.processes import flags
@@ -87,7 +87,7 @@ def test_rows_of_probabilities_over_all_keys_sum_to_one(kernel):
         return QKV(*(draw(1, tokens, 2, 16, seed=seed + i, dtype=jnp.bfloat16) for i in range(3)))
 
     request = AttentionRequest(quadrants=("image_to_text", "image_to_image"), text_tokens=(0, None))
-    record = attention_record(stream(60, 0), stream(30, 7), request, kernel)
+    record = attention_record(stream(60, 0), stream(30, 7), ForwardOptions(request, kernel))
     total = record.image_to_text.probs.sum(-1) + record.image_to_image.probs.sum(-1)
     np.testing.assert_allclose(total, 1, atol=2e-3)
 
@@ -97,7 +97,7 @@ def test_a_captured_map_costs_no_array_of_tokens_by_tokens():
     shape = lambda n: QKV(*(jax.ShapeDtypeStruct((1, n, heads, 64), jnp.float32) for _ in range(3)))
 
     def capture(image, text):
-        output, _, record = joint_attention(image, text, AttentionRequest(), Kernel("xla"))
+        output, _, record = joint_attention(image, text, ForwardOptions(kernel=Kernel("xla")))
         return output.sum() + record.probs.sum()
 
     for function in (capture, jax.grad(capture, argnums=(0, 1))):
@@ -198,7 +198,7 @@ def test_requests_that_mean_nothing_are_refused(make, message, monkeypatch):
 def test_text_tokens_past_the_text_are_refused():
     q = QKV(*(draw(1, 6, 2, 8),) * 3)
     with pytest.raises(ValueError, match=r"text_tokens is \(6, 9\); this text has 6 tokens"):
-        attention_record(q, q, AttentionRequest(text_tokens=(6, 9)), Kernel("xla"))
+        attention_record(q, q, ForwardOptions(AttentionRequest(text_tokens=(6, 9)), Kernel("xla")))
 
 
 def test_float32_is_multiplied_as_float32_on_accelerators():

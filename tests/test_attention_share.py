@@ -10,26 +10,26 @@ from diffusers import SD3Transformer2DModel
 
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
 from tests.reference.attention import explicit_softmax
-from tests.test_mmdit import SMALL, make_inputs, make_pair, run_torch
+from tests.test_mmdit import SMALL, equal_tail, make_inputs, make_pair, run_torch
 
 
 def positional(inputs: dict) -> tuple:
-    return tuple(inputs[name] for name in ("latents", "timesteps", "context", "pooled"))
+    return tuple(inputs[name] for name in ("latents", "timesteps", "conditioning"))
 
 
 def test_shares_of_every_block_and_head_are_those_of_the_explicit_softmax():
     theirs, ours = make_pair(SMALL)
     assert isinstance(theirs, SD3Transformer2DModel)
     inputs = make_inputs(SMALL, (12, 16), text=11)
-    inputs["context"] = inputs["context"].at[:, 7:].set(0)
+    full, once = equal_tail(inputs, 4)
     processors = explicit_softmax(theirs)
     with torch.no_grad():
-        run_torch(theirs, inputs)
+        run_torch(theirs, full)
     expected = np.stack([p.probs[:, :, :48, 48:].sum(-1).mean(-1).numpy() for p in processors], axis=1)
-    shares = text_shares(ours, *positional(inputs))
+    shares = text_shares(ours, *positional(full))
     np.testing.assert_allclose(shares, expected, rtol=1e-4)
     assert np.ptp(expected) > 0.05
-    np.testing.assert_allclose(text_shares(ours, *positional(inputs), equal_tail=4), expected, rtol=1e-4)
+    np.testing.assert_allclose(text_shares(ours, *positional(once)), expected, rtol=1e-4)
 
 
 def test_a_model_without_preference_has_the_uniform_share():

@@ -239,21 +239,19 @@ def configure(file: Path, **values: Any) -> None:
 def test_without_t5_its_zeros_are_computed_once_as_the_pipeline_does(
     sd3_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tails: list[int] = []
+    counts: list[int] = []
     call, alone = JointBlock.__call__, jax_side.attention_record
     jax.clear_caches()
-    monkeypatch.setattr(JointBlock, "__call__", lambda *a, **k: (tails.append(k["equal_tail"]), call(*a, **k))[1])
-    monkeypatch.setattr(
-        jax_side, "attention_record", lambda *a, **k: (tails.append(k["equal_tail"]), alone(*a, **k))[1]
-    )
+    monkeypatch.setattr(JointBlock, "__call__", lambda *a: (counts.append(a[1].last_token_count), call(*a))[1])
+    monkeypatch.setattr(jax_side, "attention_record", lambda *a: (counts.append(a[1].last_count), alone(*a))[1])
     report = verify(sd3_checkpoint, size=64, components=["text_encoder", "text_encoder_2", "transformer"])
     assert not report.failures
-    assert set(tails) == {77}
+    assert set(counts) == {77}
     (row,) = [row for row in report.rows if row.what == "block 0: text stream"]
     assert row.shape == (1, 154, 64)
-    tails.clear()
+    counts.clear()
     assert not verify(sd3_checkpoint, size=64, components=["transformer"]).failures
-    assert set(tails) == {1}
+    assert set(counts) == {1}
 
 
 def test_a_checkpoints_own_expert_block_noise_level_and_prompt_length_are_those_compared(

@@ -9,6 +9,7 @@ import torch
 from flax import nnx
 from torch.utils.flop_counter import FlopCounterMode
 
+from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.flops import (
     adapter_step_flops,
@@ -87,8 +88,10 @@ def test_a_step_of_adapters_is_what_its_traced_gradient_holds(variant, remat):
     only_attention = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     policies = {"nothing": False, "blocks": True, "all_but_matmuls": only_attention}
 
+    options = ForwardOptions(remat=policies[remat])
+
     def loss(adapters):
-        return jnp.square(nnx.merge(graph, adapters, base)(**inputs, remat=policies[remat])[0]).mean()
+        return jnp.square(nnx.merge(graph, adapters, base)(**inputs, options=options)[0]).mean()
 
     counted = adapter_step_flops(mmdit.config, lora, IMAGE, TEXT, remat=remat)
     assert counted.forward == traced_flops(loss, adapters)

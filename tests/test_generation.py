@@ -57,8 +57,7 @@ class Pair:
         ours = self.ours
         conditioning = ours.encode_prompts(prompts), ours.encode_prompts([negative]) if guidance > 1 else None
         levels = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32), jnp.float32(guidance)
-        tail = ours.zero_tokens
-        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), *conditioning, *levels, None, tail))
+        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), *conditioning, *levels))
 
 
 @pytest.fixture(scope="module")

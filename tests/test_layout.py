@@ -23,8 +23,8 @@ MAY_IMPORT: dict[str, str] = {
     "parallel": "",
     "checksums": "",
     "magnet": "flow models segmentation",
-    "generation": "flow models parallel text",
-    "masks": "flow models segmentation text",
+    "generation": "flow models parallel",
+    "masks": "flow models segmentation",
     # What is around them, in memory.
     "image_files": "",
     "images": "image_files",

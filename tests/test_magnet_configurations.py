@@ -22,7 +22,7 @@ from seg4diff_jax.models.lora import LoRAConfig, apply_lora
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.command import parse
 from seg4diff_jax.training.encoded_items import encoded_ids
-from seg4diff_jax.training.magnet import Opened, task
+from seg4diff_jax.training.magnet import task
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
 from seg4diff_jax.training.step import training_step
@@ -30,7 +30,7 @@ from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.magnet_runs import arguments, rows
 from tests.reference.processes import ROOT, start
-from tests.test_magnet_step import BLOCK, CLIP, TAIL, TRAINABLE, Trained, make_batch
+from tests.test_magnet_step import BLOCK, CLIP, TRAINABLE, Trained, make_batch
 from tests.test_mask_items import write_nameless
 from tests.test_mmdit import SMALL, make_pair
 
@@ -152,12 +152,12 @@ def test_context_is_as_long_with_t5_as_with_the_zeros_in_its_place(options):
     shapes = []
     for t5 in (False, True):
         config = config_of(options, t5=t5)
-        made, opened = task(config), Opened.of(config)
+        made = task(config)
         model = made.init(0, make_mesh())
         batch = next(training_batches(made.source, batch_size=2, seed=0, augment=made.augment))
-        encode = partial(encoded_ids, joint_dim=JOINT_WIDTH, zeros=opened.zeros)
+        encode = partial(encoded_ids, joint_dim=JOINT_WIDTH)
         texts = jax.eval_shape(encode, model.encoders, batch)
-        shapes.append((texts.context.shape, texts.pooled.shape))
+        shapes.append((jax.eval_shape(lambda t: t.full_context, texts).shape, texts.pooled.shape))
     assert shapes == [((2, 154, JOINT_WIDTH), (2, POOLED_WIDTH))] * 2
 
 
@@ -207,10 +207,10 @@ def test_accumulated_batches_equal_one_that_holds_them_all():
     drawn = {layer: (rng.normal(size=(width, 2)) / width**0.5, 0.1 * rng.normal(size=(2, width))) for layer in layers}
     structure, trainable, frozen = take_apart(Trained(apply_lora(base, theirs_lora, drawn)), TRAINABLE)
     whole = make_batch(objective)._replace(real=jnp.ones((2, 3), bool))._asdict()
-    halves = [{name: array[i : i + 1] for name, array in whole.items()} for i in range(2)]
+    halves = [jax.tree.map(lambda array, i=i: array[i : i + 1], whole) for i in range(2)]
 
     def loss(model, batch, key):
-        how = {"block": BLOCK, "clip_tokens": CLIP, "equal_tail": TAIL}
+        how = {"block": BLOCK, "clip_tokens": CLIP}
         return magnet_loss(model.transformer, MagnetBatch(**batch), objective, **how)
 
     found = []

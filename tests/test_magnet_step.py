@@ -21,6 +21,8 @@ from flax import nnx
 
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
+from seg4diff_jax.models.attention import ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora, apply_lora, lora_state
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -73,8 +75,7 @@ def make_batch(objective: MagnetObjective) -> MagnetBatch:
         latents=draw(2, 16, 16, 16),
         noise=draw(2, 16, 16, 16),
         sigma=jnp.array([0.35, 0.8]),
-        context=context,
-        pooled=draw(2, SMALL["pooled_projection_dim"]),
+        texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL),
         masks=jnp.asarray(random_masks((2, 3, 20, 24), seed=1)),
         real=jnp.asarray(REAL),
         averaging=None if objective.targets == "matching" else averaging,
@@ -89,7 +90,7 @@ def torch_losses(
     sigma = np.asarray(batch.sigma)
     level = torch.tensor(sigma)[:, None, None, None]
     noisy = ((1 - level) * latents + level * noise).numpy()
-    inputs = {"latents": noisy, "timesteps": 1000 * sigma, "context": batch.context, "pooled": batch.pooled}
+    inputs = {"latents": noisy, "timesteps": 1000 * sigma, "conditioning": batch.texts}
     velocity = run_torch(theirs, inputs)
     tokens = GRID[0] * GRID[1]
     read = processors[BLOCK].scores if objective.masks_from == "scores" else processors[BLOCK].probs
@@ -178,8 +179,8 @@ def step(request) -> Step:
     def gradient(trainable, frozen):
         def loss(trainable):
             model = structure.model(trainable, frozen)
-            options: Any = {"block": BLOCK, "clip_tokens": CLIP, "head": model.head, "equal_tail": TAIL}
-            return magnet_loss(model.transformer, batch, objective, remat=True, **options)
+            options: Any = {"block": BLOCK, "clip_tokens": CLIP, "head": model.head}
+            return magnet_loss(model.transformer, batch, objective, options=ForwardOptions(remat=True), **options)
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 

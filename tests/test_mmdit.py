@@ -16,7 +16,8 @@ from convert.assemble import abstract, from_state_dict
 from convert.names import parameter_shapes
 from convert.tables import mmdit as table
 from convert.write import layer_arrays
-from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest
+from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
@@ -67,13 +68,30 @@ def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, b
     return {
         "latents": draw(batch, *size, config["in_channels"]),
         "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
-        "context": draw(batch, text, config["joint_attention_dim"]),
-        "pooled": draw(batch, config["pooled_projection_dim"]),
+        "conditioning": TextConditioning(
+            draw(batch, text, config["joint_attention_dim"]), draw(batch, config["pooled_projection_dim"])
+        ),
     }
 
 
+def equal_tail(inputs: dict, tokens: int) -> tuple[dict, dict]:
+    """Inputs whose last tokens are zeros, all of them computed; and the same, one of them computed for all."""
+    given = inputs["conditioning"]
+    context = given.context.at[:, -tokens:].set(0)
+    both = (TextConditioning.from_full(context, given.pooled, equal) for equal in (1, tokens))
+    full, once = ({**inputs, "conditioning": conditioning} for conditioning in both)
+    return full, once
+
+
+def tensors_of(inputs: dict, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    text = inputs["conditioning"]
+    arrays = {name: inputs[name] for name in ("latents", "timesteps")}
+    arrays |= {"context": text.full_context, "pooled": text.pooled}
+    return {name: torch.tensor(np.asarray(array), dtype=dtype) for name, array in arrays.items()}
+
+
 def run_torch(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor:
-    inputs = {name: torch.tensor(np.asarray(array), dtype=model.dtype) for name, array in inputs.items()}
+    inputs = tensors_of(inputs, model.dtype)
     return model(
         hidden_states=inputs["latents"].permute(0, 3, 1, 2),
         encoder_hidden_states=inputs["context"],
@@ -84,12 +102,12 @@ def run_torch(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def forward(model: MMDiT, inputs: dict, capture=(), request: AttentionRequest = IMAGE_TO_TEXT):
-    return model(**inputs, capture=capture, request=request)
+    return model(**inputs, capture=capture, options=ForwardOptions(request))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def record_at(model: MMDiT, inputs: dict, block: int, request: AttentionRequest = IMAGE_TO_TEXT):
-    return attention_at(model, **inputs, block=block, request=request)
+    return attention_at(model, **inputs, block=block, options=ForwardOptions(request))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -117,7 +135,7 @@ def test_velocity_of_some_tokens_equals_diffusers_given_those_tokens_alone(pair,
     theirs, ours = pair
     inputs = make_inputs(VARIANTS[variant])
     tokens = np.stack([np.random.default_rng(image).permutation(64)[:20] for image in range(2)])
-    given = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
+    given = tensors_of(inputs)
     with torch.no_grad():
         hidden = theirs.pos_embed(given["latents"].permute(0, 3, 1, 2))[[[0], [1]], tokens]
         conditioning = theirs.time_text_embed(given["timesteps"], given["pooled"])
@@ -219,46 +237,46 @@ def test_attention_at_needs_no_parameter_after_q_and_k_of_its_last_block(pair, v
 
 def test_equal_context_tokens_computed_once_change_nothing(pair, variant):
     _, ours = pair
-    inputs = make_inputs(VARIANTS[variant], text=12)
-    inputs["context"] = inputs["context"].at[:, 5:].set(0)
     request = AttentionRequest(quadrants=QUADRANTS, qkv=True, text_tokens=(0, None))
-
-    def run(inputs, equal_tail):
-        return ours(**inputs, capture=range(ours.depth), request=request, equal_tail=equal_tail)
-
-    (velocity, records), (velocity_once, records_once) = (
-        jax.jit(functools.partial(run, equal_tail=n))(inputs) for n in (1, 7)
-    )
+    full, once = equal_tail(make_inputs(VARIANTS[variant], text=12), 7)
+    every = tuple(range(ours.depth))
+    (velocity, records), (velocity_once, records_once) = (forward(ours, x, every, request) for x in (full, once))
     assert relative_error(velocity_once, velocity) <= 1e-5
     for mine, expected in zip(jax.tree.leaves(records_once), jax.tree.leaves(records), strict=True):
         assert mine.shape == expected.shape
         assert relative_error(mine, expected) <= 1e-5
-    at_block = attention_at(ours, **inputs, block=1, request=request, equal_tail=7)
+    at_block = record_at(ours, once, 1, request)
     for mine, expected in zip(jax.tree.leaves(at_block), jax.tree.leaves(records[1]), strict=True):
         assert relative_error(mine, expected) <= 1e-5
 
 
 def test_gradients_do_not_depend_on_how_equal_tokens_are_computed(pair, variant):
     _, ours = pair
-    inputs = make_inputs(VARIANTS[variant], text=12)
-    inputs["context"] = inputs["context"].at[:, 5:].set(0)
 
-    def loss(model, equal_tail):
-        velocity, records = model(**inputs, capture=(1,), equal_tail=equal_tail)
+    def loss(model, inputs):
+        velocity, records = model(**inputs, capture=(1,))
         return jnp.square(velocity).mean() + records[1].probs.std()
 
-    plain, once = (jax.jit(jax.grad(functools.partial(loss, equal_tail=n)))(ours) for n in (1, 7))
+    plain, once = (jax.jit(jax.grad(loss))(ours, x) for x in equal_tail(make_inputs(VARIANTS[variant], text=12), 7))
     # Without q/k norm a softmax does not see the keys' biases: their gradients are rounding of the others.
     rounding = 1e-7 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     for mine, expected in zip(jax.tree.leaves(once), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(mine, expected, atol=2e-5 * float(jnp.abs(expected).max()) + rounding)
 
 
-@pytest.mark.parametrize("equal_tail", [0, 10])
-def test_a_count_of_equal_tokens_beyond_the_context_is_refused(equal_tail):
-    _, ours = make_pair(SMALL)
-    with pytest.raises(ValueError, match=f"equal_tail is {equal_tail}; expected 1 to the context's 9 tokens"):
-        ours(**make_inputs(SMALL), equal_tail=equal_tail)
+@pytest.mark.parametrize("equal", [0, 10])
+def test_a_count_of_equal_tokens_beyond_the_context_is_refused(equal):
+    given = make_inputs(SMALL)["conditioning"]
+    with pytest.raises(ValueError, match=f"equal is {equal}; expected 1 to the context's 9 tokens"):
+        TextConditioning.from_full(given.context, given.pooled, equal)
+    with pytest.raises(ValueError, match="last_token_count is 0; expected a whole number, at least 1"):
+        TextConditioning(given.context, given.pooled, 0)
+
+
+def test_the_full_context_shows_every_token():
+    full, once = equal_tail(make_inputs(SMALL), 4)
+    assert once["conditioning"].context.shape[1] == 6
+    np.testing.assert_array_equal(once["conditioning"].full_context, full["conditioning"].context)
 
 
 def test_averaged_heads_are_the_mean_of_the_heads(pair, variant):
@@ -277,7 +295,7 @@ def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, rem
     block = 2
 
     def loss(model):
-        velocity, records = model(**inputs, capture=(block,), remat=remat)
+        velocity, records = model(**inputs, capture=(block,), options=ForwardOptions(remat=remat))
         return (getattr(records[block], part) * target).sum() + (velocity**2).mean()
 
     gradients = jax.jit(jax.grad(loss))(ours)

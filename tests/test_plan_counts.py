@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from seg4diff_jax.models.attention import ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.flops import mmdit_flops
 from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
@@ -23,14 +25,20 @@ from seg4diff_jax.planning.hlo import Collective, Program
 # ---- operations -----------------------------------------------------------------------------------------------------
 
 
+def abstract_inputs(latents: tuple[int, ...], context: tuple[int, int], pooled: int) -> tuple:
+    """Of one image."""
+    shape = lambda *sides: jax.ShapeDtypeStruct((1, *sides), jnp.float32)
+    return shape(*latents), shape(), TextConditioning(shape(*context), shape(pooled))
+
+
 @pytest.mark.parametrize(("name", "whole"), [("sd3-medium", 8.437), ("sd3.5-medium", 10.783), ("sd3.5-large", 29.597)])
 def test_a_traced_forward_pass_has_the_published_models_operations(name, whole):
     config = MMDiTConfig.from_json(TRANSFORMERS[name])
     model = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    shapes = {"latents": (1, 128, 128, 16), "timesteps": (1,), "context": (1, 154, 4096), "pooled": (1, 2048)}
-    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    inputs = abstract_inputs((128, 128, 16), (154, 4096), 2048)
     # One chunk, which is not made: the default's many are rounded up.
-    traced = jax.make_jaxpr(lambda model, inputs: model(**inputs, kernel=Kernel("xla", 4250)))(model, inputs)
+    options = ForwardOptions(kernel=Kernel("xla", 4250))
+    traced = jax.make_jaxpr(lambda model, inputs: model(*inputs, options=options))(model, inputs)
     assert operations(traced) == mmdit_flops(config, 4096, 154)
     assert operations(traced) / 1e12 == pytest.approx(whole, abs=5e-4)
 
@@ -84,12 +92,11 @@ def test_the_backward_pass_is_handed_no_copy_of_the_weights_and_no_whole_scores(
     config = MMDiTConfig(**widths, num_layers=6, pooled_projection_dim=20, pos_embed_max_size=8, sample_size=8)
     model = nnx.eval_shape(lambda: add_lora(MMDiT(config, rngs=nnx.Rngs(0)), LoRAConfig(rank=2), nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, LoRA, ...)
-    shapes = {"latents": (1, 8, 8, 16), "timesteps": (1,), "context": (1, 5, 24), "pooled": (1, 20)}
-    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    inputs = abstract_inputs((8, 8, 16), (5, 24), 20)
 
     def loss(adapters, base, inputs, remat):
-        kernel = Kernel("xla", query_chunk=7)
-        velocity, records = nnx.merge(graph, adapters, base)(**inputs, capture=(3,), remat=remat, kernel=kernel)
+        options = ForwardOptions(kernel=Kernel("xla", query_chunk=7), remat=remat)
+        velocity, records = nnx.merge(graph, adapters, base)(*inputs, capture=(3,), options=options)
         return (velocity**2).mean() + records[3].scores.mean()
 
     text = lambda remat: str(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapters, base, inputs))

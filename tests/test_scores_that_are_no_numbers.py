@@ -70,7 +70,7 @@ def test_a_gain_over_a_score_that_was_no_number_is_none(tmp_path):
 @pytest.mark.parametrize(("losses", "miou"), [([0.5, 0.7], 100.0), ([0.5, NAN], NAN), ([INF, 0.5], NAN)])
 def test_held_out_pictures_have_no_miou_where_their_loss_is_no_number(losses, miou, monkeypatch):
     scored = HeldOut.__new__(HeldOut)
-    scored.classes, scored.block, scored.zeros, scored.sigmas, scored.config = 2, 0, 1, (0.2,), HeldOutData()
+    scored.classes, scored.block, scored.sigmas, scored.config = 2, 0, (0.2,), HeldOutData()
     scored._batches = [(BATCH, 2)]
     monkeypatch.setattr(held_out, "_score", lambda *_: (jnp.eye(2, dtype=jnp.int32), jnp.array(losses)))
     found = scored.scores(MMDiT.__new__(MMDiT))

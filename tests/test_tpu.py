@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
 from seg4diff_jax.parallel import AXES, parameter_shardings
@@ -42,17 +43,18 @@ for path, variable in nnx.to_flat_state(state):
     flat.append((path, variable.replace(place(leaf, sharding(".".join(map(str, path)), leaf.shape)))))
 model = nnx.merge(graph, nnx.from_flat_state(flat))
 row = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
-inputs = dict(latents=row(4, 64, 64, 16), timesteps=row(4), context=row(4, 154, 256), pooled=row(4, 128))
+texts = TextConditioning(row(4, 154, 256), row(4, 128))
+inputs = dict(latents=row(4, 64, 64, 16), timesteps=row(4), conditioning=texts)
 kernel = Kernel("splash")
 everything = AttentionRequest(quadrants=("image_to_text", "text_to_image"), mean_heads=True)
 
 
 def masks(model, inputs):
-    return attention_at(model, **inputs, block=2, request=everything, kernel=kernel)
+    return attention_at(model, **inputs, block=2, options=ForwardOptions(everything, kernel))
 
 
 def loss(model, inputs):
-    velocity, records = model(**inputs, capture=(2,), kernel=kernel, remat=True)
+    velocity, records = model(**inputs, capture=(2,), options=ForwardOptions(kernel=kernel, remat=True))
     return (velocity.astype(jnp.float32) ** 2).mean() + records[2].scores.mean() + jnp.log(records[2].probs).mean()
 
 

@@ -12,40 +12,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
 
 ALL_TEXT = AttentionRequest(scores=False, text_tokens=(0, None))
 
 
-@partial(jax.jit, static_argnames=("kernel", "equal_tail"))
+@partial(jax.jit, static_argnames=("kernel",))
 def text_shares(
     transformer: MMDiT,
     noisy: Float[Array, "batch rows columns channels"],
     timesteps: Float[Array, " batch"],
-    context: Float[Array, "batch text joint_dim"],
-    pooled: Float[Array, "batch pooled_dim"],
+    conditioning: TextConditioning,
     *,
     kernel: Kernel | None = None,
-    equal_tail: int = 1,
 ) -> Float[Array, "batch blocks heads"]:
     """Share of the image tokens' attention that is on text, 0 to 1, the mean over image tokens.
 
     Arguments as for `MMDiT.__call__`; the transformer holds all its blocks.
     """
-    _, records = transformer(
-        noisy,
-        timesteps,
-        context,
-        pooled,
-        capture=range(transformer.depth),
-        request=ALL_TEXT,
-        kernel=kernel,
-        equal_tail=equal_tail,
-    )
+    blocks = range(transformer.depth)
+    _, records = transformer(noisy, timesteps, conditioning, capture=blocks, options=ForwardOptions(ALL_TEXT, kernel))
     # Reduced inside the program, which then keeps no map.
-    shares = [records[block].probs.sum(axis=-1).mean(axis=-1) for block in range(transformer.depth)]  # pyright: ignore
+    shares = [records[block].probs.sum(axis=-1).mean(axis=-1) for block in blocks]  # pyright: ignore
     return jnp.stack(shares, axis=1)
 
 

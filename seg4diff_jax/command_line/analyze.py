@@ -68,10 +68,8 @@ def text_attention(
     noisy = add_noise(latents.astype(jnp.float32), image_noise(seed, [0], (rows, columns, channels)), sigma)
     tokens = rows * columns // pipe.transformer.config.patch_size**2
     with pipe.settings():
-        shares = text_shares(
-            pipe.transformer, noisy, jnp.full(1, 1000 * sigma), *conditioning, equal_tail=pipe.zero_tokens
-        )
-    return np.asarray(shares)[0], uniform_share(tokens, conditioning.context.shape[1])
+        shares = text_shares(pipe.transformer, noisy, jnp.full(1, 1000 * sigma), conditioning)
+    return np.asarray(shares)[0], uniform_share(tokens, conditioning.full_context.shape[1])
 
 
 def share_table(shares: Float[np.ndarray, "blocks heads"], uniform: float, named: int | None) -> Table:

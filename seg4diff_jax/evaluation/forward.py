@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.flow import add_noise, image_noise
-from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mmdit import MMDiT, attentions_at
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.pipeline import Pipeline
-from seg4diff_jax.text import TextConditioning, TokenIds, encode_prompts, tokenize
+from seg4diff_jax.text import TokenIds, encode_prompts, tokenize
 
 REMEMBERED = 256
 """Prompts whose encoding is kept, about 2.5 MB each at SD3's sizes in fp32."""
@@ -87,7 +88,6 @@ class Forward:
                 jnp.float32(pipe.schedule.sigma_at(step)),
                 places=self.places,
                 columns=columns,
-                equal_tail=pipe.zero_tokens,
             )
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
@@ -130,7 +130,7 @@ def stack_texts(texts: list[TextConditioning]) -> TextConditioning:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
 
 
-@partial(jax.jit, static_argnames=("places", "columns", "equal_tail"))
+@partial(jax.jit, static_argnames=("places", "columns"))
 def attention_maps(
     transformer: MMDiT,
     images: tuple[Float[Array, "images r c ch"], Float[Array, "images r c ch"], Int[Array, " rows"]],
@@ -139,7 +139,6 @@ def attention_maps(
     *,
     places: tuple[Place, ...],
     columns: int,
-    equal_tail: int,
 ) -> Float[Array, "places rows tokens columns"]:
     """Attention of every image token to the first `columns` text tokens, for rows of prompts.
 
@@ -149,11 +148,11 @@ def attention_maps(
     """
     latents, noise, image_of_row = images
     noisy = add_noise(latents, noise, sigma)[image_of_row]
-    inputs = noisy, jnp.full(len(noisy), 1000 * sigma, jnp.float32), *texts
+    timesteps = jnp.full(len(noisy), 1000 * sigma, jnp.float32)
     mean_heads = all(place.head is None for place in places)
     request = AttentionRequest(scores=False, mean_heads=mean_heads, text_tokens=(0, columns))
     blocks = tuple(dict.fromkeys(place.block for place in places))
-    records = attentions_at(transformer, *inputs, blocks=blocks, request=request, equal_tail=equal_tail)
+    records = attentions_at(transformer, noisy, timesteps, texts, blocks=blocks, options=ForwardOptions(request))
 
     def read(place: Place) -> Array:
         probs: Array = records[place.block].probs  # pyright: ignore

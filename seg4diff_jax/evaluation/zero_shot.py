@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.forward import Forward, Latents
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
-from seg4diff_jax.text import TextConditioning
 
 MOST_COUNTED = 2**31 - 1
 """Pixels that a matrix of 32-bit numbers can count."""

@@ -6,8 +6,7 @@ loss = velocity_weight |v - (eps - z)|^2 + focal_weight focal + dice_weight dice
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float
@@ -16,8 +15,8 @@ from seg4diff_jax.flow import FlowSchedule, add_noise, velocity_loss, velocity_t
 from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, MaskLosses, class_losses, mask_losses
 from seg4diff_jax.magnet.matching import DICE_COST, FOCAL_COST
 from seg4diff_jax.magnet.targets import class_maps, matched_maps
-from seg4diff_jax.models.attention import AttentionRequest, JointAttention
-from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, AttentionRequest, ForwardOptions, JointAttention
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.mmdit import MMDiT
 
@@ -104,7 +103,7 @@ class MagnetBatch(NamedTuple):
       latents: clean, fp32.
       noise: standard normal.
       sigma: noise levels, 0..1.
-      context, pooled: of the prompts; CLIP's tokens first.
+      texts: of the prompts; CLIP's tokens first.
       masks: at any size; a fixed number of rows.
       real: which of the rows hold a mask.
       averaging: where each mask's class is in its image's prompt (see `targets.class_maps`); None for `matching`.
@@ -113,8 +112,7 @@ class MagnetBatch(NamedTuple):
     latents: Float[Array, "batch height width channels"]
     noise: Float[Array, "batch height width channels"]
     sigma: Float[Array, " batch"]
-    context: Float[Array, "batch text joint_dim"]
-    pooled: Float[Array, "batch pooled_dim"]
+    texts: TextConditioning
     masks: Bool[Array, "batch masks mask_height mask_width"]
     real: Bool[Array, "batch masks"]
     averaging: Float[Array, "batch masks clip_tokens"] | None = None
@@ -128,9 +126,7 @@ def magnet_loss(
     block: int,
     clip_tokens: int,
     head: MaskHead | None = None,
-    kernel: Kernel | None = None,
-    remat: bool | Callable = False,
-    equal_tail: int = 1,
+    options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a batch and its parts: `velocity`, `focal` and `dice`, each before its weight.
 
@@ -141,7 +137,7 @@ def magnet_loss(
       block: the expert block, whose attention the masks are held against.
       clip_tokens: how many of the context's tokens, from the first, are CLIP's: 77 for SD3.
       head: with `mask_head: conv`, and only then.
-      kernel, remat, equal_tail: see `MMDiT.__call__`.
+      options: how blocks are computed; what is recorded is the objective's to say.
 
     Raises:
       ValueError: objective, head and batch do not belong together, or as `MMDiT.__call__`.
@@ -150,13 +146,9 @@ def magnet_loss(
     velocity, records = mmdit(
         add_noise(batch.latents, batch.noise, batch.sigma),
         FlowSchedule.num_train_timesteps * batch.sigma,
-        batch.context,
-        batch.pooled,
+        batch.texts,
         capture=(block,),
-        request=objective.request(clip_tokens),
-        kernel=kernel,
-        remat=remat,
-        equal_tail=equal_tail,
+        options=replace(options, request=objective.request(clip_tokens)),
     )
     patch = mmdit.config.patch_size
     grid = (batch.latents.shape[1] // patch, batch.latents.shape[2] // patch)

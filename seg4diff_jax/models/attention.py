@@ -7,8 +7,9 @@ section 3). A captured map needs only one number per query beside q and k: the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,24 @@ IMAGE_TO_TEXT = AttentionRequest()
 """The default: image-to-text scores and probabilities of the CLIP tokens, heads kept."""
 
 
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How blocks are computed, and what those that are captured return. Static under jit.
+
+    Attributes:
+      request: what each record holds; None: no block is recorded.
+      kernel: attention kernel; None: by backend and dtype (`default_kernel`).
+      remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
+    """
+
+    request: AttentionRequest | None = IMAGE_TO_TEXT
+    kernel: Kernel | None = None
+    remat: bool | Callable = False
+
+
+DEFAULT_OPTIONS, UNRECORDED = ForwardOptions(), ForwardOptions(request=None)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionMap:
@@ -88,51 +107,57 @@ class JointAttention:
         return self.image_to_text and self.image_to_text.probs
 
 
-class QKV(NamedTuple):
-    """Queries, keys and values of one stream, or of the joint sequence."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QKV:
+    """Queries, keys and values of one stream, or of the joint sequence; the last token stands for `last_count`."""
 
-    q: Float[Array, "batch queries heads head_dim"]
-    k: Float[Array, "batch keys heads head_dim"]
-    v: Float[Array, "batch keys heads head_dim"]
+    q: Float[Array, "batch queries heads head_dim"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    k: Float[Array, "batch keys heads head_dim"] | Any
+    v: Float[Array, "batch keys heads head_dim"] | Any
+    last_count: int = field(default=1, metadata={"static": True})
 
 
 def join(image: QKV, text: QKV) -> QKV:
-    return QKV(*(jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True)))
+    q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((image.q, text.q), (image.k, text.k), (image.v, text.v)))
+    return QKV(q, k, v, text.last_count)
 
 
 def joint_attention(
-    image: QKV,
-    text: QKV,
-    request: AttentionRequest | None = None,
-    kernel: Kernel | None = None,
-    equal_tail: int = 1,
+    image: QKV, text: QKV, options: ForwardOptions = UNRECORDED
 ) -> tuple[
     Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointAttention | None
 ]:
-    """Attention over both streams' tokens: the output of each stream, and the record if one is requested.
-
-    The last text token stands for `equal_tail` equal ones; the record shows them all.
-    """
-    joint = join(image, text)
+    """Attention over both streams' tokens: the output of each stream, and the record if one is requested."""
+    joint, request = join(image, text), options.request
     image_tokens = image.q.shape[1]
-    normalizer_wanted = request is not None and request.probs
-    output, normalizer = attend(*joint, kernel=kernel, normalizer=normalizer_wanted, last_key_count=equal_tail)
-    record = None if request is None else _record(joint, image_tokens, normalizer, request, equal_tail)
+    output, normalizer = attend(
+        joint.q,
+        joint.k,
+        joint.v,
+        kernel=options.kernel,
+        normalizer=request is not None and request.probs,
+        last_key_count=joint.last_count,
+    )
+    record = None if request is None else _record(joint, image_tokens, normalizer, request)
     return output[:, :image_tokens], output[:, image_tokens:], record
 
 
-def attention_record(
-    image: QKV, text: QKV, request: AttentionRequest, kernel: Kernel | None = None, equal_tail: int = 1
-) -> JointAttention:
-    """The record alone: nothing after q and k is computed (values are returned if requested, but not used)."""
-    joint = join(image, text)
+def attention_record(image: QKV, text: QKV, options: ForwardOptions = DEFAULT_OPTIONS) -> JointAttention:
+    """The record alone: nothing after q and k is computed (values are returned if requested, but not used).
+
+    Raises ValueError when the options request none.
+    """
+    joint, request = join(image, text), options.request
+    if request is None:
+        raise ValueError("no record is requested: expected options with a request")
     image_tokens = image.q.shape[1]
     normalizer = None
     if request.probs:
         only_image_rows = not any(quadrant.startswith("text") for quadrant in request.quadrants)
         queries = image.q if only_image_rows else joint.q
-        normalizer = log_normalizer(queries, joint.k, kernel=kernel, last_key_count=equal_tail)
-    return _record(joint, image_tokens, normalizer, request, equal_tail)
+        normalizer = log_normalizer(queries, joint.k, kernel=options.kernel, last_key_count=joint.last_count)
+    return _record(joint, image_tokens, normalizer, request)
 
 
 def _record(
@@ -140,11 +165,12 @@ def _record(
     image_tokens: int,
     normalizer: Float[Array, "batch heads queries"] | None,
     request: AttentionRequest,
-    equal_tail: int,
 ) -> JointAttention:
-    joint = QKV(*(repeat_last(x, equal_tail, axis=1) for x in joint))
+    """Shows every token: of the last as many as it stands for."""
+    count = joint.last_count
+    joint = jax.tree.map(lambda x: repeat_last(x, count, axis=1), joint)
     if normalizer is not None and normalizer.shape[2] > image_tokens:
-        normalizer = repeat_last(normalizer, equal_tail, axis=2)
+        normalizer = repeat_last(normalizer, count, axis=2)
     start, stop = request.text_tokens
     stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
     if image_tokens + start >= stop:
@@ -161,5 +187,5 @@ def _record(
             scores, probs = (None if array is None else array.mean(axis=1) for array in (scores, probs))
         parts[quadrant] = AttentionMap(scores=scores if request.scores else None, probs=probs)
     if request.qkv:
-        parts |= joint._asdict()
+        parts |= {"q": joint.q, "k": joint.k, "v": joint.v}
     return JointAttention(**parts)

@@ -78,7 +78,7 @@ def mmdit_flops(config: MMDiTConfig, image: int, text: int) -> int:
 
     Args:
       image: tokens: latent height x width / patch_size^2.
-      text: tokens that are computed; of equal ones at the end (`equal_tail`) that is one.
+      text: tokens that are computed; of equal ones at the end (`TextConditioning`) that is one.
     """
     blocks = sum(block_flops(config, block, image, text) for block in range(config.num_layers))
     return embedding_flops(config, image, text) + blocks + head_flops(config, image)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.attention import QKV, AttentionRequest, JointAttention, joint_attention
-from seg4diff_jax.models.kernels import Kernel, attend
+from seg4diff_jax.models.attention import QKV, UNRECORDED, ForwardOptions, JointAttention, joint_attention
+from seg4diff_jax.models.kernels import attend
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.parallel import split_batch
 
 MODULATIONS = {"joint": 6, "dual": 9, "keys only": 2}
 
 
-class StreamState(NamedTuple):
-    """Token states of both streams, on their way through the blocks."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StreamState:
+    """Token states of both streams, on their way through the blocks.
 
-    image: Float[Array, "batch image dim"]
-    text: Float[Array, "batch text dim"]
+    The last text token stands for `last_token_count` equal ones (`TextConditioning`), in every block.
+    """
+
+    image: Float[Array, "batch image dim"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    text: Float[Array, "batch text dim"] | Any
+    last_token_count: int = field(default=1, metadata={"static": True})
 
 
 def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
@@ -67,11 +74,11 @@ class Projections(nnx.Module):
         self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
         self.heads = config.num_attention_heads
 
-    def qkv(self, x: Float[Array, "batch tokens dim"]) -> QKV:
+    def qkv(self, x: Float[Array, "batch tokens dim"], last_count: int = 1) -> QKV:
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return QKV(q, k, v)
+        return QKV(q, k, v, last_count)
 
     def merge(self, heads: Float[Array, "batch tokens heads head_dim"]) -> Float[Array, "batch tokens dim"]:
         assert self.out is not None
@@ -91,10 +98,10 @@ class Stream(nnx.Module):
         self.dual_attention = Projections(config, rngs=rngs, **dtypes) if kind == "dual" else None
         self.mlp = MLP((width, 4 * width, width), gelu, rngs=rngs, **dtypes) if updated else None
 
-    def modulations(self, conditioning: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
+    def modulations(self, vector: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
         """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or 2 of them."""
-        modulation = split_batch(self.modulation(split_batch(jax.nn.silu(conditioning))))
-        return jnp.split(modulation, modulation.shape[-1] // conditioning.shape[-1], axis=-1)
+        modulation = split_batch(self.modulation(split_batch(jax.nn.silu(vector))))
+        return jnp.split(modulation, modulation.shape[-1] // vector.shape[-1], axis=-1)
 
     def update(
         self,
@@ -121,29 +128,33 @@ class JointBlock(nnx.Module):
         (image_shift, image_scale, *_), (text_shift, text_scale, *_) = modulations
         return (
             self.image.attention.qkv(modulate(state.image, image_shift, image_scale)),
-            self.text.attention.qkv(modulate(state.text, text_shift, text_scale)),
+            self.text.attention.qkv(modulate(state.text, text_shift, text_scale), state.last_token_count),
         )
 
-    def modulations(self, conditioning: Float[Array, "batch dim"]) -> tuple[list[Array], list[Array]]:
-        return self.image.modulations(conditioning), self.text.modulations(conditioning)
+    def modulations(self, vector: Float[Array, "batch dim"]) -> tuple[list[Array], list[Array]]:
+        return self.image.modulations(vector), self.text.modulations(vector)
 
     def __call__(
         self,
         state: StreamState,
-        conditioning: Float[Array, "batch dim"],
-        request: AttentionRequest | None = None,
-        kernel: Kernel | None = None,
-        equal_tail: int = 1,
+        vector: Float[Array, "batch dim"],
+        options: ForwardOptions = UNRECORDED,
     ) -> tuple[StreamState, JointAttention | None]:
-        image_mod, text_mod = modulations = self.modulations(conditioning)
-        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), request, kernel, equal_tail)
+        """Both streams behind this block, and its attention record if one is requested.
+
+        Args:
+          vector: time and pooled text, which modulate both streams.
+        """
+        image_mod, text_mod = modulations = self.modulations(vector)
+        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), options)
         attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
         if self.image.dual_attention is not None:
             shift, scale, gate = image_mod[6:]
-            heads, _ = attend(*self.image.dual_attention.qkv(modulate(state.image, shift, scale)), kernel=kernel)
+            dual = self.image.dual_attention.qkv(modulate(state.image, shift, scale))
+            heads, _ = attend(dual.q, dual.k, dual.v, kernel=options.kernel)
             attended += gate[:, None] * self.image.dual_attention.merge(heads)
         image, text = self.image.update(state.image, attended, image_mod[3:6]), state.text
         if self.text.mlp is not None:
             attended = text_mod[2][:, None] * self.text.attention.merge(text_heads)
             text = self.text.update(text, attended, text_mod[3:6])
-        return StreamState(image, text), record
+        return replace(state, image=image, text=text), record

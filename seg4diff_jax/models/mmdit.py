@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, JointAttention, attention_record
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention, attention_record
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modulate
-from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers, take_layer
 from seg4diff_jax.parallel import split_batch
@@ -115,29 +116,19 @@ class MMDiT(nnx.Module):
         self,
         latents: Float[Array, "batch height width channels"],
         timesteps: Float[Array, " batch"],
-        context: Float[Array, "batch text joint_dim"],
-        pooled: Float[Array, "batch pooled_dim"],
+        conditioning: TextConditioning,
         *,
         capture: Collection[int] = (),
-        request: AttentionRequest = IMAGE_TO_TEXT,
-        kernel: Kernel | None = None,
-        remat: bool | Callable = False,
-        equal_tail: int = 1,
+        options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
         """Velocity at noisy latents, and the attention records of the blocks in `capture`.
 
         Args:
           latents: noisy latents; height and width are multiples of the patch size, at most the positional table.
           timesteps: 0 (clean) to 1000 (noise): 1000 x sigma.
-          context: token states of the text encoders.
-          pooled: pooled states of the CLIP encoders.
+          conditioning: token states and pooled states of the text encoders.
           capture: numbers of the blocks to record.
-          request: what each record holds.
-          kernel: attention kernel; default by backend and dtype.
-          remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
-          equal_tail: how many of the last context tokens are equal, such as the zeros that stand for an absent T5.
-            Text carries no positions, so they stay equal in every block: one is computed for all, and all are
-            attended to. Records show every token, as without.
+          options: what each record holds, and how blocks are computed.
 
         Raises:
           ValueError: a captured block does not exist, latents do not fit, or the model lacks its last blocks.
@@ -150,26 +141,26 @@ class MMDiT(nnx.Module):
         missing = sorted(set(capture) - set(range(self.depth)))
         if missing:
             raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
-        state, conditioning = self.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
-        state, records = self._through(state, conditioning, self.depth, capture, request, kernel, remat, equal_tail)
+        state, vector = self.embed(latents, timesteps, conditioning)
+        state, records = self._through(state, vector, self.depth, capture, options)
         height, width = latents.shape[1:3]
-        return self.velocity(state.image, conditioning, (height, width)), records
+        return self.velocity(state.image, vector, (height, width)), records
 
     def embed(
         self,
         latents: Float[Array, "batch height width channels"],
         timesteps: Float[Array, " batch"],
-        context: Float[Array, "batch text joint_dim"],
-        pooled: Float[Array, "batch pooled_dim"],
+        conditioning: TextConditioning,
     ) -> tuple[StreamState, Float[Array, "batch dim"]]:
-        """Both streams at the first block's door, and the conditioning that modulates every block."""
+        """Both streams at the first block's door, and the vector of time and pooled text that modulates every block."""
         dtype = self.context_embed.dtype
         patches = self.patch_embed(latents.astype(dtype))
         position = self._crop_position(patches.shape[1], patches.shape[2], latents.shape)
         image = (patches + position).astype(dtype).reshape(patches.shape[0], -1, self.config.width)
         time = self.time_embed(timestep_features(timesteps).astype(dtype))
-        conditioning = time + self.pooled_embed(pooled.astype(dtype))
-        return StreamState(image, self.context_embed(split_batch(context.astype(dtype)))), conditioning
+        vector = time + self.pooled_embed(conditioning.pooled.astype(dtype))
+        text = self.context_embed(split_batch(conditioning.context.astype(dtype)))
+        return StreamState(image, text, conditioning.last_token_count), vector
 
     def _crop_position(self, rows: int, columns: int, latents: tuple[int, ...]) -> Float[Array, "rows columns dim"]:
         size, patch = self.config.pos_embed_max_size, self.config.patch_size
@@ -181,16 +172,16 @@ class MMDiT(nnx.Module):
         return self.pos_embed.get_value()[top : top + rows, left : left + columns]
 
     def velocity(
-        self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"], size: tuple[int, int]
+        self, image: Float[Array, "batch tokens dim"], vector: Float[Array, "batch dim"], size: tuple[int, int]
     ) -> Float[Array, "batch height width out"]:
         """The output head: image states after the last block to the velocity of latents of `size` (height, width)."""
-        return self._unpatchify(self.patch_velocity(image, conditioning), *size)
+        return self._unpatchify(self.patch_velocity(image, vector), *size)
 
     def patch_velocity(
-        self, image: Float[Array, "batch tokens dim"], conditioning: Float[Array, "batch dim"]
+        self, image: Float[Array, "batch tokens dim"], vector: Float[Array, "batch dim"]
     ) -> Float[Array, "batch tokens patch"]:
         """The velocity of each image token's patch: rows, columns, channels in one."""
-        shift, scale = jnp.split(self.norm_out(split_batch(jax.nn.silu(conditioning))), 2, axis=-1)
+        shift, scale = jnp.split(self.norm_out(split_batch(jax.nn.silu(vector))), 2, axis=-1)
         return self.proj_out(modulate(image, shift, scale))
 
     def _unpatchify(self, patches: Float[Array, "batch tokens features"], height: int, width: int):
@@ -201,19 +192,15 @@ class MMDiT(nnx.Module):
     def _through(
         self,
         state: StreamState,
-        conditioning: Float[Array, "batch dim"],
+        vector: Float[Array, "batch dim"],
         stop: int,
         capture: Collection[int],
-        request: AttentionRequest,
-        kernel: Kernel | None,
-        remat: bool | Callable = False,
-        equal_tail: int = 1,
+        options: ForwardOptions,
     ) -> tuple[StreamState, dict[int, JointAttention]]:
         """Blocks 0 to `stop`: the state behind them, and the records of those in `capture`."""
         records: dict[int, JointAttention] = {}
         for run in self._runs(capture, stop):
-            wanted = request if run.captured else None
-            state, stacked = self._scan(run, state, conditioning, wanted, kernel, remat, equal_tail)
+            state, stacked = self._scan(run, state, vector, options if run.captured else replace(options, request=None))
             if run.captured:
                 rows = range(run.stop - run.start)
                 records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
@@ -232,16 +219,13 @@ class MMDiT(nnx.Module):
         self,
         run: Run,
         state: StreamState,
-        conditioning: Float[Array, "batch dim"],
-        request: AttentionRequest | None,
-        kernel: Kernel | None,
-        remat: bool | Callable = False,
-        equal_tail: int = 1,
+        vector: Float[Array, "batch dim"],
+        options: ForwardOptions,
     ) -> tuple[StreamState, JointAttention | None]:
         def step(state: StreamState, block: JointBlock) -> tuple[StreamState, JointAttention | None]:
-            return block(state, conditioning, request, kernel, equal_tail)
+            return block(state, vector, options)
 
-        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop, remat)
+        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop, options.remat)
 
 
 def patchify(latents: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:
@@ -255,13 +239,10 @@ def velocity_at(
     mmdit: MMDiT,
     latents: Float[Array, "batch height width channels"],
     timesteps: Float[Array, " batch"],
-    context: Float[Array, "batch text joint_dim"],
-    pooled: Float[Array, "batch pooled_dim"],
+    conditioning: TextConditioning,
     *,
     tokens: Int[Array, "batch kept"],
-    kernel: Kernel | None = None,
-    remat: bool | Callable = False,
-    equal_tail: int = 1,
+    options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> Float[Array, "batch kept patch"]:
     """Velocity of the patches of some image tokens, which are all of the image that the model then sees.
 
@@ -271,23 +252,20 @@ def velocity_at(
     Other arguments as for `MMDiT.__call__`, whose velocity this is when all tokens are named in their order. The model
     must hold all blocks.
     """
-    state, conditioning = mmdit.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
-    state = state._replace(image=jnp.take_along_axis(state.image, tokens[..., None], axis=1))
-    state, _ = mmdit._through(state, conditioning, mmdit.depth, (), IMAGE_TO_TEXT, kernel, remat, equal_tail)
-    return mmdit.patch_velocity(state.image, conditioning)
+    state, vector = mmdit.embed(latents, timesteps, conditioning)
+    state = replace(state, image=jnp.take_along_axis(state.image, tokens[..., None], axis=1))
+    state, _ = mmdit._through(state, vector, mmdit.depth, (), options)
+    return mmdit.patch_velocity(state.image, vector)
 
 
 def attention_at(
     mmdit: MMDiT,
     latents: Float[Array, "batch height width channels"],
     timesteps: Float[Array, " batch"],
-    context: Float[Array, "batch text joint_dim"],
-    pooled: Float[Array, "batch pooled_dim"],
+    conditioning: TextConditioning,
     *,
     block: int,
-    request: AttentionRequest = IMAGE_TO_TEXT,
-    kernel: Kernel | None = None,
-    equal_tail: int = 1,
+    options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> JointAttention:
     """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.
 
@@ -296,21 +274,17 @@ def attention_at(
     Raises:
       ValueError: the model does not hold that block.
     """
-    inputs = mmdit, latents, timesteps, context, pooled
-    return attentions_at(*inputs, blocks=(block,), request=request, kernel=kernel, equal_tail=equal_tail)[block]
+    return attentions_at(mmdit, latents, timesteps, conditioning, blocks=(block,), options=options)[block]
 
 
 def attentions_at(
     mmdit: MMDiT,
     latents: Float[Array, "batch height width channels"],
     timesteps: Float[Array, " batch"],
-    context: Float[Array, "batch text joint_dim"],
-    pooled: Float[Array, "batch pooled_dim"],
+    conditioning: TextConditioning,
     *,
     blocks: Collection[int],
-    request: AttentionRequest = IMAGE_TO_TEXT,
-    kernel: Kernel | None = None,
-    equal_tail: int = 1,
+    options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> dict[int, JointAttention]:
     """The attention records of several blocks from one pass that ends, as `attention_at` does, in the last of them.
 
@@ -323,17 +297,9 @@ def attentions_at(
         which = f"block {absent[0]}" if len(absent) == 1 else f"blocks {absent}"
         raise ValueError(f"cannot capture {which}: the model holds blocks 0..{mmdit.depth - 1}")
     last = max(blocks)
-    state, conditioning = mmdit.embed(latents, timesteps, _one_of_equals(context, equal_tail), pooled)
-    state, records = mmdit._through(state, conditioning, last, blocks, request, kernel, equal_tail=equal_tail)
+    state, vector = mmdit.embed(latents, timesteps, conditioning)
+    state, records = mmdit._through(state, vector, last, blocks, options)
     number, stack = next((number, stack) for number, stack in enumerate(mmdit.layer_stacks) if last < stack.stop)
     block = take_layer(mmdit.stacks[number], last - stack.start)
-    queries_and_keys = block.qkv(state, block.modulations(conditioning))
-    return records | {last: attention_record(*queries_and_keys, request, kernel, equal_tail)}
-
-
-def _one_of_equals(
-    context: Float[Array, "batch text joint_dim"], equal_tail: int
-) -> Float[Array, "batch fewer joint_dim"]:
-    if not 1 <= equal_tail <= context.shape[1]:
-        raise ValueError(f"equal_tail is {equal_tail}; expected 1 to the context's {context.shape[1]} tokens")
-    return context[:, : context.shape[1] - equal_tail + 1]
+    image, text = block.qkv(state, block.modulations(vector))
+    return records | {last: attention_record(image, text, options)}

@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.text import TextConditioning, TokenIds, encode_prompts
+from seg4diff_jax.text import TokenIds, encode_prompts
 from seg4diff_jax.training.mask_items import mirrored
 from seg4diff_jax.training.scenes import to_model_range
 
@@ -87,21 +88,22 @@ def hash_of_files(root: Path, apart: Path) -> str:
     return listing.hexdigest()
 
 
-def conditioning(batch: Batch, joint_dim: int, zeros: int) -> TextConditioning:
+def conditioning(batch: Batch, joint_dim: int, clip_tokens: int) -> TextConditioning:
     """Context and pooled vectors of encoded items.
 
     Args:
       joint_dim: width of the context.
-      zeros: tokens that stand for an absent T5.
+      clip_tokens: length of CLIP's prompts. Items that hold no more tokens have no T5: as many zeros stand for it.
     """
     states = batch["states"].astype(jnp.float32)
-    context = jnp.pad(states, ((0, 0), (0, zeros), (0, joint_dim - states.shape[-1])))
-    return TextConditioning(context, batch["pooled"].astype(jnp.float32))
+    zeros = clip_tokens if states.shape[1] == clip_tokens else 0
+    context = jnp.pad(states, ((0, 0), (0, min(zeros, 1)), (0, joint_dim - states.shape[-1])))
+    return TextConditioning(context, batch["pooled"].astype(jnp.float32), max(1, zeros))
 
 
-def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int, zeros: int) -> TextConditioning:
+def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int) -> TextConditioning:
     """The same of items with token ids. Works under jit."""
-    return encode_prompts(*encoders[1:], _ids(batch), joint_dim=joint_dim, t5_length=None if encoders.t5 else zeros)
+    return encode_prompts(*encoders[1:], _ids(batch), joint_dim=joint_dim)
 
 
 def _ids(batch: Batch) -> TokenIds:
@@ -119,5 +121,5 @@ def _texts(
 ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch pooled"]]:
     """States without zeros, unless T5's width asks for them."""
     width = clip_l.config.hidden_size + clip_g.config.hidden_size if t5 is None else t5.config.d_model
-    context, pooled = encode_prompts(clip_l, clip_g, t5, ids, joint_dim=width)
-    return (context[:, : ids.clip_l.shape[1]] if t5 is None else context), pooled
+    texts = encode_prompts(clip_l, clip_g, t5, ids, joint_dim=width)
+    return (texts.context[:, : ids.clip_l.shape[1]] if t5 is None else texts.context), texts.pooled

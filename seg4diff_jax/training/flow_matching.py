@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_target
+from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT, patchify, velocity_at
@@ -217,18 +218,19 @@ def loss(
         jnp.where(dropped[:, None], empty.clip_g[:, :tokens], batch["clip_g"].astype(jnp.int32)),
     )
     joint_dim = denoiser.transformer.config.joint_attention_dim
-    context, pooled = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim, t5_length=zeros)
-    pooled = jnp.where(jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1)), 0, pooled)
+    texts = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim, t5_length=zeros)
+    without = jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1))
+    texts = replace(texts, pooled=jnp.where(without, 0, texts.pooled))
     noise = jax.random.normal(for_noise, latents.shape)
     sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
-    inputs = add_noise(latents, noise, sigma), 1000 * sigma, context, pooled
-    target = velocity_target(latents, noise)
+    inputs = add_noise(latents, noise, sigma), 1000 * sigma, texts
+    target, options = velocity_target(latents, noise), ForwardOptions(kernel=kernel)
     if objective.image_tokens is None:
-        velocity, _ = denoiser.transformer(*inputs, kernel=kernel, equal_tail=zeros)
+        velocity, _ = denoiser.transformer(*inputs, options=options)
     else:
         target = patchify(target, denoiser.transformer.config.patch_size)
         seen = random_tokens(for_tokens, count, target.shape[1], objective.image_tokens)
-        velocity = velocity_at(denoiser.transformer, *inputs, tokens=seen, kernel=kernel, equal_tail=zeros)
+        velocity = velocity_at(denoiser.transformer, *inputs, tokens=seen, options=options)
         target = jnp.take_along_axis(target, seen[..., None], axis=1)
     return jnp.square(velocity.astype(jnp.float32) - target).mean(), {}
 

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
 from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
-from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mmdit import MMDiT
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
-from seg4diff_jax.text import TextConditioning, TokenIds, Tokenizers, class_prompts, encode_prompts
+from seg4diff_jax.text import TokenIds, Tokenizers, class_prompts, encode_prompts
 from seg4diff_jax.training.scenes import caption_ids
 
 MOST_CLASSES = 8
@@ -51,10 +52,7 @@ def block_confusions(
     texts = encode_prompts(
         denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=transformer.config.joint_attention_dim
     )
-    zeros = texts.context.shape[1] - ids.clip_l.shape[1]
-    return confusions(
-        transformer, texts, batch, noise, sigma, classes=classes, blocks=range(transformer.depth), equal_tail=zeros
-    )
+    return confusions(transformer, texts, batch, noise, sigma, classes=classes, blocks=range(transformer.depth))
 
 
 def confusions(
@@ -66,19 +64,17 @@ def confusions(
     *,
     classes: int,
     blocks: Collection[int],
-    equal_tail: int,
 ) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
-    """`block_confusions` of some blocks, under prompts that are encoded; `equal_tail`: see `MMDiT.__call__`."""
+    """`block_confusions` of some blocks, under prompts that are encoded."""
     latents = batch["latents"].astype(jnp.float32)
     averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
+    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1]))
     velocity, records = transformer(
         add_noise(latents, noise, sigma),
         jnp.full(len(latents), 1000 * sigma),
-        texts.context,
-        texts.pooled,
+        texts,
         capture=blocks,
-        equal_tail=equal_tail,
-        request=AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1])),
+        options=ForwardOptions(request),
     )
     patch = transformer.config.patch_size
     grid = (latents.shape[1] // patch, latents.shape[2] // patch)

@@ -124,15 +124,12 @@ class HeldOut:
     Args:
       pictures: labelled.
       block, sigma: where masks are read: the expert block, and its noise level.
-      zeros: tokens that stand for an absent T5.
     """
 
-    def __init__(
-        self, pictures: Pictures, items: ViewItems, config: HeldOutData, *, block: int, sigma: float, zeros: int
-    ):
+    def __init__(self, pictures: Pictures, items: ViewItems, config: HeldOutData, *, block: int, sigma: float):
         assert pictures.classes is not None
         self.source, self.classes, self.config = WholePictures(pictures, items), len(pictures.classes), config
-        self.block, self.sigmas, self.zeros = block, (sigma, *config.sigmas), zeros
+        self.block, self.sigmas = block, (sigma, *config.sigmas)
         self._batches: list[tuple[Batch, int]] = []
         self._base: dict[str, float] = {}
 
@@ -166,7 +163,7 @@ class HeldOut:
             batch = {**batch, "labels": np.where(counted, batch["labels"], np.uint8(IGNORED))}
             for number, sigma in enumerate(self.sigmas):
                 level = jnp.float32(sigma)
-                matrix, loss = _score(transformer, batch, noise, level, self.classes, self.block, self.zeros)
+                matrix, loss = _score(transformer, batch, noise, level, self.classes, self.block)
                 losses.append(on_host(loss)[:count])
                 confusion += on_host(matrix).astype(np.int64) * (number == 0)
         loss = float(np.concatenate(losses).mean())
@@ -180,7 +177,7 @@ class HeldOut:
         return ids(shown), ids([empty])
 
 
-@partial(jax.jit, static_argnames=("classes", "block", "zeros"))
+@partial(jax.jit, static_argnames=("classes", "block"))
 def _score(
     transformer: MMDiT,
     batch: Batch,
@@ -188,9 +185,8 @@ def _score(
     sigma: Float[Array, ""],
     classes: int,
     block: int,
-    zeros: int,
 ) -> tuple[Int[Array, "classes classes"], Float[Array, " batch"]]:
-    texts = conditioning(batch, transformer.config.joint_attention_dim, zeros)
-    how = {"classes": classes, "blocks": (block,), "equal_tail": max(1, zeros)}
-    matrices, loss = confusions(transformer, texts, batch, noise, sigma, **how)
+    clip_tokens = batch["averaging"].shape[-1]
+    texts = conditioning(batch, transformer.config.joint_attention_dim, clip_tokens)
+    matrices, loss = confusions(transformer, texts, batch, noise, sigma, classes=classes, blocks=(block,))
     return matrices[0], loss

@@ -28,6 +28,7 @@ from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
+from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.flops import adapter_step_flops, clip_text_flops, t5_flops, vae_encoder_flops
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRA, LoRAConfig
@@ -135,7 +136,6 @@ class Opened:
       source: of weights.
       tokenizers: None if nothing will be tokenized.
       clip_tokens: of a prompt.
-      zeros: tokens that stand for an absent T5.
     """
 
     source: Any
@@ -143,7 +143,6 @@ class Opened:
     clip_tokens: int
     block: int
     size: int
-    zeros: int
     dtype: Any
     t5: bool
 
@@ -169,8 +168,7 @@ class Opened:
             raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
         if config.samples is not None:
             source.schedule.check_sampler(config.samples.sampler)
-        zeros = 0 if config.t5 else clip_tokens
-        return cls(source, tokenizers, clip_tokens, block, size, zeros, jnp.dtype(config.dtype), config.t5)
+        return cls(source, tokenizers, clip_tokens, block, size, jnp.dtype(config.dtype), config.t5)
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
@@ -275,17 +273,16 @@ def loss(
     shift = opened.source.schedule.shift if levels.shift is None else levels.shift
     joint_dim = model.transformer.config.joint_attention_dim
     if "states" in batch:
-        texts = conditioning(batch, joint_dim, opened.zeros)
+        texts = conditioning(batch, joint_dim, opened.clip_tokens)
     else:
         assert model.encoders is not None, "without encoded items the model needs its encoders"
-        texts = encoded_ids(model.encoders, batch, joint_dim, opened.zeros)
+        texts = encoded_ids(model.encoders, batch, joint_dim)
     masks, real, averaging = masks_of(batch, config.objective)
     shown = MagnetBatch(
         latents=latents,
         noise=jax.random.normal(for_noise, latents.shape),
         sigma=logit_normal_sigmas(for_sigma, len(latents), mean=levels.mean, std=levels.std, shift=shift),
-        context=texts.context,
-        pooled=texts.pooled,
+        texts=texts,
         masks=masks,
         real=real,
         averaging=averaging,
@@ -297,9 +294,7 @@ def loss(
         block=opened.block,
         clip_tokens=opened.clip_tokens,
         head=model.head,
-        kernel=config.kernel,
-        remat=REMATERIALISED[config.remat],
-        equal_tail=max(1, opened.zeros),
+        options=ForwardOptions(kernel=config.kernel, remat=REMATERIALISED[config.remat]),
     )
 
 
@@ -359,7 +354,7 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
 def _held_out(config: MagnetConfig, opened: Opened, pictures: Pictures) -> HeldOut:
     sigma = opened.source.schedule.sigma_at(opened.source.expert_step)
     items = ViewItems(pictures, config.data, opened.size, opened.tokenizers)
-    return HeldOut(pictures, items, config.held_out, block=opened.block, sigma=sigma, zeros=opened.zeros)
+    return HeldOut(pictures, items, config.held_out, block=opened.block, sigma=sigma)
 
 
 def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:

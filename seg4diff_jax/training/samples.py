@@ -71,5 +71,4 @@ def _sample(
     encode = partial(
         encode_prompts, denoiser.clip_l, denoiser.clip_g, None, joint_dim=transformer.config.joint_attention_dim
     )
-    zeros = empty.clip_l.shape[1]
-    return sample_latents(transformer, noise, encode(captions), encode(empty), sigmas, guidance, equal_tail=zeros)
+    return sample_latents(transformer, noise, encode(captions), encode(empty), sigmas, guidance)

@@ -17,7 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.joint_block import modulate
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, TEXT_ATTENTION, LoRA, LoRAConfig, add_lora
 from seg4diff_jax.models.mmdit import MMDiT
@@ -53,7 +55,9 @@ def mmdit(trained: Any, *, remat: bool) -> Case:
     nnx.update(model, drawn)  # B is not zero: neither is any gradient
 
     def output(model: MMDiT, latents, timesteps, context, pooled):
-        velocity, records = model(latents, timesteps, context, pooled, capture=(2,), remat=remat)
+        velocity, records = model(
+            latents, timesteps, TextConditioning(context, pooled), capture=(2,), options=ForwardOptions(remat=remat)
+        )
         return velocity, records[2].scores, records[2].probs
 
     inputs = draw(BATCH_SIZE, 8, 8, 16), 500 + 100 * draw(BATCH_SIZE), draw(BATCH_SIZE, TOKENS, WIDTH)
