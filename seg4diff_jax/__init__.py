@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seg4diff_jax.loading import load
+    from seg4diff_jax.checkpoints import load, open
     from seg4diff_jax.pipeline import Pipeline, Segmentation, UnsupervisedSegmentation
 
-__all__ = ["Pipeline", "Segmentation", "UnsupervisedSegmentation", "load"]
+__all__ = ["Pipeline", "Segmentation", "UnsupervisedSegmentation", "load", "open"]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
-    if name == "load":
-        from seg4diff_jax.loading import load
+    if name in ("load", "open"):
+        from seg4diff_jax import checkpoints
 
-        return load
+        return getattr(checkpoints, name)
     if name in __all__:
         from seg4diff_jax import pipeline
 

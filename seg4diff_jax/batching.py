@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
+from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.vae import VAEConfig
 
 
 class SizeGroup(NamedTuple):
@@ -46,6 +48,11 @@ class ModelView:
     largest: int
     downsampling: int
     channels: int
+
+    @classmethod
+    def of(cls, transformer: MMDiTConfig, vae: VAEConfig, trained: int) -> ModelView:
+        multiple = vae.downsampling * transformer.patch_size
+        return cls(trained, multiple, multiple * transformer.pos_embed_max_size, vae.downsampling, vae.latent_channels)
 
     def size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
         """Height and width at which an image is seen, `size` if given. Raises ValueError for one that cannot be."""

@@ -24,9 +24,8 @@ from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.mmdit import MMDiT
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Encoder
-from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
@@ -45,13 +44,6 @@ from seg4diff_jax.text import (
     encode_prompts,
     tokenize,
 )
-
-
-def size_limits(transformer: MMDiTConfig, vae: VAEConfig) -> dict[str, int]:
-    """What the sides of an image must be a `multiple` of, in pixels, and the `largest` that the positions reach."""
-    multiple = vae.downsampling * transformer.patch_size
-    return {"multiple": multiple, "largest": multiple * transformer.pos_embed_max_size}
-
 
 REMEMBERED = 256
 """Prompts whose encoding a pipeline keeps: about 2.5 MB each at SD3's sizes in fp32."""
@@ -377,9 +369,7 @@ class Pipeline:
     @property
     def view(self) -> ModelView:
         """How the model sees images."""
-        vae = self.vae.config
-        limits = size_limits(self.transformer.config, vae)
-        return ModelView(self.trained_size, **limits, downsampling=vae.downsampling, channels=vae.latent_channels)
+        return ModelView.of(self.transformer.config, self.vae.config, self.trained_size)
 
 
 def _finite(maps: Float[np.ndarray, "*shape"], block: int) -> Float[np.ndarray, "*shape"]:

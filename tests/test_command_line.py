@@ -15,6 +15,7 @@ from PIL import Image
 
 import seg4diff_jax as s4d
 from seg4diff_jax import command_line
+from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line import main, segment
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
@@ -134,8 +135,8 @@ def test_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, p
     [
         ({"image": "absent.png"}, "absent.png: no such file"),
         ({"model": "absent"}, "absent: no such file or directory"),
-        ({"block": None}, "does not say which block segments best: give --block N, 0 to 5"),
-        ({"block": "6"}, "--block is 6"),
+        ({"block": None}, "does not say which block segments best: name block, 0 to 5"),
+        ({"block": "6"}, "block is 6; "),
         ({"step": "29"}, "step is 29"),
         ({"size": "64"}, "--size is '64': expected height x width"),
         ({"size": "64x90"}, "multiples of 16"),
@@ -150,7 +151,7 @@ def test_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, p
 def test_bad_input_is_one_message_and_status_1_before_weights_are_read(
     tmp_path, image, sd3_checkpoint, capsys, monkeypatch, changed, message
 ):
-    monkeypatch.setattr(segment, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     options = {"image": str(image), "classes": ["cat"], "model": str(sd3_checkpoint), "block": "1", **changed}
     options["out"] = str(tmp_path / "out")
     named = [f"--{name}={value}" for name, value in options.items() if name not in ("image", "classes") and value]
@@ -228,7 +229,7 @@ def test_a_full_device_is_told_with_what_to_do(monkeypatch, tmp_path, image, sd3
     arguments = ["segment", str(image), "cat", "--model", str(sd3_checkpoint), "--block", "0"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
     assert "error: the device's memory is full: choose a smaller --size" in capsys.readouterr().err
-    monkeypatch.setattr(segment, "load", fail)
+    monkeypatch.setattr(Checkpoint, "load", fail)
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
     assert "error: the device's memory is full: give --dtype bfloat16, or use a device" in capsys.readouterr().err
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import seg4diff_jax as s4d
-from seg4diff_jax.command_line import main, segment
+from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.command_line import main
 from seg4diff_jax.command_line.generate import RECORD, file_names, grid, remove_former
 from tests.reference.inputs import an_image
 
@@ -145,7 +146,7 @@ def test_the_grid_shows_small_pictures_enlarged_and_large_ones_reduced(size):
 def test_bad_input_is_one_message_and_status_1_before_weights_are_read(
     tmp_path, sd3_checkpoint, capsys, monkeypatch, changed, message
 ):
-    monkeypatch.setattr(segment, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     options = {"model": str(sd3_checkpoint), "out": str(tmp_path / "out"), **changed}
     flags = ["--t5"] if options.pop("t5", None) else []
     assert main(["generate", "a cat", *flags, *(f"--{name}={value}" for name, value in options.items())]) == 1

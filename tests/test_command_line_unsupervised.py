@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from seg4diff_jax.analysis.merge_threshold import THRESHOLDS, at_thresholds, unsupervised_scores
-from seg4diff_jax.command_line import main, merge_threshold, segment
+from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.command_line import main, merge_threshold
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.evaluation.options import thresholds
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
@@ -63,14 +64,14 @@ def test_segments_are_written_as_classes_are_under_names_that_say_nothing(sd3, s
     [
         (["--threshold", "0"], "threshold is 0.0; expected a number above 0"),
         (["--threshold=-0.1"], "threshold is -0.1; expected a number above 0"),
-        (["--block", "6"], "--block is 6"),
+        (["--block", "6"], "block is 6; "),
         (["--size", "64x90"], "multiples of 16"),
     ],
 )
 def test_what_cannot_be_segmented_is_told_before_weights_are_read(
     sd3_checkpoint, image, tmp_path, capsys, monkeypatch, changed, message
 ):
-    monkeypatch.setattr(segment, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     out = ["--out", str(tmp_path / "out")]
     named = ["--model", str(sd3_checkpoint), "--block", "0", *out, *changed]
     assert main(["segment-unsupervised", str(image), *named]) == 1
@@ -104,7 +105,7 @@ def test_the_table_has_the_score_of_each_threshold_and_marks_the_best(sd3, sd3_c
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--step", "29"], "step is 29"),
-        (["--block", "6"], "--block is 6"),
+        (["--block", "6"], "block is 6; "),
     ],
 )
 def test_what_cannot_be_scored_is_told_before_weights_are_read(

@@ -20,7 +20,6 @@ from seg4diff_jax.command_line import plan
 from seg4diff_jax.evaluation.command import merging_protocols
 from seg4diff_jax.evaluation.options import (
     STEPS,
-    chosen_blocks,
     chosen_heads,
     kinds_of_prompts,
     make_parser,
@@ -72,7 +71,7 @@ def program(words: tuple[str, ...]) -> tuple[str, list[str]]:
 def evaluated(arguments: list[str]) -> None:
     """As `evaluate.py` reads them, of a model of SD3-medium's depth."""
     options = parse(arguments)
-    chosen_blocks(options.blocks, 24, 9, "")
+    numbers(9 if options.blocks == "expert" else options.blocks, "--blocks", range(24))
     chosen_heads(options.heads, 24)
     numbers(8 if options.steps == "expert" else options.steps, "--steps", STEPS)
     numbers(options.seeds, "--seeds", range(2**31), all_allowed=False)

@@ -366,7 +366,7 @@ def test_scenes_are_those_of_their_split(tmp_path, split):
     ("options", "message"),
     [
         (["--blocks", "6"], r"--blocks is 6: 6 is not one of 0\.\.5"),
-        (["--blocks", "expert"], "does not say which block segments best: give --blocks all"),
+        (["--blocks", "expert"], "does not say which block segments best: name block, 0 to 5"),
         (["--steps", "0"], r"--steps is 0: 0 is not one of 1\.\.28"),
         (["--seeds", "all"], "--seeds is 'all': expected numbers"),
         (["--batch-size", "0"], "--batch-size is 0: expected at least 1"),

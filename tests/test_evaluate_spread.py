@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seg4diff_jax.checkpoints import load
 from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.evaluation.batches import LeftOut, Reader
 from seg4diff_jax.evaluation.command import main
@@ -21,7 +22,6 @@ from seg4diff_jax.evaluation.measure import check_batch_size
 from seg4diff_jax.evaluation.outcome import Outcome, together
 from seg4diff_jax.evaluation.unsupervised import Matched
 from seg4diff_jax.evaluation.zero_shot import Counted
-from seg4diff_jax.loading import load
 from seg4diff_jax.reporting.evaluation_page import PAGE
 from seg4diff_jax.segmentation.metrics import mean_iou
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts

@@ -31,16 +31,16 @@ MAY_IMPORT: dict[str, str] = {
     "compilation": "",
     "configuration": "",
     "text": "models",
-    "batching": "flow images",
+    "batching": "flow images models",
     "pipeline": "batching flow generation images masks models numerics parallel segmentation text",
     # Checkpoints, and what reads or writes them.
     "convert": "checksums flow models numerics segmentation text",
-    "loading": "compilation convert flow images models numerics parallel pipeline text",
+    "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
     "analysis": "convert data flow images models numerics pipeline segmentation text",
     "reporting": "pipeline",
     "data": "convert image_files images segmentation",
     "miniature": "data",
-    "training": "analysis compilation configuration convert data flow generation image_files loading magnet "
+    "training": "analysis checkpoints compilation configuration convert data flow generation image_files magnet "
     "miniature models numerics parallel segmentation text",
 }
 """Part to the parts that it may import besides itself."""

@@ -27,7 +27,7 @@ from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.adapter_files import fill_head, head_tensors
 from seg4diff_jax.training.command import main, parse
-from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, Opened, loss, task
+from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, loss, open_checkpoint, task
 from seg4diff_jax.training.optimizers import make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
 from seg4diff_jax.training.step import training_step
@@ -217,10 +217,10 @@ def test_losses_are_the_same_with_and_without_a_cache(options, tmp_path, positio
     for cache in (None, str(tmp_path / "cache")):
         fixed = {"data.crop": "center", "cache": cache, "positions": positions, "objective.masks_from": "scores"}
         config = config_of(options, **fixed)
-        made, opened = task(config), Opened.of(config)
+        made, checkpoint = task(config), open_checkpoint(config)
         model = made.init(0, make_mesh())
         assert (model.vae is None) == (cache is not None)
-        score = jax.jit(partial(loss, config=config, opened=opened))
+        score = jax.jit(partial(loss, config=config, checkpoint=checkpoint))
         batches = training_batches(made.source, batch_size=4, seed=0, augment=made.augment)
         shown = [next(batches) for _ in range(4)]  # more than an epoch: one picture comes both ways
         flipped.append(np.stack([batch["labels"] for batch in shown]))
@@ -284,7 +284,7 @@ def test_training_goes_on_from_the_releases_file(options, tmp_path):
     [
         ({"block": 6}, "block is 6; .* has blocks 0..5"),
         ({"block": None}, "does not say which block segments best"),
-        ({"data.size": 72}, "data.size is 72; expected a multiple of 16, up to 384"),
+        ({"data.size": 72}, "data.size is 72 x 72; sides must be multiples of 16, up to 384"),
         ({"held_out.count": 6}, "nothing is left to train on"),
         ({"held_out.name": "folder"}, "held_out names the pictures that are trained on"),
         ({"held_out.split": "val"}, "held_out.split is given, and a folder has none"),

@@ -32,7 +32,7 @@ from seg4diff_jax.command_line import generate
 from seg4diff_jax.flow import EULER, FlowSchedule
 from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.training.loop import RunConfig
-from seg4diff_jax.training.magnet import MagnetConfig, Opened
+from seg4diff_jax.training.magnet import MagnetConfig, open_checkpoint
 from seg4diff_jax.training.samples import Samples
 from tests.reference.random_weights import relative_error
 
@@ -207,12 +207,12 @@ def test_commands_and_training_say_so_before_weights_are_read(tmp_path):
     generate.arguments(parser)
     asked = parser.parse_args(["a cat", "--model", source])
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler"):
-        generate.examine(asked)
-    generate.examine(parser.parse_args(["a cat", "--model", source, "--sampler", "euler"]))
+        generate.open_checked(asked)
+    generate.open_checked(parser.parse_args(["a cat", "--model", source, "--sampler", "euler"]))
     run = RunConfig(out=str(tmp_path / "run"), steps=1, batch_size=1)
     with pytest.raises(ValueError, match=r"samples\.sampler"):
-        Opened.of(MagnetConfig(run, model=source, samples=Samples()))
-    Opened.of(MagnetConfig(run, model=source, samples=Samples(sampler="euler")))
+        open_checkpoint(MagnetConfig(run, model=source, samples=Samples()))
+    open_checkpoint(MagnetConfig(run, model=source, samples=Samples(sampler="euler")))
 
 
 def test_euler_pictures_of_such_a_checkpoint_are_those_of_the_original(sd3):

@@ -14,10 +14,9 @@ from rich.table import Table
 
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
-from seg4diff_jax.command_line.segment import load_shown, model_arguments, where
+from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named
 from seg4diff_jax.flow import LARGEST_SEED, add_noise, check_seed, image_noise
 from seg4diff_jax.images import read_image
-from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import class_prompts
 
@@ -42,13 +41,12 @@ def run(options: Any) -> None:
         raise ValueError("say what to analyze: --find-expert")
     check_seed(options.seed)
     pixels = read_image(options.image)
-    source, tokenizers = open_for_masks(options.model, **where(options))
-    step = source.expert_step if options.step is None else options.step
-    source.schedule.sigma_at(step)
-    prompt, *more = class_prompts(tokenizers, options.classes).prompts
+    checkpoint = open_named(options)
+    step = checkpoint.step(options.step)
+    prompt, *more = class_prompts(checkpoint.tokenizers, options.classes).prompts
     if more:
         raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")
-    pipe, _, _ = load_shown(console, options)
+    pipe, _, _ = load_shown(console, checkpoint, options)
     with console.status("compiling and measuring"), full_memory_told(TO_LOAD):
         shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
     Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))

@@ -19,23 +19,21 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.components import parse_config
 from convert.files import read_json
+from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import full_memory_told
 from seg4diff_jax.command_line.segment import (
     load_shown,
     model_arguments,
+    open_named,
     output_directory,
     parse_size,
     versions,
-    where,
 )
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
 from seg4diff_jax.generation import one_for_each
-from seg4diff_jax.images import check_size
-from seg4diff_jax.loading import open_for_masks
-from seg4diff_jax.pipeline import Pipeline, size_limits
+from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.reporting.overlays import contact_sheet
 from seg4diff_jax.reporting.segmentation_files import file_name
 
@@ -71,8 +69,8 @@ def run(options: Any) -> None:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.out or str(default), "", options.overwrite)
-    size = examine(options)
-    pipe, dtype, loading = load_shown(console, options)
+    checkpoint, size = open_checked(options)
+    pipe, dtype, loading = load_shown(console, checkpoint, options)
 
     out.mkdir(parents=True, exist_ok=True)
     remove_former(out)
@@ -121,23 +119,21 @@ def remove_former(out: Path) -> None:
             path.unlink()
 
 
-def examine(options: Any) -> tuple[int, int]:
-    """Height and width of the pictures. Raises ValueError for options that mean nothing or do not suit the model.
+def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
+    """The checkpoint, and height and width of the pictures.
 
-    Configurations and tokenizers are read; weights are not.
+    Raises ValueError for options that mean nothing or do not suit the model.
     """
-    size = parse_size(options.size)
+    wanted = parse_size(options.size)
     check_seed(options.seed)
     check_guidance(options.guidance)
     for name in ("count", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
-    source, _ = open_for_masks(options.model, **where(options))
-    schedule = source.schedule
-    schedule.sigmas(options.steps)
-    schedule.check_sampler(options.sampler)
-    limits = size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae")))
-    return check_size((source.trained_size, source.trained_size) if size is None else size, **limits)
+    checkpoint = open_named(options)
+    checkpoint.schedule.sigmas(options.steps)
+    checkpoint.schedule.check_sampler(options.sampler)
+    return checkpoint, checkpoint.size(wanted)
 
 
 def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:

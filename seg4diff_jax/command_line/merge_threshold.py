@@ -18,11 +18,10 @@ from seg4diff_jax.analysis.merge_threshold import (
     unsupervised_scores,
 )
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
-from seg4diff_jax.command_line.segment import block_to_read, load_shown, model_arguments, where
+from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.evaluation.options import thresholds
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
-from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
 from seg4diff_jax.segmentation.unsupervised_tally import UnsupervisedScore
 
@@ -48,11 +47,10 @@ def run(options: Any) -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}: expected at least 1")
     check_seed(options.seed)
-    source, _ = open_for_masks(options.model, **where(options))
-    block, step = block_to_read(source, options.block), source.expert_step if options.step is None else options.step
-    source.schedule.sigma_at(step)
+    checkpoint = open_named(options)
+    block, step = checkpoint.block(options.block), checkpoint.step(options.step)
     folder = LabelledFolder(options.directory)
-    pipe, _, _ = load_shown(console, options, blocks=block + 1)
+    pipe, _, _ = load_shown(console, checkpoint, options, blocks=block + 1)
     columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar, full_memory_told(f"give a smaller --batch-size; or {TO_LOAD}"):

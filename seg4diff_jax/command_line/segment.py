@@ -20,15 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convert.components import parse_config
 from convert.progress import shown
-from convert.readers import Source
+from seg4diff_jax.checkpoints import DTYPES, Checkpoint, open
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
-from seg4diff_jax.images import Resize, check_size, read_image
-from seg4diff_jax.loading import DTYPES, load, open_for_masks
-from seg4diff_jax.pipeline import Pipeline, Segmentation, size_limits
+from seg4diff_jax.images import Resize, read_image
+from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
 from seg4diff_jax.text import class_prompts
@@ -100,9 +98,13 @@ def segment_to_files(
     size = parse_size(options.size)
     check_seed(options.seed)
     pixels = read_image(options.image)
-    block, step, sigma = examine(options, size, classes)
+    checkpoint = open_named(options)
+    block, step = checkpoint.block(options.block), checkpoint.step(options.step)
+    checkpoint.size(size)
+    if classes is not None:
+        class_prompts(checkpoint.tokenizers, classes)
 
-    pipe, dtype, loading = load_shown(console, options, blocks=block + 1)
+    pipe, dtype, loading = load_shown(console, checkpoint, options, blocks=block + 1)
 
     how = {"block": block, "step": step, "seed": options.seed, "size": size, "resize": options.resize}
     remedy = full_memory_told("choose a smaller --size, or --dtype bfloat16")
@@ -125,7 +127,7 @@ def segment_to_files(
         "step": step,
         "dtype": dtype,
         "size": list(seen),
-        "sigma": sigma,
+        "sigma": checkpoint.schedule.sigma_at(step),
         "input_size": list(pixels.shape[:2]),
         "device": jax.devices()[0].device_kind,
         "seconds": seconds,
@@ -137,47 +139,30 @@ def segment_to_files(
     console.print(f"wrote {out}: {', '.join(FILES)}")
 
 
-def load_shown(console: Console, options: Any, blocks: int | None = None) -> tuple[Pipeline, str, float]:
+def open_named(options: Any) -> Checkpoint:
+    """The checkpoint that `model_arguments` name."""
+    return open(
+        options.model,
+        t5=options.t5,
+        text_encoders=options.text_encoders,
+        tokenizers=options.tokenizers,
+        variant=options.variant,
+    )
+
+
+def load_shown(
+    console: Console, checkpoint: Checkpoint, options: Any, blocks: int | None = None
+) -> tuple[Pipeline, str, float]:
     """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
     with shown(console, f"loading {options.model}") as progress, full_memory_told(TO_LOAD):
         start = time.perf_counter()
-        weights: dict[str, Any] = {"dtype": options.dtype, "blocks": blocks, "lora": options.lora}
-        pipe = load(options.model, **weights, **where(options), progress=progress)
+        pipe = checkpoint.load(dtype=options.dtype, blocks=blocks, lora=options.lora, progress=progress)
         seconds = time.perf_counter() - start
     held, last = pipe.transformer.depth - 1, pipe.transformer.config.num_layers - 1
     dtype = str(jnp.dtype(pipe.transformer.context_embed.dtype))
     adapters = f", adapters of {options.lora}" if options.lora else ""
     console.print(f"loaded {options.model} in {seconds:.1f} s: blocks 0..{held} of 0..{last}, {dtype}{adapters}")
     return pipe, dtype, seconds
-
-
-def examine(options: Any, size: tuple[int, int] | None, classes: Sequence[str] | None) -> tuple[int, int, float]:
-    """The block to read, and the noise level as a step and as a number.
-
-    Configurations and tokenizers are read; weights are not. Raises ValueError for options or class names that do not
-    suit the model.
-    """
-    source, tokenizers = open_for_masks(options.model, **where(options))
-    if classes is not None:
-        class_prompts(tokenizers, classes)
-    if size is not None:
-        check_size(size, **size_limits(*(parse_config(name, source.configs[name]) for name in ("transformer", "vae"))))
-    step = source.expert_step if options.step is None else options.step
-    return block_to_read(source, options.block), step, source.schedule.sigma_at(step)
-
-
-def where(options: Any) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("t5", "text_encoders", "tokenizers", "variant")}
-
-
-def block_to_read(source: Source, block: int | None) -> int:
-    chosen = source.expert_block if block is None else block
-    depth = parse_config("transformer", source.configs["transformer"]).num_layers
-    if chosen is None:
-        raise ValueError(f"{source.origin} does not say which block segments best: give --block N, 0 to {depth - 1}")
-    if not 0 <= chosen < depth:
-        raise ValueError(f"--block is {chosen}: {source.origin} has blocks 0..{depth - 1}")
-    return chosen
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
@@ -222,8 +207,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def size_seen(pipe: Pipeline, segmentation: Segmentation) -> tuple[int, int]:
     """Height and width in pixels of what the transformer saw."""
     rows, columns = segmentation.scores.shape[1:]
-    multiple = size_limits(pipe.transformer.config, pipe.vae.config)["multiple"]
-    return rows * multiple, columns * multiple
+    return rows * pipe.view.multiple, columns * pipe.view.multiple
 
 
 def area_table(shares: dict[str, float]) -> Table:

@@ -24,7 +24,6 @@ from seg4diff_jax.evaluation.options import (
     UNSUPERVISED,
     Options,
     Unsupervised,
-    chosen_blocks,
     chosen_heads,
     kinds_of_prompts,
     numbers,
@@ -35,6 +34,7 @@ from seg4diff_jax.evaluation.options import (
 from seg4diff_jax.numerics import settled
 
 if TYPE_CHECKING:
+    from seg4diff_jax.checkpoints import Checkpoint
     from seg4diff_jax.evaluation.benchmarks import Benchmark
     from seg4diff_jax.evaluation.measure import Settings, Told
     from seg4diff_jax.pipeline import Pipeline
@@ -166,25 +166,26 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
     Raises ValueError when one is not usable; the message says why.
     """
+    from seg4diff_jax.checkpoints import open
     from seg4diff_jax.evaluation.benchmarks import open_benchmark
     from seg4diff_jax.evaluation.hosts import in_step, in_turn, local_mesh
-    from seg4diff_jax.loading import load
 
     mesh = local_mesh()
-    settings, side = in_step(lambda: settle(options, mesh.size if mesh else 1))
+    checkpoint = in_step(lambda: open(options.model))
+    settings = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
     measured_by = protocols(options.protocol)
-    benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
-    loaded: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh, "blocks": max(settings.blocks) + 1}
-    pipe = in_step(lambda: load(options.model, lora=options.lora, **loaded))
+    benchmark = in_turn(
+        lambda: open_benchmark(options.data, checkpoint.trained_size, measured_by)
+    )  # scenes are written by one
+    blocks = max(settings.blocks) + 1
+    pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
     return pipe, benchmark, settings
 
 
-def settle(options: Options, devices: int) -> tuple[Settings, int]:
-    """What is measured, and the side of the images that the model was trained on. Raises as `prepare` does."""
-    from convert.components import parse_config
+def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
+    """What is measured. Raises as `prepare` does."""
     from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.measure import Settings, check_batch_size
-    from seg4diff_jax.loading import open_for_masks
 
     for name, value, least in (
         ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
@@ -193,19 +194,18 @@ def settle(options: Options, devices: int) -> tuple[Settings, int]:
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}: expected at least {least}")
-    source, _ = open_for_masks(options.model)
     if options.name_expert:
         configuration(options.model)
-    transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
-    tokens = (source.trained_size // (vae.downsampling * transformer.patch_size)) ** 2
-    heads = chosen_heads(options.heads, transformer.num_attention_heads)
+    tokens = (checkpoint.trained_size // checkpoint.view.multiple) ** 2
+    heads = chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
     if options.name_expert and None not in heads:
         raise ValueError(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
-    best = source.expert_step if options.steps == "expert" else options.steps
+    steps = checkpoint.step() if options.steps == "expert" else options.steps
+    blocks = checkpoint.block() if options.blocks == "expert" else options.blocks
     settings = Settings(
         heads=heads,
-        blocks=chosen_blocks(options.blocks, transformer.num_layers, source.expert_block, options.model),
-        steps=numbers(best, "--steps", STEPS),
+        blocks=numbers(blocks, "--blocks", range(checkpoint.transformer.num_layers)),
+        steps=numbers(steps, "--steps", STEPS),
         seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
         prompts=kinds_of_prompts(options.prompts) if OPEN_VOCABULARY in protocols(options.protocol) else (),
@@ -216,7 +216,7 @@ def settle(options: Options, devices: int) -> tuple[Settings, int]:
         shard_batches=options.shard_batches,
     )
     check_batch_size(settings.batch_size, devices)
-    return settings, source.trained_size
+    return settings
 
 
 def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:

@@ -253,12 +253,3 @@ def chosen_heads(value: Numbers, heads: int) -> tuple[int | None, ...]:
     if len(set(found)) < len(found):
         raise ValueError(f"--heads is {shown(value)}: expected each once")
     return tuple(found)
-
-
-def chosen_blocks(value: Numbers, depth: int, expert: int | None, model: str) -> tuple[int, ...]:
-    """Raises ValueError when the model has no such blocks, or no block of its own where that is asked for."""
-    if value != "expert":
-        return numbers(value, "--blocks", range(depth))
-    if expert is None:
-        raise ValueError(f"{model} does not say which block segments best: give --blocks all, or of 0..{depth - 1}")
-    return (expert,)

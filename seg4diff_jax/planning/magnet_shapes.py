@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,30 +10,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert.components import abstract_model, parse_config
+from convert.components import abstract_model
+from seg4diff_jax.checkpoints import CLIPS, T5, Checkpoint
 from seg4diff_jax.data.loader import Batch
 from seg4diff_jax.parallel import BATCH, parameter_shardings
 from seg4diff_jax.planning.checkpoints import describe
 from seg4diff_jax.training import adapter_files
 from seg4diff_jax.training.encoded_items import Encoders
-from seg4diff_jax.training.magnet import Magnet, MagnetConfig, Opened
+from seg4diff_jax.training.magnet import Magnet, MagnetConfig, check, image_size
 from seg4diff_jax.training.mask_items import T5_LENGTH
 from seg4diff_jax.training.state import name as dotted
 
 
-def described(config: MagnetConfig) -> Opened:
-    """What `Opened.of` is, of a checkpoint that may have no weights and no tokenizers; errors as there."""
+def described(config: MagnetConfig) -> Checkpoint:
+    """What `open_checkpoint` gives, of a checkpoint that may have no weights and no tokenizers; errors as there."""
     source = describe(config.model)
-    tokens = parse_config("text_encoder", source.configs["text_encoder"]).max_position_embeddings
-    return Opened.described(config, source, None, tokens)
+    configs = {name: value for name, value in source.configs.items() if config.t5 or name != T5}
+    return check(config, Checkpoint(replace(source, configs=configs), None))
 
 
-def abstract_magnet(config: MagnetConfig, opened: Opened, mesh: Mesh) -> Magnet:
+def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) -> Magnet:
     """What `training.magnet.init` makes: every parameter's shape and dtype, and where it lies on the mesh."""
-    component = lambda name: abstract_model(name, opened.source.configs[name], opened.dtype)
+    component = lambda name: abstract_model(name, checkpoint.source.configs[name], jnp.dtype(config.dtype))
     encoders = None
     if config.cache is None:
-        vae, clip_l, clip_g, *t5 = (component(name) for name in opened.encoder_names)
+        vae, clip_l, clip_g, *t5 = (component(name) for name in checkpoint.encoder_names)
         encoders = Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)  # pyright: ignore[reportArgumentType]
 
     def build(transformer: Any, encoders: Encoders | None) -> Magnet:
@@ -51,15 +53,15 @@ def abstract_magnet(config: MagnetConfig, opened: Opened, mesh: Mesh) -> Magnet:
     return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
-def item_shapes(config: MagnetConfig, opened: Opened) -> dict[str, tuple[tuple[int, ...], Any]]:
+def item_shapes(config: MagnetConfig, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of each field of a training item, see `mask_items` and `encoded_items`.
 
     How many tokens the longest name has is not known without tokenizers, where `positions: release` needs it: taken
     for as many as a prompt has.
     """
-    size, rows, tokens = opened.size, config.data.rows, opened.clip_tokens
+    size, rows, tokens = image_size(config, checkpoint), config.data.rows, checkpoint.clip_tokens
     ids = {"clip_l": ((tokens,), jnp.int32), "clip_g": ((tokens,), jnp.int32)}
-    if opened.t5:
+    if config.t5:
         ids["t5"] = ((T5_LENGTH,), jnp.int32)
     if config.objective.targets == "matching":
         masks = {"masks": ((rows, size, size // 8), jnp.uint8), "real": ((rows,), jnp.bool_)}
@@ -74,16 +76,15 @@ def item_shapes(config: MagnetConfig, opened: Opened) -> dict[str, tuple[tuple[i
     index = {"index": ((), jnp.int32)}
     if config.cache is None:
         return {"image": ((size, size, 3), jnp.uint8), **ids, **masks, **index}
-    return {**_encoded(opened), "clip_l": ids["clip_l"], **masks, **index}
+    return {**_encoded(checkpoint, size), "clip_l": ids["clip_l"], **masks, **index}
 
 
-def _encoded(opened: Opened) -> dict[str, tuple[tuple[int, ...], Any]]:
-    parsed = {name: parse_config(name, opened.source.configs[name]) for name in opened.encoder_names}
-    vae, towers = parsed["vae"], (parsed["text_encoder"], parsed["text_encoder_2"])
-    side = opened.size // vae.downsampling
-    states = (opened.clip_tokens, sum(tower.hidden_size for tower in towers))
-    if opened.t5:
-        states = (opened.clip_tokens + T5_LENGTH, parsed["text_encoder_3"].d_model)
+def _encoded(checkpoint: Checkpoint, size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    vae, towers = checkpoint.vae, [checkpoint.configs[name] for name in CLIPS]
+    side = size // vae.downsampling
+    states = (checkpoint.clip_tokens, sum(tower.hidden_size for tower in towers))
+    if checkpoint.t5:
+        states = (checkpoint.clip_tokens + T5_LENGTH, checkpoint.configs[T5].d_model)
     return {
         "latents": ((side, side, vae.latent_channels), jnp.float16),
         "states": (states, jnp.float16),
@@ -91,7 +92,7 @@ def _encoded(opened: Opened) -> dict[str, tuple[tuple[int, ...], Any]]:
     }
 
 
-def abstract_batch(config: MagnetConfig, opened: Opened, mesh: Mesh) -> Batch:
+def abstract_batch(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) -> Batch:
     place = NamedSharding(mesh, BATCH)
     batch = lambda shape, dtype: jax.ShapeDtypeStruct((config.run.batch_size, *shape), dtype, sharding=place)
-    return {name: batch(*each) for name, each in item_shapes(config, opened).items()}
+    return {name: batch(*each) for name, each in item_shapes(config, checkpoint).items()}

@@ -103,10 +103,10 @@ def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
       ModuleNotFoundError: libtpu is not installed.
     """
     begun = time.perf_counter()
-    opened, mesh = described(config), described_mesh(config, where)
+    checkpoint, mesh = described(config), described_mesh(config, where)
     with jax.set_mesh(mesh):
-        model, batch = abstract_magnet(config, opened, mesh), abstract_batch(config, opened, mesh)
-        objective = partial(loss, config=config, opened=opened)
+        model, batch = abstract_magnet(config, checkpoint, mesh), abstract_batch(config, checkpoint, mesh)
+        objective = partial(loss, config=config, checkpoint=checkpoint)
         steps = config.run.steps
         traced, state, frozen = traced_step(objective, model, TRAINABLE, batch, config.optimizer, mesh, steps=steps)
         base = on_one_chip({name: leaf for name, leaf in frozen.items() if name.startswith("transformer.")})
@@ -123,7 +123,7 @@ def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
         layout=tuple(mesh.shape.values()),
         batch_size=config.run.batch_size,
         memory=memory,
-        needed=step_flops(config, opened) * config.run.batch_size / where.chips,
+        needed=step_flops(config, checkpoint) * config.run.batch_size / where.chips,
         done=operations(traced.jaxpr, where.chips, mesh.shape["data"] * mesh.shape["fsdp"]),
         moved=moved,
         seconds=time.perf_counter() - begun,

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
+from seg4diff_jax.checkpoints import CLIPS, T5, Checkpoint, open
 from seg4diff_jax.data.loader import Batch, Source
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.flow import logit_normal_sigmas
-from seg4diff_jax.loading import open_for_masks
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
 from seg4diff_jax.models.attention import ForwardOptions
@@ -128,94 +128,69 @@ class Magnet(nnx.Module):
         return Encoders(self.vae, self.clip_l, self.clip_g, self.t5)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose configurations have been read, and its weights not.
+def open_checkpoint(config: MagnetConfig) -> Checkpoint:
+    """Raises CheckpointError when the checkpoint cannot be used, ValueError when an option does not fit it."""
+    return check(config, open(config.model, t5=config.t5, tokenizers=config.tokenizers))
 
-    Attributes:
-      source: of weights.
-      tokenizers: None if nothing will be tokenized.
-      clip_tokens: of a prompt.
-    """
 
-    source: Any
-    tokenizers: Any
-    clip_tokens: int
-    block: int
-    size: int
-    dtype: Any
-    t5: bool
+def check(config: MagnetConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, which may only be described. Raises ValueError when an option does not fit it."""
+    checkpoint.block(config.block)
+    image_size(config, checkpoint)
+    if config.samples is not None:
+        checkpoint.schedule.check_sampler(config.samples.sampler)
+    return checkpoint
 
-    @classmethod
-    def of(cls, config: MagnetConfig) -> Opened:
-        """Raises CheckpointError when the checkpoint cannot be used, ValueError when an option does not fit it."""
-        source, tokenizers = open_for_masks(config.model, t5=config.t5, tokenizers=config.tokenizers)
-        return cls.described(config, source, tokenizers, tokenizers.clip_l.model_max_length)
 
-    @classmethod
-    def described(cls, config: MagnetConfig, source: Any, tokenizers: Any, clip_tokens: int) -> Opened:
-        """The same of an opened source, which need not have any weights."""
-        from convert.components import parse_config
+def image_size(config: MagnetConfig, checkpoint: Checkpoint) -> int:
+    """Side, in pixels, of the squares that the model sees. Raises ValueError for one that it cannot see."""
+    side = config.data.size
+    try:
+        return checkpoint.size(None if side is None else (side, side))[0]
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from None
 
-        transformer, vae = (parse_config(name, source.configs[name]) for name in ("transformer", "vae"))
-        block = source.expert_block if config.block is None else config.block
-        if block is None:
-            raise ValueError(f"{config.model} does not say which block segments best: give block")
-        if not 0 <= block < transformer.num_layers:
-            raise ValueError(f"block is {block}; {config.model} has blocks 0..{transformer.num_layers - 1}")
-        size, multiple = config.data.size or source.trained_size, vae.downsampling * transformer.patch_size
-        if size > (largest := multiple * transformer.pos_embed_max_size) or size % multiple:
-            raise ValueError(f"data.size is {size}; expected a multiple of {multiple}, up to {largest}")
-        if config.samples is not None:
-            source.schedule.check_sampler(config.samples.sampler)
-        return cls(source, tokenizers, clip_tokens, block, size, jnp.dtype(config.dtype), config.t5)
 
-    @property
-    def encoder_names(self) -> tuple[str, ...]:
-        return ("vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if self.t5 else []))
-
-    def load(self, name: str, mesh: Mesh | None = None) -> Any:
-        from convert.load import open_component
-
-        place = None if mesh is None else parameter_shardings(mesh)
-        return open_component(self.source, name, dtype=self.dtype).fill(shardings=place)
-
-    def encoders(self, mesh: Mesh | None = None) -> Encoders:
-        vae, clip_l, clip_g, *t5 = (self.load(name, mesh) for name in self.encoder_names)
-        return Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)
+def load_encoders(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh | None, *, t5: bool = True) -> Encoders:
+    """The VAE and the text encoders; T5 if the checkpoint was opened with it and `t5`."""
+    names = [name for name in checkpoint.encoder_names if t5 or name != T5]
+    vae, clip_l, clip_g, *rest = (checkpoint.component(name, dtype=config.dtype, mesh=mesh) for name in names)
+    return Encoders(vae, clip_l, clip_g, rest[0] if rest else None)
 
 
 def task(config: MagnetConfig) -> Task:
     # A long caption is no news in every step.
     warnings.filterwarnings("ignore", message=r"prompt .* tokens and .* takes")
-    opened = Opened.of(config)
-    pictures, scored = open_both(config.data, config.held_out, opened.size)
+    checkpoint = open_checkpoint(config)
+    size = image_size(config, checkpoint)
+    pictures, scored = open_both(config.data, config.held_out, size)
     _name_uncaptioned(pictures)
     if config.samples is not None and scored is None:
         raise ValueError("samples show prompts of held-out pictures, and none are: leave samples out, or hold some out")
-    items = ViewItems(pictures, config.data, opened.size, opened.tokenizers, config.positions)
-    held_out = None if scored is None else _held_out(config, opened, scored)
+    items = ViewItems(pictures, config.data, size, checkpoint.tokenizers, config.positions)
+    held_out = None if scored is None else _held_out(config, checkpoint, scored)
     source, augment = pictures.source, items
     if config.cache is not None:
-        encoders = opened.encoders(make_mesh(1, jax.local_device_count(), among=jax.local_devices()))
-        source, augment = _cached(config, opened, pictures, items, encoders), Turned(config.data.flip)
+        mesh = make_mesh(1, jax.local_device_count(), among=jax.local_devices())
+        encoders = load_encoders(config, checkpoint, mesh)
+        source, augment = _cached(config, size, pictures, items, encoders), Turned(config.data.flip)
         if held_out is not None:
             held_out.encode(encoders)
     return Task(
         name="MAGNET",
-        init=partial(init, config, opened),
-        loss=partial(loss, config=config, opened=opened),
+        init=partial(init, config, checkpoint),
+        loss=partial(loss, config=config, checkpoint=checkpoint),
         source=source,
         augment=augment,
         trainable=TRAINABLE,
         evaluate=None if held_out is None else partial(_evaluate, held_out=held_out),
         pictures=None
         if held_out is None or config.samples is None
-        else partial(_pictures, held_out=held_out, opened=opened, samples=config.samples, kept={}),
+        else partial(_pictures, held_out=held_out, checkpoint=checkpoint, config=config, kept={}),
         best=None if held_out is None else "miou",
         export=partial(export, config=config),
         item=lambda index: f"{pictures.names[index]} (item {index})",
-        work=Work(step_flops(config, opened), config.dtype),
+        work=Work(step_flops(config, checkpoint), config.dtype),
     )
 
 
@@ -226,31 +201,25 @@ def _name_uncaptioned(pictures: Pictures) -> None:
         warnings.warn(f"{len(without)} of {total} pictures have no caption: prompt '' for {which}", stacklevel=2)
 
 
-def step_flops(config: MagnetConfig, opened: Opened) -> int:
+def step_flops(config: MagnetConfig, checkpoint: Checkpoint) -> int:
     """What a picture needs of a step: the adapters' gradients through the transformer, and without a cache encoders."""
-    from convert.components import parse_config
-
-    names = ("transformer", *opened.encoder_names)
-    configs = {name: parse_config(name, opened.source.configs[name]) for name in names}
-    transformer, vae = configs["transformer"], configs["vae"]
-    clip_tokens, t5_tokens = opened.clip_tokens, T5_LENGTH if opened.t5 else 0
-    image = (opened.size // vae.downsampling // transformer.patch_size) ** 2
+    size, clip_tokens = image_size(config, checkpoint), checkpoint.clip_tokens
+    image, t5_tokens = (size // checkpoint.view.multiple) ** 2, T5_LENGTH if config.t5 else 0
     # The zeros that stand for an absent T5 are equal: one of them is computed for all.
     text = clip_tokens + max(1, t5_tokens)
-    flops = adapter_step_flops(transformer, config.lora, image, text, mapped=clip_tokens).needed
+    flops = adapter_step_flops(checkpoint.transformer, config.lora, image, text, mapped=clip_tokens).needed
     if config.cache is None:
-        flops += vae_encoder_flops(vae, opened.size, opened.size)
-        flops += sum(clip_text_flops(configs[name], clip_tokens) for name in ("text_encoder", "text_encoder_2"))
-        flops += t5_flops(configs["text_encoder_3"], t5_tokens) if opened.t5 else 0
+        flops += vae_encoder_flops(checkpoint.vae, size, size)
+        flops += sum(clip_text_flops(checkpoint.configs[name], clip_tokens) for name in CLIPS)
+        flops += t5_flops(checkpoint.configs[T5], t5_tokens) if config.t5 else 0
     return flops
 
 
-def init(config: MagnetConfig, opened: Opened, seed: int, mesh: Mesh) -> Magnet:
+def init(config: MagnetConfig, checkpoint: Checkpoint, seed: int, mesh: Mesh) -> Magnet:
+    base = checkpoint.component("transformer", dtype=config.dtype, mesh=mesh)
     with_head = config.objective.mask_head is not None
-    transformer, head = adapter_files.begin(
-        opened.load("transformer", mesh), config.lora, config.start, with_head=with_head, seed=seed
-    )
-    model = Magnet(transformer, head, opened.encoders(mesh) if config.cache is None else None)
+    transformer, head = adapter_files.begin(base, config.lora, config.start, with_head=with_head, seed=seed)
+    model = Magnet(transformer, head, load_encoders(config, checkpoint, mesh) if config.cache is None else None)
     place = parameter_shardings(mesh)
     state = nnx.state(model, TRAINABLE)
     for path, variable in nnx.to_flat_state(state):
@@ -264,16 +233,16 @@ def init(config: MagnetConfig, opened: Opened, seed: int, mesh: Mesh) -> Magnet:
 
 
 def loss(
-    model: Magnet, batch: Batch, key: PRNGKeyArray, *, config: MagnetConfig, opened: Opened
+    model: Magnet, batch: Batch, key: PRNGKeyArray, *, config: MagnetConfig, checkpoint: Checkpoint
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """MAGNET's loss of a batch of items, see `mask_items` and `encoded_items`, and its parts."""
     for_noise, for_sigma = jax.random.split(key)
     latents = clean_latents(model, batch)
     levels = config.noise_levels
-    shift = opened.source.schedule.shift if levels.shift is None else levels.shift
+    shift = checkpoint.schedule.shift if levels.shift is None else levels.shift
     joint_dim = model.transformer.config.joint_attention_dim
     if "states" in batch:
-        texts = conditioning(batch, joint_dim, opened.clip_tokens)
+        texts = conditioning(batch, joint_dim, checkpoint.clip_tokens)
     else:
         assert model.encoders is not None, "without encoded items the model needs its encoders"
         texts = encoded_ids(model.encoders, batch, joint_dim)
@@ -291,8 +260,8 @@ def loss(
         model.transformer,
         shown,
         config.objective,
-        block=opened.block,
-        clip_tokens=opened.clip_tokens,
+        block=checkpoint.block(config.block),
+        clip_tokens=checkpoint.clip_tokens,
         head=model.head,
         options=ForwardOptions(kernel=config.kernel, remat=REMATERIALISED[config.remat]),
     )
@@ -324,13 +293,13 @@ def masks_of(
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
+def _cached(config: MagnetConfig, size: int, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
     assert config.cache is not None
     data, source = config.data, Mapped(pictures.source, items.fixed)
     names = ("name", "root", "split", "labels", "captions", "names", "crop", "flip", "rows", "least_area")
     identity = {
         **{key: getattr(data, key) for key in names},
-        "size": opened.size,
+        "size": size,
         "count": len(pictures.source),
         "listed": None if data.list is None else encoded_items.hash_of_names(pictures.names),
         "held_out": config.held_out.count if data.name == "folder" and config.held_out.root is None else 0,
@@ -340,7 +309,7 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
         "encoders": [encoded_items.sum_of_weights(encoder) for encoder in encoders if encoder is not None],
         "files": None if data.root is None else encoded_items.hash_of_files(Path(data.root), Path(config.cache)),
         "captions_size": None if data.captions is None else Path(data.captions).expanduser().stat().st_size,
-        "world": scene_sample(opened.size) if data.name == "scenes" else None,
+        "world": scene_sample(size) if data.name == "scenes" else None,
         "classes": None if pictures.classes is None else " ".join(pictures.classes),
     }
     batches = lambda: encoded(encoders, source, config.held_out.batch_size, both=data.flip)
@@ -351,10 +320,10 @@ def _cached(config: MagnetConfig, opened: Opened, pictures: Pictures, items: Vie
 # ---- what is looked at ----------------------------------------------------------------------------------------------
 
 
-def _held_out(config: MagnetConfig, opened: Opened, pictures: Pictures) -> HeldOut:
-    sigma = opened.source.schedule.sigma_at(opened.source.expert_step)
-    items = ViewItems(pictures, config.data, opened.size, opened.tokenizers)
-    return HeldOut(pictures, items, config.held_out, block=opened.block, sigma=sigma)
+def _held_out(config: MagnetConfig, checkpoint: Checkpoint, pictures: Pictures) -> HeldOut:
+    sigma = checkpoint.schedule.sigma_at(checkpoint.step())
+    items = ViewItems(pictures, config.data, image_size(config, checkpoint), checkpoint.tokenizers)
+    return HeldOut(pictures, items, config.held_out, block=checkpoint.block(config.block), sigma=sigma)
 
 
 def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:
@@ -364,7 +333,7 @@ def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:
 
 
 def _pictures(
-    model: Magnet, *, held_out: HeldOut, opened: Opened, samples: Samples, kept: dict[Mesh, Encoders]
+    model: Magnet, *, held_out: HeldOut, checkpoint: Checkpoint, config: MagnetConfig, kept: dict[Mesh, Encoders]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """T5 is left out, as in masks. `kept`: encoders that the model lacks, beside it on its mesh."""
     used = model.encoders
@@ -372,11 +341,14 @@ def _pictures(
         place = model.transformer.context_embed.kernel.get_value().sharding
         mesh = place.mesh if isinstance(place, NamedSharding) else None
         assert isinstance(mesh, Mesh), "the loop puts models on its mesh"
-        used = kept[mesh] = kept.get(mesh) or replace(opened, t5=False).encoders(mesh)
-    captions, empty = held_out.prompts(opened.tokenizers, samples.count)
+        used = kept[mesh] = kept.get(mesh) or load_encoders(config, checkpoint, mesh, t5=False)
+    samples = config.samples
+    assert samples is not None, "without samples there are no pictures"
+    captions, empty = held_out.prompts(checkpoint.tokenizers, samples.count)
     denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
-    schedule = opened.source.schedule
-    return sample_row(denoiser, vae=used.vae, captions=captions, empty=empty, samples=samples, schedule=schedule)
+    return sample_row(
+        denoiser, vae=used.vae, captions=captions, empty=empty, samples=samples, schedule=checkpoint.schedule
+    )
 
 
 def export(model: Magnet, directory: Path, *, config: MagnetConfig) -> None:

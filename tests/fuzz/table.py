@@ -29,7 +29,7 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/command_line/segment.py",
             "seg4diff_jax/evaluation/benchmarks.py",
             "seg4diff_jax/evaluation/command.py",
-            "seg4diff_jax/loading.py",
+            "seg4diff_jax/checkpoints.py",
             "seg4diff_jax/pipeline.py",
             "seg4diff_jax/planning/checkpoints.py",
             "seg4diff_jax/training/flow_matching.py",

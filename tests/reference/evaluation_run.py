@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from seg4diff_jax.checkpoints import load
 from seg4diff_jax.evaluation.batches import assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
 from seg4diff_jax.evaluation.hosts import local_mesh
@@ -20,7 +21,6 @@ from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
-from seg4diff_jax.loading import load
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 from tests.reference.ties import ignore, undecided

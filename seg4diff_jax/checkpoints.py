@@ -1,0 +1,297 @@
+"""A checkpoint in any form: opened, what its files say; loaded, a pipeline in memory.
+
+Whoever works with a model opens it once, asks what it says, and only then loads its weights, which are gigabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
+
+from convert.components import parse_config
+from convert.errors import CheckpointError
+from convert.load import Shardings, open_component
+from convert.lora import attach_lora
+from convert.progress import Told, counter
+from convert.readers import Source
+from convert.sources import open_source, with_published_tokenizers
+from convert.tokenizers import open_tokenizers
+from seg4diff_jax.batching import ModelView
+from seg4diff_jax.compilation import keep_compiled_programs
+from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.models.lora import LoRA
+from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.vae import VAEConfig
+from seg4diff_jax.numerics import settled
+from seg4diff_jax.parallel import AXES, parameter_shardings
+from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.text import Tokenizers
+
+DTYPES = ("float32", "bfloat16")
+CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+
+
+def open(
+    model: str | PathLike,
+    *,
+    t5: bool = False,
+    text_encoders: str | PathLike | None = None,
+    tokenizers: str | PathLike | None = None,
+    variant: str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint's configurations and tokenizers. Its weights are not read.
+
+    Args:
+      model: converted directory, diffusers directory, single .safetensors or .gguf file, or Hub id; or "miniature", the
+        small SD3 that comes with this package (docs/miniature.md).
+      t5: also open T5-XXL. Masks do not need it: the paper's were made without.
+      text_encoders: where to take the text encoders from, for single files that hold none; an error where none
+        lacks.
+      tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
+        Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
+      variant: of a diffusers directory's weight files, as in "fp16", the Hub's default; "" for those of none.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
+    """
+    names = ["transformer", "vae", *CLIPS, *([T5] if t5 else [])]
+    folder = Path(tokenizers).expanduser() if tokenizers else None
+    second = str(text_encoders) if text_encoders else None
+    source = with_published_tokenizers(
+        open_source(str(model), components=names, tokenizers=folder, variant=variant, text_encoders=second)
+    )
+    return Checkpoint(source, open_tokenizers(source, t5=t5))
+
+
+def load(
+    model: str | PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    t5: bool = False,
+    blocks: int | None = None,
+    text_encoders: str | PathLike | None = None,
+    tokenizers: str | PathLike | None = None,
+    variant: str | None = None,
+    lora: str | PathLike | None = None,
+    progress: Told = lambda done, total: None,
+) -> Pipeline:
+    """Open and load a checkpoint, converted on the way. `open` and `Checkpoint.load` say what the arguments mean.
+
+    Raises:
+      CheckpointError: the checkpoint or the adapters cannot be found, read or understood; the message says what to do.
+      ValueError: the dtype, the mesh or `blocks` is of no use here.
+    """
+    checked = parameter_dtype(dtype), _check_mesh(mesh)
+    opened = open(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
+    return opened.load(dtype=checked[0], mesh=mesh, blocks=blocks, lora=lora, progress=progress)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose configurations and tokenizers have been read, and its weights not.
+
+    Attributes:
+      source: of weights.
+      tokenizers_read: None where a model is only described and nothing will be tokenized.
+    """
+
+    source: Source
+    tokenizers_read: Tokenizers | None
+
+    # ---- what it says -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def configs(self) -> dict[str, Any]:
+        """Each component's configuration, such as a `CLIPTextConfig`. Raises CheckpointError for a damaged one."""
+        return {name: parse_config(name, config) for name, config in self.source.configs.items()}
+
+    @property
+    def transformer(self) -> MMDiTConfig:
+        return self.configs["transformer"]
+
+    @property
+    def vae(self) -> VAEConfig:
+        return self.configs["vae"]
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """The VAE and the text encoders, in the order in which they encode."""
+        return tuple(name for name in ("vae", *CLIPS, T5) if name in self.source.configs)
+
+    @property
+    def t5(self) -> bool:
+        return T5 in self.source.configs
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """Raises CheckpointError where a model is only described."""
+        if self.tokenizers_read is None:
+            raise CheckpointError(
+                f"{self.source.origin} is described by its configurations alone: it has no tokenizers"
+            )
+        return self.tokenizers_read
+
+    @property
+    def clip_tokens(self) -> int:
+        """Length of a CLIP prompt."""
+        if self.tokenizers_read is None:
+            return self.configs[CLIPS[0]].max_position_embeddings
+        return self.tokenizers.clip_l.model_max_length
+
+    @cached_property
+    def schedule(self) -> FlowSchedule:
+        """Raises CheckpointError for a scheduler that is not SD3's kind."""
+        return self.source.schedule
+
+    @property
+    def trained_size(self) -> int:
+        """Side, in pixels, of the square images that the transformer was trained for."""
+        return self.source.trained_size
+
+    @property
+    def view(self) -> ModelView:
+        """How the model sees images."""
+        return ModelView.of(self.transformer, self.vae, self.trained_size)
+
+    # ---- what is asked of it ----------------------------------------------------------------------------------------
+
+    def block(self, block: int | None = None) -> int:
+        """The block to read, by default the one whose attention segments best.
+
+        Raises ValueError when the model has no such block, or nobody has said which is best.
+        """
+        last = self.transformer.num_layers - 1
+        chosen = self.source.expert_block if block is None else block
+        if chosen is None:
+            raise ValueError(f"{self.source.origin} does not say which block segments best: name block, 0 to {last}")
+        if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen <= last:
+            raise ValueError(f"block is {chosen!r}; {self.source.origin} has blocks 0..{last}")
+        return int(chosen)
+
+    def step(self, step: int | None = None) -> int:
+        """The noise level to read at, by default the checkpoint's own. Raises ValueError for one that there is not."""
+        chosen = self.source.expert_step if step is None else step
+        self.schedule.sigma_at(chosen)
+        return chosen
+
+    def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width of an image, by default the trained square. Raises ValueError for one that does not fit."""
+        return self.view.size((0, 0), size, "square")
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def component(self, name: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Any:
+        """One component with its parameters, such as the `VAE`. `dtype` and `mesh` as for `load`."""
+        place = None if mesh is None else parameter_shardings(mesh)
+        return open_component(self.source, name, dtype=parameter_dtype(dtype)).fill(shardings=place)
+
+    @settled()
+    def load(
+        self,
+        *,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        blocks: int | None = None,
+        lora: str | PathLike | None = None,
+        progress: Told = lambda done, total: None,
+    ) -> Pipeline:
+        """Read the weights.
+
+        Compiled programs are kept between processes, in JAX's compilation cache directory if one is configured,
+        otherwise in the user's cache; `jax.config.update("jax_enable_compilation_cache", False)` beforehand keeps none.
+
+        Args:
+          dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
+            float32 on a CPU, bfloat16 elsewhere.
+          mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
+          blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
+          lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert
+            lora` reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Those of blocks that
+            are not loaded are left out; anything else that would go unused is an error.
+          progress: told the bytes of parameters loaded so far and those in all.
+
+        Raises:
+          CheckpointError: weights or adapters cannot be found, read or understood; the message says what to do.
+          ValueError: the dtype, the mesh or `blocks` is of no use here.
+        """
+        kind = parameter_dtype(dtype)
+        _check_mesh(mesh)
+        keep_compiled_programs()
+        depth = None if blocks is None else self._depth(blocks)
+        # What configurations say is judged before gigabytes are read, and so is whether adapters fit.
+        about: dict[str, Any] = {
+            "schedule": self.schedule,
+            "expert_block": self.source.expert_block,
+            "expert_step": self.source.expert_step,
+            "trained_size": self.trained_size,
+        }
+        parts = {
+            name: open_component(self.source, name, dtype=kind, depth=depth if name == "transformer" else None)
+            for name in self.source.configs
+        }
+        adapted = lambda transformer: attach_lora(transformer, str(lora), drop_absent_blocks=True)
+        if lora is not None:
+            nnx.eval_shape(adapted, parts["transformer"].model)
+        shardings = parameter_shardings(mesh) if mesh else None
+        read = counter(progress, sum(part.nbytes for part in parts.values()))
+        models = {name: part.fill(shardings=shardings, read=read) for name, part in parts.items()}
+        if lora is not None:
+            models["transformer"] = _adapters_placed(adapted(models["transformer"]), shardings)
+        return Pipeline(
+            transformer=models["transformer"],
+            vae=models["vae"],
+            clip_l=models[CLIPS[0]],
+            clip_g=models[CLIPS[1]],
+            t5=models.get(T5),
+            tokenizers=self.tokenizers,
+            mesh=mesh,
+            **about,
+        )
+
+    def _depth(self, blocks: int) -> int:
+        most, whose = self.transformer.num_layers, self.source.origin
+        if isinstance(blocks, bool) or not isinstance(blocks, int | np.integer) or not 1 <= blocks <= most:
+            raise ValueError(f"blocks is {blocks!r}; expected a whole number from 1 to {most}: {whose} has {most}")
+        return int(blocks)
+
+
+def _check_mesh(mesh: Mesh | None) -> None:
+    if mesh is not None and tuple(mesh.axis_names) != AXES:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}; expected {AXES}: seg4diff_jax.parallel.make_mesh()")
+    if mesh is not None and {*mesh.axis_types} != {AxisType.Auto}:
+        raise ValueError("the mesh's axes are not left to the compiler: take seg4diff_jax.parallel.make_mesh()")
+
+
+def _adapters_placed(transformer: MMDiT, shardings: Shardings | None) -> MMDiT:
+    """Adapters where the mesh's rules have them, beside the base's parameters, which are there already."""
+    if shardings is not None:
+        state = nnx.state(transformer, LoRA)
+        for path, variable in nnx.to_flat_state(state):
+            value = variable.get_value()
+            variable.set_value(jax.device_put(value, shardings(".".join(map(str, path)), value.shape)))
+        nnx.update(transformer, state)
+    return transformer
+
+
+def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype to load in; None chooses by backend. Raises ValueError for one that the models do not compute in."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or kind.name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
+    return kind
