@@ -47,7 +47,7 @@ class Row:
       max_error, relative_error, cosine: None for label maps. The relative error is the largest absolute error over the
         reference's largest absolute value.
       equal: fraction of equal labels, of those that are `decided`; None for all else.
-      decided: fraction of labels that rounding cannot decide about; None for all else.
+      decided: fraction of labels that are decided (`decided_labels`); None for all else.
       distance, reference_distance: how far ours and PyTorch's are from PyTorch in a wider dtype, if that was run: RMS
         of the difference over RMS of the value, or the fraction of differing labels.
     """

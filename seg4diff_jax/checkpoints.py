@@ -92,9 +92,10 @@ def load(
       CheckpointError: the checkpoint or the adapters cannot be found, read or understood; the message says what to do.
       ValueError: the dtype, the mesh or `blocks` is of no use here.
     """
-    checked = parameter_dtype(dtype), _check_mesh(mesh)
+    parameter_dtype(dtype)
+    _check_mesh(mesh)
     opened = open(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
-    return opened.load(dtype=checked[0], mesh=mesh, blocks=blocks, lora=lora, progress=progress)
+    return opened.load(dtype=dtype, mesh=mesh, blocks=blocks, lora=lora, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -174,9 +174,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
     checkpoint = in_step(lambda: open(options.model))
     settings = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
     measured_by = protocols(options.protocol)
-    benchmark = in_turn(
-        lambda: open_benchmark(options.data, checkpoint.trained_size, measured_by)
-    )  # scenes are written by one
+    side = checkpoint.trained_size
+    benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
     blocks = max(settings.blocks) + 1
     pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
     return pipe, benchmark, settings
