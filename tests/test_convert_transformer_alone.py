@@ -15,6 +15,7 @@ from convert.errors import CheckpointError
 from convert.inferred_configs import infer_config
 from convert.load import load_component
 from convert.sources import open_source
+from seg4diff_jax.models.conditioning import TextConditioning
 from tests.reference.random_weights import randomize_
 from tests.reference.weight_files import random_tensors, write_plain
 
@@ -53,7 +54,7 @@ def assert_same_velocity(file: Path, reference: SD3Transformer2DModel) -> None:
         theirs = reference(*map(torch.from_numpy, INPUTS), torch.tensor([400.0])).sample.numpy()
     latents, context, pooled = map(jnp.asarray, INPUTS)
     model = load_component(file, "transformer")
-    ours, _ = model(latents.transpose(0, 2, 3, 1), jnp.asarray([400.0]), context, pooled)
+    ours, _ = model(latents.transpose(0, 2, 3, 1), jnp.asarray([400.0]), TextConditioning(context, pooled))
     np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), atol=1e-5 * np.abs(theirs).max())
 
 

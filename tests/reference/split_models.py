@@ -83,7 +83,7 @@ def layers() -> Case:
             block.image.attention.merge(heads),
             block.text.attention.merge(heads),
             block.text.mlp(modulated),
-            *block.text.attention.qkv(modulated),
+            *jax.tree.leaves(block.text.attention.qkv(modulated)),
             *block.image.modulations(conditioning),
             clip(x),
             t5(x, model.t5.relative_bias(TOKENS)),
