@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -176,6 +177,10 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
     measured_by = protocols(options.protocol)
     side = checkpoint.trained_size
     benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
+    if options.batch_size is None:  # batches are filled up to their size: a small set is one small batch
+        devices = mesh.size if mesh else 1
+        most = devices * math.ceil(len(benchmark.source) / devices)
+        settings = replace(settings, batch_size=min(settings.batch_size, most))
     blocks = max(settings.blocks) + 1
     pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
     return pipe, benchmark, settings

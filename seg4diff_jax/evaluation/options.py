@@ -131,7 +131,7 @@ HELP = {
     "unsupervised.absent_classes": "classes that are not there take part in the match, as in the release",
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
-        "tokens"
+        "tokens, and no more than the set has"
     ),
     "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
     "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
