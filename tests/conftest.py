@@ -6,13 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.reference.processes import QUICK_TO_COMPILE, flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests leave nothing in the user's cache
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ |= flags(QUICK_TO_COMPILE)
 
+import jax
 from jaxtyping import install_import_hook
 
 install_import_hook(["seg4diff_jax", "convert"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """A process may map only so many pieces of memory, and each compiled program takes several."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -348,7 +348,7 @@ def test_the_best_block_and_noise_level_become_the_checkpoints_own(sd3_checkpoin
     out = tmp_path / "out"
     assert main([*options, "--blocks", "1,3", "--steps", "2,8", "--name-expert", "--out", str(out)]) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert f"batch_size: {len(SIZES)}\n" in (out / "config.yaml").read_text()  # not 16384 image tokens, most of them of no image
+    assert f"batch_size: {len(SIZES)}\n" in (out / "config.yaml").read_text()  # not 16384 tokens, most of no image
     best = max(rows, key=lambda row: row["miou"])
     pipe = s4d.load(checkpoint)
     assert (pipe.expert_block, pipe.expert_step) == (best["block"], best["step"])

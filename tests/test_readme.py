@@ -16,6 +16,7 @@ from PIL import Image
 
 import seg4diff_jax
 from tests.reference.documents import DOCUMENTS, ROOT, blocks
+from tests.reference.processes import as_users_compile
 
 LOAD_ONCE = cache(seg4diff_jax.load)
 WITHOUT_TORCH = """
@@ -40,7 +41,8 @@ def quickstart(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("quickstart")
     (install, *main_job), _, picture, *_ = (block.splitlines() for block in blocks("README.md", "bash"))
     assert install == "pip install -e ."
-    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
+    places = {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | as_users_compile() | places
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
         environment.pop(name, None)
     program = WITHOUT_TORCH.format(commands=[*picture, *main_job], root=str(ROOT))

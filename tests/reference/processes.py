@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 IN_ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """Simulated devices of a process come to their collectives in one order: otherwise some wait in one and some in the
 next, until XLA gives them up."""
@@ -19,6 +21,11 @@ COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 def flags(*more: str) -> dict[str, str]:
     """XLA_FLAGS for a process: those that this one was given, such as the instructions to use, and more."""
     return {"XLA_FLAGS": " ".join(filter(None, (os.environ.get("XLA_FLAGS"), *more)))}
+
+
+def as_users_compile() -> dict[str, str]:
+    """XLA_FLAGS without what makes compiling quick, for programs that have much to compute."""
+    return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace(QUICK_TO_COMPILE, "")}
 
 
 def start(
