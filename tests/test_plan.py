@@ -31,6 +31,7 @@ from seg4diff_jax.planning.plan import Memory, Moved, Plan
 from seg4diff_jax.training.command import parse
 from seg4diff_jax.training.magnet import image_size, open_checkpoint, task
 from seg4diff_jax.training.state import name as dotted
+from tests.reference.processes import as_users_compile
 
 ROOT = Path(__file__).parents[1]
 COCO = ["--config", str(ROOT / "configs" / "magnet" / "coco.yaml")]
@@ -257,9 +258,8 @@ def test_chips_have_their_documented_facts():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")
-    }
+    given = os.environ | as_users_compile()  # libtpu ends where it meets a flag that it does not know
+    environment = {name: value for name, value in given.items() if name not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")}
     command = [sys.executable, "-m", "seg4diff_jax", "plan", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.reference.processes import as_users_compile
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
 )
@@ -71,7 +73,7 @@ print(json.dumps(found))
 def test_capture_and_its_gradient_compile_for_a_sharded_tpu_mesh():
     # Other processes may have the wheel loaded too: nothing here touches a chip.
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment = os.environ | settings
+    environment = os.environ | as_users_compile() | settings  # libtpu ends where it meets a flag that it does not know
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False, timeout=900
     )

@@ -24,7 +24,7 @@ def flags(*more: str) -> dict[str, str]:
 
 
 def as_users_compile() -> dict[str, str]:
-    """XLA_FLAGS without what makes compiling quick, for programs that have much to compute."""
+    """XLA_FLAGS without what makes compiling quick: for programs with much to compute, and for other compilers."""
     return {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace(QUICK_TO_COMPILE, "")}
 
 
