@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Container = Literal["safetensors", "gguf", "torch", "zip"]
-"""`torch`: of torch.save, a zip with a pickle in it, formerly a bare pickle. `zip`: any other."""
+Container = Literal["safetensors", "gguf", "torch", "zip", "pointer"]
+"""`torch`: of torch.save, a zip with a pickle in it, formerly a bare pickle. `zip`: any other. `pointer`: git-lfs'."""
 
 HEAD = 512
 """Bytes from which containers are told: a zip of torch.save begins with its pickle, whose name lies here."""
@@ -22,6 +22,8 @@ def container_of(head: bytes) -> Container | None:
         return "gguf"
     if head.startswith(b"PK"):
         return "torch" if b"data.pkl" in head else "zip"
+    if head.startswith(b"version https://git-lfs"):
+        return "pointer"
     return "torch" if head.startswith(b"\x80") else None
 
 
@@ -29,6 +31,8 @@ NO_SAFETENSORS: dict[Container | None, str] = {
     "torch": "a file of torch.save: pickled files can run code and are not read; convert it with "
     "safetensors.torch.save_file first",
     "zip": "a zip archive: unpack it, and give the .safetensors or .gguf file that it holds",
+    "pointer": "a git-lfs pointer, a few lines in the place of the file: fetch the file with `git lfs pull`, or with "
+    "`hf download`",
     "gguf": "a GGUF file, and only safetensors is read here: fetch the weights as safetensors",
 }
 """What a file is that is no safetensors file, and what to do."""

@@ -73,6 +73,15 @@ def weight_files(names: Collection[str], stem: str, variant: str | None) -> list
 
     Returns the names of all shards (or the one file) and, first, of the index if there is one; empty if none fit.
     """
+    kinds = _variants(names, stem)
+    choice = next((key for key in (variant, None) if key in kinds), None)
+    if choice not in kinds and len(kinds) == 1:
+        choice = next(iter(kinds))
+    return sorted(kinds.get(choice, []), key=lambda name: not name.endswith(".json"))
+
+
+def _variants(names: Collection[str], stem: str) -> dict[str | None, list[str]]:
+    """A component's files of weights by their variant; None, the plain ones."""
     kinds: dict[str | None, list[str]] = {}
     for name in sorted(names):
         for pattern in (
@@ -84,10 +93,7 @@ def weight_files(names: Collection[str], stem: str, variant: str | None) -> list
             if found := re.fullmatch(pattern, name):
                 kinds.setdefault(found["v"], []).append(name)
                 break
-    choice = next((key for key in (variant, None) if key in kinds), None)
-    if choice not in kinds and len(kinds) == 1:
-        choice = next(iter(kinds))
-    return sorted(kinds.get(choice, []), key=lambda name: not name.endswith(".json"))
+    return kinds
 
 
 def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, StoredTensor]:
@@ -101,6 +107,9 @@ def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, Stor
                 f"{folder}: {', '.join(pickled)}: pickled weights can run code and are not read; save the model with "
                 "save_pretrained(..., safe_serialization=True) first"
             )
+        if several := [each for each in _variants(present, stem) if each is not None]:
+            which = " and ".join(several)
+            raise CheckpointError(f"{folder}: weights of variants {which}, and no plain ones: choose by --variant")
         raise CheckpointError(
             f"{folder}: no weights: expected {stem}.safetensors or {stem}.safetensors.index.json, possibly with a "
             f"variant as in {stem}.fp16.safetensors; found {', '.join(sorted(present)) or 'nothing'}"

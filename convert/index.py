@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from convert.components import COMPONENTS, tokenizers_of
-from convert.errors import raise_all
+from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
 
 LONGEST_NAME = 255
@@ -18,7 +18,10 @@ PARTS = (*COMPONENTS, *tokenizers_of(list(COMPONENTS)), "scheduler")
 
 
 def check_index(index: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for a part of the model that is not described as a library and a class, or as absent."""
+    """Raise CheckpointError for another model's index, or a part not described as a library and a class, or absent."""
+    unet = index.get("unet")
+    if isinstance(unet, list) and any(unet):
+        raise CheckpointError(f"{where} names a unet, as of SDXL: expected Stable Diffusion 3 or 3.5")
     problems = []
     for name in PARTS:
         entry = index.get(name, [None, None])

@@ -191,7 +191,7 @@ def read_named(opened: Opened, alpha: float | None) -> LoRACheckpoint:
     parsed = parse(opened.tensors, opened.prefix)
     others = {name: opened.tensors[name] for name in parsed.rest if TEXT_ENCODER.match(name)}
     parsed = parsed._replace(rest=[name for name in parsed.rest if name not in others])
-    config, adapters = _configured(opened, parsed, _settings_in(opened), alpha)
+    config, adapters = _configured(opened, parsed, _settings_in(opened) or _settings_beside(opened), alpha)
     return LoRACheckpoint(config, adapters, others, opened.format, opened.left_out)
 
 
@@ -309,8 +309,11 @@ def _alphas(parsed: Parsed, layers: Sequence[str]) -> tuple[dict[str, float], li
 
 
 def _kohyas_alpha(opened: Opened) -> float | None:
-    """All layers' alpha as kohya's header says it; None, each layer's rank, without one or, as kohya has it, for 0."""
-    text = opened.metadata.get(KOHYA_KEY)
+    """All layers' alpha as kohya's header says it; None, each layer's rank, without one or, as kohya has it, for 0.
+
+    Under other tools' names the header is left over from before the scale was multiplied into the factors.
+    """
+    text = opened.metadata.get(KOHYA_KEY) if opened.format == "kohya" else None
     try:
         value = None if text is None else float(text)
     except ValueError:
@@ -340,6 +343,14 @@ def _settings_in(opened: Opened) -> tuple[str, dict[str, Any]] | None:
     return (DIFFUSERS_KEY, ours) if ours else None
 
 
+def _settings_beside(opened: Opened) -> tuple[str, dict[str, Any]] | None:
+    """PEFT's settings beside a file of PEFT's name: `get_peft_model_state_dict` leaves its prefix out of the names."""
+    path = opened.path.parent / PEFT_CONFIG
+    if opened.path.stem != Path(PEFT_WEIGHTS).stem or not path.is_file():
+        return None
+    return PEFT_CONFIG, read_json(path)
+
+
 def _stated(opened: Opened, key: str) -> dict[str, Any]:
     """What the metadata says under a key; nothing where that is absent. Who reads a number refuses it by name."""
     return parse_object(opened.metadata.get(key, "{}"), f"{opened.path}: {key} in its header", finite=False)
@@ -367,7 +378,11 @@ def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     loaded = load_pickle(path)
     places = [(None, loaded)] + (list(loaded.items()) if isinstance(loaded, Mapping) else [])
     holding = lambda value: isinstance(value, Mapping) and any(is_adapter(str(name)) for name in value)
-    key, named = next(((key, value) for key, value in places if holding(value)), (None, None))
+    found = [(key, value) for key, value in places if holding(value)]
+    if len(found) > 1:
+        keys = " and ".join(str(key) for key, _ in found if key is not None)
+        raise CheckpointError(f"{path}: there are adapters in {keys}, and nothing says which to take: save one alone")
+    key, named = found[0] if found else (None, None)
     if named is None:
         keys = ", ".join(map(str, list(loaded)[:8])) if isinstance(loaded, Mapping) else type(loaded).__name__
         layer = f"{RELEASE_PREFIX}{DIFFUSERS}.0.attn.to_q.lora_A.default.weight"

@@ -232,6 +232,22 @@ def test_kohyas_header_says_alpha_where_no_tensor_does(tmp_path, header, alpha):
     assert load_lora(kohyas(tmp_path / "lora.safetensors", header))[0].alpha == alpha
 
 
+def test_kohyas_header_says_nothing_of_names_that_diffusers_reads(tmp_path):
+    """diffusers applies such a file with each layer's rank as alpha: its scale is in the factors."""
+    tensors = {f"transformer.{name}": tensor for name, tensor in factors().items()}
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_network_alpha": "1", "ss_network_dim": str(RANK)})
+    assert load_lora(tmp_path / "lora.safetensors")[0].alpha == RANK
+
+
+def test_of_two_states_in_one_file_none_is_chosen_by_its_place(tmp_path):
+    for order in (("ema", "model"), ("model", "ema")):
+        torch.save({name: factors() for name in order}, tmp_path / "lora.pt")
+        with pytest.raises(
+            CheckpointError, match=rf"lora\.pt: there are adapters in {' and '.join(order)}, and nothing"
+        ):
+            load_lora(tmp_path / "lora.pt")
+
+
 def test_an_alpha_in_kohyas_header_is_not_overruled(tmp_path):
     with pytest.raises(CheckpointError, match="it says alpha is 8; --alpha 5 is for files that do not say"):
         load_lora(kohyas(tmp_path / "lora.safetensors", "8"), alpha=5.0)

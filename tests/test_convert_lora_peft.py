@@ -27,6 +27,22 @@ def write(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **settin
     return folder
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize(("settings", "alpha"), [({}, 12), ({"use_rslora": True}, 12 * RANK**0.5)])
+def test_settings_beside_names_without_pefts_prefix_are_pefts(tmp_path, prefix, settings, alpha):
+    """`get_peft_model_state_dict` gives such names, and `set_peft_model_state_dict` takes them."""
+    write(tmp_path, lora_alpha=12, **settings)
+    save_file({f"{prefix}{name}": tensor for name, tensor in factors().items()}, tmp_path / "adapter_model.safetensors")
+    assert load_lora(tmp_path)[0].alpha == pytest.approx(alpha)
+
+
+def test_settings_beside_names_without_pefts_prefix_can_be_refused(tmp_path):
+    write(tmp_path, init_lora_weights="pissa")
+    save_file(factors(), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="pissa"):
+        load_lora(tmp_path)
+
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
