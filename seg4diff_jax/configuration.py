@@ -151,7 +151,7 @@ def _plain(value: Any, option: str) -> Any:
 
 
 def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "") -> None:
-    """Raise ValueError naming an option whose number is not finite, or that is null and has no such value.
+    """Raise ValueError naming an option whose number is not finite, that is no truth value, or null, and must not be.
 
     Args:
       values: options that jsonargparse has parsed, which takes null for any of them.
@@ -165,6 +165,8 @@ def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "")
             check_parsed(value, inner, f"{option}.")
         elif value is None and hint is not None and not optional:
             raise ValueError(f"{option} is null; expected a value, or leave the option out for its default")
+        elif hint is bool and type(value) is not bool:  # a switch without a value takes any from a file
+            raise ValueError(f"{option} is {shown(value)}; expected true or false")
         else:
             check_finite({name: value}, prefix)
 

@@ -79,6 +79,14 @@ def test_options_given_after_the_file_win_and_those_before_it_do_not(tmp_path):
     assert parse_evaluation(["--pictures=3", "--config", str(written(tmp_path, "pictures: 4\n"))]).pictures == 4
 
 
+@pytest.mark.parametrize("option", [name for name, kind in get_type_hints(Options).items() if kind is bool])
+@pytest.mark.parametrize("value", ["[[], []]", "7", "abc"])
+def test_a_switch_in_a_file_is_a_truth_value(tmp_path, option, value):
+    with pytest.raises(ValueError, match=rf"^{option} is .*; expected true or false"):
+        parse_evaluation(["--config", str(written(tmp_path, f"{option}: {value}\n"))])
+    assert getattr(parse_evaluation(["--config", str(written(tmp_path, f"{option}: true\n"))]), option) is True
+
+
 @pytest.mark.parametrize(
     ("command", "option"),
     [("train", "lora.alpha"), ("train", "optimizer.warmup"), ("evaluate", "model"), ("evaluate", "data.scenes")],
