@@ -380,7 +380,7 @@ def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     holding = lambda value: isinstance(value, Mapping) and any(is_adapter(str(name)) for name in value)
     found = [(key, value) for key, value in places if holding(value)]
     if len(found) > 1:
-        keys = " and ".join(str(key) for key, _ in found if key is not None)
+        keys = " and ".join("the file itself" if key is None else str(key) for key, _ in found)
         raise CheckpointError(f"{path}: there are adapters in {keys}, and nothing says which to take: save one alone")
     key, named = found[0] if found else (None, None)
     if named is None:
