@@ -22,6 +22,7 @@ from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, TorchC
 from convert.safetensors_stream import write_safetensors
 from convert.sources import open_source, with_published_tokenizers
 from convert.staging import check_target, staged_directory
+from convert.tokenizers import check_tokenizers
 
 Format = Literal["native", "diffusers"]
 KINDS = {"scheduler", *COMPONENTS, *tokenizers_of(list(COMPONENTS))}
@@ -63,6 +64,7 @@ def convert_checkpoint(
     for each in (source, *([text_encoders] if text_encoders is not None else [])):
         _check_apart(each, target)
     opened = with_published_tokenizers(opened)
+    check_tokenizers(opened)
     readers = _open_all(opened)
     _ = opened.expert_block  # goes into the manifest, the last file: what is wrong with it is said first
     cast = None if dtype is None else np.dtype(dtype)

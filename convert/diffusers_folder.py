@@ -19,6 +19,10 @@ from convert.scaled_fp8 import with_scales
 from convert.stored import StoredTensor
 from convert.weight_files import read_weights
 
+OF_TRANSFORMERS = "model"
+"""What transformers calls its files of weights."""
+SHARD = r"-\d{5}-of-\d{5}"
+
 
 def open_diffusers(
     directory: Path, variant: str | None, origin: str | None = None, components: Collection[str] | None = None
@@ -66,9 +70,12 @@ def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:
     """Which of a component's files hold its weights: an index and its shards' pattern is left to the reader.
 
+    Where a whole file and shards lie side by side, as after saving twice, the library that loads the component decides:
+    transformers 5.24 takes the whole file, diffusers 0.42 the shards if their index is there.
+
     Args:
       names: the folder's files.
-      stem: `model` or `diffusion_pytorch_model`.
+      stem: `model` (transformers') or `diffusion_pytorch_model` (diffusers').
       variant: preferred; then the plain files; then whatever single variant there is.
 
     Returns the names of all shards (or the one file) and, first, of the index if there is one; empty if none fit.
@@ -77,7 +84,12 @@ def weight_files(names: Collection[str], stem: str, variant: str | None) -> list
     choice = next((key for key in (variant, None) if key in kinds), None)
     if choice not in kinds and len(kinds) == 1:
         choice = next(iter(kinds))
-    return sorted(kinds.get(choice, []), key=lambda name: not name.endswith(".json"))
+    files = kinds.get(choice, [])
+    whole = [name for name in files if name.endswith(".safetensors") and not re.search(SHARD, name)]
+    index = [name for name in files if name.endswith(".json")]
+    if whole and (stem == OF_TRANSFORMERS or not index):
+        return whole
+    return [*index, *(name for name in files if re.search(SHARD, name))]
 
 
 def _variants(names: Collection[str], stem: str) -> dict[str | None, list[str]]:
@@ -85,8 +97,8 @@ def _variants(names: Collection[str], stem: str) -> dict[str | None, list[str]]:
     kinds: dict[str | None, list[str]] = {}
     for name in sorted(names):
         for pattern in (
-            rf"{stem}(?:\.(?P<v>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors",
-            rf"{stem}-\d{{5}}-of-\d{{5}}\.(?P<v>\w+)\.safetensors",  # diffusers' former names
+            rf"{stem}(?:\.(?P<v>[\w-]+?))?(?:{SHARD})?\.safetensors",
+            rf"{stem}{SHARD}\.(?P<v>\w+)\.safetensors",  # diffusers' former names
             rf"{stem}\.safetensors\.index(?:\.(?P<v>\w+))?\.json",
             rf"{stem}\.safetensors\.(?P<v>\w+)\.index\.json",
         ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import mode
 from typing import Any, NamedTuple
 
@@ -159,9 +160,35 @@ def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
     return infer
 
 
-def _vae(shapes: Shapes) -> dict[str, Any]:
-    levels = range(_count(shapes, "encoder.down.{i}."))
-    channels = {name: shapes[name][0] for i in levels for name in [f"encoder.down.{i}.block.0.conv1.weight"]}
+class _VAENames(NamedTuple):
+    """Where an autoencoder's sizes are read."""
+
+    level: str
+    convolution: str
+    block: str
+    attention: str
+
+
+_VAE_NAMES: dict[Naming, _VAENames] = {
+    "stability": _VAENames(
+        "encoder.down.{i}.", "block.0.conv1.weight", "encoder.down.0.block.{i}.", "encoder.mid.attn_1.q.weight"
+    ),
+    "diffusers": _VAENames(
+        "encoder.down_blocks.{i}.",
+        "resnets.0.conv1.weight",
+        "encoder.down_blocks.0.resnets.{i}.",
+        "encoder.mid_block.attentions.0.to_q.weight",
+    ),
+}
+
+
+def _vae(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
+    return partial(_infer_vae, _VAE_NAMES[naming])
+
+
+def _infer_vae(names: _VAENames, shapes: Shapes) -> dict[str, Any]:
+    levels = range(_count(shapes, names.level))
+    channels = {name: shapes[name][0] for i in levels for name in [names.level.format(i=i) + names.convolution]}
     if odd := [name for name in channels if channels[name] % GROUPS]:
         raise CheckpointError(
             f"vae: the {channels[odd[0]]} channels of {odd[0]} do not divide into {GROUPS} groups, {UNSAID}: "
@@ -173,11 +200,11 @@ def _vae(shapes: Shapes) -> dict[str, Any]:
         "block_out_channels": list(channels.values()),
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "layers_per_block": _count(shapes, "encoder.down.0.block.{i}."),
+        "layers_per_block": _count(shapes, names.block),
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": names.attention in shapes,
         "norm_num_groups": GROUPS,
         "sample_size": 1024,
         "scaling_factor": 1.5305,
@@ -271,7 +298,8 @@ def _t5(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
 _INFER: dict[tuple[str, Naming], Callable[[Shapes], dict[str, Any]]] = {
     ("transformer", "stability"): _transformer("stability"),
     ("transformer", "diffusers"): _transformer("diffusers"),
-    ("vae", "stability"): _vae,
+    ("vae", "stability"): _vae("stability"),
+    ("vae", "diffusers"): _vae("diffusers"),
     ("text_encoder", "stability"): _clip("text_encoder", "quick_gelu", projected=False),
     ("text_encoder_2", "stability"): _clip("text_encoder_2", "gelu", projected=True),
     ("text_encoder_3", "stability"): _t5("stability"),

@@ -81,7 +81,7 @@ class Rule(NamedTuple):
     """One row. `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out.
 
     `source` is one pattern, or several by which the same tensor may go: the first that a checkpoint has is read, and
-    the others, if it has them too, are redundant. The first is the one written back.
+    the others, if it has them too, have to hold the same numbers. The first is the one written back.
     """
 
     source: str | tuple[str, ...]
@@ -98,11 +98,15 @@ class Rule(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """One tensor of a particular checkpoint: where it goes and how."""
+    """One tensor of a particular checkpoint: where it goes and how.
+
+    `again` are other names under which the checkpoint has the same tensor.
+    """
 
     source: str
     targets: tuple[str, ...]
     transform: Transform
+    again: tuple[str, ...] = ()
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -173,7 +177,11 @@ def assign(
         ranked.append((rank, Assignment(source, targets, rule.transform)))
     # Of several names for one tensor the lowest rank present wins: it comes last here.
     best = {a.targets: rank for rank, a in sorted(ranked, key=lambda pair: -pair[0])}
-    assignments = [a for rank, a in ranked if rank == best[a.targets]]
+    again: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for rank, assignment in ranked:
+        if rank != best[assignment.targets]:
+            again[assignment.targets] = (*again.get(assignment.targets, ()), assignment.source)
+    assignments = [a._replace(again=again.get(a.targets, ())) for rank, a in ranked if rank == best[a.targets]]
     filling: dict[str, list[str]] = {}
     for assignment in assignments:
         for target in assignment.targets:

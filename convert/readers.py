@@ -176,6 +176,12 @@ class TorchComponent:
             if wanted is not None and not any(target in wanted for target in assignment.targets):
                 continue
             tensor = self.tensors[assignment.source].read(once=self.once)
+            for name in assignment.again:
+                if not np.array_equal(self.tensors[name].read(once=self.once), tensor):
+                    raise CheckpointError(
+                        f"{self.name} ({self.where}): {self.prefix}{assignment.source} and {self.prefix}{name} are one "
+                        "parameter, and hold different numbers: leave out the one that was not trained"
+                    )
             arrays = assignment.transform.to_jax(tensor.astype(_widened(tensor.dtype), copy=False))
             for target, array in zip(assignment.targets, arrays, strict=True):
                 if wanted is None or target in wanted:

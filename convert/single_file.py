@@ -21,8 +21,14 @@ REDUNDANT = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.(logit_scale|tran
 """Tensors outside every component, left from the text encoders' own training."""
 BLOCKS = ("joint_blocks.", "transformer_blocks.")
 """What the names of a transformer's blocks begin with."""
-NAMINGS: dict[str, Naming] = {"transformer_blocks.": "diffusers", "enc.blk.": "gguf"}
+NAMINGS: dict[str, Naming] = {
+    "transformer_blocks.": "diffusers",
+    "encoder.down_blocks.": "diffusers",
+    "enc.blk.": "gguf",
+}
 """Beginnings of names by which others than Stability's are known."""
+CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
+"""diffusers' classes of the components that it saves."""
 
 
 def open_single_file(path: Path) -> Source:
@@ -71,17 +77,17 @@ def naming_of(names: Mapping[str, object]) -> Naming:
     return "stability"
 
 
-def _config_beside(path: Path) -> dict[str, Any] | None:
-    """The configuration that `save_pretrained` wrote beside a transformer, which says more than shapes do."""
+def _config_beside(name: str, path: Path) -> dict[str, Any] | None:
+    """The configuration that `save_pretrained` wrote beside a component's file, which says more than shapes do."""
     file = path.with_name("config.json")
     if not file.is_file():
         return None
     config = read_json(file)
-    if config.get("_class_name") != "SD3Transformer2DModel":
+    if config.get("_class_name") != CLASSES.get(name, ""):
         return None
     refuse_quantization_config(config, str(file))
     try:
-        parse_config("transformer", config)
+        parse_config(name, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return config
@@ -98,7 +104,7 @@ def of_tensors(origin: str, found: Mapping[str, tuple[Path, str, Mapping[str, St
     namings: dict[str, Naming] = {name: naming_of(tensors) for name, (_, _, tensors) in found.items()}
     configs = {}
     for name, (path, prefix, tensors) in found.items():
-        if namings[name] == "diffusers" and (beside := _config_beside(path)) is not None:
+        if namings[name] == "diffusers" and (beside := _config_beside(name, path)) is not None:
             configs[name] = beside
             continue
         shapes = {key: tensor.shape for key, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
 from convert.diffusers_folder import open_diffusers
 from convert.errors import CheckpointError, raise_all
+from convert.fit import check_fit
 from convert.readers import Source
 from convert.single_file import open_single_file
 from convert.staging import is_leftover
@@ -80,6 +81,8 @@ def open_source(
     if wanted is not None:
         _check_complete(source, opened, wanted)
         opened = _only(opened, wanted)
+    if text_encoders is None:
+        check_fit(opened.configs, dict.fromkeys(opened.configs, opened.origin))
     if tokenizers is not None:
         opened = _with_tokenizers(opened, tokenizers)
     return opened

@@ -6,21 +6,22 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from convert.components import COMPONENTS, parse_config, tokenizers_of
+from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
-from convert.errors import CheckpointError, raise_all
+from convert.errors import CheckpointError
+from convert.fit import check_fit
 from convert.readers import MODEL_INDEX, Source
 from convert.single_file import of_tensors
+from convert.stored import StoredTensor
 from convert.weight_files import read_weights
 
-FILES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
-"""What Stability calls a text encoder's own file, without what follows (`_fp16`) and the suffix."""
-STEMS = {**FILES, "text_encoder_3": r"t5xxl|t5-v1_1-xxl-encoder"}
+FILES = {"vae": "vae", "text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+"""What a component's own file is called, a text encoder's as Stability does, without `_fp16` and the suffix."""
+STEMS = {**FILES, "vae": r"(?:sd3(?:\.5)?[-_])?vae", "text_encoder_3": r"t5xxl|t5-v1_1-xxl-encoder"}
 """The same as patterns, with what T5's encoder is called as GGUF."""
 FORMS = (
     "a diffusers directory, a converted directory, a single file that has text encoders, or a directory with "
-    "clip_l.safetensors, clip_g.safetensors [and t5xxl_fp16.safetensors, or T5's encoder as GGUF]; a VAE is in the "
-    "first three"
+    "clip_l.safetensors, clip_g.safetensors [, t5xxl_fp16.safetensors, or T5's encoder as GGUF] [and vae.safetensors]"
 )
 
 
@@ -35,36 +36,48 @@ def remedy(source: str | Path) -> str:
 
 
 def folder_of_files(directory: Path) -> Path | None:
-    """Where under `directory` each text encoder lies in a file of its own, as in Stability's `text_encoders`."""
+    """Where under `directory` each component lies in a file of its own, as in Stability's `text_encoders`."""
     folders = (directory, directory / "text_encoders")
     return next((each for each in folders if any(_files(each, name) for name in FILES)), None)
 
 
 def open_files(folder: Path, variant: str | None) -> Source:
-    """Text encoders in separate files. Their tensors are named as in a single file, without the prefix, or as GGUF."""
+    """Text encoders and VAE in separate files.
+
+    Their tensors are named as in a single file, with its prefix or without, as diffusers does, or as in GGUF.
+    """
     paths = {name: path for name in FILES if (path := _choose(folder, name, variant)) is not None}
-    return of_tensors(str(folder), {name: (path, "", read_weights(path)) for name, path in paths.items()})
+    return of_tensors(str(folder), {name: _alone(name, path) for name, path in paths.items()})
 
 
 def encoder_of_file(path: Path) -> str | None:
-    """The text encoder whose file this is, by its name."""
+    """The text encoder, or VAE, whose file this is, by its name."""
     return next((name for name in FILES if _variant(path.name, name) is not None), None)
 
 
 def open_file(path: Path) -> Source:
-    """One text encoder in a file of its own."""
-    return of_tensors(str(path), {str(encoder_of_file(path)): (path, "", read_weights(path))})
+    """One text encoder, or VAE, in a file of its own."""
+    name = str(encoder_of_file(path))
+    return of_tensors(str(path), {name: _alone(name, path)})
+
+
+def _alone(name: str, path: Path) -> tuple[Path, str, dict[str, StoredTensor]]:
+    """A component's own file, what stands before its tensors' names in it, and its tensors without that."""
+    tensors, prefix = read_weights(path), COMPONENTS[name].prefix
+    if not all(key.startswith(prefix) for key in tensors):
+        return path, "", tensors
+    return path, prefix, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def _variant(file: str, name: str) -> str | None:
-    """What follows the name of a text encoder's file, as in `fp16`; "" for nothing, None for another file."""
+    """What follows the name of a component's file, as in `fp16`; "" for nothing, None for another file."""
     suffixes = "|".join(map(re.escape, SUFFIXES))
     found = re.fullmatch(rf"(?:{STEMS[name]})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file)
     return None if found is None else found["variant"] or ""
 
 
 def _files(folder: Path, name: str) -> dict[str, list[Path]]:
-    """By variant, the files in which a text encoder lies."""
+    """By variant, the files in which a component lies."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (variant := _variant(path.name, name)) is not None:
@@ -88,7 +101,7 @@ def _choose(folder: Path, name: str, variant: str | None) -> Path | None:
 
 def missing(source: Source, wanted: list[str] | None) -> list[str]:
     """The VAE and text encoders that a checkpoint lacks, of those wanted (default: all)."""
-    return [name for name in ("vae", *FILES) if name not in source.configs and (wanted is None or name in wanted)]
+    return [name for name in FILES if name not in source.configs and (wanted is None or name in wanted)]
 
 
 def completed(source: Source, second: Source, names: list[str]) -> Source:
@@ -101,7 +114,7 @@ def completed(source: Source, second: Source, names: list[str]) -> Source:
         raise CheckpointError(f"{second.origin} has no {', '.join(names)}; give {FORMS}")
     found = {**source.configs, **{name: second.configs[name] for name in supplied}}
     configs = {name: found[name] for name in COMPONENTS if name in found}
-    _check_fit(source, second, configs)
+    check_fit(configs, {name: second.origin if name in supplied else source.origin for name in configs})
     folders = tokenizers_of(supplied)
     index = {name: second.model_index.get(name, MODEL_INDEX[name]) for name in (*supplied, *folders)}
     return replace(
@@ -115,29 +128,3 @@ def completed(source: Source, second: Source, names: list[str]) -> Source:
         },
         model_index={**source.model_index, **index},
     )
-
-
-def _check_fit(source: Source, second: Source, configs: dict[str, dict]) -> None:
-    """Raise CheckpointError unless latents and encoders' states are as wide as the transformer takes them."""
-    if "transformer" not in configs:
-        return
-    parsed = {name: parse_config(name, config) for name, config in configs.items()}
-    transformer, problems = parsed["transformer"], []
-    if "text_encoder" in parsed and "text_encoder_2" in parsed:
-        pooled = parsed["text_encoder"].projection_dim + parsed["text_encoder_2"].projection_dim
-        if pooled != transformer.pooled_projection_dim:
-            problems.append(
-                f"the CLIPs' pooled states are {pooled} wide together, the transformer of {source.origin} takes "
-                f"{transformer.pooled_projection_dim}"
-            )
-    if "text_encoder_3" in parsed and parsed["text_encoder_3"].d_model != transformer.joint_attention_dim:
-        problems.append(
-            f"T5's states are {parsed['text_encoder_3'].d_model} wide, the transformer of {source.origin} takes "
-            f"{transformer.joint_attention_dim}"
-        )
-    if "vae" in parsed and parsed["vae"].latent_channels != transformer.in_channels:
-        problems.append(
-            f"the VAE's latents have {parsed['vae'].latent_channels} channels, the transformer of {source.origin} "
-            f"takes {transformer.in_channels}"
-        )
-    raise_all([f"{second.origin}: {problem}" for problem in problems], f"{second.origin} does not fit")

@@ -15,6 +15,12 @@ JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
+def check_tokenizers(source: Source) -> None:
+    """Raise CheckpointError when tokenizers of `source` are damaged or do not fit. One CLIP's alone are not tried."""
+    if {"tokenizer", "tokenizer_2"} <= source.tokenizers.keys():
+        open_tokenizers(source, t5="tokenizer_3" in source.tokenizers)
+
+
 def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
     """The tokenizers of `source`; `t5`: T5's too.
 

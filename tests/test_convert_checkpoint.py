@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,55 +181,6 @@ def test_a_single_file_goes_straight_to_diffusers(both: tuple[Path, Path], tmp_p
     for name in COMPONENTS:
         assert_same_tensors(tmp_path / "back" / name, layout / name)
     StableDiffusion3Pipeline.from_pretrained(tmp_path / "back", torch_dtype=torch.float16)
-
-
-def test_variants_are_found_and_preferred_as_asked(original: Path, tmp_path: Path):
-    pipeline = StableDiffusion3Pipeline.from_pretrained(original, torch_dtype=torch.float16)
-    pipeline.save_pretrained(tmp_path / "saved", variant="fp16", max_shard_size="500KB")
-    assert list((tmp_path / "saved" / "transformer").glob("*.fp16-00001-of-*.safetensors"))
-    for variant in ("fp16", None):
-        source = open_source(tmp_path / "saved", variant=variant)
-        for name in COMPONENTS:
-            source.component(name).check()
-    pipeline.vae.to(torch.float32).save_pretrained(tmp_path / "plain")
-    weights = "diffusion_pytorch_model.safetensors"
-    (tmp_path / "plain" / weights).rename(tmp_path / "saved" / "vae" / weights)
-    dtypes = {
-        variant: {
-            dtype for _, dtype in open_source(tmp_path / "saved", variant=variant).component("vae").layout().values()
-        }
-        for variant in ("fp16", None)
-    }
-    assert dtypes == {"fp16": {np.dtype(np.float16)}, None: {np.dtype(np.float32)}}
-
-
-def test_of_two_variants_none_is_guessed(original: Path, tmp_path: Path):
-    layout = shutil.copytree(original, tmp_path / "layout")
-    weights = layout / "vae" / "diffusion_pytorch_model.safetensors"
-    for variant in ("bf16", "fp16"):
-        shutil.copy(weights, weights.with_suffix(f".{variant}.safetensors"))
-    weights.unlink()
-    with pytest.raises(CheckpointError, match=r"vae: weights of variants bf16 and fp16, .* choose by --variant"):
-        convert_checkpoint(layout, tmp_path / "native")
-    convert_checkpoint(layout, tmp_path / "native", variant="fp16")
-
-
-def test_a_pipeline_with_a_unet_is_named_as_what_it_is(original: Path, tmp_path: Path):
-    layout = shutil.copytree(original, tmp_path / "layout")
-    index = json.loads((layout / "model_index.json").read_text())
-    del index["transformer"]
-    (layout / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"]}))
-    with pytest.raises(CheckpointError, match=r"model_index\.json names a unet, as of SDXL: expected Stable"):
-        convert_checkpoint(layout, tmp_path / "native")
-
-
-@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
-def test_a_git_lfs_pointer_is_named_as_one(original: Path, tmp_path: Path, part: str):
-    layout = shutil.copytree(original, tmp_path / "layout")
-    weights, *_ = sorted((layout / part).glob("*.safetensors"))
-    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 5\n")
-    with pytest.raises(CheckpointError, match=r"\.safetensors: a git-lfs pointer, .*: fetch the file with"):
-        convert_checkpoint(layout, tmp_path / "native")
 
 
 def test_every_source_loads_to_the_same_model(both: tuple[Path, Path], tmp_path: Path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from convert.checkpoint import convert_checkpoint
-from convert.components import COMPONENTS
+from convert.components import COMPONENTS, parse_config
 from convert.errors import CheckpointError
 from convert.sources import open_source
 from convert.text_encoders import FILES
@@ -36,8 +36,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tensors = load_file(single)
     save_file({n: t for n, t in tensors.items() if not n.startswith("text_enc")}, directory / "bare.safetensors")
     (directory / "clone" / "text_encoders").mkdir(parents=True)
-    for name, stem in FILES.items():
-        prefix = COMPONENTS[name].prefix
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        stem, prefix = FILES[name], COMPONENTS[name].prefix
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         suffix = "_fp16" if stem == "t5xxl" else ""
         save_file(own, directory / "clone" / "text_encoders" / f"{stem}{suffix}.safetensors")
@@ -133,6 +133,31 @@ def test_text_encoders_that_do_not_fit_the_transformer_are_refused(forms: dict[s
         open_source(forms["bare"], text_encoders=other)
 
 
+@pytest.mark.parametrize(
+    ("component", "changed", "message"),
+    [
+        ("transformer", {"in_channels": 33}, "takes 33 channels and gives 16, as for inpainting; expected SD3"),
+        ("transformer", {"pooled_projection_dim": 200}, "pooled states are 192 wide together, the .* takes 200$"),
+        ("transformer", {"joint_attention_dim": 128}, "CLIPs' states are 192 wide together, .* at most 128"),
+        ("transformer", {"joint_attention_dim": 256}, "T5's states are 192 wide, the transformer of .* takes 256"),
+        ("vae", {"latent_channels": 4}, "the VAE's latents have 4 channels, the transformer of .* takes 16"),
+        ("vae", {"in_channels": 4}, "the VAE takes pictures of 4 channels and gives 3; expected 3"),
+    ],
+)
+def test_components_of_one_checkpoint_have_to_fit_each_other(
+    forms: dict[str, Path], tmp_path: Path, component: str, changed: dict[str, int], message: str
+):
+    layout = Path(shutil.copytree(forms["diffusers"], tmp_path / "layout"))
+    config = layout / component / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"out_channels": 16} | changed))
+    if component == "vae":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"out_channels": 3}))
+    for refused in (lambda: convert_checkpoint(layout, tmp_path / "converted"), lambda: verify(layout)):
+        with pytest.raises(CheckpointError, match=message):
+            refused()
+    open_source(layout, components=["text_encoder", "text_encoder_2"])  # and only what is wanted has to fit
+
+
 def test_of_several_t5_files_the_variant_decides_and_then_fp16(forms: dict[str, Path], tmp_path: Path):
     folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
     t5 = load_file(folder / "t5xxl_fp16.safetensors")
@@ -189,7 +214,7 @@ def test_a_transformer_alone_takes_the_vae_too_from_the_second_source(
 def test_a_transformer_alone_says_what_to_give(forms: dict[str, Path], alone: Path):
     with pytest.raises(CheckpointError, match=r"F16\.gguf has no vae, text_encoder\. .* GGUF, without a VAE"):
         open_source(alone, components=[*WITHOUT, "text_encoder"])
-    with pytest.raises(CheckpointError, match=r"F16\.gguf has no vae\. .*; a VAE is in the first three"):
+    with pytest.raises(CheckpointError, match=r"F16\.gguf has no vae\. .* \[and vae\.safetensors\]$"):
         open_source(alone, components=[*WITHOUT, "text_encoder"], text_encoders=forms["separate files"])
 
 
@@ -202,11 +227,32 @@ def test_a_vae_of_other_latents_does_not_fit(forms: dict[str, Path], alone: Path
 
 
 def test_one_text_encoder_in_a_file_of_its_own_completes_a_source_that_lacks_it(forms: dict[str, Path], tmp_path: Path):
-    first = make_checkpoint(tmp_path / "first", t5=False)
+    whole, lacking = forms["diffusers"], [name for name in COMPONENTS if name != "text_encoder_3"]
+    convert_checkpoint(whole, tmp_path / "first", components=lacking)
     file = forms["separate files"] / "t5xxl_fp16.safetensors"
-    source = open_source(first, text_encoders=file)
-    source.component("text_encoder_3").check()
-    assert list(source.configs) == list(COMPONENTS)
+    convert_checkpoint(tmp_path / "first", tmp_path / "whole", text_encoders=file, tokenizers=whole)
+    assert components(tmp_path / "whole") == components(forms["converted"])
+
+
+@pytest.mark.parametrize("names", ["stability", "stability, prefixed", "diffusers", "diffusers with its configuration"])
+@pytest.mark.parametrize("stem", ["vae", "sd3_vae_fp16"])
+def test_a_vae_in_a_file_of_its_own_completes_a_transformer_alone(
+    forms: dict[str, Path], alone: Path, tmp_path: Path, names: str, stem: str
+):
+    folder, prefix = Path(shutil.copytree(forms["separate files"], tmp_path / "files")), COMPONENTS["vae"].prefix
+    if names.startswith("stability"):
+        tensors = {name: t for name, t in load_file(forms["single file"]).items() if name.startswith(prefix)}
+        if names == "stability":
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    else:
+        tensors = load_file(forms["diffusers"] / "vae" / "diffusion_pytorch_model.safetensors")
+    if "configuration" in names:
+        shutil.copy(forms["diffusers"] / "vae" / "config.json", folder)
+    save_file(tensors, folder / f"{stem}.safetensors")
+    convert_checkpoint(alone, tmp_path / "whole", text_encoders=folder, tokenizers=forms["diffusers"])
+    assert components(tmp_path / "whole") == components(forms["converted"])
+    config = json.loads((tmp_path / "whole" / "vae" / "config.json").read_text())
+    assert parse_config("vae", config) == parse_config("vae", open_source(forms["diffusers"]).configs["vae"])
 
 
 def test_verify_gives_pytorch_the_tensors_of_gguf_under_its_own_names(

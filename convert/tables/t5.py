@@ -12,7 +12,8 @@ from seg4diff_jax.models.t5 import T5Config
 def diffusers(config: T5Config) -> list[Rule]:
     layer, block = "encoder.block.{i}.layer", "blocks.{i}"
     return [
-        # One matrix under two names. transformers saves the first alone; single files carry both, or either.
+        # One matrix under two names. transformers saves the first alone; single files carry both, or either. Where they
+        # differ transformers 5.24 computes with the second: they are refused.
         Rule(("shared.weight", "encoder.embed_tokens.weight"), "token_embedding.embedding"),
         Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "position_bias.embedding"),
         Rule(f"{layer}.0.layer_norm.weight", f"{block}.attention_norm.scale"),

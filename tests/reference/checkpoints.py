@@ -147,10 +147,10 @@ def make_clip(*, width: int, heads: int, projection: int, activation: str) -> CL
     return CLIPTextModelWithProjection(config)
 
 
-def make_t5() -> T5EncoderModel:
+def make_t5(width: int = JOINT_WIDTH) -> T5EncoderModel:
     config = T5Config(
         vocab_size=t5_vocabulary_size() + 28,  # the published embedding has 28 unused rows
-        d_model=JOINT_WIDTH,
+        d_model=width,
         d_kv=16,
         num_heads=4,
         d_ff=128,

@@ -14,7 +14,7 @@ from convert.components import COMPONENTS, parse_config
 from convert.names import assign_back
 from convert.safetensors_stream import write_safetensors
 from convert.sources import open_source
-from tests.reference.checkpoints import JOINT_WIDTH, make_checkpoint
+from tests.reference.checkpoints import make_checkpoint, make_t5
 from tests.reference.random_weights import randomize_
 from tests.reference.small_tokenizers import clip_vocabulary
 
@@ -31,7 +31,7 @@ def make_both(directory: Path, *, dual: bool, dtype: torch.dtype = torch.float16
             num_attention_heads=2,
             attention_head_dim=HEAD_DIM,
             caption_projection_dim=2 * HEAD_DIM,
-            joint_attention_dim=JOINT_WIDTH,
+            joint_attention_dim=3 * HEAD_DIM,
             pooled_projection_dim=3 * HEAD_DIM,
             pos_embed_max_size=12,
             dual_attention_layers=(0, 1) if dual else (),
@@ -51,6 +51,7 @@ def make_both(directory: Path, *, dual: bool, dtype: torch.dtype = torch.float16
         ),
         "text_encoder": _clip(heads=1, activation="quick_gelu"),
         "text_encoder_2": _clip(heads=2, activation="gelu"),
+        "text_encoder_3": make_t5(3 * HEAD_DIM),
     }
     for number, (name, module) in enumerate(modules.items()):
         randomize_(module, number)
