@@ -65,6 +65,8 @@ COMPONENTS: dict[str, Component] = {
     ),
 }
 """In the order in which they are converted; the names are diffusers'."""
+CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
+"""diffusers' classes of the components that it saves."""
 
 
 def tokenizers_of(components: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.components import COMPONENTS, tokenizers_of
+from convert.components import CLASSES, COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
 from convert.index import check_index, is_inside, named_components, read_scheduler
@@ -44,19 +44,33 @@ def open_diffusers(
         raise CheckpointError(f"{directory}: model_index.json names {', '.join(absent)}, which it has no folder for")
     configs = {name: read_json(directory / name / "config.json") for name in present}
 
-    def component(name: str) -> TorchComponent:
-        folder = directory / name
-        refuse_quantization_config(configs[name], str(folder / "config.json"))
-        return TorchComponent(name, configs[name], "diffusers", _read_folder(folder, name, variant), str(folder))
-
     return Source(
         origin or str(directory),
         configs,
-        component,
+        lambda name: _component(name, directory / name, configs[name], variant),
         {name: directory / name for name in tokenizers_of(present) if (directory / name).is_dir()},
         _scheduler(directory, index),
         index,
     )
+
+
+def component_in(folder: Path) -> str | None:
+    """The component that `save_pretrained` wrote into a folder of its own, as its `config.json` says; None for none."""
+    if not (folder / "config.json").is_file():
+        return None
+    kind = read_json(folder / "config.json").get("_class_name")
+    return next((name for name, named in CLASSES.items() if named == kind), None)
+
+
+def open_component_folder(folder: Path, variant: str | None) -> Source:
+    """One component alone, in the folder that `save_pretrained` wrote."""
+    name, config = str(component_in(folder)), read_json(folder / "config.json")
+    return Source(str(folder), {name: config}, lambda name: _component(name, folder, config, variant))
+
+
+def _component(name: str, folder: Path, config: dict[str, Any], variant: str | None) -> TorchComponent:
+    refuse_quantization_config(config, str(folder / "config.json"))
+    return TorchComponent(name, config, "diffusers", _read_folder(folder, name, variant), str(folder))
 
 
 def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,32 +7,76 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
 WRAPPERS = {
-    r"(?:^|\.)_orig_mod\.": "`_orig_mod.` is of torch.compile: save the state of `model._orig_mod`",
+    r"_blocks[._]\d+[._].*_orig_mod[._]": (
+        "`_orig_mod.` within names is of parts that were compiled one by one, as by `compile_repeated_blocks()`: save "
+        "the state of the model before it is compiled"
+    ),
+    r"(?:^|[._])_orig_mod[._]": "`_orig_mod.` is of torch.compile: save the state of `model._orig_mod`",
+    r"(?:^|[._])_fsdp_wrapped_module[._]": (
+        "`_fsdp_wrapped_module.` is of FullyShardedDataParallel: save its full state, as `get_model_state_dict` with "
+        "`full_state_dict=True` gives it"
+    ),
+    r"(?:^|[._])_checkpoint_wrapped_module[._]": (
+        "`_checkpoint_wrapped_module.` is of PyTorch's `checkpoint_wrapper`: save the state of the modules inside"
+    ),
     r"(?:^|\.)module\.": "`module.` is of DistributedDataParallel: save the state of `model.module`",
 }
-"""What stands before a whole model's names, as a regular expression, and the remedy."""
-OF_MODELS = WRAPPERS | {
-    r"^model_ema\.": (
-        "`model_ema.` is a moving average (EMA) of the weights: save it or them alone, under the names of the weights"
+"""What stands before a whole model's names or within them, as a regular expression, and the remedy."""
+EXPECTED = "expected Stable Diffusion 3 or 3.5"
+OTHER_MODELS = {
+    r"(?:^|[._])controlnet_(?:blocks|x_embedder|cond)|^control_model\.": (
+        f"a ControlNet, which steers another model and makes no picture itself: {EXPECTED}"
     ),
-    r"\.base_layer\.": (
-        "adapters were still in the model: call `unload_lora_weights()` or PEFT's `merge_and_unload()` before saving"
+    r"^(?:ip_adapter|image_proj)\.": (
+        f"an IP-Adapter, which steers another model and makes no picture itself: {EXPECTED}"
     ),
-    r"\.lora_[AB]\.": "adapters are read with `--lora`, from a file without the model",
-    r"\.to_(?:added_)?(?:qkv|kv)\.": (
-        "projections of attention were fused: call `unfuse_qkv_projections()` before saving"
+    r"(?:^|[._])(?:diffusion_model[._]|lora_unet_)(?:input_blocks|middle_block|output_blocks)[._]|"
+    r"^(?:base_model\.model\.|unet[._]|lora_unet_)?(?:down_blocks|mid_block|up_blocks)[._]|"
+    r"^(?:conditioner\.embedders|cond_stage_model)\.": (
+        f"a U-Net with its text encoders, as of Stable Diffusion 1.5, 2 and XL: {EXPECTED}"
+    ),
+    r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d": (
+        f"FLUX's transformer or one like it, with blocks for both streams and for one: {EXPECTED}"
+    ),
+    r"(?:^|[._])transformer_blocks[._]\d+[._](?:attn1|img_mod|txt_mod)[._]|(?:^|[._])adaln_single[._]": (
+        f"another diffusion transformer: {EXPECTED}"
     ),
 }
+"""Names that models of other families have, and what those are."""
+OF_MODELS = (
+    WRAPPERS
+    | {
+        r"^(?:model_ema|ema_model|ema)\.": (
+            "names like `model_ema.` are of a moving average (EMA) of the weights: save it or them alone, under the "
+            "names of the weights"
+        ),
+        r"\.base_layer\.": (
+            "adapters were still in the model: call `unload_lora_weights()` or PEFT's `merge_and_unload()` before "
+            "saving"
+        ),
+        r"\.lora_[AB]\.": "adapters are read with `--lora`, from a file without the model",
+        r"\.to_(?:added_)?(?:qkv|kv)\.": (
+            "projections of attention were fused: call `unfuse_qkv_projections()` before saving"
+        ),
+    }
+    | OTHER_MODELS
+)
 """The same of everything that a model's state may hold and the model itself does not."""
-OF_ADAPTERS = WRAPPERS | {
-    r"\.base_layer\.weight$": (
-        "a whole model's state with adapters in it: save them alone, as `save_lora_weights` or PEFT's "
-        "`save_pretrained` does"
-    ),
-    r"(?:^|[._])text_model[._]encoder[._]|(?:^|[._])encoder[._]block[._]": (
-        "adapters of a text encoder, which are not used: expected some of SD3's transformer"
-    ),
-}
+OF_ADAPTERS = (
+    WRAPPERS
+    | {
+        r"\.base_layer\.weight$": (
+            "a whole model's state with adapters in it: save them alone, as `save_lora_weights` or PEFT's "
+            "`save_pretrained` does"
+        ),
+    }
+    | OTHER_MODELS
+    | {
+        r"(?:^|[._])text_model[._]encoder[._]|(?:^|[._])encoder[._]block[._]": (
+            "adapters of a text encoder, which are not used: expected some of SD3's transformer"
+        ),
+    }
+)
 """The same of what lies in files of adapters."""
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import lora_formats as formats
-from convert.errors import CheckpointError, listed
-from convert.hub import is_repository_id
-from convert.lora_formats import Format, LoRACheckpoint
+from convert.errors import CheckpointError
+from convert.lora_files import PEFT_CONFIG, Format, Opened, find_adapters, open_file
+from convert.lora_formats import LoRACheckpoint
 from convert.lora_layers import config_of, gaps, pair, refuse
 from convert.lora_names import native_names, parse_native
 from convert.staging import check_target, staged_directory
@@ -25,7 +25,7 @@ from seg4diff_jax.models.mmdit import MMDiT
 class FileFormat(NamedTuple):
     """`write`: none for what is only read. `suffix`: of the file; none for a directory."""
 
-    read: Callable[[formats.Opened, float | None], LoRACheckpoint]
+    read: Callable[[Opened, float | None], LoRACheckpoint]
     write: Callable[[Path, LoRACheckpoint], None] | None = None
     suffix: str | None = None
 
@@ -91,7 +91,7 @@ def attach_lora(
     """
     config, adapters = load_lora(path, alpha=alpha, adapters_only=adapters_only)
     try:
-        return apply_lora(mmdit, config, adapters, drop_absent_blocks=drop_absent_blocks)
+        return apply_lora(mmdit, config, adapters, drop_absent_blocks=drop_absent_blocks, partial=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -153,7 +153,7 @@ def convert_lora(
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRACheckpoint:
     """Everything in a file of adapters, its format told from its content. Arguments and errors as for `load_lora`."""
-    opened = formats.open_file(_find(Path(path).expanduser()))
+    opened = open_file(find_adapters(Path(path).expanduser()))
     return FORMATS[opened.format].read(opened, alpha)
 
 
@@ -163,7 +163,7 @@ def write_lora(checkpoint: LoRACheckpoint, target: str | Path, *, to: Format, ov
     if form.write is None:
         raise CheckpointError(f"adapters are not written as {to}: choose {', '.join(WRITTEN)}")
     if form.suffix is None:
-        check_target(target, overwrite=overwrite, marker=formats.PEFT_CONFIG)
+        check_target(target, overwrite=overwrite, marker=PEFT_CONFIG)
         with staged_directory(target) as work:
             form.write(work, checkpoint)
         return
@@ -187,35 +187,3 @@ def _staged_file(target: Path) -> Iterator[Path]:
         work.replace(target)
     finally:
         work.unlink(missing_ok=True)
-
-
-def _find(path: Path) -> Path:
-    """The file of adapters that a path names, itself or by its directory."""
-    if path.is_dir():
-        found = [path / name for name in formats.IN_DIRECTORIES if (path / name).is_file()]
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise CheckpointError(f"{path}: there are several files of adapters in it, {names}: name one of them")
-        if found:
-            return found[0]
-        if (path / formats.EXPORT).is_dir():
-            return _find(path / formats.EXPORT)
-        if (path / formats.CHECKPOINTS).is_dir():
-            raise CheckpointError(
-                f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
-                f"`python -m convert lora {path} DST --checkpoint last`, or best"
-            )
-        alone = sorted(file for file in path.glob("[!.]*.safetensors") if file.is_file())
-        if len(alone) == 1:
-            return alone[0]
-        if named := sorted(file.parent.name for file in path.glob(f"*/{formats.PEFT_CONFIG}")):
-            raise CheckpointError(f"{path}: adapters are in its folders {', '.join(listed(named))}: name one of them")
-        names = f"{', '.join(formats.IN_DIRECTORIES[:-1])} or {formats.IN_DIRECTORIES[-1]}"
-        raise CheckpointError(
-            f"{path}: no adapters: expected {names}, or a single .safetensors file, in it; name a file that is called "
-            "otherwise"
-        )
-    if not path.is_file():
-        hint = f"; if it is on the Hub: hf download {path}" if is_repository_id(str(path)) else ""
-        raise CheckpointError(f"{path}: no such file or directory{hint}")
-    return path

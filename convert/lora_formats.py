@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -27,12 +27,19 @@ from convert.errors import CheckpointError, listed
 from convert.files import parse_object, read_json
 from convert.foreign_names import OF_ADAPTERS, recognise
 from convert.layout import contiguous
-from convert.lora_layers import config_of, fill, gaps, is_alpha, most_common, pair, refuse, unite
+from convert.lora_files import (
+    DIFFUSERS_PREFIX,
+    NATIVE_FORMAT,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    RELEASE_PREFIX,
+    Format,
+    Opened,
+)
+from convert.lora_layers import config_of, gaps, is_alpha, most_common, pair, refuse, unite
 from convert.lora_names import (
     DIFFUSERS,
-    DOTTED_PREFIXES,
-    FLAT_PREFIXES,
-    STABILITY,
     TEXT_ENCODER,
     Parsed,
     is_adapter,
@@ -43,25 +50,13 @@ from convert.lora_names import (
     torch_names,
 )
 from convert.lora_peft import read_settings, settings_of
-from convert.safetensors_stream import read_annotated, read_tensor
-from convert.torch_pickle import is_pickle, load_pickle, save_pickle, to_numpy
+from convert.torch_pickle import save_pickle
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
 
-Format = Literal["native", "diffusers", "peft", "release", "kohya", "onetrainer", "lycoris", "comfyui"]
 RELEASE_ALPHA = 16.0
-NATIVE_FORMAT, NATIVE_VERSION = "seg4diff-jax lora", 1
-NATIVE_KEY = "lora"
-NATIVE_FILE = "adapters.safetensors"
-"""Of a directory: what a training run exports."""
-EXPORT, CHECKPOINTS = "export", "checkpoints"
-"""Where in a training run's directory."""
-DIFFUSERS_KEY = "lora_adapter_metadata"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_KEY = "ss_network_alpha"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-IN_DIRECTORIES = (NATIVE_FILE, PEFT_WEIGHTS, "adapter_model.bin", DIFFUSERS_FILE, "pytorch_lora_weights.bin")
-"""Names by which a file of adapters is found in a directory."""
-PEFT_PREFIX, DIFFUSERS_PREFIX, RELEASE_PREFIX = "base_model.model.", "transformer.", "backbone.transformer."
+NATIVE_VERSION = 1
+NATIVE_KEY, DIFFUSERS_KEY, KOHYA_KEY = "lora", "lora_adapter_metadata", "ss_network_alpha"
+"""What a header's entries with settings are called."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class LoRACheckpoint:
 
     Attributes:
       config: with the blocks that have adapters spelt out.
-      adapters: by per-layer name, in our layout and the file's dtypes.
+      adapters: by per-layer name, in our layout and the file's dtypes. In some of the blocks a layer may have none.
       others: tensors of the file that are no adapters of the transformer, under their own names, such as the mask head
         of the release, or adapters of text encoders.
       format: what it was read from.
@@ -84,55 +79,6 @@ class LoRACheckpoint:
     left_out: tuple[str, ...] = ()
 
 
-class Opened(NamedTuple):
-    """What lies in a file, before anything is made of it.
-
-    Attributes:
-      prefix: what stands before the names of the transformer's layers.
-      left_out: what a file of torch.save holds beside its tensors.
-    """
-
-    path: Path
-    format: Format
-    prefix: str
-    tensors: dict[str, np.ndarray]
-    metadata: dict[str, str]
-    left_out: tuple[str, ...] = ()
-
-
-def open_file(path: Path) -> Opened:
-    """All of a file, and the format that its names tell. Raises CheckpointError when it is damaged or none is known."""
-    if is_pickle(path):
-        tensors, left_out = _unpickled(path)
-        metadata: dict[str, str] = {}
-    else:
-        stored, metadata = read_annotated(path)
-        tensors, left_out = {name: read_tensor(info) for name, info in stored.items()}, ()
-    if metadata.get("format") == NATIVE_FORMAT:
-        return Opened(path, "native", "", tensors, metadata)
-    form, prefix = _told_from(path, list(tensors))
-    return Opened(path, form, prefix, tensors, metadata, left_out)
-
-
-def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
-    """The format, and what stands before a layer's name in it."""
-    adapters = [name for name in names if is_adapter(name) and not TEXT_ENCODER.match(name)]
-    wrapped = {name.split(f"{DIFFUSERS}.")[0] for name in adapters if f"{RELEASE_PREFIX}{DIFFUSERS}." in name}
-    if wrapped:
-        return "release", min(wrapped, key=len)
-    bare = {f"{DIFFUSERS}.": "diffusers", f"{STABILITY}.": "comfyui"}
-    for prefix, form in (FLAT_PREFIXES | DOTTED_PREFIXES | bare).items():
-        if any(name.startswith(prefix) for name in adapters):
-            return cast(Format, form), "" if prefix in bare else prefix
-    if known := recognise(names, OF_ADAPTERS):
-        raise CheckpointError(f"{path}: {known}")
-    layer = f"{DIFFUSERS}.0.attn.to_q.lora_A.weight"
-    raise CheckpointError(
-        f"{path}: no adapters of SD3's transformer: expected names like {DIFFUSERS_PREFIX}{layer}, "
-        f"{PEFT_PREFIX}{layer} or another tool's that docs/convert.md lists, found {', '.join(names[:4]) or 'none'}"
-    )
-
-
 def read_native(opened: Opened, alpha: float | None) -> LoRACheckpoint:
     path, tensors = opened.path, opened.tensors
     stated = _stated(opened, NATIVE_KEY)
@@ -140,12 +86,19 @@ def read_native(opened: Opened, alpha: float | None) -> LoRACheckpoint:
         raise CheckpointError(
             f"{path}: expected version {NATIVE_VERSION}, found {stated['version']!r:.50}; convert the original again"
         )
-    wrong = [f"{key} is {stated.get(key)!r:.100}" for key, fits in NATIVE_STATED.items() if not fits(stated.get(key))]
+    checks = NATIVE_STATED | {key: fits for key, fits in NATIVE_ADDED.items() if key in stated}
+    wrong = [f"{key} is {stated.get(key)!r:.100}" for key, fits in checks.items() if not fits(stated.get(key))]
     if wrong:
         raise CheckpointError(f"{path}: its header does not describe its adapters ({', '.join(wrong)}); convert again")
-    others = stated["others"]
+    others, absent = stated["others"], stated.get("absent", [])
     problems = [f"missing: {name}" for name in others if name not in tensors]
+    problems += [
+        f"{name}: expected {shape}, found {list(tensors[name].shape)}"
+        for name, shape in stated.get("shapes", {}).items()
+        if name in tensors and list(tensors[name].shape) != shape
+    ]
     parsed = parse_native({name: tensor for name, tensor in tensors.items() if name not in others})
+    problems += [f"missing: an adapter of {layer}" for layer in gaps(_layers(parsed)) if layer not in absent]
     adapters = _whole(path, parsed, problems, lambda layer: stated["rank"])
     config = config_of(adapters, stated["rank"], stated["alpha"])
     _agreed(path, config.alpha, alpha)
@@ -170,6 +123,11 @@ NATIVE_STATED: dict[str, Callable[[Any], bool]] = {
     "blocks": _is_list_of(int),
     "others": _is_list_of(str),
 }
+NATIVE_ADDED: dict[str, Callable[[Any], bool]] = {
+    "absent": _is_list_of(str),
+    "shapes": lambda value: isinstance(value, dict) and all(map(_is_list_of(int), value.values())),
+}
+"""What the first files of this version lack: layers without adapters in some blocks, and the shapes of others."""
 
 
 def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
@@ -181,6 +139,8 @@ def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
         "targets": config.targets,
         "blocks": config.blocks,
         "others": list(checkpoint.others),
+        "absent": gaps(checkpoint.adapters),
+        "shapes": {name: list(tensor.shape) for name, tensor in checkpoint.others.items()},
     }
     tensors = native_names(checkpoint.adapters) | checkpoint.others
     _write_file(path, tensors, {"format": NATIVE_FORMAT, NATIVE_KEY: json.dumps(stated)})
@@ -247,10 +207,9 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[st
 
 
 def _whole(path: Path, parsed: Parsed, problems: list[str], rank: Callable[[str], int] | None) -> dict[str, Adapter]:
-    """Whole adapters, none missing. Raises CheckpointError with all that stands in the way."""
+    """Whole adapters. Raises CheckpointError with all that stands in the way."""
     problems = [*problems, *parsed.problems, *_surplus(path, parsed)]
     adapters = pair(parsed.factors, rank, problems)
-    problems += [f"missing: an adapter of {layer}" for layer in gaps(_layers(parsed))]
     refuse(path, problems)
     return adapters
 
@@ -267,7 +226,7 @@ def _configured(
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """Adapters whose ranks and alphas are the file's own, layer by layer, brought to one of each."""
     path, layers = opened.path, _layers(parsed)
-    unused = _surplus(path, parsed)
+    _surplus(path, parsed)  # what the names tell goes before what settings say
     own, problems = _alphas(parsed, layers)
     if settings is None:
         adapters = _whole(path, parsed, problems, None)
@@ -278,12 +237,9 @@ def _configured(
     if different := [layer for layer in own if own[layer] != stated.alphas[layer]]:
         layer = different[0]
         problems.append(f"{layer}: alpha is {stated.alphas[layer]:g} in {settings[0]}, {own[layer]:g} in the tensors")
-    problems += [*parsed.problems, *unused]
-    adapters = pair(parsed.factors, stated.ranks.__getitem__, problems)
-    refuse(path, problems)
+    adapters = _whole(path, parsed, problems, stated.ranks.__getitem__)
     _agreed(path, most_common(stated.alphas.values()), alpha)
-    config, united = unite(adapters, stated.alphas)
-    return config, fill(united, stated.empty)
+    return unite(adapters, stated.alphas)
 
 
 def _layers(parsed: Parsed) -> list[str]:
@@ -371,25 +327,3 @@ def in_short(others: Iterable[str]) -> str:
     return ", ".join(
         listed([name for name, begin in found if not begin] + [f"{n} {name}" for name, n in counts.items()])
     )
-
-
-def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The named tensors of a file of torch.save, however it wraps them, and what else lies beside them."""
-    loaded = load_pickle(path)
-    places = [(None, loaded)] + (list(loaded.items()) if isinstance(loaded, Mapping) else [])
-    holding = lambda value: isinstance(value, Mapping) and any(is_adapter(str(name)) for name in value)
-    found = [(key, value) for key, value in places if holding(value)]
-    if len(found) > 1:
-        keys = " and ".join("the file itself" if key is None else str(key) for key, _ in found)
-        raise CheckpointError(f"{path}: there are adapters in {keys}, and nothing says which to take: save one alone")
-    key, named = found[0] if found else (None, None)
-    if named is None:
-        keys = ", ".join(map(str, list(loaded)[:8])) if isinstance(loaded, Mapping) else type(loaded).__name__
-        layer = f"{RELEASE_PREFIX}{DIFFUSERS}.0.attn.to_q.lora_A.default.weight"
-        raise CheckpointError(f"{path}: no adapters: expected a `model` with names like {layer}, found {keys}")
-    arrays = {str(name): to_numpy(value) for name, value in named.items()}
-    unread = [name for name, array in arrays.items() if array is None]
-    kinds = {str(name): type(value).__name__ for name, value in named.items()}
-    refuse(path, [f"{name}: expected a tensor, found a {kinds[name]}" for name in unread if is_adapter(name)])
-    beside = [str(name) for name in loaded if name != key] if key is not None else []
-    return {name: array for name, array in arrays.items() if array is not None}, (*beside, *unread)

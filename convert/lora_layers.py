@@ -83,7 +83,7 @@ def _adapter(sides: dict[Side, Factor], problems: list[str]) -> Adapter | None:
     for factor in sides.values():
         array = factor.array
         if array.ndim != 2 or array.dtype not in FLOATS | FLOATS_OF_8_BITS or 0 in array.shape:
-            found = f"{array.dtype} {list(array.shape)}"
+            found = f"{array.dtype} {list(factor.shape)}"
             problems.append(f"{factor.key}: expected a matrix of floating-point numbers, found {found}")
         elif not np.isfinite(array).all():
             problems.append(f"{factor.key}: {np.sum(~np.isfinite(array))} of its numbers are NaN or infinite")
@@ -130,13 +130,6 @@ def gaps(layers: Iterable[str], targets: Iterable[str] | None = None) -> list[st
         and not target.startswith("image.dual_attention.")
         and not (target in absent_in_last and block == blocks[-1])
     ]
-
-
-def fill(adapters: Mapping[str, Adapter], layers: Iterable[str]) -> dict[str, Adapter]:
-    """With adapters that change nothing for layers that have none, sized as in other blocks."""
-    like = {target_of(layer): adapter for layer, adapter in adapters.items()}
-    zeros = {layer: Adapter(*map(np.zeros_like, like[target_of(layer)])) for layer in layers}
-    return in_order({**adapters, **zeros})
 
 
 def unite(adapters: Mapping[str, Adapter], alphas: Mapping[str, float]) -> tuple[LoRAConfig, dict[str, Adapter]]:

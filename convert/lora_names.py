@@ -75,10 +75,19 @@ OTHER_KINDS = {
     "LoKr": re.compile(r"\.lokr_"),
     "LoHa": re.compile(r"\.hada_"),
     "OFT": re.compile(r"\.(b?oft_|oft_blocks)"),
+    "IA3": re.compile(r"\.(ia3_l|on_input$)"),
+    "VeRA": re.compile(r"(^|\.)vera_(lambda_|[AB](\.|$))"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "a norm's weight": re.compile(r"\.[wb]_norm$"),
     "a Tucker decomposition": re.compile(r"\.lora_mid\."),
     "a difference of whole weights": re.compile(r"\.diff(_b)?$"),
     "a bias": re.compile(r"\.lora_B(\.[^.]+)?\.bias$|\.base_layer\.bias$"),
 }
+OUTSIDE = re.compile(
+    r"(^|[._])(context_embedder|proj_out|norm_out|pos_embed|time_text_embed|x_embedder|t_embedder|y_embedder|final_layer)"
+    r"[._]"
+)
+"""Layers of SD3's transformer that belong to no block, under diffusers' names and Stability's."""
 
 
 class Factor(NamedTuple):
@@ -86,6 +95,7 @@ class Factor(NamedTuple):
 
     Attributes:
       key: its name in the file.
+      shape: as it lies in the file.
       layer: our per-layer name.
       scale_first: B of a modulation under diffusers' name, which puts the scale before the shift where there is no
         gate.
@@ -95,6 +105,7 @@ class Factor(NamedTuple):
     layer: str
     side: Side
     array: np.ndarray
+    shape: tuple[int, ...]
     scale_first: bool = False
 
 
@@ -128,10 +139,11 @@ def parse(tensors: Mapping[str, np.ndarray], prefix: str) -> Parsed:
         elif "part" not in found.groupdict():
             alphas.append((key, layers, tensor))
         elif PARTS[found["part"]] == "a":
-            factors += [Factor(key, layer, "a", tensor.T) for layer in layers]
+            factors += [Factor(key, layer, "a", tensor.T, tensor.shape) for layer in layers]
         elif tensor.ndim and len(tensor) % len(layers) == 0:
             parts = np.split(tensor, len(layers))
-            factors += [Factor(key, layer, "b", b.T, scale_first) for layer, b in zip(layers, parts, strict=True)]
+            each = zip(layers, parts, strict=True)
+            factors += [Factor(key, layer, "b", b.T, tensor.shape, scale_first) for layer, b in each]
         else:
             problems.append(f"{key}: expected rows for q, k and v, a third for each; found {list(tensor.shape)}")
     return Parsed(factors, alphas, rest, problems)
@@ -158,7 +170,8 @@ def parse_native(tensors: Mapping[str, np.ndarray]) -> Parsed:
     for key, tensor in tensors.items():
         found = pattern.fullmatch(key)
         if found and found["target"] in MODULES:
-            factors.append(Factor(key, found["layer"], "a" if found["side"] == "a" else "b", tensor))
+            side: Side = "a" if found["side"] == "a" else "b"
+            factors.append(Factor(key, found["layer"], side, tensor, tensor.shape))
     known = {factor.key for factor in factors}
     return Parsed(factors, [], [key for key in tensors if key not in known], [])
 
@@ -196,9 +209,12 @@ def is_adapter(name: str) -> bool:
 
 def surplus(name: str) -> str:
     """What is to be said of a tensor that no adapter can use."""
+    merge = "merge it into a model with the tool that trained it"
     for kind, pattern in OTHER_KINDS.items():
         if pattern.search(name):
-            return f"surplus: {name} is {kind}, which is not implemented; only plain low-rank adapters are"
+            return f"surplus: {name} is {kind}, which is not implemented; only plain low-rank adapters are: {merge}"
+    if OUTSIDE.search(name):
+        return f"surplus: {name} is of a layer outside SD3's blocks, which is not adapted here: {merge}"
     return f"surplus: {name} is not a tensor of an adapter of a linear layer in SD3's blocks"
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import regex
 
+from convert.errors import CheckpointError
 from convert.lora_layers import gaps, is_alpha, refuse
 from convert.lora_names import MODULES, module_of
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
@@ -80,12 +81,10 @@ class Stated(NamedTuple):
 
     Attributes:
       ranks, alphas: of every layer; alpha as of alpha / rank.
-      empty: layers that the settings leave out, and that have an adapter in other blocks.
     """
 
     ranks: dict[str, int]
     alphas: dict[str, float]
-    empty: list[str]
 
 
 class _TooSlow(Exception):
@@ -123,8 +122,11 @@ def read_settings(
       layers: our per-layer names.
       problems: gains what cannot be read, and how the file's layers differ from those that the settings name.
 
-    Raises CheckpointError, with all problems so far, when a setting that is needed is of no use.
+    Raises CheckpointError when they are of another kind of adapters; with all problems so far, when a setting that is
+    needed is of no use.
     """
+    if kind := other_kind(settings):
+        raise CheckpointError(f"{where}: {name}: {kind}")
     found = [line for key, value in settings.items() if (line := _refusal(key, value))]
     needed = [
         f"{key} is {_short(settings.get(key))}; expected {what}"
@@ -148,6 +150,12 @@ def read_settings(
     return stated
 
 
+def other_kind(settings: Mapping[str, Any]) -> str | None:
+    """What is to be said of settings of adapters that are of no low rank, whose other settings mean nothing here."""
+    kind = settings.get("peft_type", "LORA")
+    return None if kind == "LORA" else f"peft_type is {_short(kind)}; only 'LORA' is implemented: merge it with PEFT"
+
+
 def _refusal(key: str, value: Any) -> str | None:
     """What is to be said of a setting that makes the adapter something else than we read; None if nothing is."""
     off = value is None or value is False or value in ([], {}, "")
@@ -156,8 +164,6 @@ def _refusal(key: str, value: Any) -> str | None:
             return f"{key} is {_short(value)}; it is not implemented"
         case None if not off:
             return f"{key} is {_short(value)}; this setting is not known, and could change what is computed"
-        case "read" if key == "peft_type" and value != "LORA":
-            return f"peft_type is {_short(value)}; 'LORA' is implemented"
         case "read" if key == "bias" and value != "none":
             return f"bias is {_short(value)}; 'none' is implemented"
         case "read" if key == "init_lora_weights" and not _is_plain(value):
@@ -214,7 +220,7 @@ def _apply(settings: Mapping[str, Any], layers: Collection[str], patterns: _Patt
     sets = {key: frozenset(settings[key]) for key in endings if isinstance(settings.get(key), list)}
     settings = {**settings, **sets}
     ranks, alphas = (_by_ending(settings.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
-    stated = Stated({}, {}, [])
+    stated = Stated({}, {})
     differences = []
     for layer in layers:
         name = module_of(layer)
@@ -227,7 +233,6 @@ def _apply(settings: Mapping[str, Any], layers: Collection[str], patterns: _Patt
     for layer in gaps(layers, MODULES) if settings.get("target_modules") is not None else ():
         if not _left_out_by(settings, module_of(layer), patterns):
             differences.append(f"missing: an adapter of {layer}, {module_of(layer)} in the settings")
-    stated.empty.extend(layer for layer in gaps(layers) if _left_out_by(settings, module_of(layer), patterns))
     return stated, differences
 
 

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 
 from convert.components import parse_config
 from convert.errors import CheckpointError, reason
-from convert.lora_formats import CHECKPOINTS, LoRACheckpoint
+from convert.lora_files import CHECKPOINTS
+from convert.lora_formats import LoRACheckpoint
 from convert.lora_layers import config_of
 from convert.lora_names import block_of
 from convert.run_checkpoint import CONFIG, STATE, check_arrays, read_record, score

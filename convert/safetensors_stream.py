@@ -44,8 +44,13 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
-"""Dtypes of the format that are packed several to a byte: block-scaled weights of 4 and 6 bits have them."""
+UNREAD = {
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2"), "weights of 4 or 6 bits (MXFP4, MXFP6, NVFP4)"),
+    "F8_E4M3FNUZ": "8-bit floats of AMD's kind",
+    "F8_E5M2FNUZ": "8-bit floats of AMD's kind",
+    "C64": "complex numbers",
+}
+"""Other dtypes of the format, and what they are."""
 LARGEST_HEADER = 10_000_000
 """Bytes: thirty times what SD3.5-large with all its text encoders needs. A tenth of the format's own limit."""
 LARGEST_RANK = 8
@@ -129,10 +134,8 @@ def _placed(path: Path, size: int, begin: int, header: Mapping[str, Any]) -> dic
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]:
-    if isinstance(entry, dict) and entry.get("dtype") in SUB_BYTE:
-        raise CheckpointError(
-            f"{path}: {name} is {entry['dtype']}: weights of 4 or 6 bits (MXFP4, MXFP6, NVFP4) are not read; {INSTEAD}"
-        )
+    if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] in UNREAD:
+        raise CheckpointError(f"{path}: {name} is {entry['dtype']}: {UNREAD[entry['dtype']]} are not read; {INSTEAD}")
     try:
         dtype = DTYPES[entry["dtype"]]
         numbers = [*entry["shape"], *entry["data_offsets"]]

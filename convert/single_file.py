@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.components import COMPONENTS, Naming, parse_config
+from convert.components import CLASSES, COMPONENTS, Naming, parse_config
 from convert.errors import CheckpointError, listed
 from convert.files import read_json
 from convert.foreign_names import recognise, recognise_prefix
@@ -27,8 +27,6 @@ NAMINGS: dict[str, Naming] = {
     "enc.blk.": "gguf",
 }
 """Beginnings of names by which others than Stability's are known."""
-CLASSES = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
-"""diffusers' classes of the components that it saves."""
 
 
 def open_single_file(path: Path) -> Source:

@@ -9,7 +9,7 @@ from pathlib import Path
 from convert import hub, native
 from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
-from convert.diffusers_folder import open_diffusers
+from convert.diffusers_folder import component_in, open_component_folder, open_diffusers
 from convert.errors import CheckpointError, raise_all
 from convert.fit import check_fit
 from convert.readers import Source
@@ -30,8 +30,8 @@ T5 = "text_encoder_3"
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
-    "diffusers does), a single .safetensors file (or .gguf) with a transformer in it, or the Hub id of a diffusers "
-    "repository"
+    "diffusers does), the folder of a transformer alone, a single .safetensors file (or .gguf) with a transformer in "
+    "it, or the Hub id of a diffusers repository"
 )
 
 
@@ -102,7 +102,8 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
     if (path / native.MANIFEST).is_file():
         return native.open_native(path)
     if path.is_dir():
-        return open_diffusers(path, variant, components=components)
+        alone = not _is_marked(path)
+        return open_component_folder(path, variant) if alone else open_diffusers(path, variant, components=components)
     if path.is_file():
         return open_single_file(path)
     if not hub.is_repository_id(str(source)):
@@ -147,7 +148,8 @@ def _check_form(path: Path) -> None:
     if path.is_dir() and not _is_marked(path):
         if _is_marked(above):
             raise CheckpointError(f"{path} is one folder of a checkpoint: give the directory above it, {above}")
-        raise CheckpointError(f"{path} has neither {' nor '.join(MARKERS)}{_candidates(path)}; give {FORMS}")
+        if component_in(path) is None:
+            raise CheckpointError(f"{path} has neither {' nor '.join(MARKERS)}{_candidates(path)}; give {FORMS}")
 
 
 def _is_marked(directory: Path) -> bool:
@@ -155,7 +157,9 @@ def _is_marked(directory: Path) -> bool:
 
 
 def _candidates(directory: Path) -> str:
-    """What a directory that is no checkpoint holds that may be one."""
+    """What a directory that is no checkpoint holds that may be one, or part of one."""
+    if parts := [name for name in COMPONENTS if any((directory / name).glob("*.safetensors"))]:
+        return f" (its {', '.join(parts)} belong to one in diffusers' layout: fetch its model_index.json too)"
     found = [path.name for path in sorted(directory.iterdir()) if path.suffix.lower() in SUFFIXES or _is_marked(path)]
     return f" (it holds {', '.join(found)}: is one of these meant?)" if found else ""
 

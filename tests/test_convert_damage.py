@@ -180,7 +180,9 @@ def test_a_directory_of_something_else_is_no_checkpoint(tmp_path: Path):
     photos.mkdir()
     message = refusal(photos)
     assert f"{photos} has neither manifest.json nor model_index.json; give a directory with manifest.json" in message
-    assert "model_index.json (as diffusers does), a single .safetensors file" in message
+    assert (
+        "model_index.json (as diffusers does), the folder of a transformer alone, a single .safetensors file" in message
+    )
     (photos / "sd3.safetensors").write_bytes(b"")
     assert "(it holds sd3.safetensors: is one of these meant?)" in refusal(photos)
 

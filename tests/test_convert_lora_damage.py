@@ -82,11 +82,11 @@ FOUND = (
     "transformer_blocks.0.attn.to_q.lora_B{}.weight: its A is missing",
     "transformer_blocks.2.attn.to_k.lora_A{}.weight: A and B have different ranks, 5 and 3",
     "transformer_blocks.3.attn.to_v.lora_A{}.weight: the layer has (68, 64) inputs and outputs, in other blocks (64, ",
-    "missing: an adapter of blocks.4.image.attention.v",
     "transformer_blocks.5.attn.to_k.lora_B{}.weight: expected a matrix of floating-point numbers",
     "transformer_blocks.0.attn.to_w.lora_A{}.weight is not a tensor of an adapter",
     "transformer_blocks.0.attn.to_q.lora_C{}.weight is not a tensor of an adapter",
 )
+WHERE_LAYERS_ARE_STATED = "missing: an adapter of blocks.4.image.attention.v"
 WHERE_ONE_RANK_IS_STATED = "transformer_blocks.1.attn.to_q.lora_A{}.weight: expected rank 3, found 4"
 
 
@@ -109,8 +109,10 @@ def test_every_unknown_incomplete_or_misshapen_tensor_is_listed(tmp_path, form):
         save_file({f"base_model.model.{n}": t for n, t in tensors.items()}, path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError) as error:
         load_lora(path)
+    # A file that says neither may have several ranks, and layers that are adapted in some blocks alone.
     problems = FOUND + ((WHERE_ONE_RANK_IS_STATED,) if form != "diffusers" else ())
-    problems += ("pos_embed.proj.weight is not a tensor of an adapter",) if form == "release" else ()
+    problems += (WHERE_LAYERS_ARE_STATED,) if form == "peft" else ()
+    problems += ("pos_embed.proj.weight is of a layer outside SD3's blocks",) if form == "release" else ()
     for problem in problems:
         assert problem.format(".default" if form == "release" else "") in str(error.value)
     assert f"({len(problems)} problems)" in str(error.value)

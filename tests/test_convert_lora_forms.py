@@ -153,6 +153,19 @@ def test_every_naming_gives_the_weights_of_pefts_merge(tmp_path, base, numbers, 
     assert_same_weights(merge_lora(attach_lora(base, tmp_path / "lora.safetensors")), merged)
 
 
+def test_a_layer_that_has_no_adapter_in_some_blocks_stays_as_it_is_there(tmp_path, model, base, numbers):
+    """Tools that leave out what training did not change write such files; diffusers reads them."""
+    absent = ("0.attn.to_q", "2.ff.net.2", "3.norm1_context.linear", "4.attn.to_out.0")
+    fewer = {name: pair for name, pair in numbers.items() if not name.endswith(absent)}
+    assert len(fewer) == len(numbers) - len(absent)
+    save_file(named(fewer, dotted("transformer."), *AB, alpha=True), tmp_path / "lora.safetensors")
+    ours = merge_lora(attach_lora(base, tmp_path / "lora.safetensors"))
+    assert_same_weights(ours, merged_by_peft(model, fewer, tmp_path))
+    for to in ("native", "diffusers"):
+        convert_lora(tmp_path / "lora.safetensors", tmp_path / f"{to}.safetensors", to=to)
+        assert_same_weights(merge_lora(attach_lora(base, tmp_path / f"{to}.safetensors")), ours)
+
+
 def test_a_fused_layers_three_adapters_are_its_own_to_the_bit(tmp_path, numbers):
     fused = {name: pair for name, pair in stability_numbers(numbers).items() if name.endswith("x_block.attn.qkv")}
     save_file(named(fused, flat("lora_unet_"), *DOWN_UP, alpha=True), tmp_path / "lora.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convert.errors import CheckpointError
 from convert.lora import convert_lora, load_lora, read_lora
-from tests.reference.adapters import RANK, WIDTH, factors, release_names, write_release
+from tests.reference.adapters import RANK, WIDTH, factors, mask_head, release_names, write_release
 
 FIRST = "transformer.transformer_blocks.0.attn.to_q"
 
@@ -35,12 +37,18 @@ def diffusers_file(path: Path, metadata: dict[str, str] | None = None, **change:
         (f"{FIRST}.hada_w1_a", "LoHa"),
         (f"{FIRST}.oft_R.weight", "OFT"),
         (f"{FIRST}.lora_mid.weight", "a Tucker decomposition"),
+        (f"{FIRST}.ia3_l", "IA3"),
+        (f"{FIRST}.on_input", "IA3"),
+        (f"{FIRST}.vera_lambda_b", "VeRA"),
+        ("base_model.vera_A.default", "VeRA"),
+        (f"{FIRST}.a1.weight", "GLoRA"),
+        (f"{FIRST}.w_norm", "a norm's weight"),
         (f"{FIRST}.diff_b", "a difference of whole weights"),
         (f"{FIRST}.lora_B.bias", "a bias"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused_by_name(tmp_path, name, kind):
-    with pytest.raises(CheckpointError, match=f"surplus: {name} is {kind}, which is not implemented"):
+    with pytest.raises(CheckpointError, match=f"surplus: {name} is {kind}, which is not implemented.*: merge it"):
         load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(4, 4)}))
 
 
@@ -50,13 +58,43 @@ def test_a_file_of_another_kind_alone_is_told_so(tmp_path):
         load_lora(tmp_path / "lokr.safetensors")
 
 
-@pytest.mark.parametrize("layer", ["context_embedder", "proj_out", "norm_out.linear", "transformer_blocks.0.attn.to_w"])
+@pytest.mark.parametrize("kind", ["LOHA", "VERA", "FOURIERFT"])
+@pytest.mark.parametrize("part", ["hada_w1_a", "vera_lambda_b", "fourierft_spectrum"])
+def test_peft_settings_of_another_kind_are_told_first(tmp_path, kind, part):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "n_frequency": 1000}))
+    name = f"base_model.model.transformer_blocks.0.attn.to_q.{part}"
+    save_file({name: torch.ones(4, 4)}, tmp_path / "adapter_model.safetensors")
+    said = (
+        f"adapter_model.safetensors: adapter_config.json: peft_type is '{kind}'; only 'LORA' is implemented: merge it"
+    )
+    with pytest.raises(CheckpointError, match=said) as error:
+        load_lora(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+OUTSIDE = [
+    "context_embedder",
+    "proj_out",
+    "norm_out.linear",
+    "pos_embed.proj",
+    "time_text_embed.text_embedder.linear_1",
+]
+
+
+@pytest.mark.parametrize("layer", [*OUTSIDE, "transformer_blocks.0.attn.to_w"])
 def test_layers_that_cannot_be_adapted_are_named(tmp_path, layer):
     name = f"transformer.{layer}.lora_A.weight"
-    with pytest.raises(
-        CheckpointError, match=f"surplus: {name} is not a tensor of an adapter of a linear layer in SD3"
-    ):
+    what = "of a layer outside SD3's blocks, .*: merge it" if layer in OUTSIDE else "not a tensor of an adapter of a li"
+    with pytest.raises(CheckpointError, match=f"surplus: {name} is {what}"):
         load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(3, 4)}))
+
+
+@pytest.mark.parametrize("shape", [(RANK, WIDTH, 1, 1), (RANK * WIDTH,)])
+def test_a_factor_of_another_shape_is_shown_as_it_lies_in_the_file(tmp_path, shape):
+    name = f"{FIRST}.lora_A.weight"
+    said = f"{name}: expected a matrix of floating-point numbers, found float32 {list(shape)}"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        load_lora(diffusers_file(tmp_path / "lora.safetensors", **{name: torch.ones(shape)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
@@ -173,6 +211,26 @@ def test_a_native_header_is_checked(tmp_path):
         save_file(tensors, tmp_path / "native.safetensors", metadata)
         with pytest.raises(CheckpointError, match=rf"does not describe its adapters \({key} is "):
             load_lora(tmp_path / "native.safetensors")
+
+
+def test_what_a_native_header_says_of_layers_and_of_other_tensors_is_held_against_them(tmp_path):
+    fewer = {name: tensor for name, tensor in factors().items() if "2.attn.to_k" not in name}
+    write_release(tmp_path / "lora.pth", release_names(fewer) | mask_head())
+    native = tmp_path / "native.safetensors"
+    convert_lora(tmp_path / "lora.pth", native)
+    assert "blocks.2.image.attention.k" not in read_lora(native).adapters
+    tensors, metadata = load_file(native), safe_open(native, "pt").metadata()
+    for pattern, changed in {
+        r"missing: an adapter of blocks\.3\.image\.attention\.k": {
+            n: t for n, t in tensors.items() if ".3." not in n or "ion.k" not in n
+        },
+        r"attn_score_layer\.0\.bias: expected \[64\], found \[64, 1\]": {
+            n: t[:, None] if n.endswith("0.bias") else t for n, t in tensors.items()
+        },
+    }.items():
+        save_file(changed, native, metadata)
+        with pytest.raises(CheckpointError, match=pattern):
+            read_lora(native)
 
 
 def rewritten(source: Path, target: Path, change) -> Path:

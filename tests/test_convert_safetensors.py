@@ -221,9 +221,19 @@ def test_a_header_of_absurd_size_is_not_read(tmp_path: Path):
         read_header(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
-def test_numbers_of_less_than_a_byte_are_named(tmp_path: Path, dtype: str):
-    with pytest.raises(CheckpointError, match=rf"a is {dtype}: weights of 4 or 6 bits .* are not read; fetch the same"):
+@pytest.mark.parametrize(
+    ("dtype", "what"),
+    [
+        ("F4", "weights of 4 or 6 bits"),
+        ("F6_E2M3", "weights of 4 or 6 bits"),
+        ("F6_E3M2", "weights of 4 or 6 bits"),
+        ("F8_E4M3FNUZ", "8-bit floats of AMD's kind"),
+        ("F8_E5M2FNUZ", "8-bit floats of AMD's kind"),
+        ("C64", "complex numbers"),
+    ],
+)
+def test_dtypes_that_are_not_read_are_named(tmp_path: Path, dtype: str, what: str):
+    with pytest.raises(CheckpointError, match=rf"a is {dtype}: {what}.* are not read; fetch the same"):
         read_header(corrupt(tmp_path / "x.safetensors", entry(dtype=dtype)))
 
 

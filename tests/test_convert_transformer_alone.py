@@ -49,11 +49,11 @@ def moved(folder: Path, name: str = "alone.safetensors") -> Path:
     return (folder / WEIGHTS).rename(folder / "elsewhere" / name)
 
 
-def assert_same_velocity(file: Path, reference: SD3Transformer2DModel) -> None:
+def assert_same_velocity(source: Path, reference: SD3Transformer2DModel) -> None:
     with torch.no_grad():
         theirs = reference(*map(torch.from_numpy, INPUTS), torch.tensor([400.0])).sample.numpy()
     latents, context, pooled = map(jnp.asarray, INPUTS)
-    model = load_component(file, "transformer")
+    model = load_component(source, "transformer")
     ours, _ = model(latents.transpose(0, 2, 3, 1), jnp.asarray([400.0]), TextConditioning(context, pooled))
     np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), atol=1e-5 * np.abs(theirs).max())
 
@@ -61,6 +61,23 @@ def assert_same_velocity(file: Path, reference: SD3Transformer2DModel) -> None:
 @pytest.mark.parametrize("norms", [True, False])
 def test_the_configuration_beside_a_transformer_is_read(tmp_path: Path, norms: bool):
     assert_same_velocity(tmp_path / WEIGHTS, save(tmp_path, norms=norms))
+
+
+@pytest.mark.parametrize("shards", ["5GB", "100KB"])
+def test_the_folder_of_a_transformer_alone_is_read(tmp_path: Path, shards: str):
+    reference = save(tmp_path / "transformer")
+    reference.save_pretrained(tmp_path / "transformer", max_shard_size=shards)
+    assert any((tmp_path / "transformer").glob("*-of-*")) == (shards != "5GB")
+    assert_same_velocity(tmp_path / "transformer", reference)
+
+
+def test_folders_of_a_checkpoint_without_its_index_say_what_to_fetch(tmp_path: Path):
+    save(tmp_path / "transformer")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / WEIGHTS).touch()
+    said = r"\(its transformer, vae belong to one in diffusers' layout: fetch its model_index\.json too\)"
+    with pytest.raises(CheckpointError, match=said):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(("head", "norms"), [(32, True), (64, True), (64, False)])

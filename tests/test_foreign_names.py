@@ -41,9 +41,38 @@ def fused(tensors: Tensors) -> Tensors:
     return {name: x for name, x in tensors.items() if name not in parts} | {f"{first}to_qkv.weight": whole}
 
 
+def within(wrapper: str, tensors: Tensors) -> Tensors:
+    return {name.replace(".attn.", f".{wrapper}.attn."): tensor for name, tensor in tensors.items()}
+
+
+def named(*names: str) -> Tensors:
+    return {name: torch.ones(4, 4) for name in names}
+
+
+OTHERS = {
+    "SD 1.5's and SDXL's": (
+        named("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.a.weight"),
+        "a U-Net with its text encoders, as of Stable Diffusion 1.5, 2 and XL: expected Stable Diffusion 3 or 3.5",
+    ),
+    "SDXL's of diffusers": (named("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"), "a U-Net with"),
+    "FLUX's": (named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"), "FLUX's transformer"),
+    "FLUX's, prefixed": (named("model.diffusion_model.double_blocks.0.img_attn.qkv.weight"), "FLUX's transformer"),
+    "FLUX's of diffusers": (
+        named("transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight"),
+        "FLUX's transformer",
+    ),
+    "a ControlNet's": (named("transformer_blocks.0.attn.to_q.weight", "controlnet_blocks.0.weight"), "a ControlNet"),
+    "an IP-Adapter's": (named("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
+    "PixArt's": (named("transformer_blocks.0.attn1.to_q.weight", "adaln_single.linear.weight"), "another diffusion tr"),
+}
+"""Files of other families, under a few of their names."""
 MODELS = {
     "torch.compile": (lambda tensors: prefixed("_orig_mod.", tensors), "model._orig_mod"),
+    "compiled blocks": (lambda tensors: within("_orig_mod", tensors), "compile_repeated_blocks()"),
+    "sharded": (lambda tensors: within("_fsdp_wrapped_module", tensors), "full_state_dict=True"),
+    "checkpointed": (lambda tensors: within("_checkpoint_wrapped_module", tensors), "PyTorch's `checkpoint_wrapper`"),
     "data parallel": (lambda tensors: prefixed("module.", tensors), "model.module"),
+    "average alone": (lambda tensors: prefixed("ema.", tensors), "moving average"),
     "both": (lambda tensors: prefixed("module._orig_mod.", tensors), "model._orig_mod"),
     "average": (lambda tensors: tensors | EMA, "moving average"),
     "adapters inside": (with_adapters, "unload_lora_weights()"),
@@ -54,10 +83,31 @@ MODELS = {
         "begin with `pipeline.transformer.`",
     ),
 }
+SDXL = "{}down_blocks{}1{}attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight"
 STATE = {"transformer_blocks.0.attn.to_q.base_layer.weight": torch.ones(4, 4)}
 CLIP = {"text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 2)}
 T5 = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.ones(2, 2)}
 ADAPTERS = {
+    "compiled blocks": (prefixed("transformer.", within("_orig_mod", factors())), "compile_repeated_blocks()"),
+    "kohya's compiled": (named("lora_unet__orig_mod_joint_blocks_0_x_block_attn_qkv.lora_down.weight"), "._orig_mod`"),
+    "sharded": (within("_fsdp_wrapped_module", factors()), "full_state_dict=True"),
+    "checkpointed": (within("_checkpoint_wrapped_module", factors()), "PyTorch's `checkpoint_wrapper`"),
+    "SDXL's of kohya": (
+        named("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", SDXL.format("lora_unet_", "_", "_")),
+        "a U-Net with",
+    ),
+    "SD 1.5's of diffusers": (named(SDXL.format("unet.", ".", ".")), "a U-Net with"),
+    "FLUX's of diffusers": (
+        named("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight") | prefixed("transformer.", factors()),
+        "FLUX's transformer",
+    ),
+    "FLUX's of kohya": (named("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"), "FLUX's transformer"),
+    "a ControlNet's": (named("controlnet_blocks.0.lora_A.weight"), "a ControlNet"),
+    "an IP-Adapter's": (named("ip_adapter.1.to_k_lora.down.weight"), "an IP-Adapter"),
+    "Qwen-Image's": (
+        named("transformer.transformer_blocks.0.img_mod.1.lora_A.weight"),
+        "another diffusion transformer",
+    ),
     "torch.compile": (prefixed("_orig_mod.", factors()), "model._orig_mod"),
     "below the prefix": (prefixed("transformer._orig_mod.", factors()), "model._orig_mod"),
     "data parallel": (prefixed("module.", factors()), "model.module"),
@@ -98,6 +148,16 @@ def test_a_foreign_state_is_told_in_one_sentence_with_the_remedy(sound: Path, tm
         assert len(message.replace(str(place), "")) < 400
 
 
+@pytest.mark.parametrize("form", OTHERS)
+def test_a_single_file_of_another_family_is_told_as_what_it_is(tmp_path: Path, form: str):
+    tensors, kind = OTHERS[form]
+    save_file(tensors, tmp_path / "other.safetensors")
+    message = said(tmp_path / "other.safetensors")
+    assert message.startswith(f"{tmp_path / 'other.safetensors'}: ")
+    assert kind in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("form", ADAPTERS)
 def test_adapters_from_elsewhere_are_told_the_same_way(tmp_path: Path, form: str):
     tensors, remedy = ADAPTERS[form]
@@ -113,7 +173,7 @@ def test_adapters_from_elsewhere_are_told_the_same_way(tmp_path: Path, form: str
 
 
 def test_every_row_has_a_case():
-    for rows, cases in ((OF_MODELS, MODELS), (OF_ADAPTERS, ADAPTERS)):
+    for rows, cases in ((OF_MODELS, MODELS | OTHERS), (OF_ADAPTERS, ADAPTERS)):
         for sentence in rows.values():
             assert any(remedy in sentence for _, remedy in cases.values()), sentence
 

@@ -169,6 +169,7 @@ def apply_lora(
     adapters: Mapping[str, tuple[Any, Any]],
     *,
     drop_absent_blocks: bool = False,
+    partial: bool = False,
 ) -> MMDiT:
     """The model with given adapters.
 
@@ -177,6 +178,7 @@ def apply_lora(
       adapters: as `lora_state` returns them and converters read them.
       drop_absent_blocks: leave out the adapters of blocks that the configuration names and the model does not hold,
         instead of refusing them. Those of blocks that the configuration does not name are refused all the same.
+      partial: leave layers as they are that the configuration names and `adapters` lack, instead of refusing them.
 
     Raises:
       ValueError: as for `add_lora` and `set_lora_state`, or no adapter is left.
@@ -190,7 +192,8 @@ def apply_lora(
         config = replace(config, blocks=held)
         adapters = {name: pair for name, pair in adapters.items() if _block(name) not in absent}
     zeros = lambda layer: [Adapter(*(jnp.zeros(shape) for shape in layer.shapes))] * len(layer.rows)
-    return set_lora_state(_with_adapters(mmdit, config, zeros), adapters)
+    adapted = _with_adapters(mmdit, config, zeros)
+    return set_lora_state(adapted, {**lora_state(adapted), **adapters} if partial else adapters)
 
 
 def merge_lora(mmdit: MMDiT) -> MMDiT:

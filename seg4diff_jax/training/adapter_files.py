@@ -56,7 +56,7 @@ def begin(
     if tensors and head is not None:
         fill_head(head, tensors, start)
     try:
-        return apply_lora(transformer, read.config, read.adapters), head
+        return apply_lora(transformer, read.config, read.adapters, partial=True), head
     except ValueError as error:
         raise CheckpointError(f"{start}: {error}") from None
 
@@ -66,7 +66,7 @@ def write(directory: Path, config: LoRAConfig, transformer: MMDiT, head: MaskHea
     from safetensors.numpy import save_file
 
     from convert.lora import save_lora
-    from convert.lora_formats import NATIVE_FILE
+    from convert.lora_files import NATIVE_FILE
     from convert.staging import staged_directory
 
     with staged_directory(directory) as work:

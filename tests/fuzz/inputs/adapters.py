@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from convert.components import abstract_model, parse_config
 from convert.lora import convert_lora, read_lora, write_lora
-from convert.lora_formats import PEFT_CONFIG, Format, LoRACheckpoint
+from convert.lora_files import PEFT_CONFIG, Format
+from convert.lora_formats import LoRACheckpoint
 from convert.lora_run import read_run
 from convert.sources import open_source
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
