@@ -122,6 +122,12 @@ def test_a_mask_that_cannot_be_used_is_named_by_file_and_image(root, change, mes
     assert source[1]["name"] == "2008_000009"
 
 
+def test_a_phase_that_is_no_split_is_refused(root):
+    rewrite(root, lambda contents: contents["images"][1].update(phase="vall"))
+    with pytest.raises(FolderError, match=r"_merged\.json, images\[1\]\.phase: 'vall' where one of val, train, test"):
+        CONTEXT.open(root)
+
+
 def test_a_picture_of_another_size_than_its_masks_is_refused(root):
     picture(root / "VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg", (4, 4))
     with pytest.raises(FolderError, match=r"2008_000002 is 2 x 3 pixels and its image 4 x 4 \(.*2008_000002\.jpg\)"):

@@ -99,7 +99,7 @@ def read_context(root: str | Path, split: str | None, kind: str | None, ids: Map
     every = contents["images"].each()
     unrepeated([image["image_id"].whole(0, MOST_ID) for image in every], every)
     unrepeated([image["file_name"].text() for image in every], every)
-    images = [image for image in every if image["phase"].text() == split]
+    images = [image for image in every if image["phase"].among((*SPLITS, "test")) == split]
     images.sort(key=lambda image: image["file_name"].text())
     masks: dict[int, list[tuple[int, Any]]] = {image["image_id"].value: [] for image in images}
     for mask in contents["annos_segmentation"].each():

@@ -124,6 +124,11 @@ class Annotations:
             raise self.refuse(f"a {_kind(self.value)} where text belongs")
         return self.value
 
+    def among(self, texts: Sequence[str]) -> str:
+        if (found := self.text()) not in texts:
+            raise self.refuse(f"{shown(found)} where one of {', '.join(texts)} belongs")
+        return found
+
     def whole(self, least: int, most: int) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value <= most:
             raise self.refuse(f"{self._told()} where a whole number of {least} to {most} belongs")
