@@ -25,6 +25,7 @@ from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import default_kernel
 from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
+from seg4diff_jax.text import segments
 
 SD3_MEDIUM = {"num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 REQUESTS = {
@@ -56,7 +57,11 @@ def main(
     model = nnx.jit(lambda: MMDiT(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal((batch, *shape)), jnp.float32)
-    inputs = draw(size // 8, size // 8, 16), jnp.full(batch, 515.072), TextConditioning(draw(154, 4096), draw(2048))
+    inputs = (
+        draw(size // 8, size // 8, 16),
+        jnp.full(batch, 515.072),
+        TextConditioning(draw(154, 4096), draw(2048), segments=segments(77, 77)),
+    )
 
     def forward(request):
         capture = () if request is None else (block,)

@@ -49,7 +49,7 @@ def readings(pipe: Pipeline, scenes: int) -> list[float]:
     overlaps = np.zeros((2, len(CLASSES)), np.int64)  # of every class: intersections, unions
     block = pipe.expert_block
     assert block is not None, "the model does not say which block segments best"
-    request = AttentionRequest(mean_heads=True, text_tokens=(0, pipe.tokenizers.clip_l.model_max_length))
+    request = AttentionRequest(mean_heads=True)
     for index in track(range(scenes), "reading", console=Console(stderr=True)):
         shown = scene("validation", index, pipe.trained_size)
         prompts = class_prompts(pipe.tokenizers, [CLASSES[each] for each in shown.classes])

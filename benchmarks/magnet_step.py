@@ -173,6 +173,7 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
     from seg4diff_jax.models.vae import VAE as Autoencoder
     from seg4diff_jax.parallel import make_mesh
+    from seg4diff_jax.text import segments
     from seg4diff_jax.training.magnet import REMATERIALISED
     from seg4diff_jax.training.optimizers import OptimizerConfig
     from seg4diff_jax.training.state import take_apart
@@ -206,13 +207,13 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
             latents=latents,
             noise=jax.random.normal(for_noise, latents.shape),
             sigma=logit_normal_sigmas(for_sigma, len(latents), mean=0.0, std=0.5, shift=3.0),
-            texts=TextConditioning.from_full(batch["context"], batch["pooled"], ZEROS),
+            texts=TextConditioning.from_full(batch["context"], batch["pooled"], ZEROS, segments(CLIP, ZEROS)),
             masks=batch["masks"],
             real=jnp.ones(batch["masks"].shape[:2], bool),
             averaging=batch["averaging"],
         )
         options = ForwardOptions(remat=REMATERIALISED[case.remat])
-        return magnet_loss(model.transformer, shown, objective, block=case.block, clip_tokens=CLIP, options=options)
+        return magnet_loss(model.transformer, shown, objective, block=case.block, options=options)
 
     mesh = make_mesh(1, 1, 1, among=jax.devices()[:1])
     with jax.set_mesh(mesh):

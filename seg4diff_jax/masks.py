@@ -39,7 +39,7 @@ def read_class_scores(
     pixels, noise = images
     conditioning, image_of_prompt, averaging = prompts
     noisy = add_noise(vae.encode(pixels).astype(jnp.float32), noise, sigma)
-    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1]))
+    request = AttentionRequest(scores=False, mean_heads=True)
     record = attention_at(
         transformer,
         noisy[image_of_prompt],

@@ -196,7 +196,7 @@ class Pipeline:
           request: which maps, scores or probabilities, heads kept or averaged. Default: image-to-text scores and
             probabilities of CLIP's tokens, heads kept.
         """
-        request = request or AttentionRequest(text_tokens=(0, self.tokenizers.clip_l.model_max_length))
+        request = request or AttentionRequest()
         pixels = read_image(image)
         wanted = self.view.size(pixels.shape[:2], size, resize)
         eps = self.view.noise(noise, [0], 1, wanted, seed)
@@ -299,8 +299,7 @@ class Pipeline:
         kernel: Kernel | None = None,
     ) -> Float[Array, "images image_tokens text_tokens"]:
         """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
-        tokens = (0, self.tokenizers.clip_l.model_max_length)
-        options = ForwardOptions(AttentionRequest(scores=False, mean_heads=True, text_tokens=tokens), kernel)
+        options = ForwardOptions(AttentionRequest(scores=False, mean_heads=True), kernel)
         images, conditioning = self.spread(((pixels, noise), self.encode_prompts([""] * len(pixels))))
         sigma, blocks = jnp.float32(self._sigma(step)), self._blocks(self._block(block))
         with self.settings():

@@ -210,7 +210,7 @@ def join_states(
     batch, tokens, width = clip_states.shape
     if width > joint_dim:
         raise ValueError(f"the two CLIPs' states are {width} wide together: expected at most {joint_dim=}")
-    zeros = 1
+    zeros = 0
     if t5_states is None:
         zeros = tokens if t5_length is None else t5_length
         t5_states = jnp.zeros((batch, min(zeros, 1), joint_dim), clip_states.dtype)
@@ -218,7 +218,13 @@ def join_states(
         raise ValueError(f"T5's states are {t5_states.shape[-1]} wide: expected {joint_dim=}")
     clip_states = jnp.pad(clip_states, ((0, 0), (0, 0), (0, joint_dim - width)))
     context = jnp.concatenate([clip_states, t5_states], axis=1)
-    return TextConditioning(context, jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1), max(1, zeros))
+    pooled = jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1)
+    return TextConditioning(context, pooled, max(1, zeros), segments(tokens, zeros or t5_states.shape[1]))
+
+
+def segments(clip: int, t5: int) -> tuple[tuple[str, int], ...]:
+    """The parts of SD3's text: CLIP's tokens and, where there are some, T5's or the zeros in their place."""
+    return (("clip", clip), ("t5", t5)) if t5 else (("clip", clip),)
 
 
 def _t5_states(

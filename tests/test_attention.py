@@ -97,7 +97,8 @@ def test_a_captured_map_costs_no_array_of_tokens_by_tokens():
     shape = lambda n: QKV(*(jax.ShapeDtypeStruct((1, n, heads, 64), jnp.float32) for _ in range(3)))
 
     def capture(image, text):
-        output, _, record = joint_attention(image, text, ForwardOptions(kernel=Kernel("xla")))
+        request = AttentionRequest(text_tokens=(0, 77))
+        output, _, record = joint_attention(image, text, ForwardOptions(request, Kernel("xla")))
         return output.sum() + record.probs.sum()
 
     for function in (capture, jax.grad(capture, argnums=(0, 1))):

@@ -30,7 +30,7 @@ from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.magnet_runs import arguments, rows
 from tests.reference.processes import ROOT, start
-from tests.test_magnet_step import BLOCK, CLIP, TRAINABLE, Trained, make_batch
+from tests.test_magnet_step import BLOCK, TRAINABLE, Trained, make_batch
 from tests.test_mask_items import write_nameless
 from tests.test_mmdit import SMALL, make_pair
 
@@ -210,8 +210,7 @@ def test_accumulated_batches_equal_one_that_holds_them_all():
     halves = [jax.tree.map(lambda array, i=i: array[i : i + 1], whole) for i in range(2)]
 
     def loss(model, batch, key):
-        how = {"block": BLOCK, "clip_tokens": CLIP}
-        return magnet_loss(model.transformer, MagnetBatch(**batch), objective, **how)
+        return magnet_loss(model.transformer, MagnetBatch(**batch), objective, block=BLOCK)
 
     found = []
     for batches in ([whole], halves):

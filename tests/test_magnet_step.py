@@ -25,6 +25,7 @@ from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora, apply_lora, lora_state
 from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.text import segments
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import take_apart
 from tests.reference import magnet as reference
@@ -75,7 +76,7 @@ def make_batch(objective: MagnetObjective) -> MagnetBatch:
         latents=draw(2, 16, 16, 16),
         noise=draw(2, 16, 16, 16),
         sigma=jnp.array([0.35, 0.8]),
-        texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL),
+        texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL, segments(CLIP, TAIL)),
         masks=jnp.asarray(random_masks((2, 3, 20, 24), seed=1)),
         real=jnp.asarray(REAL),
         averaging=None if objective.targets == "matching" else averaging,
@@ -179,7 +180,7 @@ def step(request) -> Step:
     def gradient(trainable, frozen):
         def loss(trainable):
             model = structure.model(trainable, frozen)
-            options: Any = {"block": BLOCK, "clip_tokens": CLIP, "head": model.head}
+            options: Any = {"block": BLOCK, "head": model.head}
             return magnet_loss(model.transformer, batch, objective, options=ForwardOptions(remat=True), **options)
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
@@ -251,9 +252,7 @@ def test_masks_teach_the_maps_of_the_block_asked_for_and_what_comes_before_it(ad
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(trainable, block):
-        loss = lambda trainable: magnet_loss(
-            structure.model(trainable, frozen), batch, objective, block=block, clip_tokens=CLIP
-        )[0]
+        loss = lambda trainable: magnet_loss(structure.model(trainable, frozen), batch, objective, block=block)[0]
         return jax.grad(loss)(trainable)
 
     for block in (1, 2):
@@ -282,7 +281,7 @@ def test_objectives_that_contradict_themselves_are_refused(adapted):
         MagnetObjective(masks_from="log_probs", gamma=0.5)
     with pytest.raises(ValueError, match="gamma is -1"):
         MagnetObjective(gamma=-1.0)
-    run = functools.partial(magnet_loss, adapted, block=1, clip_tokens=CLIP)
+    run = functools.partial(magnet_loss, adapted, block=1)
     batch, objective = make_batch(MagnetObjective()), MagnetObjective()
     with pytest.raises(ValueError, match="targets is 'matching' and the batch has averaging"):
         run(batch, MagnetObjective("matching"))

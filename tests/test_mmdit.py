@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,9 @@ def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, b
         "latents": draw(batch, *size, config["in_channels"]),
         "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
         "conditioning": TextConditioning(
-            draw(batch, text, config["joint_attention_dim"]), draw(batch, config["pooled_projection_dim"])
+            draw(batch, text, config["joint_attention_dim"]),
+            draw(batch, config["pooled_projection_dim"]),
+            segments=(("clip", text),),
         ),
     }
 
@@ -78,7 +81,7 @@ def equal_tail(inputs: dict, tokens: int) -> tuple[dict, dict]:
     """Inputs whose last tokens are zeros, all of them computed; and the same, one of them computed for all."""
     given = inputs["conditioning"]
     context = given.context.at[:, -tokens:].set(0)
-    both = (TextConditioning.from_full(context, given.pooled, equal) for equal in (1, tokens))
+    both = (TextConditioning.from_full(context, given.pooled, equal, given.segments) for equal in (1, tokens))
     full, once = ({**inputs, "conditioning": conditioning} for conditioning in both)
     return full, once
 
@@ -411,3 +414,23 @@ def test_latents_that_do_not_fit_and_blocks_that_do_not_exist_are_refused(pair, 
     shallow = MMDiT(ours.config, depth=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"holds blocks 0..1 of \d and has no output head"):
         shallow(**make_inputs(VARIANTS[variant]))
+
+
+def test_a_segment_of_the_text_is_asked_for_by_its_name():
+    _, ours = make_pair(SMALL)
+    full, once = equal_tail(make_inputs(SMALL), 4)
+    named = lambda inputs: {
+        **inputs,
+        "conditioning": replace(inputs["conditioning"], segments=(("clip", 5), ("t5", 4))),
+    }
+    for name, numbers in (("clip", (0, 5)), ("t5", (5, None))):
+        by_name, by_number = (AttentionRequest(text_tokens=tokens) for tokens in (name, numbers))
+        expected = record_at(ours, full, 1, by_number)
+        for inputs in (full, once):
+            found = record_at(ours, named(inputs), 1, by_name)
+            assert found.probs.shape == expected.probs.shape
+            np.testing.assert_allclose(found.probs, expected.probs, atol=1e-6)
+    with pytest.raises(ValueError, match="no segment called 'pad': there are clip, t5; name one"):
+        record_at(ours, named(full), 1, AttentionRequest(text_tokens="pad"))
+    with pytest.raises(ValueError, match="no segment called 'clip': it names none"):
+        record_at(ours, {**full, "conditioning": replace(full["conditioning"], segments=())}, 1)

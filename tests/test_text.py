@@ -124,6 +124,15 @@ def test_without_t5_as_many_zero_tokens_as_clip_tokens_follow(encoders, tokenize
     assert not context[:, 77:].any()
     assert not context[:, :77, 80:].any()
     assert context[:, :77, :80].all()
+    assert conditioning.segments == (("clip", 77), ("t5", 77))
+    assert encode(*encoders[:2], None, ids, joint_dim=96, t5_length=0).segments == (("clip", 77),)
+
+
+def test_the_conditioning_names_the_tokens_of_each_encoder(checkpoint, encoders):
+    directory, t5 = checkpoint
+    conditioning = encode(*encoders, tokenize(load_tokenizers(directory, t5=t5), ["cat"], t5_length=20), joint_dim=96)
+    assert conditioning.segments == (("clip", 77), ("t5", 20 if t5 else 77))
+    assert [conditioning.tokens(name) for name in ("clip", "t5")] == [(0, 77), (77, 97 if t5 else 154)]
 
 
 def test_encoding_under_jit_is_the_same(checkpoint, encoders):

@@ -45,7 +45,7 @@ for path, variable in nnx.to_flat_state(state):
     flat.append((path, variable.replace(place(leaf, sharding(".".join(map(str, path)), leaf.shape)))))
 model = nnx.merge(graph, nnx.from_flat_state(flat))
 row = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
-texts = TextConditioning(row(4, 154, 256), row(4, 128))
+texts = TextConditioning(row(4, 154, 256), row(4, 128), segments=(("clip", 77), ("t5", 77)))
 inputs = dict(latents=row(4, 64, 64, 16), timesteps=row(4), conditioning=texts)
 kernel = Kernel("splash")
 everything = AttentionRequest(quadrants=("image_to_text", "text_to_image"), mean_heads=True)

@@ -158,7 +158,7 @@ def test_gradient_with_respect_to_every_decoder_parameter_equals_autograd():
     back = assign_back(table.diffusers(ours.config), [name for name in found if name.startswith("decoder.")])
     assert {assignment.source for assignment in back} == set(expected)
     scale = max(np.abs(gradient).max() for gradient in expected.values())
-    for source, targets, transform in back:
+    for source, targets, transform, _ in back:
         error = np.abs(transform.to_torch([found[target] for target in targets]) - expected[source]).max()
         assert error < 1e-5 * scale, source
 
@@ -279,7 +279,7 @@ def stability_names(json: dict, state: dict[str, torch.Tensor]) -> dict[str, tor
     ours = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(filled))}
     return {
         source: torch.tensor(transform.to_torch([ours[target] for target in targets]))
-        for source, targets, transform in assign_back(table.stability(config), parameter_shapes(model))
+        for source, targets, transform, _ in assign_back(table.stability(config), parameter_shapes(model))
     }
 
 

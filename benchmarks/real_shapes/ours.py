@@ -33,6 +33,7 @@ from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.segmentation.open_vocabulary import label_map
+from seg4diff_jax.text import segments
 
 
 def main(directory: Path, batch: int) -> None:
@@ -42,7 +43,8 @@ def main(directory: Path, batch: int) -> None:
     vae = load_component(checkpoint, "vae", dtype=dtype)
     given = np.load(directory / "inputs.npz")
     pixels, context, pooled = (jnp.asarray(given[name][:batch]) for name in ("pixels", "context", "pooled"))
-    texts, rows = TextConditioning.from_full(context, pooled, CLIP_TOKENS), jnp.arange(batch)
+    parts, rows = segments(CLIP_TOKENS, CLIP_TOKENS), jnp.arange(batch)
+    texts = TextConditioning.from_full(context, pooled, CLIP_TOKENS, parts)
     sigma, grid = jnp.float32(FlowSchedule(SHIFT).sigma_at(STEP)), job.latent_shape[0] // transformer.config.patch_size
     averaging = jnp.asarray(np.stack([class_weights()] * batch))
     to_labels = jax.jit(partial(jax.vmap(partial(label_map, size=(job.size, job.size)))))
@@ -52,7 +54,7 @@ def main(directory: Path, batch: int) -> None:
 
     def maps(latents, noise, block):
         images = latents, noise, rows
-        return attention_maps(transformer, images, texts, sigma, places=(Place(block),), columns=CLIP_TOKENS)
+        return attention_maps(transformer, images, texts, sigma, places=(Place(block),))
 
     def masks(maps):
         scores = add_scores(jnp.zeros((1, batch, len(CLASS_TOKENS), grid**2)), maps, averaging, rows)[0]

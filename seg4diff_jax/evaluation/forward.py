@@ -69,9 +69,8 @@ class Forward:
         *,
         step: int,
         seed: int,
-        columns: int,
-    ) -> Float[Array, "places rows tokens columns"]:
-        """Attention of image tokens to the first `columns` text tokens, for rows of prompts; see `attention_maps`.
+    ) -> Float[Array, "places rows tokens clip_tokens"]:
+        """Attention of image tokens to CLIP's tokens, for rows of prompts; see `attention_maps`.
 
         Args:
           indices: each image's number in the data set, of which its noise is made.
@@ -87,7 +86,6 @@ class Forward:
                 prompts,
                 jnp.float32(pipe.schedule.sigma_at(step)),
                 places=self.places,
-                columns=columns,
             )
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
@@ -130,7 +128,7 @@ def stack_texts(texts: list[TextConditioning]) -> TextConditioning:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
 
 
-@partial(jax.jit, static_argnames=("places", "columns"))
+@partial(jax.jit, static_argnames=("places",))
 def attention_maps(
     transformer: MMDiT,
     images: tuple[Float[Array, "images r c ch"], Float[Array, "images r c ch"], Int[Array, " rows"]],
@@ -138,9 +136,8 @@ def attention_maps(
     sigma: Float[Array, ""],
     *,
     places: tuple[Place, ...],
-    columns: int,
-) -> Float[Array, "places rows tokens columns"]:
-    """Attention of every image token to the first `columns` text tokens, for rows of prompts.
+) -> Float[Array, "places rows tokens clip_tokens"]:
+    """Attention of every image token to CLIP's tokens, for rows of prompts.
 
     Args:
       images: clean latents, noise, and which image each row is about.
@@ -150,7 +147,7 @@ def attention_maps(
     noisy = add_noise(latents, noise, sigma)[image_of_row]
     timesteps = jnp.full(len(noisy), 1000 * sigma, jnp.float32)
     mean_heads = all(place.head is None for place in places)
-    request = AttentionRequest(scores=False, mean_heads=mean_heads, text_tokens=(0, columns))
+    request = AttentionRequest(scores=False, mean_heads=mean_heads)
     blocks = tuple(dict.fromkeys(place.block for place in places))
     records = attentions_at(transformer, noisy, timesteps, texts, blocks=blocks, options=ForwardOptions(request))
 

@@ -93,7 +93,8 @@ class Unsupervised:
         pipe, images = self.forward.pipe, len(latents)
         grid, truth = self.forward.grid(latents), Truth(len(batch.examples), batch.truth, batch.sizes)
         with pipe.settings():
-            alike = pipe.spread(jnp.zeros((images, grid[0] * grid[1], self._columns)))
+            columns = pipe.tokenizers.clip_l.model_max_length
+            alike = pipe.spread(jnp.zeros((images, grid[0] * grid[1], columns)))
             self.tallies[ONE_SEGMENT][0].add(alike, grid, truth)
             for one in self.looks:
                 maps = self._maps(latents, batch, one)
@@ -101,16 +102,12 @@ class Unsupervised:
                 if one.step == self._first_step:
                     self._count((PERMUTED, one.seed), permuted_tokens(maps, batch.indices, one.seed), grid, truth)
 
-    @property
-    def _columns(self) -> int:
-        return self.forward.pipe.tokenizers.clip_l.model_max_length
-
     def _maps(
         self, latents: Latents, batch: EvaluationBatch, one: Look
     ) -> Float[Array, "blocks images tokens columns"]:
         images = len(latents)
         prompts, every = self.forward.encoded([""] * images), np.arange(images, dtype=np.int32)
-        return self.forward.maps(latents, batch.indices, prompts, every, **one._asdict(), columns=self._columns)
+        return self.forward.maps(latents, batch.indices, prompts, every, **one._asdict())
 
     def segments(
         self, batch: EvaluationBatch, one: Look, block: int, protocol: int

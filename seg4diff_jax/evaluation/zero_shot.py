@@ -192,8 +192,7 @@ class ZeroShot:
         shape = len(forward.places), len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros(shape, jnp.float32)
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
-            looked = {"step": one.step, "seed": one.seed, "columns": asked.averaging.shape[-1]}
-            maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, **looked)
+            maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, step=one.step, seed=one.seed)
             averaging, image_of_row = forward.pipe.spread((asked.averaging, asked.image_of_row))
             with forward.pipe.settings():
                 scores = add_scores(scores, maps, averaging, image_of_row)

@@ -88,12 +88,11 @@ class MagnetObjective:
                 f"gamma is {self.gamma}; with log_probs expected 0 or at least 1: between, slopes are infinite"
             )
 
-    def request(self, clip_tokens: int) -> AttentionRequest:
+    @property
+    def request(self) -> AttentionRequest:
         """What must be captured of the expert block."""
         scores = self.masks_from == "scores"
-        return AttentionRequest(
-            scores=scores, probs=not scores, mean_heads=self.targets == "classes", text_tokens=(0, clip_tokens)
-        )
+        return AttentionRequest(scores=scores, probs=not scores, mean_heads=self.targets == "classes")
 
 
 class MagnetBatch(NamedTuple):
@@ -124,7 +123,6 @@ def magnet_loss(
     objective: MagnetObjective,
     *,
     block: int,
-    clip_tokens: int,
     head: MaskHead | None = None,
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -135,7 +133,6 @@ def magnet_loss(
 
     Args:
       block: the expert block, whose attention the masks are held against.
-      clip_tokens: how many of the context's tokens, from the first, are CLIP's: 77 for SD3.
       head: with `mask_head: conv`, and only then.
       options: how blocks are computed; what is recorded is the objective's to say.
 
@@ -148,7 +145,7 @@ def magnet_loss(
         FlowSchedule.num_train_timesteps * batch.sigma,
         batch.texts,
         capture=(block,),
-        options=replace(options, request=objective.request(clip_tokens)),
+        options=replace(options, request=objective.request),
     )
     patch = mmdit.config.patch_size
     grid = (batch.latents.shape[1] // patch, batch.latents.shape[2] // patch)

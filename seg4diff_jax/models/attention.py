@@ -8,13 +8,14 @@ section 3). A captured map needs only one number per query beside q and k: the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer, repeat_last
 
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
@@ -30,8 +31,8 @@ class AttentionRequest:
       probs: return the softmax over all keys, image and text.
       mean_heads: average maps over heads; otherwise heads are kept.
       qkv: return the joint sequence's queries, keys and values.
-      text_tokens: first and last (exclusive; None: to the end) text token of every map, cut where the text ends.
-        Default: the CLIP tokens of SD3, which stand before T5's.
+      text_tokens: which text tokens every map shows: a segment of the conditioning by its name, `clip` or `t5`, or
+        the first and the last (exclusive; None: to the end), cut where the text ends.
     """
 
     quadrants: tuple[Quadrant, ...] = ("image_to_text",)
@@ -39,20 +40,22 @@ class AttentionRequest:
     probs: bool = True
     mean_heads: bool = False
     qkv: bool = False
-    text_tokens: tuple[int, int | None] = (0, 77)
+    text_tokens: str | tuple[int, int | None] = "clip"
 
     def __post_init__(self):
         object.__setattr__(self, "quadrants", tuple(self.quadrants))
         unknown = [name for name in self.quadrants if name not in get_args(Quadrant)]
         if unknown:
             raise ValueError(f"no quadrant is called {unknown[0]!r}; there are {', '.join(get_args(Quadrant))}")
+        if isinstance(self.text_tokens, str):
+            return
         start, stop = self.text_tokens
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"text_tokens is {self.text_tokens}; expected 0 <= first < last, or None for the end")
 
 
 IMAGE_TO_TEXT = AttentionRequest()
-"""The default: image-to-text scores and probabilities of the CLIP tokens, heads kept."""
+"""The default: image-to-text scores and probabilities of CLIP's tokens, heads kept."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class ForwardOptions:
     request: AttentionRequest | None = IMAGE_TO_TEXT
     kernel: Kernel | None = None
     remat: bool | Callable = False
+
+    def about(self, conditioning: TextConditioning) -> ForwardOptions:
+        """With a requested segment as the numbers of its tokens. Raises ValueError when the text has none such."""
+        if self.request is None or not isinstance(self.request.text_tokens, str):
+            return self
+        tokens = conditioning.tokens(self.request.text_tokens)
+        return replace(self, request=replace(self.request, text_tokens=tokens))
 
 
 DEFAULT_OPTIONS, UNRECORDED = ForwardOptions(), ForwardOptions(request=None)
@@ -171,6 +181,8 @@ def _record(
     joint = jax.tree.map(lambda x: repeat_last(x, count, axis=1), joint)
     if normalizer is not None and normalizer.shape[2] > image_tokens:
         normalizer = repeat_last(normalizer, count, axis=2)
+    if isinstance(request.text_tokens, str):
+        raise ValueError(f"text_tokens is {request.text_tokens!r}; without a conditioning expected first and last")
     start, stop = request.text_tokens
     stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
     if image_tokens + start >= stop:

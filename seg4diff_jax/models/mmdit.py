@@ -131,7 +131,8 @@ class MMDiT(nnx.Module):
           options: what each record holds, and how blocks are computed.
 
         Raises:
-          ValueError: a captured block does not exist, latents do not fit, or the model lacks its last blocks.
+          ValueError: a captured block does not exist, latents do not fit, the model lacks its last blocks, or the text
+            has no segment of the name that is requested.
         """
         if self.depth < self.config.num_layers:
             raise ValueError(
@@ -142,6 +143,7 @@ class MMDiT(nnx.Module):
         if missing:
             raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
         state, vector = self.embed(latents, timesteps, conditioning)
+        options = options.about(conditioning) if capture else replace(options, request=None)
         state, records = self._through(state, vector, self.depth, capture, options)
         height, width = latents.shape[1:3]
         return self.velocity(state.image, vector, (height, width)), records
@@ -289,14 +291,14 @@ def attentions_at(
     """The attention records of several blocks from one pass that ends, as `attention_at` does, in the last of them.
 
     Raises:
-      ValueError: there are no blocks, or the model does not hold one of them.
+      ValueError: there are no blocks, the model does not hold one of them, or the text has no such segment.
     """
     if not blocks:
         raise ValueError("no block is named: expected at least one whose attention is to be recorded")
     if absent := [block for block in blocks if not 0 <= block < mmdit.depth]:
         which = f"block {absent[0]}" if len(absent) == 1 else f"blocks {absent}"
         raise ValueError(f"cannot capture {which}: the model holds blocks 0..{mmdit.depth - 1}")
-    last = max(blocks)
+    last, options = max(blocks), options.about(conditioning)
     state, vector = mmdit.embed(latents, timesteps, conditioning)
     state, records = mmdit._through(state, vector, last, blocks, options)
     number, stack = next((number, stack) for number, stack in enumerate(mmdit.layer_stacks) if last < stack.stop)

@@ -27,7 +27,7 @@ from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.text import TokenIds, encode_prompts
+from seg4diff_jax.text import TokenIds, encode_prompts, segments
 from seg4diff_jax.training.mask_items import mirrored
 from seg4diff_jax.training.scenes import to_model_range
 
@@ -98,7 +98,8 @@ def conditioning(batch: Batch, joint_dim: int, clip_tokens: int) -> TextConditio
     states = batch["states"].astype(jnp.float32)
     zeros = clip_tokens if states.shape[1] == clip_tokens else 0
     context = jnp.pad(states, ((0, 0), (0, min(zeros, 1)), (0, joint_dim - states.shape[-1])))
-    return TextConditioning(context, batch["pooled"].astype(jnp.float32), max(1, zeros))
+    parts = segments(clip_tokens, zeros or states.shape[1] - clip_tokens)
+    return TextConditioning(context, batch["pooled"].astype(jnp.float32), max(1, zeros), parts)
 
 
 def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int) -> TextConditioning:

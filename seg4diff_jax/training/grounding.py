@@ -68,7 +68,7 @@ def confusions(
     """`block_confusions` of some blocks, under prompts that are encoded."""
     latents = batch["latents"].astype(jnp.float32)
     averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
-    request = AttentionRequest(scores=False, mean_heads=True, text_tokens=(0, averaging.shape[-1]))
+    request = AttentionRequest(scores=False, mean_heads=True)
     velocity, records = transformer(
         add_noise(latents, noise, sigma),
         jnp.full(len(latents), 1000 * sigma),

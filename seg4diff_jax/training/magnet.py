@@ -261,7 +261,6 @@ def loss(
         shown,
         config.objective,
         block=checkpoint.block(config.block),
-        clip_tokens=checkpoint.clip_tokens,
         head=model.head,
         options=ForwardOptions(kernel=config.kernel, remat=REMATERIALISED[config.remat]),
     )

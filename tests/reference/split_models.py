@@ -56,7 +56,11 @@ def mmdit(trained: Any, *, remat: bool) -> Case:
 
     def output(model: MMDiT, latents, timesteps, context, pooled):
         velocity, records = model(
-            latents, timesteps, TextConditioning(context, pooled), capture=(2,), options=ForwardOptions(remat=remat)
+            latents,
+            timesteps,
+            TextConditioning(context, pooled, segments=(("clip", context.shape[1]),)),
+            capture=(2,),
+            options=ForwardOptions(remat=remat),
         )
         return velocity, records[2].scores, records[2].probs
 
