@@ -41,7 +41,7 @@ def convert_checkpoint(
     text_encoders: str | Path | None = None,
     overwrite: bool = False,
     progress: Told = lambda done, total: None,
-) -> None:
+) -> list[str]:
     """Convert a checkpoint; everything is checked before anything is written, and `target` appears complete or not.
 
     Args:
@@ -52,6 +52,8 @@ def convert_checkpoint(
       components, tokenizers, variant, text_encoders: see `open_source`.
       overwrite: replace a `target` that is a checkpoint of the same format.
       progress: told the bytes written so far and those in all.
+
+    Returns the components that `target` has.
 
     Raises:
       CheckpointError: everything that is wrong with the source, in all its components, or the target is taken.
@@ -76,6 +78,7 @@ def convert_checkpoint(
             _write_native(work, opened, readers, cast, report)
         else:
             _write_diffusers(work, opened, readers, cast, report)
+    return list(opened.configs)
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -39,7 +39,7 @@ def run(options: Any) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at each save that it does not write OCDBT
     console = Console(stderr=True)
     with shown(console, f"converting {options.source}") as progress:
-        convert_checkpoint(
+        written = convert_checkpoint(
             options.source,
             options.target,
             to=options.to,
@@ -51,4 +51,6 @@ def run(options: Any) -> None:
             overwrite=options.overwrite,
             progress=progress,
         )
-    console.print(f"wrote {options.target}")
+    lacking = [name for name in COMPONENTS if name not in written]
+    without = f"; it has no {', '.join(lacking)}" if lacking and options.components is None else ""
+    console.print(f"wrote {options.target}: {', '.join(written)}{without}", soft_wrap=True)

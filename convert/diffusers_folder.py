@@ -42,7 +42,7 @@ def open_diffusers(
         absent = [name for name in absent if name in components]
     if absent and origin is None:
         raise CheckpointError(f"{directory}: model_index.json names {', '.join(absent)}, which it has no folder for")
-    configs = {name: read_json(directory / name / "config.json") for name in present}
+    configs = {name: _of_text(read_json(directory / name / "config.json")) for name in present}
 
     return Source(
         origin or str(directory),
@@ -52,6 +52,12 @@ def open_diffusers(
         _scheduler(directory, index),
         index,
     )
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The text tower's part of a whole CLIP's configuration, as transformers takes it; any other as it is."""
+    text = config.get("text_config")
+    return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
 
 
 def component_in(folder: Path) -> str | None:
@@ -127,19 +133,7 @@ def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, Stor
     stem = COMPONENTS[name].weights
     files = weight_files(present, stem, variant)
     if not files:
-        pickled = [file for file in present if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        if pickled:
-            raise CheckpointError(
-                f"{folder}: {', '.join(pickled)}: pickled weights can run code and are not read; save the model with "
-                "save_pretrained(..., safe_serialization=True) first"
-            )
-        if several := [each for each in _variants(present, stem) if each is not None]:
-            which = " and ".join(several)
-            raise CheckpointError(f"{folder}: weights of variants {which}, and no plain ones: choose by --variant")
-        raise CheckpointError(
-            f"{folder}: no weights: expected {stem}.safetensors or {stem}.safetensors.index.json, possibly with a "
-            f"variant as in {stem}.fp16.safetensors; found {', '.join(sorted(present)) or 'nothing'}"
-        )
+        raise no_weights(str(folder), present, stem)
     if not files[0].endswith(".json"):
         if len(files) > 1:
             raise CheckpointError(f"{folder}: {', '.join(files)} are shards without their index, a .index.json file")
@@ -147,7 +141,24 @@ def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, Stor
     return with_scales(_read_shards(folder / files[0]), str(folder))
 
 
-def _read_shards(index: Path) -> dict[str, TensorInfo]:
+def no_weights(where: str, present: Collection[str], stem: str) -> CheckpointError:
+    """What is to be said of a component none of whose files can be chosen."""
+    if pickled := sorted(file for file in present if file.endswith((".bin", ".pt", ".pth", ".ckpt"))):
+        return CheckpointError(
+            f"{where}: {', '.join(pickled)}: pickled weights can run code and are not read; save the model with "
+            "save_pretrained(..., safe_serialization=True) first"
+        )
+    if several := [each for each in _variants(present, stem) if each is not None]:
+        which = " and ".join(several)
+        return CheckpointError(f"{where}: weights of variants {which}, and no plain ones: choose by --variant")
+    return CheckpointError(
+        f"{where}: no weights: expected {stem}.safetensors or {stem}.safetensors.index.json, possibly with a "
+        f"variant as in {stem}.fp16.safetensors; found {', '.join(sorted(present)) or 'nothing'}"
+    )
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensors and the files beside the index that hold them. Raises CheckpointError for a damaged index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: expected a weight_map from tensors to files")
@@ -157,6 +168,11 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
             f"{index}: weight_map: expected for each tensor the name of a file in this folder, found "
             f"{shown(weight_map[wrong[0]])} for {shown(wrong[0])}"
         )
+    return weight_map
+
+
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
+    weight_map = weight_map_of(index)
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for shard in sorted(set(weight_map.values())):

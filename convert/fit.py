@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.components import parse_config
-from convert.errors import raise_all
+from convert.errors import CheckpointError, raise_all
 
 CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
 
@@ -18,11 +18,18 @@ def check_fit(configs: Mapping[str, dict[str, Any]], origins: Mapping[str, str])
       configs: by component.
       origins: where each component comes from, in messages.
     """
-    parsed = {name: parse_config(name, config) for name, config in configs.items()}
+    parsed = {name: _parsed(name, config, origins[name]) for name, config in configs.items()}
     problems = [
         f"{origins[name]}: {problem}" for name, problem in (*_of_vae(parsed), *_of_transformer(parsed, origins))
     ]
     raise_all(problems, "components that do not fit each other")
+
+
+def _parsed(name: str, config: dict[str, Any], origin: str) -> Any:
+    try:
+        return parse_config(name, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from None
 
 
 def _of_vae(parsed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

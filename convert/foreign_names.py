@@ -31,37 +31,39 @@ OTHER_MODELS = {
         f"an IP-Adapter, which steers another model and makes no picture itself: {EXPECTED}"
     ),
     r"(?:^|[._])(?:diffusion_model[._]|lora_unet_)(?:input_blocks|middle_block|output_blocks)[._]|"
-    r"^(?:base_model\.model\.|unet[._]|lora_unet_)?(?:down_blocks|mid_block|up_blocks)[._]|"
+    r"^(?:base_model\.model\.|unet[._]|lora_unet_|lycoris_)?(?:down_blocks|mid_block|up_blocks)[._]|"
     r"^(?:conditioner\.embedders|cond_stage_model)\.": (
         f"a U-Net with its text encoders, as of Stable Diffusion 1.5, 2 and XL: {EXPECTED}"
     ),
     r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d": (
         f"FLUX's transformer or one like it, with blocks for both streams and for one: {EXPECTED}"
     ),
-    r"(?:^|[._])transformer_blocks[._]\d+[._](?:attn1|img_mod|txt_mod)[._]|(?:^|[._])adaln_single[._]": (
+    r"(?:^|[._])transformer_blocks[._]\d+[._](?:attn1|(?:img|txt)_(?:mod|mlp))[._]|(?:^|[._])adaln_single[._]|"
+    r"(?:^|[._])(?:double|single)_stream_blocks[._]\d|"
+    r"(?:^|\.|lora_unet_)blocks[._]\d+[._](?:self_attn|cross_attn|attn1|attn2)[._]|"
+    r"(?:^|\.|lora_unet_)layers[._]\d+[._](?:attention|attn|feed_forward)[._]": (
         f"another diffusion transformer: {EXPECTED}"
     ),
 }
 """Names that models of other families have, and what those are."""
-OF_MODELS = (
-    WRAPPERS
-    | {
-        r"^(?:model_ema|ema_model|ema)\.": (
-            "names like `model_ema.` are of a moving average (EMA) of the weights: save it or them alone, under the "
-            "names of the weights"
-        ),
-        r"\.base_layer\.": (
-            "adapters were still in the model: call `unload_lora_weights()` or PEFT's `merge_and_unload()` before "
-            "saving"
-        ),
-        r"\.lora_[AB]\.": "adapters are read with `--lora`, from a file without the model",
-        r"\.to_(?:added_)?(?:qkv|kv)\.": (
-            "projections of attention were fused: call `unfuse_qkv_projections()` before saving"
-        ),
-    }
-    | OTHER_MODELS
-)
+OF_OWN = WRAPPERS | {
+    r"^(?:model_ema|ema_model|ema)\.": (
+        "names like `model_ema.` are of a moving average (EMA) of the weights: save it or them alone, under the "
+        "names of the weights"
+    ),
+    r"\.base_layer\.": (
+        "adapters were still in the model: call `unload_lora_weights()` or PEFT's `merge_and_unload()` before saving"
+    ),
+    r"\.lora_[AB]\.|\.lora[._](?:down|up)\.|^lora_(?:unet|transformer|te\d?)_": (
+        "adapters are read with `--lora`, from a file without the model"
+    ),
+    r"\.to_(?:added_)?(?:qkv|kv)\.": (
+        "projections of attention were fused: call `unfuse_qkv_projections()` before saving"
+    ),
+}
 """The same of everything that a model's state may hold and the model itself does not."""
+OF_MODELS = OF_OWN | OTHER_MODELS
+"""The same of files that may be another model's."""
 OF_ADAPTERS = (
     WRAPPERS
     | {

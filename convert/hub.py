@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from convert.components import COMPONENTS, tokenizers_of
-from convert.diffusers_folder import weight_files
+from convert.diffusers_folder import SHARD, no_weights, weight_files, weight_map_of
 from convert.errors import CheckpointError
 from convert.files import read_json
 from convert.index import check_index, named_components
@@ -51,8 +51,18 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
             f"{repository} is not a diffusers repository (it has no model_index.json); give one that is, such as "
             f"{TOKENIZER_REPOSITORY}, or download its single safetensors or GGUF file and give its path"
         )
+    for name in components:
+        inside = _inside(name, files)
+        if inside and not weight_files(inside, COMPONENTS[name].weights, variant):
+            raise no_weights(f"{repository}/{name}", inside, COMPONENTS[name].weights)
+    fetched = lambda names: Path(
+        _told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=names))
+    )
     wanted = needed_files(files, components, variant)
-    return Path(_told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=wanted)))
+    folder = fetched([file for file in wanted if not re.search(SHARD, file)])
+    indices = [folder / file for file in wanted if file.endswith(".index.json") or ".index." in file]
+    shards = {f"{index.parent.name}/{shard}" for index in indices for shard in weight_map_of(index).values()}
+    return fetched(sorted(shards)) if shards else folder
 
 
 def _cached(repository: str, components: list[str], variant: str, error: CheckpointError) -> Path:
@@ -105,14 +115,21 @@ def fetch_tokenizers(components: list[str]) -> Path:
 
 
 def needed_files(files: list[str], components: list[str], variant: str) -> list[str]:
-    """Of a repository's files: the index, and each component's configuration, weights (one variant) and tokenizer."""
+    """Of a repository's files: the index, and each component's configuration, weights (one variant) and tokenizer.
+
+    Of a component in shards its index says which they are; those that are named as usual are listed.
+    """
     whole = {"scheduler", *tokenizers_of(components)}
     needed = [file for file in files if file == "model_index.json" or file.split("/")[0] in whole]
     for name in components:
-        inside = {file.split("/")[1] for file in files if file.startswith(f"{name}/") and file.count("/") == 1}
+        inside = _inside(name, files)
         weights = weight_files(inside, COMPONENTS[name].weights, variant)
         needed += [f"{name}/{file}" for file in inside & {"config.json", *weights}]
     return sorted(needed)
+
+
+def _inside(folder: str, files: list[str]) -> set[str]:
+    return {file.split("/")[1] for file in files if file.startswith(f"{folder}/") and file.count("/") == 1}
 
 
 def _told(repository: str, request: Callable[[], Result]) -> Result:

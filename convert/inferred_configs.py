@@ -61,6 +61,8 @@ def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "
     numbers that are assumed does not fit.
     """
     known = _Known(shapes)
+    if (name, naming) not in _INFER:
+        raise CheckpointError(f"{name}: its tensors have the names of another component, such as {next(iter(shapes))}")
     try:
         return _INFER[name, naming](known)
     except _Missing as error:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
+from convert.components import COMPONENTS
 from convert.errors import CheckpointError, listed
 from convert.files import read_json
 from convert.foreign_names import OF_ADAPTERS, recognise
@@ -28,6 +29,14 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IN_DIRECTORIES = (NATIVE_FILE, PEFT_WEIGHTS, "adapter_model.bin", DIFFUSERS_FILE, "pytorch_lora_weights.bin")
 """Names by which a file of adapters is found in a directory."""
+OF_CHECKPOINTS = (
+    *(component.prefix for component in COMPONENTS.values()),
+    *(f"{blocks}." for blocks in (DIFFUSERS, STABILITY)),
+    "text_model.",
+    "encoder.",
+    "shared.",
+)
+"""How names begin in files of whole components."""
 PEFT_PREFIX, DIFFUSERS_PREFIX, RELEASE_PREFIX = "base_model.model.", "transformer.", "backbone.transformer."
 
 
@@ -103,8 +112,10 @@ def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
     for prefix, form in (FLAT_PREFIXES | DOTTED_PREFIXES | bare).items():
         if any(name.startswith(prefix) for name in adapters):
             return cast(Format, form), "" if prefix in bare else prefix
-    if known := recognise(names, OF_ADAPTERS):
+    if any(map(is_adapter, names)) and (known := recognise(names, OF_ADAPTERS)):
         raise CheckpointError(f"{path}: {known}")
+    if any(name.startswith(OF_CHECKPOINTS) for name in names) and not any(map(is_adapter, names)):
+        raise CheckpointError(f"{path}: a model's own weights ({names[0]} ...), and no adapters: give it as the model")
     beside = path.parent / PEFT_CONFIG
     if beside.is_file() and (kind := other_kind(read_json(beside))):
         raise CheckpointError(f"{path}: {PEFT_CONFIG}: {kind}")

@@ -156,9 +156,9 @@ def read_named(opened: Opened, alpha: float | None) -> LoRACheckpoint:
 
 
 def read_peft(opened: Opened, alpha: float | None) -> LoRACheckpoint:
-    path = opened.path.parent / PEFT_CONFIG
+    path, parsed = opened.path.parent / PEFT_CONFIG, parse(opened.tensors, opened.prefix)
+    _surplus(opened.path, parsed)  # what the names tell goes before what settings say
     settings = read_json(path, f"it has to lie beside {opened.path.name}, whose rank and alpha it says")
-    parsed = parse(opened.tensors, opened.prefix)
     config, adapters = _configured(opened, parsed, (PEFT_CONFIG, settings), alpha)
     return LoRACheckpoint(config, adapters, {}, opened.format, opened.left_out)
 

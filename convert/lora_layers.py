@@ -110,7 +110,7 @@ def _size(layer: str, adapter: Adapter) -> tuple[int, int]:
     return inputs, inputs if whole_parts else outputs
 
 
-def gaps(layers: Iterable[str], targets: Iterable[str] | None = None) -> list[str]:
+def gaps(layers: Iterable[str], targets: Iterable[str] | None = None, *, every_block: bool = False) -> list[str]:
     """Layers that could have an adapter, since their block has one, and have none.
 
     How many blocks the model has is not known here: its last block updates no text, and some may lack the second
@@ -118,10 +118,12 @@ def gaps(layers: Iterable[str], targets: Iterable[str] | None = None) -> list[st
 
     Args:
       targets: kinds of layers to look for; None: those that some block's adapters are of.
+      every_block: look in all blocks before the last that has an adapter.
     """
     present = set(layers)
     adapted = {target_of(layer) for layer in present} if targets is None else set(targets)
     blocks = sorted({block_of(layer) for layer in present})
+    blocks = list(range(blocks[-1] + 1)) if every_block and blocks else blocks
     absent_in_last = ("text.attention.out", "text.mlp.up", "text.mlp.down")
     return [
         layer

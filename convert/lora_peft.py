@@ -230,7 +230,7 @@ def _apply(settings: Mapping[str, Any], layers: Collection[str], patterns: _Patt
         if key := _left_out_by(settings, name, patterns):
             says = "is not among" if key == "target_modules" else "has an adapter and is left out by"
             differences.append(f"{name} {says} {key}")
-    for layer in gaps(layers, MODULES) if settings.get("target_modules") is not None else ():
+    for layer in gaps(layers, MODULES, every_block=True) if settings.get("target_modules") is not None else ():
         if not _left_out_by(settings, module_of(layer), patterns):
             differences.append(f"missing: an adapter of {layer}, {module_of(layer)} in the settings")
     return stated, differences

@@ -1,7 +1,8 @@
 """Name tables: rows of (PyTorch's name, our name or names, change of layout), checked for completeness both ways.
 
 Our names are per layer (`blocks.7.image.mlp.up.kernel`), whether or not the model stacks its layers.
-`{i}` and `{j}` in a pattern stand for a number. A fused PyTorch tensor may fill several of our parameters.
+`{i}` and `{j}` in a pattern stand for a number, `{rest}` for anything, in rows that are left out. A fused PyTorch
+tensor may fill several of our parameters.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Assignment(NamedTuple):
 
 def _regex(pattern: str) -> re.Pattern[str]:
     escaped = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-    return re.compile(escaped)
+    return re.compile(escaped.replace(r"\{rest\}", r".+"))
 
 
 def parameter_shapes(model: Layered) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from typing import Any
 from convert.components import CLASSES, COMPONENTS, Naming, parse_config
 from convert.errors import CheckpointError, listed
 from convert.files import read_json
-from convert.foreign_names import recognise, recognise_prefix
+from convert.foreign_names import OF_MODELS, OF_OWN, recognise, recognise_prefix
 from convert.inferred_configs import infer_config
 from convert.quantised import refuse_quantization_config
 from convert.readers import Source, TorchComponent
@@ -30,6 +30,8 @@ NAMINGS: dict[str, Naming] = {
 
 
 def open_single_file(path: Path) -> Source:
+    if re.search(r"-\d{5}-of-\d{5}", path.name):
+        raise CheckpointError(f"{path} is one of several shards: give the folder that holds them all and their index")
     tensors: dict[str, dict[str, StoredTensor]] = {}
     weights = read_weights(path)
     prefixes = _prefixes(weights)
@@ -40,7 +42,8 @@ def open_single_file(path: Path) -> Source:
             tensors.setdefault(owner, {})[name.removeprefix(prefixes[owner])] = tensor
         elif not REDUNDANT.fullmatch(name):
             surplus.append(name)
-    known = recognise(surplus) or (None if tensors else recognise_prefix(surplus))
+    sound = any(name.startswith(BLOCKS) for name in tensors.get("transformer", ()))  # then leftovers tell no family
+    known = recognise(surplus, OF_OWN if sound else OF_MODELS) or (None if tensors else recognise_prefix(surplus))
     if known:
         raise CheckpointError(f"{path}: {known}")
     if not tensors:
@@ -102,7 +105,7 @@ def of_tensors(origin: str, found: Mapping[str, tuple[Path, str, Mapping[str, St
     namings: dict[str, Naming] = {name: naming_of(tensors) for name, (_, _, tensors) in found.items()}
     configs = {}
     for name, (path, prefix, tensors) in found.items():
-        if namings[name] == "diffusers" and (beside := _config_beside(name, path)) is not None:
+        if (beside := _config_beside(name, path)) is not None:
             configs[name] = beside
             continue
         shapes = {key: tensor.shape for key, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
 from convert.diffusers_folder import component_in, open_component_folder, open_diffusers
 from convert.errors import CheckpointError, raise_all
+from convert.files import read_json
 from convert.fit import check_fit
 from convert.readers import Source
 from convert.single_file import open_single_file
@@ -18,7 +19,7 @@ from convert.staging import is_leftover
 from convert.text_encoders import (
     completed,
     encoder_of_file,
-    folder_of_files,
+    holds_files,
     missing,
     open_file,
     open_files,
@@ -119,8 +120,8 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
 def _open_text_encoders(source: str | Path, names: list[str], everything: bool, variant: str | None) -> Source:
     """A second source. `everything`: nobody has named `names`, so that T5 is not worth a download."""
     path = Path(source).expanduser()
-    if path.is_dir() and not _is_marked(path) and (folder := folder_of_files(path)):
-        return open_files(folder, variant)
+    if path.is_dir() and not _is_marked(path) and holds_files(path):
+        return open_files(path, names, variant)
     if path.is_file() and encoder_of_file(path) is not None:
         return open_file(path)
     return _open(source, [name for name in names if not everything or name != T5], variant)
@@ -146,7 +147,7 @@ def _check_form(path: Path) -> None:
         if path.suffix == ".json":
             raise CheckpointError(f"{path} is no checkpoint; give {FORMS}")
     if path.is_dir() and not _is_marked(path):
-        if _is_marked(above):
+        if _is_marked(above) and (path.name in COMPONENTS or component_in(path) is None):
             raise CheckpointError(f"{path} is one folder of a checkpoint: give the directory above it, {above}")
         if component_in(path) is None:
             raise CheckpointError(f"{path} has neither {' nor '.join(MARKERS)}{_candidates(path)}; give {FORMS}")
@@ -158,10 +159,21 @@ def _is_marked(directory: Path) -> bool:
 
 def _candidates(directory: Path) -> str:
     """What a directory that is no checkpoint holds that may be one, or part of one."""
-    if parts := [name for name in COMPONENTS if any((directory / name).glob("*.safetensors"))]:
+    if kind := _class_in(directory):
+        return f" (it is the folder of a {kind})"
+    parts = [name for name in COMPONENTS if any((directory / name).glob("*.safetensors"))]
+    if len(parts) == 1 and component_in(directory / parts[0]):
+        return f" (a {parts[0]} alone is in {directory / parts[0]}: is that meant?)"
+    if parts:
         return f" (its {', '.join(parts)} belong to one in diffusers' layout: fetch its model_index.json too)"
     found = [path.name for path in sorted(directory.iterdir()) if path.suffix.lower() in SUFFIXES or _is_marked(path)]
     return f" (it holds {', '.join(found)}: is one of these meant?)" if found else ""
+
+
+def _class_in(folder: Path) -> str | None:
+    """Of what class of diffusers' a folder is, as its configuration says."""
+    kind = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
+    return kind if isinstance(kind, str) else None
 
 
 def _only(source: Source, components: Sequence[str]) -> Source:

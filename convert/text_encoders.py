@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,13 @@ from convert.weight_files import read_weights
 
 FILES = {"vae": "vae", "text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 """What a component's own file is called, a text encoder's as Stability does, without `_fp16` and the suffix."""
-STEMS = {**FILES, "vae": r"(?:sd3(?:\.5)?[-_])?vae", "text_encoder_3": r"t5xxl|t5-v1_1-xxl-encoder"}
-"""The same as patterns, with what T5's encoder is called as GGUF."""
+STEMS = {
+    "vae": r"(?:sd3(?:\.?5)?[-_])?vae|ae",
+    "text_encoder": r"clip[-_]l",
+    "text_encoder_2": r"clip[-_]g",
+    "text_encoder_3": r"(?:google[-_])?t5[-_]?(?:v1_1[-_])?xxl(?:[-_]encoder(?:only)?)?",
+}
+"""The same as patterns, with what else they go by. Case does not matter."""
 FORMS = (
     "a diffusers directory, a converted directory, a single file that has text encoders, or a directory with "
     "clip_l.safetensors, clip_g.safetensors [, t5xxl_fp16.safetensors, or T5's encoder as GGUF] [and vae.safetensors]"
@@ -35,19 +41,27 @@ def remedy(source: str | Path) -> str:
     )
 
 
-def folder_of_files(directory: Path) -> Path | None:
-    """Where under `directory` each component lies in a file of its own, as in Stability's `text_encoders`."""
-    folders = (directory, directory / "text_encoders")
-    return next((each for each in folders if any(_files(each, name) for name in FILES)), None)
+def holds_files(directory: Path) -> bool:
+    """Whether components lie under `directory` in files of their own, as in Stability's `text_encoders`."""
+    return any(_files(folder, name) for name in FILES for folder in _folders(directory, name))
 
 
-def open_files(folder: Path, variant: str | None) -> Source:
-    """Text encoders and VAE in separate files.
+def open_files(directory: Path, names: Collection[str], variant: str | None) -> Source:
+    """Those of the components `names` that lie in separate files.
 
     Their tensors are named as in a single file, with its prefix or without, as diffusers does, or as in GGUF.
     """
-    paths = {name: path for name in FILES if (path := _choose(folder, name, variant)) is not None}
-    return of_tensors(str(folder), {name: _alone(name, path) for name, path in paths.items()})
+    found = {}
+    for name in names:
+        folder = next((each for each in _folders(directory, name) if _files(each, name)), None)
+        if folder is not None:
+            found[name] = _alone(name, _choose(folder, name, variant))
+    return of_tensors(str(directory), found)
+
+
+def _folders(directory: Path, name: str) -> tuple[Path, ...]:
+    """Where a component's file may lie: ComfyUI has `models/vae` and `models/text_encoders`, formerly `models/clip`."""
+    return (directory, *(directory / below for below in (("vae",) if name == "vae" else ("text_encoders", "clip"))))
 
 
 def encoder_of_file(path: Path) -> str | None:
@@ -72,7 +86,7 @@ def _alone(name: str, path: Path) -> tuple[Path, str, dict[str, StoredTensor]]:
 def _variant(file: str, name: str) -> str | None:
     """What follows the name of a component's file, as in `fp16`; "" for nothing, None for another file."""
     suffixes = "|".join(map(re.escape, SUFFIXES))
-    found = re.fullmatch(rf"(?:{STEMS[name]})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file)
+    found = re.fullmatch(rf"(?:{STEMS[name]})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE)
     return None if found is None else found["variant"] or ""
 
 
@@ -85,18 +99,15 @@ def _files(folder: Path, name: str) -> dict[str, list[Path]]:
     return found
 
 
-def _choose(folder: Path, name: str, variant: str | None) -> Path | None:
+def _choose(folder: Path, name: str, variant: str | None) -> Path:
     """Of `t5xxl_fp16`, `t5xxl_fp8_e4m3fn` ... the one of the variant, the plain or only one, or the fp16 one."""
     found = _files(folder, name)
     for choice in (variant, "", *(found if len(found) == 1 else ()), "fp16"):
         if len(paths := found.get(choice or "", [])) == 1:
             return paths[0]
-    if found:
-        files = sorted(
-            path.stem if path.suffix == ".safetensors" else path.name for each in found.values() for path in each
-        )
-        raise CheckpointError(f"{folder}: which of {', '.join(files)}? Name what follows {FILES[name]}_ with --variant")
-    return None
+    files = ", ".join(sorted(path.name for each in found.values() for path in each))
+    how = f"name what follows {FILES[name]}_ with --variant" if len(found) > 1 else "leave one of them in the directory"
+    raise CheckpointError(f"{folder}: which of {files}? To choose, {how}")
 
 
 def missing(source: Source, wanted: list[str] | None) -> list[str]:

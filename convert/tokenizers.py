@@ -9,16 +9,23 @@ from convert.components import COMPONENTS, parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.files import read_json, shown
 from convert.readers import Source
-from seg4diff_jax.text import Tokenizers, load_tokenizers
+from seg4diff_jax.text import Tokenizers, load_tokenizer, load_tokenizers
 
 JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def check_tokenizers(source: Source) -> None:
-    """Raise CheckpointError when tokenizers of `source` are damaged or do not fit. One CLIP's alone are not tried."""
+    """Raise CheckpointError when tokenizers of `source`, which need not be all, are damaged or do not fit."""
     if {"tokenizer", "tokenizer_2"} <= source.tokenizers.keys():
         open_tokenizers(source, t5="tokenizer_3" in source.tokenizers)
+        return
+    _check_json(source)
+    try:
+        for name, folder in source.tokenizers.items():
+            load_tokenizer(name, folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source.origin}: {error}") from error
 
 
 def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
@@ -27,10 +34,7 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
     Raises CheckpointError when they are damaged or do not fit the text encoders: JAX would read past the end of an
     embedding without a word.
     """
-    for folder in source.tokenizers.values():
-        for file in JSON:
-            if (folder / file).is_file():
-                read_json(folder / file)
+    _check_json(source)
     try:
         tokenizers = load_tokenizers(source.tokenizers, t5=t5)
     except (OSError, ValueError) as error:
@@ -54,6 +58,13 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
             )
     raise_all(problems, f"{source.origin}: tokenizers of another model")
     return tokenizers
+
+
+def _check_json(source: Source) -> None:
+    for folder in source.tokenizers.values():
+        for file in JSON:
+            if (folder / file).is_file():
+                read_json(folder / file)
 
 
 def _unmerged(folder: Path, special: Collection[str]) -> str | None:

@@ -59,13 +59,10 @@ def load_tokenizers(place: str | Path | Mapping[str, Path], *, t5: bool = False)
       FileNotFoundError: a directory or a vocabulary is absent.
       ValueError: a tokenizer cannot be read, names no prompt length, or the two CLIP ones name different lengths.
     """
-    import transformers
 
-    clip_files = ("tokenizer.json",), ("vocab.json", "merges.txt")
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
     folders = place if isinstance(place, Mapping) else {name: Path(place) / name for name in names}
-    clip_l = _load_tokenizer(transformers.CLIPTokenizer, folders["tokenizer"], clip_files)
-    clip_g = _load_tokenizer(transformers.CLIPTokenizer, folders["tokenizer_2"], clip_files)
+    clip_l, clip_g = (load_tokenizer(name, folders[name]) for name in names[:2])
     for name, tokenizer in (("tokenizer", clip_l), ("tokenizer_2", clip_g)):
         if tokenizer.model_max_length > 10**6:  # transformers' stand-in for an absent value is 1e30
             raise ValueError(
@@ -79,11 +76,16 @@ def load_tokenizers(place: str | Path | Mapping[str, Path], *, t5: bool = False)
         )
     if not t5:
         return Tokenizers(clip_l, clip_g)
-    t5_files = ("tokenizer.json",), ("spiece.model",)
-    return Tokenizers(clip_l, clip_g, _load_tokenizer(transformers.T5Tokenizer, folders["tokenizer_3"], t5_files))
+    return Tokenizers(clip_l, clip_g, load_tokenizer("tokenizer_3", folders["tokenizer_3"]))
 
 
-def _load_tokenizer(cls: Any, directory: Path, choices: tuple[tuple[str, ...], ...]) -> Any:
+def load_tokenizer(name: str, directory: Path) -> Tokenizer:
+    """One tokenizer: `name` as in diffusers' layout, of which `tokenizer_3` is T5's. Errors as `load_tokenizers`."""
+    import transformers
+
+    t5 = name == "tokenizer_3"
+    cls: Any = transformers.T5Tokenizer if t5 else transformers.CLIPTokenizer
+    choices = ("tokenizer.json",), (("spiece.model",) if t5 else ("vocab.json", "merges.txt"))
     # Without its vocabulary transformers makes an empty tokenizer and says nothing.
     if not any(all((directory / file).is_file() for file in files) for files in choices):
         wanted = " or ".join(" with ".join(files) for files in choices)

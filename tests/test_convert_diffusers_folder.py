@@ -13,7 +13,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from convert import hub
 from convert.checkpoint import convert_checkpoint
@@ -26,7 +32,7 @@ from convert.sources import open_source
 from convert.torch_side import tensors_of
 from tests.reference.checkpoints import make_checkpoint
 
-T5 = "text_encoder_3"
+T5, WEIGHTS = "text_encoder_3", "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +150,59 @@ def test_a_damaged_tokenizer_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match=rf"{folder}[ /]"):
         convert_checkpoint(layout, tmp_path / "converted", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["layout"]
+
+
+def test_one_tokenizer_alone_is_checked_too(original: Path, tmp_path: Path):
+    layout = shutil.copytree(original, tmp_path / "layout")
+    (layout / "tokenizer_3" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer_3"):
+        convert_checkpoint(layout, tmp_path / "converted", components=["transformer", T5])
+
+
+@pytest.mark.parametrize("whole", ["T5", "CLIP"])
+def test_of_a_whole_model_in_a_text_encoders_folder_the_text_encoder_is_read(
+    original: Path, tmp_path: Path, whole: str
+):
+    layout = shutil.copytree(original, tmp_path / "layout")
+    name, load = (T5, T5EncoderModel) if whole == "T5" else ("text_encoder", CLIPTextModelWithProjection)
+    config = load.from_pretrained(layout / name).config
+    if whole == "T5":
+        model = T5ForConditionalGeneration(config)
+    else:
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {"image_size": 8, "patch_size": 4, "projection_dim": config.projection_dim}
+        model = CLIPModel(
+            CLIPConfig(text_config=config.to_dict(), vision_config=vision | sizes, projection_dim=config.projection_dim)
+        )
+    shutil.rmtree(layout / name)
+    model.save_pretrained(layout / name)
+    theirs = load.from_pretrained(layout / name)
+    convert_checkpoint(layout, tmp_path / "back", to="diffusers")
+    again = load.from_pretrained(tmp_path / "back" / name)
+    assert again.config.to_dict().items() >= {"model_type": theirs.config.model_type}.items()
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+def test_a_transformers_folder_of_another_name_within_a_checkpoint_is_read(original: Path, tmp_path: Path):
+    layout = shutil.copytree(original, tmp_path / "layout")
+    shutil.copytree(layout / "transformer", layout / "transformer_ema")
+    source = open_source(layout / "transformer_ema")
+    source.component("transformer").check()
+    assert list(source.configs) == ["transformer"]
+    with pytest.raises(CheckpointError, match="give the directory above it"):
+        open_source(layout / "transformer")
+
+
+def test_folders_of_other_things_say_what_they_are(original: Path, tmp_path: Path):
+    shutil.copytree(original / "transformer", tmp_path / "checkpoint-500" / "transformer")
+    with pytest.raises(CheckpointError, match=r"\(a transformer alone is in \S+/checkpoint-500/transformer: is that"):
+        open_source(tmp_path / "checkpoint-500")
+    folder = shutil.copytree(original / "transformer", tmp_path / "controlnet")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "SD3ControlNetModel"}))
+    with pytest.raises(CheckpointError, match=r"\(it is the folder of a SD3ControlNetModel\)"):
+        open_source(folder)
+    shard = shutil.copy(folder / WEIGHTS, tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"is one of several shards: give the folder that holds them all"):
+        open_source(shard)

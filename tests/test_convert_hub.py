@@ -136,6 +136,41 @@ def test_from_the_hub_weights_are_fp16_or_the_plain_ones_on_request(serve, tmp_p
         assert [name for name in fake.fetched if "model." in name] == [f"text_encoder/{file}"]
 
 
+def test_shards_are_those_that_the_index_names_whatever_they_are_called(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3", max_shard_size="50KB") / "transformer"
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    first = sorted(set(contents["weight_map"].values()))[0]
+    (folder / first).rename(folder / "first.safetensors")
+    shutil.copy(folder / "first.safetensors", folder / "diffusion_pytorch_model-00001-of-00077.safetensors")
+    named = {name: "first.safetensors" if file == first else file for name, file in contents["weight_map"].items()}
+    index.write_text(json.dumps(contents | {"weight_map": named}))
+    files = [str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*") if path.is_file()]
+    fake = serve(FakeHub(folder.parent, files))
+    open_source(REPOSITORY, components=["transformer"]).component("transformer").check()
+    fetched = {Path(name).name for name in fake.fetched if name.startswith("transformer/")}
+    assert fetched == {"config.json", index.name, *named.values()}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["bf16", "fp32"], "vae: weights of variants bf16 and fp32, and no plain ones: choose by --variant"),
+        (["bin"], r"vae: diffusion_pytorch_model\.bin: pickled weights can run code"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said_as_of_a_directory(serve, tmp_path: Path, files: list[str], message: str):
+    folder = make_checkpoint(tmp_path / "sd3", t5=False)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for kind in files:
+        shutil.copy(weights, weights.with_suffix(".bin" if kind == "bin" else f".{kind}.safetensors"))
+    weights.unlink()
+    serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))
+    for source in (REPOSITORY, folder):
+        with pytest.raises(CheckpointError, match=message):
+            open_source(source, components=["vae"]).component("vae")
+
+
 def test_a_repository_converts_without_t5_unless_asked(serve, tmp_path: Path):
     folder = make_checkpoint(tmp_path / "sd3")
     fake = serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))

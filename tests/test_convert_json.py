@@ -149,7 +149,7 @@ def test_a_part_that_the_index_describes_otherwise_than_by_library_and_class_is_
 def test_a_value_that_no_model_has_is_answered_at_once(checkpoint, component, key, value):
     rewrite(checkpoint / component / "config.json", **{key: value})
     message = refusal(checkpoint, component)
-    assert message.startswith(component)
+    assert message.startswith((f"{checkpoint}: {component}: ", component))
     assert key in message
     assert "\n" not in message
 

@@ -23,6 +23,7 @@ from convert.safetensors_stream import TensorInfo
 from convert.sources import open_source
 from seg4diff_jax.miniature import CHECKPOINT
 from tests.reference.checkpoints import make_checkpoint
+from tests.reference.small_tokenizers import write_clip_tokenizer
 
 DEPTH = 3
 
@@ -151,8 +152,7 @@ def write_clip(directory: Path, width: int, layers: int) -> None:
     with torch.device("meta"):
         model = CLIPTextModelWithProjection(config).half()
     model.to_empty(device="cpu").save_pretrained(directory / "text_encoder")
-    (directory / "tokenizer").mkdir()
-    (directory / "tokenizer" / "vocab.json").write_text("{}")
+    write_clip_tokenizer(directory / "tokenizer", pad_token="!")
     (directory / "model_index.json").write_text(
         json.dumps({"text_encoder": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", ""]})
     )

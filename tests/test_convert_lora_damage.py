@@ -200,3 +200,13 @@ def test_without_pytorch_one_sentence_names_the_extra(bare_release, monkeypatch)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(CheckpointError, match=r"need PyTorch: install seg4diff-jax\[convert\]"):
         load_lora(bare_release)
+
+
+@pytest.mark.parametrize("lost", ["transformer_blocks.2.", "transformer_blocks.2.attn.to_q"])
+def test_layers_that_settings_name_and_the_file_lacks_are_an_error_by_block_too(tmp_path, lost):
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "target_modules": TARGETS}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in factors().items() if lost not in name}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: an adapter of blocks\.2\.image\.attention\.q, transformer_b"):
+        load_lora(tmp_path)

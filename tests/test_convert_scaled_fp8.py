@@ -85,7 +85,7 @@ def test_so_it_is_in_a_text_encoders_own_file_and_in_a_diffusers_folder(tmp_path
     file = tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors"
     tensors = scaled(random_tensors("text_encoder_3", "stability"), "scale_weight")
     write_plain(file, tensors | {"scaled_fp8": np.zeros(0, FP8)})
-    assert_products(open_files(tmp_path, None), "text_encoder_3", product(file))
+    assert_products(open_files(tmp_path, ["text_encoder_3"], None), "text_encoder_3", product(file))
     assert_products(open_source(folder(tmp_path / "sd3", "text_encoder_3", tensors)), "text_encoder_3", product(file))
 
 

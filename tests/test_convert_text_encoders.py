@@ -166,7 +166,7 @@ def test_of_several_t5_files_the_variant_decides_and_then_fp16(forms: dict[str, 
         layout = open_source(forms["bare"], text_encoders=folder, variant=variant).component("text_encoder_3").layout()
         assert {str(found) for _, found in layout.values()} == {dtype}
     (folder / "t5xxl_fp16.safetensors").rename(folder / "t5xxl_bf16.safetensors")
-    with pytest.raises(CheckpointError, match=r"which of t5xxl_bf16, t5xxl_fp8\? Name what follows t5xxl_"):
+    with pytest.raises(CheckpointError, match=r"which of t5xxl_bf16\.s\S+, t5xxl_fp8\.s.* name what follows t5xxl_"):
         open_source(forms["bare"], text_encoders=folder)
 
 
@@ -235,7 +235,7 @@ def test_one_text_encoder_in_a_file_of_its_own_completes_a_source_that_lacks_it(
 
 
 @pytest.mark.parametrize("names", ["stability", "stability, prefixed", "diffusers", "diffusers with its configuration"])
-@pytest.mark.parametrize("stem", ["vae", "sd3_vae_fp16"])
+@pytest.mark.parametrize("stem", ["vae", "sd3_vae_fp16", "vae/sd35_vae", "AE"])
 def test_a_vae_in_a_file_of_its_own_completes_a_transformer_alone(
     forms: dict[str, Path], alone: Path, tmp_path: Path, names: str, stem: str
 ):
@@ -246,13 +246,93 @@ def test_a_vae_in_a_file_of_its_own_completes_a_transformer_alone(
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     else:
         tensors = load_file(forms["diffusers"] / "vae" / "diffusion_pytorch_model.safetensors")
+    place = folder / f"{stem}.safetensors"
+    place.parent.mkdir(exist_ok=True)
     if "configuration" in names:
-        shutil.copy(forms["diffusers"] / "vae" / "config.json", folder)
-    save_file(tensors, folder / f"{stem}.safetensors")
+        shutil.copy(forms["diffusers"] / "vae" / "config.json", place.parent)
+    save_file(tensors, place)
     convert_checkpoint(alone, tmp_path / "whole", text_encoders=folder, tokenizers=forms["diffusers"])
     assert components(tmp_path / "whole") == components(forms["converted"])
     config = json.loads((tmp_path / "whole" / "vae" / "config.json").read_text())
     assert parse_config("vae", config) == parse_config("vae", open_source(forms["diffusers"]).configs["vae"])
+
+
+@pytest.mark.parametrize("names", ["stability", "diffusers"])
+def test_a_vaes_configuration_beside_its_file_says_what_shapes_do_not(
+    forms: dict[str, Path], alone: Path, tmp_path: Path, names: str
+):
+    folder, prefix = Path(shutil.copytree(forms["separate files"], tmp_path / "files")), COMPONENTS["vae"].prefix
+    tensors = {n.removeprefix(prefix): t for n, t in load_file(forms["single file"]).items() if n.startswith(prefix)}
+    if names == "diffusers":
+        tensors = load_file(forms["diffusers"] / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, folder / "vae.safetensors")
+    config = json.loads((forms["diffusers"] / "vae" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.3611}))
+    assert open_source(alone, text_encoders=folder).configs["vae"]["scaling_factor"] == 0.3611
+
+
+@pytest.mark.parametrize("below", ["text_encoders", "clip"])
+def test_a_vae_beside_a_folder_of_text_encoders_hides_none_of_them(
+    forms: dict[str, Path], alone: Path, tmp_path: Path, below: str
+):
+    shutil.copytree(forms["separate files"], tmp_path / "models" / below)
+    prefix = COMPONENTS["vae"].prefix
+    save_file(
+        {n: t for n, t in load_file(forms["single file"]).items() if n.startswith(prefix)},
+        tmp_path / "models" / "vae.safetensors",
+    )
+    convert_checkpoint(alone, tmp_path / "whole", text_encoders=tmp_path / "models", tokenizers=forms["diffusers"])
+    assert components(tmp_path / "whole") == components(forms["converted"])
+
+
+def test_files_of_components_that_do_not_lack_are_not_opened(forms: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    for name in ("vae-ft-mse-840000-ema-pruned", "vae-ft-ema-560000-ema-pruned", "vae_approx"):
+        (folder / f"{name}.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    convert_checkpoint(forms["bare"], tmp_path / "whole", text_encoders=folder, tokenizers=forms["diffusers"])
+    assert components(tmp_path / "whole") == components(forms["converted"])
+
+
+def test_of_two_files_that_differ_in_no_variant_one_is_to_be_left(forms: dict[str, Path], alone: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    for name in ("vae", "sd3_vae"):
+        (folder / f"{name}.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"which of sd3_vae\.s\S+, vae\.s\S+\? To choose, leave one of them in"):
+        open_source(alone, text_encoders=folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["google_t5-v1_1-xxl_encoderonly-fp16", "t5-v1_1-xxl-encoder", "T5XXL_fp8_e4m3fn", "t5_xxl"]
+)
+def test_t5_is_found_under_the_names_that_it_is_shared_by(forms: dict[str, Path], tmp_path: Path, name: str):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    (folder / "t5xxl_fp16.safetensors").rename(folder / f"{name}.safetensors")
+    assert "text_encoder_3" in open_source(forms["bare"], text_encoders=folder).configs
+
+
+def test_the_command_says_what_it_wrote_and_what_the_checkpoint_lacks(
+    forms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    (folder / "t5xxl_fp16.safetensors").rename(folder / "other.safetensors")
+    more = ["--text-encoders", str(folder), "--tokenizers", str(forms["diffusers"])]
+    assert main(["checkpoint", str(forms["bare"]), str(tmp_path / "out"), *more]) == 0
+    said = capsys.readouterr().err
+    assert f"wrote {tmp_path / 'out'}: transformer, vae, text_encoder, text_encoder_2; it has no text_encoder_3" in said
+
+
+@pytest.mark.parametrize(("name", "of"), [("clip_l", "vae"), ("t5xxl", "transformer"), ("clip_g", "vae")])
+def test_a_file_of_another_component_is_told_in_one_sentence(
+    forms: dict[str, Path], tmp_path: Path, name: str, of: str
+):
+    folder = Path(shutil.copytree(forms["separate files"], tmp_path / "files"))
+    for file in folder.glob(f"{name}*"):
+        file.unlink()
+    shutil.copy(forms["diffusers"] / of / "diffusion_pytorch_model.safetensors", folder / f"{name}.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"{name}\.safetensors: text_encoder\S*: its tensors have the names of an"
+    ):
+        open_source(forms["bare"], text_encoders=folder)
 
 
 def test_verify_gives_pytorch_the_tensors_of_gguf_under_its_own_names(

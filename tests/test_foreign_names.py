@@ -63,6 +63,9 @@ OTHERS = {
     ),
     "a ControlNet's": (named("transformer_blocks.0.attn.to_q.weight", "controlnet_blocks.0.weight"), "a ControlNet"),
     "an IP-Adapter's": (named("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
+    "Wan's": (named("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.q.weight"), "another diffusion transformer"),
+    "Lumina's": (named("layers.0.attention.qkv.weight", "layers.0.feed_forward.w1.weight"), "another diffusion trans"),
+    "HiDream's": (named("double_stream_blocks.0.block.attn1.to_q.weight"), "another diffusion transformer"),
     "PixArt's": (named("transformer_blocks.0.attn1.to_q.weight", "adaln_single.linear.weight"), "another diffusion tr"),
 }
 """Files of other families, under a few of their names."""
@@ -104,6 +107,10 @@ ADAPTERS = {
     "FLUX's of kohya": (named("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"), "FLUX's transformer"),
     "a ControlNet's": (named("controlnet_blocks.0.lora_A.weight"), "a ControlNet"),
     "an IP-Adapter's": (named("ip_adapter.1.to_k_lora.down.weight"), "an IP-Adapter"),
+    "SDXL's of LyCORIS": (named("lycoris_down_blocks_1_attentions_0_proj_in.lora_down.weight"), "a U-Net with"),
+    "Wan's": (named("diffusion_model.blocks.0.self_attn.q.lora_A.weight"), "another diffusion transformer"),
+    "Wan's of kohya": (named("lora_unet_blocks_0_self_attn_q.lora_down.weight"), "another diffusion transformer"),
+    "Qwen-Image's other": (named("transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight"), "another diffusion"),
     "Qwen-Image's": (
         named("transformer.transformer_blocks.0.img_mod.1.lora_A.weight"),
         "another diffusion transformer",
@@ -170,6 +177,39 @@ def test_adapters_from_elsewhere_are_told_the_same_way(tmp_path: Path, form: str
     assert remedy in message
     assert "\n" not in message
     assert len(message.replace(str(tmp_path), "")) < 400
+
+
+@pytest.mark.parametrize(
+    "form",
+    [prefixed("transformer.", factors()), factors(), named("lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_up.weight")],
+)
+def test_adapters_in_a_models_place_are_told_as_such(tmp_path: Path, form: Tensors):
+    for rename in (str, lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")):
+        save_file({rename(name): tensor for name, tensor in form.items()}, tmp_path / "lora.safetensors")
+        assert "adapters are read with `--lora`" in said(tmp_path / "lora.safetensors")
+
+
+def test_a_model_in_adapters_place_is_told_as_such(sound: Path, tmp_path: Path):
+    whole = prefixed("model.diffusion_model.", named("joint_blocks.0.x_block.attn.qkv.weight"))
+    te = named("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight")
+    save_file(whole | te, tmp_path / "single.safetensors")
+    for file in (tmp_path / "single.safetensors", sound / WEIGHTS, sound / "text_encoder/model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"a model's own weights .*, and no adapters: give it as the model"):
+            load_lora(file)
+
+
+def test_leftovers_of_another_family_do_not_rename_a_sound_model(sound: Path, tmp_path: Path):
+    single = prefixed("model.diffusion_model.", named("joint_blocks.0.x_block.attn.qkv.weight"))
+    save_file(single | named("conditioner.embedders.0.a.weight"), tmp_path / "single.safetensors")
+    assert "1 surplus tensors of no component:\n  conditioner.embedders.0.a.weight" in said(
+        tmp_path / "single.safetensors"
+    )
+
+
+def test_what_names_tell_goes_before_settings_that_lack(tmp_path: Path):
+    save_file(prefixed("base_model.model.", STATE | factors()), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a whole model's state with adapters in it"):
+        load_lora(tmp_path / "model.safetensors")
 
 
 def test_every_row_has_a_case():

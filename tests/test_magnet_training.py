@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from flax import nnx
+from safetensors.torch import save_file
 
 import seg4diff_jax as s4d
 from convert.__main__ import main as convert
@@ -274,6 +275,21 @@ def test_training_goes_on_from_the_releases_file(options, tmp_path):
     np.testing.assert_array_equal(b.T, tensors["transformer_blocks.2.attn.to_q.lora_B.weight"])
     for name, tensor in head_tensors(model.head).items():
         np.testing.assert_array_equal(tensor, head[name])
+
+
+def test_layers_that_a_file_lacks_begin_as_fresh_ones(options, tmp_path):
+    """A and B of zeros would never be trained: each one's gradient is a product with the other."""
+    absent = "transformer_blocks.2.attn.to_q"
+    tensors = {name: tensor for name, tensor in factors().items() if not name.startswith(absent)}
+    save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    changes = {"lora.rank": RANK, "lora.alpha": float(RANK)}
+    model = task(config_of(options, start=str(tmp_path / "lora.safetensors"), **changes)).init(0, make_mesh())
+    state = lora_state(model.transformer)
+    a, b = state["blocks.2.image.attention.q"]
+    assert np.std(a) == pytest.approx(1 / RANK, rel=0.2)
+    assert not np.any(b)
+    a, _ = state["blocks.2.image.attention.k"]
+    np.testing.assert_array_equal(a.T, tensors["transformer_blocks.2.attn.to_k.lora_A.weight"])
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

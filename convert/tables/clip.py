@@ -63,6 +63,9 @@ def _tower() -> list[Rule]:
         Rule("text_model.embeddings.position_ids", ()),
         *encoder("text_model"),
         Rule("text_model.final_layer_norm.bias", "final_norm.bias"),
+        Rule("vision_model.{rest}", ()),  # of the whole CLIP, of which transformers takes the text tower
+        Rule("visual_projection.weight", ()),
+        Rule("logit_scale", ()),
     ]
 
 
@@ -80,10 +83,9 @@ def stability(config: CLIPTextConfig) -> list[Rule]:
     Stability's own code reads its pooled state before the projection, and diffusers puts the identity in its place.
     """
     if config.hidden_act != "quick_gelu":
-        return [*diffusers(config), Rule("logit_scale", ())]
+        return diffusers(config)
     return [
         *_tower(),
         Rule("text_model.final_layer_norm.weight", ("final_norm.scale", "projection.kernel"), SCALE_AND_IDENTITY),
         Rule("text_projection.weight", ()),
-        Rule("logit_scale", ()),
     ]

@@ -24,6 +24,8 @@ def diffusers(config: T5Config) -> list[Rule]:
         Rule(f"{layer}.1.DenseReluDense.wi_1.weight", f"{block}.up.kernel", LINEAR),
         Rule(f"{layer}.1.DenseReluDense.wo.weight", f"{block}.down.kernel", LINEAR),
         Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
+        Rule("decoder.{rest}", ()),  # of the whole T5, of which transformers takes the encoder
+        Rule("lm_head.weight", ()),
     ]
 
 

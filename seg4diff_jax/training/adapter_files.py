@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seg4diff_jax.models.lora import LoRAConfig, add_lora, apply_lora, lora_state
+from seg4diff_jax.models.lora import LoRAConfig, add_lora, lora_state, set_lora_state
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.mmdit import MMDiT
 
@@ -29,7 +29,8 @@ def begin(
     """The model with adapters, and the mask head: fresh, or of a file.
 
     Args:
-      start: file or directory of adapters, in any format that `python -m convert lora` reads; None: fresh ones.
+      start: file or directory of adapters, in any format that `python -m convert lora` reads; None: fresh ones. Layers
+        that it has no adapters of begin with fresh ones, as in PEFT.
       with_head: whether there is to be a head; a fresh one if the file has none.
 
     Raises:
@@ -56,7 +57,8 @@ def begin(
     if tensors and head is not None:
         fill_head(head, tensors, start)
     try:
-        return apply_lora(transformer, read.config, read.adapters, partial=True), head
+        adapted = add_lora(transformer, read.config, rngs)
+        return set_lora_state(adapted, {**lora_state(adapted), **read.adapters}), head
     except ValueError as error:
         raise CheckpointError(f"{start}: {error}") from None
 

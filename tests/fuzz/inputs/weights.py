@@ -181,7 +181,7 @@ def make_encoder_files(root: Path) -> None:
 
 
 def read_encoder_files(root: Path) -> Any:
-    return contents(open_files(root, None), "text_encoder", "text_encoder_2")
+    return contents(open_files(root, ["text_encoder", "text_encoder_2"], None), "text_encoder", "text_encoder_2")
 
 
 def make_native(root: Path) -> None:
