@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.components import COMPONENTS, abstract_model, parse_config
+from convert.families import SD3
 from convert.names import Shape, assign_back, parameter_shapes
-from convert.readers import MODEL_INDEX, SCHEDULER
 from convert.safetensors_stream import write_safetensors
 
 CLIP = {"hidden_act": "gelu", "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
@@ -107,8 +107,8 @@ def make_checkpoint(directory: Path, components: list[str]) -> None:
             (directory / folder).mkdir()
             (directory / folder / "tokenizer_config.json").write_text("{}")
     (directory / "scheduler").mkdir()
-    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    index = {name: entry for name, entry in MODEL_INDEX.items() if name not in CONFIGS or name in components}
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD3.scheduler))
+    index = {name: entry for name, entry in SD3.model_index.items() if name not in CONFIGS or name in components}
     (directory / "model_index.json").write_text(json.dumps(index))
 
 

@@ -18,7 +18,7 @@ from convert.errors import CheckpointError, raise_all
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign_back
 from convert.progress import Told, counter
-from convert.readers import MODEL_INDEX, ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
+from convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
 from convert.safetensors_stream import write_safetensors
 from convert.sources import open_source, with_published_tokenizers
 from convert.staging import check_target, staged_directory
@@ -136,7 +136,7 @@ def _write_diffusers(
         (folder / "config.json").write_text(json.dumps(reader.config, indent=2))
         _write_torch(folder / f"{COMPONENTS[reader.name].weights}.safetensors", reader, dtype, report)
     source.copy_tokenizers_and_scheduler(work)
-    index = {**MODEL_INDEX, **source.model_index}
+    index = {**source.family.model_index, **source.model_index}
     index |= {name: [None, None] for name in KINDS if not (work / name).is_dir()}
     (work / "model_index.json").write_text(json.dumps(index, indent=2))
 

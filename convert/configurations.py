@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from convert.errors import CheckpointError
+from convert.families import SD3
 from convert.files import shown
 
 
@@ -91,13 +92,6 @@ def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, 
                 raise ValueError(f"{field.name} is {shown(value)}; expected {bounds}")
 
 
-DEPTHS = {
-    "transformer": "num_layers",
-    "text_encoder": "num_hidden_layers",
-    "text_encoder_2": "num_hidden_layers",
-    "text_encoder_3": "num_layers",
-}
-"""Component to the key of its depth."""
 LAYER = re.compile(
     r"(?:transformer_blocks|joint_blocks|text_model\.encoder\.layers|encoder\.block|blocks)\.(\d{1,9})\."
 )
@@ -112,9 +106,9 @@ def check_depth(name: str, config: Any, tensors: Iterable[str], where: str) -> N
     Args:
       config: of the component, typed.
     """
-    if name not in DEPTHS:
+    key = SD3.components[name].depth
+    if key is None:
         return
-    key = DEPTHS[name]
     numbers = {int(found[1]) for tensor in tensors if (found := LAYER.match(tensor))}
     if numbers and getattr(config, key) > max(numbers) + 1:
         raise CheckpointError(

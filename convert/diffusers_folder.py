@@ -8,12 +8,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.components import CLASSES, COMPONENTS, tokenizers_of
+from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
+from convert.families import SD3
 from convert.files import read_json, shown
 from convert.index import check_index, is_inside, named_components, read_scheduler
 from convert.quantised import refuse_quantization_config
-from convert.readers import SCHEDULER, Source, TorchComponent
+from convert.readers import Source, TorchComponent
 from convert.safetensors_stream import TensorInfo, read_header
 from convert.scaled_fp8 import with_scales
 from convert.stored import StoredTensor
@@ -65,7 +66,7 @@ def component_in(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     kind = read_json(folder / "config.json").get("_class_name")
-    return next((name for name, named in CLASSES.items() if named == kind), None)
+    return next((name for name, each in COMPONENTS.items() if each.published == ("diffusers", kind)), None)
 
 
 def open_component_folder(folder: Path, variant: str | None) -> Source:
@@ -84,7 +85,7 @@ def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     named = index.get("scheduler", [None])[0] is not None
     if named or os.path.lexists(directory / "scheduler" / "scheduler_config.json"):
         return read_scheduler(directory, "model_index.json names a scheduler")
-    return dict(SCHEDULER)
+    return dict(SD3.scheduler)
 
 
 def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:

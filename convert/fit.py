@@ -7,8 +7,9 @@ from typing import Any
 
 from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
+from convert.families import SD3
 
-CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
+(CLIP_L, CLIP_G), T5 = SD3.clips, SD3.t5
 
 
 def check_fit(configs: Mapping[str, dict[str, Any]], origins: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
+from convert.families import SD3
 from convert.files import read_json, shown
 
 LONGEST_NAME = 255
@@ -21,7 +22,7 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for another model's index, or a part not described as a library and a class, or absent."""
     unet = index.get("unet")
     if isinstance(unet, list) and any(unet):
-        raise CheckpointError(f"{where} names a unet, as of SDXL: expected Stable Diffusion 3 or 3.5")
+        raise CheckpointError(f"{where} names a unet, as of SDXL: expected {SD3.title}")
     problems = []
     for name in PARTS:
         entry = index.get(name, [None, None])

@@ -14,8 +14,8 @@ from functools import partial
 from statistics import mode
 from typing import Any, NamedTuple
 
-from convert.components import Naming
 from convert.errors import CheckpointError
+from convert.families import Naming
 from convert.names import Shape
 
 HEAD_DIM = 64

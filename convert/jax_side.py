@@ -19,7 +19,17 @@ from convert.components import abstract_model, parse_config
 from convert.layout import contiguous
 from convert.load import load_component
 from convert.readers import ComponentReader, Source
-from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, Conditioning, Inputs, Sample, TransformerInputs
+from convert.verify_inputs import (
+    CLIPS,
+    EXPERT_ROW,
+    SCORES_ROW,
+    STEPS,
+    T5,
+    Conditioning,
+    Inputs,
+    Sample,
+    TransformerInputs,
+)
 from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
@@ -121,7 +131,7 @@ def t5(
     source: Source, dtype: str, ids: Int[np.ndarray, "batch tokens"], check: Check
 ) -> Float[Array, "batch tokens width"]:
     """T5Encoder's forward pass, layer by layer."""
-    name = "text_encoder_3"
+    name = T5
     component = source.component(name)
     component.check()
     names = list(component.layout())
@@ -288,9 +298,9 @@ def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, p
             progress(name)
             clips.append(clip(source, name, dtype, ids[name], check))
     t5_states = None
-    if "text_encoder_3" in present:
-        progress("text_encoder_3")
-        t5_states = t5(source, dtype, ids["text_encoder_3"], check)
+    if T5 in present:
+        progress(T5)
+        t5_states = t5(source, dtype, ids[T5], check)
     conditioning = prompt(clips, t5_states, inputs.joint_dim, check) if len(clips) == len(CLIPS) else None
     if inputs.transformer is None:
         return

@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from convert.components import COMPONENTS, Naming, abstract_model, expert_block, expert_step, parse_config, trained_size
+from convert.components import COMPONENTS, abstract_model, expert_block, expert_step, parse_config, trained_size
 from convert.configurations import check_depth
 from convert.errors import CheckpointError
+from convert.families import SD3, Family, Naming
 from convert.files import shown
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
@@ -23,20 +24,6 @@ from convert.stored import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.stack import Layered
 
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-MODEL_INDEX = {
-    "_class_name": "StableDiffusion3Pipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_3": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": ["transformers", "T5TokenizerFast"],
-}
-"""What SD3 and SD3.5 are published with, for checkpoints that come without."""
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 
 
@@ -75,9 +62,10 @@ class Source:
     configs: dict[str, dict[str, Any]]
     open: Callable[[str], ComponentReader]
     tokenizers: dict[str, Path] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=lambda: dict(SCHEDULER))
-    model_index: dict[str, Any] = field(default_factory=lambda: dict(MODEL_INDEX))
+    scheduler: dict[str, Any] = field(default_factory=lambda: dict(SD3.scheduler))
+    model_index: dict[str, Any] = field(default_factory=lambda: SD3.model_index)
     recorded_expert: int | None = None
+    family: Family = SD3
 
     @property
     def expert_block(self) -> int | None:

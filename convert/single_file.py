@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.components import CLASSES, COMPONENTS, Naming, parse_config
+from convert.components import COMPONENTS, parse_config
 from convert.errors import CheckpointError, listed
+from convert.families import Naming
 from convert.files import read_json
 from convert.foreign_names import OF_MODELS, OF_OWN, recognise, recognise_prefix
 from convert.inferred_configs import infer_config
@@ -84,7 +85,7 @@ def _config_beside(name: str, path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     config = read_json(file)
-    if config.get("_class_name") != CLASSES.get(name, ""):
+    if ("diffusers", config.get("_class_name")) != COMPONENTS[name].published:
         return None
     refuse_quantization_config(config, str(file))
     try:

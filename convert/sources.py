@@ -11,6 +11,7 @@ from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
 from convert.diffusers_folder import component_in, open_component_folder, open_diffusers
 from convert.errors import CheckpointError, raise_all
+from convert.families import SD3
 from convert.files import read_json
 from convert.fit import check_fit
 from convert.readers import Source
@@ -27,7 +28,7 @@ from convert.text_encoders import (
 )
 from seg4diff_jax.miniature import CHECKPOINT as MINIATURE
 
-T5 = "text_encoder_3"
+T5 = SD3.t5
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "

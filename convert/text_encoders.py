@@ -10,21 +10,15 @@ from pathlib import Path
 from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
 from convert.errors import CheckpointError
+from convert.families import SD3
 from convert.fit import check_fit
-from convert.readers import MODEL_INDEX, Source
+from convert.readers import Source
 from convert.single_file import of_tensors
 from convert.stored import StoredTensor
 from convert.weight_files import read_weights
 
-FILES = {"vae": "vae", "text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+FILES = {name: component.file for name, component in SD3.components.items() if component.file}
 """What a component's own file is called, a text encoder's as Stability does, without `_fp16` and the suffix."""
-STEMS = {
-    "vae": r"(?:sd3(?:\.?5)?[-_])?vae|ae",
-    "text_encoder": r"clip[-_]l",
-    "text_encoder_2": r"clip[-_]g",
-    "text_encoder_3": r"(?:google[-_])?t5[-_]?(?:v1_1[-_])?xxl(?:[-_]encoder(?:only)?)?",
-}
-"""The same as patterns, with what else they go by. Case does not matter."""
 FORMS = (
     "a diffusers directory, a converted directory, a single file that has text encoders, or a directory with "
     "clip_l.safetensors, clip_g.safetensors [, t5xxl_fp16.safetensors, or T5's encoder as GGUF] [and vae.safetensors]"
@@ -86,7 +80,9 @@ def _alone(name: str, path: Path) -> tuple[Path, str, dict[str, StoredTensor]]:
 def _variant(file: str, name: str) -> str | None:
     """What follows the name of a component's file, as in `fp16`; "" for nothing, None for another file."""
     suffixes = "|".join(map(re.escape, SUFFIXES))
-    found = re.fullmatch(rf"(?:{STEMS[name]})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE)
+    found = re.fullmatch(
+        rf"(?:{SD3.components[name].file_pattern})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE
+    )
     return None if found is None else found["variant"] or ""
 
 
@@ -127,7 +123,7 @@ def completed(source: Source, second: Source, names: list[str]) -> Source:
     configs = {name: found[name] for name in COMPONENTS if name in found}
     check_fit(configs, {name: second.origin if name in supplied else source.origin for name in configs})
     folders = tokenizers_of(supplied)
-    index = {name: second.model_index.get(name, MODEL_INDEX[name]) for name in (*supplied, *folders)}
+    index = {name: second.model_index.get(name, second.family.model_index[name]) for name in (*supplied, *folders)}
     return replace(
         source,
         origin=f"{source.origin} with {'VAE and ' if 'vae' in supplied else ''}text encoders of {second.origin}",

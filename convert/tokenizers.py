@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from convert.components import COMPONENTS, parse_config
+from convert.components import parse_config, tokenizers_of
 from convert.errors import CheckpointError, raise_all
+from convert.families import SD3
 from convert.files import read_json, shown
 from convert.readers import Source
 from seg4diff_jax.text import Tokenizers, load_tokenizer, load_tokenizers
@@ -44,11 +45,11 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
         for folder, tokenizer in zip(FOLDERS, tokenizers, strict=True)
         if tokenizer is not None and (problem := _unmerged(source.tokenizers[folder], tokenizer.all_special_tokens))
     ]
-    for name, tokenizer in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), tokenizers, strict=True):
+    for name, tokenizer in zip((*SD3.clips, SD3.t5), tokenizers, strict=True):
         if tokenizer is None or name not in source.configs:
             continue
         config = parse_config(name, source.configs[name])
-        both = f"{source.tokenizers[str(COMPONENTS[name].tokenizer)]} does not fit {source.origin}/{name}"
+        both = f"{source.tokenizers[str(tokenizers_of([name])[0])]} does not fit {source.origin}/{name}"
         if (ids := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:
             problems.append(f"{both}: it makes ids up to {ids - 1}, the encoder embeds {config.vocab_size}")
         positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)  # T5's are relative

@@ -25,7 +25,7 @@ from convert.errors import CheckpointError
 from convert.readers import Source, TorchComponent
 from convert.safetensors_stream import TensorInfo
 from convert.stored import StoredTensor
-from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, Conditioning, Inputs, Sample
+from convert.verify_inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, T5, Conditioning, Inputs, Sample
 
 diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers
 Record = Callable[[str, np.ndarray], None]
@@ -85,7 +85,7 @@ def _converted(component: TorchComponent) -> dict[str, torch.Tensor]:
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
     if name == "vae":
         return single_file_utils.convert_ldm_vae_checkpoint(tensors, component.config)
-    if name == "text_encoder_3":
+    if name == T5:
         state = single_file_utils.convert_sd3_t5_checkpoint_to_diffusers(tensors)
     else:
         state = single_file_utils.convert_ldm_clip_checkpoint(tensors, prefix)
@@ -370,7 +370,7 @@ def run(source: Source, inputs: Inputs, dtype: str, record: Record, progress: Ca
     present, ids = source.configs, inputs.prompt.ids
     latents = part(vae, "vae", inputs.picture, record) if "vae" in present else None
     clips = [part(clip, name, ids[name], record) for name in CLIPS if name in present]
-    t5_states = part(t5, "text_encoder_3", ids["text_encoder_3"], record) if "text_encoder_3" in present else None
+    t5_states = part(t5, T5, ids[T5], record) if T5 in present else None
     conditioning = prompt(clips, t5_states, inputs.joint_dim, record) if len(clips) == len(CLIPS) else None
     if inputs.transformer is None:
         return Shared(latents, None)

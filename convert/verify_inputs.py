@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 
 from convert.components import parse_config
 from convert.errors import CheckpointError
+from convert.families import SD3
 from convert.readers import Source
 from convert.tokenizers import open_tokenizers
 from seg4diff_jax.text import class_prompts, tokenize
 
 CLASSES = ("cat", "grass", "sky")
-CLIPS = ("text_encoder", "text_encoder_2")
+CLIPS, T5 = SD3.clips, SD3.t5
 TOKENS = 77
 """Length of a prompt where no CLIP says another."""
 STEPS = 28
@@ -98,7 +99,7 @@ def make_inputs(source: Source, size: int) -> Inputs:
         context = _draw("context", (1, 2 * prompt.tokens, config.joint_attention_dim))
         conditioning = Conditioning(context, _draw("pooled", (1, config.pooled_projection_dim)))
         block = config.num_layers // 2 if expert is None else expert
-        zeros = source.configs.keys() >= set(CLIPS) and "text_encoder_3" not in source.configs
+        zeros = source.configs.keys() >= set(CLIPS) and T5 not in source.configs
         transformer = TransformerInputs(
             _draw("noise", shape),
             _draw("latents", shape),
@@ -117,7 +118,7 @@ def _joint_dim(source: Source) -> int:
     if "transformer" in parsed:
         width = parsed["transformer"].joint_attention_dim
     else:
-        width = parsed["text_encoder_3"].d_model if "text_encoder_3" in parsed else clips
+        width = parsed[T5].d_model if T5 in parsed else clips
     if clips > width:
         raise CheckpointError(f"{source.origin}: the CLIPs' states are {clips} wide, the context only {width}")
     return width
@@ -146,7 +147,7 @@ def make_prompt(source: Source) -> Prompt:
 
     Raises CheckpointError when tokenizers are damaged.
     """
-    encoders = [name for name in (*CLIPS, "text_encoder_3") if name in source.configs]
+    encoders = [name for name in (*CLIPS, T5) if name in source.configs]
     parsed = {name: parse_config(name, source.configs[name]) for name in encoders}
 
     def random_ids(tokens: int) -> dict[str, Int[np.ndarray, "1 tokens"]]:
@@ -158,7 +159,7 @@ def make_prompt(source: Source) -> Prompt:
         averaging = np.eye(tokens, dtype=np.float32)[None, 1 : 1 + len(CLASSES)]
         described = "seeded random token ids (no tokenizers)" if encoders else "seeded random context (no text encoder)"
         return Prompt(random_ids(tokens), averaging, described)
-    t5 = "text_encoder_3" in encoders and "tokenizer_3" in source.tokenizers
+    t5 = T5 in encoders and "tokenizer_3" in source.tokenizers
     tokenizers = open_tokenizers(source, t5=t5)
     try:
         prompts = class_prompts(tokenizers, CLASSES)
@@ -174,7 +175,7 @@ def make_prompt(source: Source) -> Prompt:
         "text_encoder_2": np.asarray(found.clip_g),
     }
     if found.t5 is not None:
-        ids["text_encoder_3"] = np.asarray(found.t5)
+        ids[T5] = np.asarray(found.t5)
     return Prompt(ids, prompts.averaging(), f"prompt {prompts.prompts[0]!r}")
 
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from convert.components import COMPONENTS, parse_config
+from convert.families import SD3
 from convert.layout import contiguous
 from convert.names import Rule, assign_back, parameters
-from convert.readers import MODEL_INDEX, SCHEDULER
 from convert.safetensors_stream import write_safetensors
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
@@ -60,7 +60,9 @@ def write_index(directory: Path, scheduler: Mapping[str, Any] | None = None) -> 
     """Finish a checkpoint's directory: the scheduler, if given, and the index of the components that are there."""
     if scheduler is not None:
         (directory / "scheduler").mkdir()
-        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **scheduler}, indent=2))
+        (directory / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps({**SD3.scheduler, **scheduler}, indent=2)
+        )
     there = lambda name: name.startswith("_") or (directory / name).is_dir()
-    index = {name: entry if there(name) else [None, None] for name, entry in MODEL_INDEX.items()}
+    index = {name: entry if there(name) else [None, None] for name, entry in SD3.model_index.items()}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2))

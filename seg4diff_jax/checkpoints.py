@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from convert.components import parse_config
 from convert.errors import CheckpointError
+from convert.families import SD3, Family
 from convert.load import Shardings, open_component
 from convert.lora import attach_lora
 from convert.progress import Told, counter
@@ -38,7 +39,6 @@ from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import Tokenizers
 
 DTYPES = ("float32", "bfloat16")
-CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 
 
 def open(
@@ -64,7 +64,7 @@ def open(
     Raises:
       CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
     """
-    names = ["transformer", "vae", *CLIPS, *([T5] if t5 else [])]
+    names = [name for name in SD3.components if t5 or name != SD3.t5]
     folder = Path(tokenizers).expanduser() if tokenizers else None
     second = str(text_encoders) if text_encoders else None
     source = with_published_tokenizers(
@@ -126,13 +126,17 @@ class Checkpoint:
         return self.configs["vae"]
 
     @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
     def encoder_names(self) -> tuple[str, ...]:
         """The VAE and the text encoders, in the order in which they encode."""
-        return tuple(name for name in ("vae", *CLIPS, T5) if name in self.source.configs)
+        return tuple(name for name in self.family.encoders if name in self.source.configs)
 
     @property
     def t5(self) -> bool:
-        return T5 in self.source.configs
+        return self.family.t5 in self.source.configs
 
     @property
     def tokenizers(self) -> Tokenizers:
@@ -147,7 +151,7 @@ class Checkpoint:
     def clip_tokens(self) -> int:
         """Length of a CLIP prompt."""
         if self.tokenizers_read is None:
-            return self.configs[CLIPS[0]].max_position_embeddings
+            return self.configs[self.family.clips[0]].max_position_embeddings
         return self.tokenizers.clip_l.model_max_length
 
     @cached_property
@@ -252,9 +256,9 @@ class Checkpoint:
         return Pipeline(
             transformer=models["transformer"],
             vae=models["vae"],
-            clip_l=models[CLIPS[0]],
-            clip_g=models[CLIPS[1]],
-            t5=models.get(T5),
+            clip_l=models[self.family.clips[0]],
+            clip_g=models[self.family.clips[1]],
+            t5=models.get(self.family.t5),
             tokenizers=self.tokenizers,
             mesh=mesh,
             **about,

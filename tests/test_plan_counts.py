@@ -28,7 +28,8 @@ from seg4diff_jax.planning.hlo import Collective, Program
 def abstract_inputs(latents: tuple[int, ...], context: tuple[int, int], pooled: int) -> tuple:
     """Of one image."""
     shape = lambda *sides: jax.ShapeDtypeStruct((1, *sides), jnp.float32)
-    return shape(*latents), shape(), TextConditioning(shape(*context), shape(pooled))
+    text = TextConditioning(shape(*context), shape(pooled), segments=(("clip", min(77, context[0])),))
+    return shape(*latents), shape(), text
 
 
 @pytest.mark.parametrize(("name", "whole"), [("sd3-medium", 8.437), ("sd3.5-medium", 10.783), ("sd3.5-large", 29.597)])

@@ -29,7 +29,7 @@ from real_shapes.job import (
     peak_resident,
 )
 
-from convert.readers import MODEL_INDEX
+from convert.families import SD3
 from tests.reference.random_weights import SD3_QUERIES, randomize_, temper_
 from tests.reference.release import Masks, Release
 
@@ -81,7 +81,7 @@ def main(directory: Path) -> None:
             temper_(module, SD3_QUERIES, 5)
         module.to(dtype).save_pretrained(directory / "checkpoint" / name, max_shard_size="50GB")
         module.to("cuda" if CUDA else "cpu")
-    index = {name: MODEL_INDEX[name] for name in ("_class_name", "transformer", "vae")}
+    index = {name: SD3.model_index[name] for name in ("_class_name", "transformer", "vae")}
     (directory / "checkpoint" / "model_index.json").write_text(json.dumps(index))
     release = WithoutText(transformer, vae, dict(np.load(directory / "inputs.npz")))
     images = len(release.inputs["pixels"])

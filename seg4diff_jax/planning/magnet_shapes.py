@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from convert.components import abstract_model
-from seg4diff_jax.checkpoints import CLIPS, T5, Checkpoint
+from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.data.loader import Batch
 from seg4diff_jax.parallel import BATCH, parameter_shardings
 from seg4diff_jax.planning.checkpoints import describe
@@ -25,7 +25,7 @@ from seg4diff_jax.training.state import name as dotted
 def described(config: MagnetConfig) -> Checkpoint:
     """What `open_checkpoint` gives, of a checkpoint that may have no weights and no tokenizers; errors as there."""
     source = describe(config.model)
-    configs = {name: value for name, value in source.configs.items() if config.t5 or name != T5}
+    configs = {name: value for name, value in source.configs.items() if config.t5 or name != source.family.t5}
     return check(config, Checkpoint(replace(source, configs=configs), None))
 
 
@@ -80,11 +80,11 @@ def item_shapes(config: MagnetConfig, checkpoint: Checkpoint) -> dict[str, tuple
 
 
 def _encoded(checkpoint: Checkpoint, size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    vae, towers = checkpoint.vae, [checkpoint.configs[name] for name in CLIPS]
+    vae, towers = checkpoint.vae, [checkpoint.configs[name] for name in checkpoint.family.clips]
     side = size // vae.downsampling
     states = (checkpoint.clip_tokens, sum(tower.hidden_size for tower in towers))
     if checkpoint.t5:
-        states = (checkpoint.clip_tokens + T5_LENGTH, checkpoint.configs[T5].d_model)
+        states = (checkpoint.clip_tokens + T5_LENGTH, checkpoint.configs[checkpoint.family.t5].d_model)
     return {
         "latents": ((side, side, vae.latent_channels), jnp.float16),
         "states": (states, jnp.float16),

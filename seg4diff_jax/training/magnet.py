@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
-from seg4diff_jax.checkpoints import CLIPS, T5, Checkpoint, open
+from seg4diff_jax.checkpoints import Checkpoint, open
 from seg4diff_jax.data.loader import Batch, Source
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.flow import logit_normal_sigmas
@@ -153,7 +153,7 @@ def image_size(config: MagnetConfig, checkpoint: Checkpoint) -> int:
 
 def load_encoders(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh | None, *, t5: bool = True) -> Encoders:
     """The VAE and the text encoders; T5 if the checkpoint was opened with it and `t5`."""
-    names = [name for name in checkpoint.encoder_names if t5 or name != T5]
+    names = [name for name in checkpoint.encoder_names if t5 or name != checkpoint.family.t5]
     vae, clip_l, clip_g, *rest = (checkpoint.component(name, dtype=config.dtype, mesh=mesh) for name in names)
     return Encoders(vae, clip_l, clip_g, rest[0] if rest else None)
 
@@ -210,8 +210,8 @@ def step_flops(config: MagnetConfig, checkpoint: Checkpoint) -> int:
     flops = adapter_step_flops(checkpoint.transformer, config.lora, image, text, mapped=clip_tokens).needed
     if config.cache is None:
         flops += vae_encoder_flops(checkpoint.vae, size, size)
-        flops += sum(clip_text_flops(checkpoint.configs[name], clip_tokens) for name in CLIPS)
-        flops += t5_flops(checkpoint.configs[T5], t5_tokens) if config.t5 else 0
+        flops += sum(clip_text_flops(checkpoint.configs[name], clip_tokens) for name in checkpoint.family.clips)
+        flops += t5_flops(checkpoint.configs[checkpoint.family.t5], t5_tokens) if config.t5 else 0
     return flops
 
 

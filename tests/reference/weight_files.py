@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize, quantize
 
-from convert.components import COMPONENTS, Naming, abstract_model, parse_config
+from convert.components import COMPONENTS, abstract_model, parse_config
+from convert.families import Naming
 from convert.names import assign_back, parameter_shapes
 from convert.safetensors_stream import write_safetensors
 

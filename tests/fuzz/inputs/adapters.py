@@ -109,7 +109,7 @@ STATED = {
     r": (zero|negative|fraction|huge): lora_alpha": "another sound alpha",
     r": deleted: ": "PEFT's default",
 }
-FORMATS = ("convert/lora.py", "convert/lora_formats.py")
+FORMATS = ("convert/lora.py", "convert/lora_files.py", "convert/lora_formats.py")
 
 READERS: dict[str, Reader] = {
     "lora native": Reader(

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from convert.checkpoint import convert_checkpoint
-from convert.components import COMPONENTS, Naming, abstract_model, parse_config
+from convert.components import COMPONENTS, abstract_model, parse_config
+from convert.families import Naming
 from convert.image_encoder import load_image_encoder
 from convert.names import assign_back, parameter_shapes
 from convert.readers import Source

@@ -1,0 +1,177 @@
+"""What tells one family of models from another, as values: parts, names of tensors, schedule, expert block.
+
+SD3 is the first. Whatever is not told here is the same for all: how files are read, layers stacked, attention recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from convert.names import Rule
+from convert.tables import clip as clip_table
+from convert.tables import mmdit as mmdit_table
+from convert.tables import t5 as t5_table
+from convert.tables import vae as vae_table
+from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.t5 import T5Config, T5Encoder
+from seg4diff_jax.models.vae import VAE, VAEConfig
+
+Naming = Literal["diffusers", "stability", "gguf"]
+"""Whose names tensors have: diffusers' and transformers', Stability's, or, for T5, llama.cpp's."""
+
+
+class Component(NamedTuple):
+    """One part of a checkpoint.
+
+    Attributes:
+      config: its typed configuration, with `from_json`.
+      model: makes it of the configuration.
+      rules: its name table in each naming.
+      published: library and class that `model_index.json` names.
+      weights: its file of weights in diffusers' layout, without variant, shard and suffix.
+      prefix: what single files put before its tensors.
+      depth: the configuration's key for its number of layers; None where layers are not counted.
+      file: what a file of its own is called, without `_fp16` and the suffix; None where there is no such.
+      file_pattern: the same as a regular expression, with what else it goes by. Case does not matter.
+      tokenizer: the folder of the tokenizer it needs, and the class that `model_index.json` names for that.
+    """
+
+    config: Any
+    model: Callable[..., Any]
+    rules: Mapping[Naming, Callable[[Any], list[Rule]]]
+    published: tuple[str, str]
+    weights: str
+    prefix: str
+    depth: str | None = None
+    file: str | None = None
+    file_pattern: str = ""
+    tokenizer: tuple[str, str] | None = None
+
+
+class Architecture(NamedTuple):
+    """What tells a family's published transformers apart."""
+
+    num_layers: int
+    width: int
+    dual_attention_layers: tuple[int, ...]
+    qk_norm: bool
+
+
+class Family(NamedTuple):
+    """A family of models.
+
+    Attributes:
+      title: as messages call it.
+      pipeline: diffusers' class of the whole.
+      components: by diffusers' names, in the order in which they are converted.
+      clips: the components that are CLIPs, in the order of their states.
+      t5: the component that is T5, which may be absent.
+      scheduler: `scheduler_config.json` of checkpoints that come without.
+      expert_blocks: the block whose attention segments best, of the architectures of which one is published.
+      expert_step: the noise level at which it does, counted from the clean end of 28.
+    """
+
+    title: str
+    pipeline: str
+    components: Mapping[str, Component]
+    clips: tuple[str, ...]
+    t5: str
+    scheduler: Mapping[str, Any]
+    expert_blocks: Mapping[Architecture, int]
+    expert_step: int
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The VAE and the text encoders, in the order in which they encode."""
+        return ("vae", *self.clips, self.t5)
+
+    @property
+    def model_index(self) -> dict[str, Any]:
+        """`model_index.json` of a checkpoint that has every component."""
+        parts = {name: list(component.published) for name, component in self.components.items()}
+        tokenizers = [component.tokenizer for component in self.components.values() if component.tokenizer]
+        return {
+            "_class_name": self.pipeline,
+            "scheduler": ["diffusers", self.scheduler["_class_name"]],
+            **parts,
+            **{folder: ["transformers", kind] for folder, kind in tokenizers},
+        }
+
+
+def _rules(table: Any) -> dict[Naming, Callable[[Any], list[Rule]]]:
+    return {"diffusers": table.diffusers, "stability": table.stability}
+
+
+SD3 = Family(
+    title="Stable Diffusion 3 or 3.5",
+    pipeline="StableDiffusion3Pipeline",
+    components={
+        "transformer": Component(
+            MMDiTConfig,
+            MMDiT,
+            _rules(mmdit_table),
+            published=("diffusers", "SD3Transformer2DModel"),
+            weights="diffusion_pytorch_model",
+            prefix="model.diffusion_model.",
+            depth="num_layers",
+        ),
+        "vae": Component(
+            VAEConfig,
+            VAE,
+            _rules(vae_table),
+            published=("diffusers", "AutoencoderKL"),
+            weights="diffusion_pytorch_model",
+            prefix="first_stage_model.",
+            file="vae",
+            file_pattern=r"(?:sd3(?:\.?5)?[-_])?vae|ae",
+        ),
+        "text_encoder": Component(
+            CLIPTextConfig,
+            CLIPText,
+            _rules(clip_table),
+            published=("transformers", "CLIPTextModelWithProjection"),
+            weights="model",
+            prefix="text_encoders.clip_l.transformer.",
+            depth="num_hidden_layers",
+            file="clip_l",
+            file_pattern=r"clip[-_]l",
+            tokenizer=("tokenizer", "CLIPTokenizer"),
+        ),
+        "text_encoder_2": Component(
+            CLIPTextConfig,
+            CLIPText,
+            _rules(clip_table),
+            published=("transformers", "CLIPTextModelWithProjection"),
+            weights="model",
+            prefix="text_encoders.clip_g.transformer.",
+            depth="num_hidden_layers",
+            file="clip_g",
+            file_pattern=r"clip[-_]g",
+            tokenizer=("tokenizer_2", "CLIPTokenizer"),
+        ),
+        "text_encoder_3": Component(
+            T5Config,
+            T5Encoder,
+            {**_rules(t5_table), "gguf": t5_table.gguf},
+            published=("transformers", "T5EncoderModel"),
+            weights="model",
+            prefix="text_encoders.t5xxl.transformer.",
+            depth="num_layers",
+            file="t5xxl",
+            file_pattern=r"(?:google[-_])?t5[-_]?(?:v1_1[-_])?xxl(?:[-_]encoder(?:only)?)?",
+            tokenizer=("tokenizer_3", "T5TokenizerFast"),
+        ),
+    },
+    clips=("text_encoder", "text_encoder_2"),
+    t5="text_encoder_3",
+    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    # Seg4Diff's finding for SD3-medium, whose "9th block" is number 9 counted from 0, and for SD3.5-medium (appendix
+    # C). For SD3.5-large nobody has published one.
+    expert_blocks={
+        Architecture(24, 1536, (), qk_norm=False): 9,
+        Architecture(24, 1536, tuple(range(13)), qk_norm=True): 9,
+    },
+    expert_step=8,
+)
