@@ -1,6 +1,9 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, in fp32, with shapes in signatures checked at each call."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,12 @@ from tests.reference.processes import QUICK_TO_COMPILE, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # tests leave nothing in the user's cache
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One place for a run's programs, which its workers and all processes that they start share. It is gone at the end.
+    place = tempfile.mkdtemp(prefix="seg4diff-jax-tests-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": place, "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ |= flags(QUICK_TO_COMPILE)
 

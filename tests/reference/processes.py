@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # newer ones end where they meet a flag that is gone
+    # Newer ones end where they meet a flag that is gone.
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 IN_ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """Simulated devices of a process come to their collectives in one order: otherwise some wait in one and some in the
 next, until XLA gives them up."""
