@@ -60,7 +60,7 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
     )
     wanted = needed_files(files, components, variant)
     folder = fetched([file for file in wanted if not re.search(SHARD, file)])
-    indices = [folder / file for file in wanted if file.endswith(".index.json") or ".index." in file]
+    indices = [folder / file for file in wanted if ".index." in file]
     shards = {f"{index.parent.name}/{shard}" for index in indices for shard in weight_map_of(index).values()}
     return fetched(sorted(shards)) if shards else folder
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from convert.components import COMPONENTS, tokenizers_of
 from convert.container import SUFFIXES
 from convert.errors import CheckpointError
-from convert.families import SD3
 from convert.fit import check_fit
 from convert.readers import Source
 from convert.single_file import of_tensors
 from convert.stored import StoredTensor
 from convert.weight_files import read_weights
 
-FILES = {name: component.file for name, component in SD3.components.items() if component.file}
+FILES = {name: component.file for name, component in COMPONENTS.items() if component.file}
 """What a component's own file is called, a text encoder's as Stability does, without `_fp16` and the suffix."""
 FORMS = (
     "a diffusers directory, a converted directory, a single file that has text encoders, or a directory with "
@@ -81,7 +80,7 @@ def _variant(file: str, name: str) -> str | None:
     """What follows the name of a component's file, as in `fp16`; "" for nothing, None for another file."""
     suffixes = "|".join(map(re.escape, SUFFIXES))
     found = re.fullmatch(
-        rf"(?:{SD3.components[name].file_pattern})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE
+        rf"(?:{COMPONENTS[name].file_pattern})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE
     )
     return None if found is None else found["variant"] or ""
 

@@ -17,8 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One place for a run's programs, which its workers and all processes that they start share. It is gone at the end.
     place = tempfile.mkdtemp(prefix="seg4diff-jax-tests-")
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": place, "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = place
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ |= flags(QUICK_TO_COMPILE)
 
