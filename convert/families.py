@@ -104,6 +104,21 @@ def _rules(table: Any) -> dict[Naming, Callable[[Any], list[Rule]]]:
     return {"diffusers": table.diffusers, "stability": table.stability}
 
 
+def _clip(file: str, pattern: str, tokenizer: str) -> Component:
+    return Component(
+        CLIPTextConfig,
+        CLIPText,
+        _rules(clip_table),
+        published=("transformers", "CLIPTextModelWithProjection"),
+        weights="model",
+        prefix=f"text_encoders.{file}.transformer.",
+        depth="num_hidden_layers",
+        file=file,
+        file_pattern=pattern,
+        tokenizer=(tokenizer, "CLIPTokenizer"),
+    )
+
+
 SD3 = Family(
     title="Stable Diffusion 3 or 3.5",
     pipeline="StableDiffusion3Pipeline",
@@ -127,30 +142,8 @@ SD3 = Family(
             file="vae",
             file_pattern=r"(?:sd3(?:\.?5)?[-_])?vae|ae",
         ),
-        "text_encoder": Component(
-            CLIPTextConfig,
-            CLIPText,
-            _rules(clip_table),
-            published=("transformers", "CLIPTextModelWithProjection"),
-            weights="model",
-            prefix="text_encoders.clip_l.transformer.",
-            depth="num_hidden_layers",
-            file="clip_l",
-            file_pattern=r"clip[-_]l",
-            tokenizer=("tokenizer", "CLIPTokenizer"),
-        ),
-        "text_encoder_2": Component(
-            CLIPTextConfig,
-            CLIPText,
-            _rules(clip_table),
-            published=("transformers", "CLIPTextModelWithProjection"),
-            weights="model",
-            prefix="text_encoders.clip_g.transformer.",
-            depth="num_hidden_layers",
-            file="clip_g",
-            file_pattern=r"clip[-_]g",
-            tokenizer=("tokenizer_2", "CLIPTokenizer"),
-        ),
+        "text_encoder": _clip("clip_l", r"clip[-_]l", "tokenizer"),
+        "text_encoder_2": _clip("clip_g", r"clip[-_]g", "tokenizer_2"),
         "text_encoder_3": Component(
             T5Config,
             T5Encoder,

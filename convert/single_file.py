@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.components import COMPONENTS, parse_config
+from convert.diffusers_folder import SHARD
 from convert.errors import CheckpointError, listed
 from convert.families import Naming
 from convert.files import read_json
@@ -31,7 +32,7 @@ NAMINGS: dict[str, Naming] = {
 
 
 def open_single_file(path: Path) -> Source:
-    if re.search(r"-\d{5}-of-\d{5}", path.name):
+    if re.search(SHARD, path.name):
         raise CheckpointError(f"{path} is one of several shards: give the folder that holds them all and their index")
     tensors: dict[str, dict[str, StoredTensor]] = {}
     weights = read_weights(path)
