@@ -78,7 +78,7 @@ class Case:
         """Operations that a step's gradients need."""
         from seg4diff_jax.models.flops import adapter_step_flops, vae_encoder_flops
         from seg4diff_jax.models.lora import LoRAConfig
-        from seg4diff_jax.models.mmdit_config import MMDiTConfig
+        from seg4diff_jax.models.sd3.config import MMDiTConfig
 
         adapters, tokens = LoRAConfig(self.rank, self.rank), (self.size // 16) ** 2
         step = adapter_step_flops(MMDiTConfig(**self.transformer()), adapters, tokens, CLIP + 1, mapped=CLIP).needed
@@ -170,7 +170,7 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.models.attention import ForwardOptions
     from seg4diff_jax.models.conditioning import TextConditioning
     from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
-    from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+    from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
     from seg4diff_jax.models.vae import VAE as Autoencoder
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.text import segments

@@ -27,7 +27,7 @@ from rich.table import Table
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 
 CONFIG = Path(__file__).parents[1] / "configs" / "miniature" / "flow_matching.yaml"
 TEXT, ABSENT_T5 = 154, 77

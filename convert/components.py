@@ -13,7 +13,7 @@ from convert.configurations import PUBLISHED, check_values
 from convert.errors import CheckpointError
 from convert.families import SD3, Architecture
 from convert.files import shown
-from seg4diff_jax.models.mmdit import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stack import Layered
 
 COMPONENTS = SD3.components

@@ -14,7 +14,7 @@ from convert.tables import mmdit as mmdit_table
 from convert.tables import t5 as t5_table
 from convert.tables import vae as vae_table
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 

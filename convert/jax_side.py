@@ -34,9 +34,9 @@ from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.joint_block import JointBlock, StreamState
 from seg4diff_jax.models.kernels import repeat_last
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.block import JointBlock, StreamState
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.stack import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
 from seg4diff_jax.models.vae import VAE
@@ -257,7 +257,7 @@ def _joint_block(
 @partial(jax.jit, static_argnames=("options",))
 def _record_alone(block: OneLayer, state: StreamState, vector: Array, options: ForwardOptions) -> JointAttention:
     """As `attention_at` ends: nothing but q, k and the normaliser."""
-    image, text = block.layer.qkv(state, block.layer.modulations(vector))
+    image, text = block.layer.qkv(state, vector)
     return attention_record(image, text, options)
 
 

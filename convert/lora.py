@@ -19,7 +19,7 @@ from convert.lora_layers import config_of, gaps, pair, refuse
 from convert.lora_names import native_names, parse_native
 from convert.staging import check_target, staged_directory
 from seg4diff_jax.models.lora import Adapter, LoRAConfig, apply_lora
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 
 
 class FileFormat(NamedTuple):

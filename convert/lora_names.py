@@ -16,7 +16,7 @@ import numpy as np
 from convert.names import Rule
 from convert.tables import mmdit as table
 from seg4diff_jax.models.lora import Adapter
-from seg4diff_jax.models.mmdit import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiTConfig
 
 Side = Literal["a", "b"]
 Layers = dict[str, tuple[str, ...]]

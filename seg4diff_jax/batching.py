@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
 
 

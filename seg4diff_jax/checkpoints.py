@@ -31,7 +31,7 @@ from seg4diff_jax.batching import ModelView
 from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.lora import LoRA
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import AXES, parameter_shardings

@@ -14,7 +14,7 @@ from seg4diff_jax.flow import euler, guided, is_whole
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
 

@@ -12,7 +12,8 @@ from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, attention_at, attentions_at
+from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.models.trunk import attention_at, attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
 

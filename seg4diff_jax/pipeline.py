@@ -23,7 +23,7 @@ from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, Join
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.numerics import settled

@@ -17,7 +17,7 @@ from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.sources import open_source
-from seg4diff_jax.models.mmdit import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiTConfig
 from tests.reference.checkpoints import make_checkpoint
 from tests.reference.damage import edit, refusal
 

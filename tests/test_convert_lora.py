@@ -17,7 +17,7 @@ from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.lora import attach_lora, convert_lora, load_lora, read_lora, save_lora
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, Adapter, LoRAConfig, lora_state
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from tests.reference.adapters import (
     BLOCKS,
     RANK,

@@ -19,7 +19,7 @@ from convert.errors import CheckpointError
 from convert.load import load_component
 from convert.lora import attach_lora, convert_lora, load_lora, read_lora
 from seg4diff_jax.models.lora import merge_lora
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from tests.reference.adapters import RANK, factors, release_names
 
 ALPHA = 2.0

@@ -28,7 +28,7 @@ from convert.errors import CheckpointError
 from convert.sources import open_source
 from convert.verify import verify
 from convert.verify_inputs import draw_picture
-from seg4diff_jax.models.joint_block import JointBlock
+from seg4diff_jax.models.sd3.block import JointBlock
 from seg4diff_jax.models.t5 import T5Block
 from tests.reference.checkpoints import Variant
 from tests.reference.single_file import make_both

@@ -20,7 +20,7 @@ from seg4diff_jax.models.flops import (
     vae_encoder_flops,
 )
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora
-from seg4diff_jax.models.mmdit import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.planning.arithmetic import operations

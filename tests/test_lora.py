@@ -30,7 +30,8 @@ from seg4diff_jax.models.lora import (
     set_lora_state,
     unmerge_lora,
 )
-from seg4diff_jax.models.mmdit import MMDiT, attention_at
+from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.models.trunk import attention_at
 from tests.reference.random_weights import relative_error
 from tests.test_mmdit import VARIANTS, forward, make_inputs, make_pair, run_torch
 

@@ -24,7 +24,7 @@ from seg4diff_jax.magnet.targets import averaging_of_ids
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora, apply_lora, lora_state
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.text import segments
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import take_apart

@@ -19,15 +19,14 @@ from convert.tables import mmdit as table
 from convert.write import layer_arrays
 from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.mmdit import (
+from seg4diff_jax.models.sd3.model import (
     MMDiT,
     MMDiTConfig,
-    attention_at,
-    attentions_at,
     patchify,
     sincos_table,
     velocity_at,
 )
+from seg4diff_jax.models.trunk import attention_at, attentions_at
 from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
 

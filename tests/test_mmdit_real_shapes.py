@@ -14,7 +14,7 @@ from diffusers import SD3Transformer2DModel
 
 from convert.assemble import abstract
 from convert.tables import mmdit as table
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
 from tests.reference.saved import load_saved

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from convert.assemble import abstract
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import AXES, batch_share, make_mesh, parameter_shardings

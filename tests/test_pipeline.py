@@ -23,7 +23,7 @@ from seg4diff_jax import pipeline as module
 from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.models.attention import AttentionRequest
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from tests.reference.inputs import BLOCK, NAMES, SIZE, SQUARE, VARIED, a_noise, an_image
 from tests.reference.random_weights import relative_error
 from tests.reference.small_tokenizers import WORDS

@@ -15,8 +15,8 @@ from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.flops import mmdit_flops
 from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
-from seg4diff_jax.models.mmdit import MMDiT
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import AXES
 from seg4diff_jax.planning.arithmetic import operations
 from seg4diff_jax.planning.checkpoints import TRANSFORMERS

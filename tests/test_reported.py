@@ -15,7 +15,7 @@ from seg4diff_jax.evaluation.paper import BY_NAMES, FIGURES, WITHOUT_NAMES
 from seg4diff_jax.evaluation.reported import IMAGES, MAGNET, reported
 from seg4diff_jax.evaluation.results import tell
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig, add_lora, attached
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 from tests.reference.evaluations import made_up_benchmark, made_up_evaluation
 
 ROOT = Path(__file__).parents[1]

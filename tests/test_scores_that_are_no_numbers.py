@@ -16,7 +16,7 @@ from seg4diff_jax.data.shapes import CLASSES
 from seg4diff_jax.evaluation.pictured import pictured
 from seg4diff_jax.evaluation.scores import best_setting
 from seg4diff_jax.magnet.objective import MagnetObjective
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.training import contrastive, grounding, held_out
 from seg4diff_jax.training.held_out import HeldOut, HeldOutData
 from seg4diff_jax.training.noise_levels import NoiseLevels

@@ -27,7 +27,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, MMDiTConfig, attention_at
+from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
+from seg4diff_jax.models.trunk import attention_at
 from seg4diff_jax.parallel import AXES, parameter_shardings
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices

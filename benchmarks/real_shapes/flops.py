@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seg4diff_jax.models.flops import block_flops, embedding_flops, head_flops, maps_flops, vae_encoder_flops
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
 
 TEXT_TOKENS = 154

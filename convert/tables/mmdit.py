@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from convert.names import CONV, COPY, LINEAR, SWAPPED, SWAPPED_LINEAR, Rule, Transform
-from seg4diff_jax.models.mmdit import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiTConfig
 
 
 def _table(size: int) -> Transform:

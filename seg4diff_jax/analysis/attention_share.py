@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 
 ALL_TEXT = AttentionRequest(scores=False, text_tokens=(0, None))
 

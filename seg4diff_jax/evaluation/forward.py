@@ -19,8 +19,9 @@ from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.mmdit import MMDiT, attentions_at
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.t5 import T5Encoder
+from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import TokenIds, encode_prompts, tokenize

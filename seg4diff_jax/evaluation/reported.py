@@ -8,7 +8,7 @@ from typing import Any
 from seg4diff_jax.evaluation.options import UNSUPERVISED
 from seg4diff_jax.evaluation.paper import FIGURES, Figure
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 
 METHOD = "Seg4Diff"
 MODELS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from seg4diff_jax.magnet.targets import class_maps, matched_maps
 from seg4diff_jax.models.attention import DEFAULT_OPTIONS, AttentionRequest, ForwardOptions, JointAttention
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mask_head import MaskHead
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 
 
 @dataclass(frozen=True)

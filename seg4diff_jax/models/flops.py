@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from seg4diff_jax.models.clip import CLIPTextConfig
-from seg4diff_jax.models.joint_block import MODULATIONS
 from seg4diff_jax.models.lora import LoRAConfig
-from seg4diff_jax.models.mmdit import TIME_FEATURES
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.block import MODULATIONS
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.sd3.model import TIME_FEATURES
 from seg4diff_jax.models.t5 import T5Config
 from seg4diff_jax.models.vae import VAEConfig
 
@@ -97,7 +97,7 @@ def head_flops(config: MMDiTConfig, image: int) -> int:
 
 
 def maps_flops(config: MMDiTConfig, image: int, text: int) -> int:
-    """What a block's image-to-text attention takes, see `MMDiT.attention_at`: image queries, all keys, every score."""
+    """What a block's image-to-text attention takes, see `trunk.attention_at`: image queries, all keys, every score."""
     width = config.width
     weights = 2 * width**2 * (2 * image + text + 4)  # and the scales and shifts of both streams
     return weights + 2 * image * (image + text) * width

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.stack import LayerStack
 
 IMAGE_ATTENTION = tuple(f"image.attention.{name}" for name in ("q", "k", "v", "out"))

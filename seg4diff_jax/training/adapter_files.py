@@ -16,7 +16,7 @@ from flax import nnx
 
 from seg4diff_jax.models.lora import LoRAConfig, add_lora, lora_state, set_lora_state
 from seg4diff_jax.models.mask_head import MaskHead
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 
 HEAD_FILE, EXPORT = "mask_head.safetensors", "export"
 PREFIX = "attn_mlp.attn_score_layer."

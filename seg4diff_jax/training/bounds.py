@@ -13,7 +13,7 @@ from seg4diff_jax.models.clip import CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVisionConfig
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRAConfig
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
 from seg4diff_jax.training.autoencoder import AutoencoderConfig
 from seg4diff_jax.training.autoencoder import Objective as AutoencoderObjective

@@ -31,8 +31,8 @@ from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velo
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.mmdit import MMDiT, patchify, velocity_at
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT, patchify, velocity_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
 from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers, tokenize

@@ -21,7 +21,7 @@ from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
 from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map

@@ -19,7 +19,7 @@ from seg4diff_jax.data.loader import Batch, Item, evaluation_batches
 from seg4diff_jax.data.views import View
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.lora import remove_lora
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
 from seg4diff_jax.text import TokenIds, Tokenizers

@@ -33,7 +33,7 @@ from seg4diff_jax.models.flops import adapter_step_flops, clip_text_flops, t5_fl
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRA, LoRAConfig
 from seg4diff_jax.models.mask_head import MaskHead
-from seg4diff_jax.models.mmdit import MMDiT
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import make_mesh, parameter_shardings
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training import adapter_files, encoded_items

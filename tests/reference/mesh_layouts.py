@@ -18,8 +18,8 @@ from flax import nnx
 
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
-from seg4diff_jax.models.mmdit import MMDiT
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import TokenIds

@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.joint_block import modulate
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, TEXT_ATTENTION, LoRA, LoRAConfig, add_lora
-from seg4diff_jax.models.mmdit import MMDiT
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.block import modulate
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.stack import take_layer
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.parallel import BATCH, make_mesh, parameter_shardings

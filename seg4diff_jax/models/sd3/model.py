@@ -6,11 +6,10 @@ SD3.5-medium and -large normalise q and k. Blocks are numbered from 0; the last 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +18,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention, attention_record
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.joint_block import MLP, JointBlock, StreamState, modulate
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
-from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers, take_layer
+from seg4diff_jax.models.sd3.block import MLP, JointBlock, StreamState, modulate
+from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.models.stack import LayerStack, stack_layers
+from seg4diff_jax.models.trunk import run_blocks
 from seg4diff_jax.parallel import split_batch
 
 TIME_FEATURES = 256
-
-
-class Run(NamedTuple):
-    """Consecutive blocks that one scan takes: rows `start` to `stop` of stack number `stack`."""
-
-    stack: int
-    start: int
-    stop: int
-    first_block: int
-    captured: bool
 
 
 class Table(nnx.Variable):
@@ -71,7 +61,7 @@ class MMDiT(nnx.Module):
     Args:
       config: the published configuration.
       depth: number of blocks to hold, from the first; with fewer than the config's there is no output head and only
-        `attention_at` and `attentions_at` work. Default: all.
+        `trunk.attention_at` and `trunk.attentions_at` work. Default: all.
       dtype: of the computation. Softmax, norms and log-normalisers are fp32 whatever it is.
       param_dtype: of the parameters at initialisation.
     """
@@ -144,7 +134,7 @@ class MMDiT(nnx.Module):
             raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
         state, vector = self.embed(latents, timesteps, conditioning)
         options = options.about(conditioning) if capture else replace(options, request=None)
-        state, records = self._through(state, vector, self.depth, capture, options)
+        state, records = run_blocks(self, state, vector, self.depth, capture, options)
         height, width = latents.shape[1:3]
         return self.velocity(state.image, vector, (height, width)), records
 
@@ -191,44 +181,6 @@ class MMDiT(nnx.Module):
         grid = patches.reshape(-1, height // patch, width // patch, patch, patch, channels)
         return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
-    def _through(
-        self,
-        state: StreamState,
-        vector: Float[Array, "batch dim"],
-        stop: int,
-        capture: Collection[int],
-        options: ForwardOptions,
-    ) -> tuple[StreamState, dict[int, JointAttention]]:
-        """Blocks 0 to `stop`: the state behind them, and the records of those in `capture`."""
-        records: dict[int, JointAttention] = {}
-        for run in self._runs(capture, stop):
-            state, stacked = self._scan(run, state, vector, options if run.captured else replace(options, request=None))
-            if run.captured:
-                rows = range(run.stop - run.start)
-                records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
-        return state, records
-
-    def _runs(self, capture: Collection[int], stop: int) -> Iterator[Run]:
-        """Blocks 0 to `stop` in runs that one scan can take: all in one stack, all captured or none."""
-        for number, stack in enumerate(self.layer_stacks):
-            blocks = range(stack.start, min(stack.stop, stop))
-            for captured, group in itertools.groupby(blocks, key=lambda block: block in capture):
-                first, *rest = group
-                begin = first - stack.start
-                yield Run(number, begin, begin + 1 + len(rest), first, captured)
-
-    def _scan(
-        self,
-        run: Run,
-        state: StreamState,
-        vector: Float[Array, "batch dim"],
-        options: ForwardOptions,
-    ) -> tuple[StreamState, JointAttention | None]:
-        def step(state: StreamState, block: JointBlock) -> tuple[StreamState, JointAttention | None]:
-            return block(state, vector, options)
-
-        return scan_layers(step, state, self.stacks[run.stack], run.start, run.stop, options.remat)
-
 
 def patchify(latents: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:
     """Latents cut into the image tokens' patches, rows, columns, channels in one: what `velocity_at` predicts."""
@@ -256,52 +208,5 @@ def velocity_at(
     """
     state, vector = mmdit.embed(latents, timesteps, conditioning)
     state = replace(state, image=jnp.take_along_axis(state.image, tokens[..., None], axis=1))
-    state, _ = mmdit._through(state, vector, mmdit.depth, (), options)
+    state, _ = run_blocks(mmdit, state, vector, mmdit.depth, (), options)
     return mmdit.patch_velocity(state.image, vector)
-
-
-def attention_at(
-    mmdit: MMDiT,
-    latents: Float[Array, "batch height width channels"],
-    timesteps: Float[Array, " batch"],
-    conditioning: TextConditioning,
-    *,
-    block: int,
-    options: ForwardOptions = DEFAULT_OPTIONS,
-) -> JointAttention:
-    """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.
-
-    Arguments as for `MMDiT.__call__`; the model may hold only the blocks up to `block`.
-
-    Raises:
-      ValueError: the model does not hold that block.
-    """
-    return attentions_at(mmdit, latents, timesteps, conditioning, blocks=(block,), options=options)[block]
-
-
-def attentions_at(
-    mmdit: MMDiT,
-    latents: Float[Array, "batch height width channels"],
-    timesteps: Float[Array, " batch"],
-    conditioning: TextConditioning,
-    *,
-    blocks: Collection[int],
-    options: ForwardOptions = DEFAULT_OPTIONS,
-) -> dict[int, JointAttention]:
-    """The attention records of several blocks from one pass that ends, as `attention_at` does, in the last of them.
-
-    Raises:
-      ValueError: there are no blocks, the model does not hold one of them, or the text has no such segment.
-    """
-    if not blocks:
-        raise ValueError("no block is named: expected at least one whose attention is to be recorded")
-    if absent := [block for block in blocks if not 0 <= block < mmdit.depth]:
-        which = f"block {absent[0]}" if len(absent) == 1 else f"blocks {absent}"
-        raise ValueError(f"cannot capture {which}: the model holds blocks 0..{mmdit.depth - 1}")
-    last, options = max(blocks), options.about(conditioning)
-    state, vector = mmdit.embed(latents, timesteps, conditioning)
-    state, records = mmdit._through(state, vector, last, blocks, options)
-    number, stack = next((number, stack) for number, stack in enumerate(mmdit.layer_stacks) if last < stack.stop)
-    block = take_layer(mmdit.stacks[number], last - stack.start)
-    image, text = block.qkv(state, block.modulations(vector))
-    return records | {last: attention_record(image, text, options)}

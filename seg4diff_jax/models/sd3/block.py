@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax.models.attention import QKV, UNRECORDED, ForwardOptions, JointAttention, joint_attention
 from seg4diff_jax.models.kernels import attend
-from seg4diff_jax.models.mmdit_config import MMDiTConfig
+from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.parallel import split_batch
 
 MODULATIONS = {"joint": 6, "dual": 9, "keys only": 2}
@@ -123,15 +123,18 @@ class JointBlock(nnx.Module):
         self.image = Stream(config, "dual" if dual else "joint", rngs=rngs, **dtypes)
         self.text = Stream(config, "keys only" if last else "joint", rngs=rngs, **dtypes)
 
-    def qkv(self, state: StreamState, modulations: tuple[list[Array], list[Array]]) -> tuple[QKV, QKV]:
+    def qkv(self, state: StreamState, vector: Float[Array, "batch dim"]) -> tuple[QKV, QKV]:
         """Queries, keys and values of both streams: all that this block's attention record needs."""
+        return self._qkv(state, self._modulations(vector))
+
+    def _qkv(self, state: StreamState, modulations: tuple[list[Array], list[Array]]) -> tuple[QKV, QKV]:
         (image_shift, image_scale, *_), (text_shift, text_scale, *_) = modulations
         return (
             self.image.attention.qkv(modulate(state.image, image_shift, image_scale)),
             self.text.attention.qkv(modulate(state.text, text_shift, text_scale), state.last_token_count),
         )
 
-    def modulations(self, vector: Float[Array, "batch dim"]) -> tuple[list[Array], list[Array]]:
+    def _modulations(self, vector: Float[Array, "batch dim"]) -> tuple[list[Array], list[Array]]:
         return self.image.modulations(vector), self.text.modulations(vector)
 
     def __call__(
@@ -145,8 +148,8 @@ class JointBlock(nnx.Module):
         Args:
           vector: time and pooled text, which modulate both streams.
         """
-        image_mod, text_mod = modulations = self.modulations(vector)
-        image_heads, text_heads, record = joint_attention(*self.qkv(state, modulations), options)
+        image_mod, text_mod = modulations = self._modulations(vector)
+        image_heads, text_heads, record = joint_attention(*self._qkv(state, modulations), options)
         attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
         if self.image.dual_attention is not None:
             shift, scale, gate = image_mod[6:]
