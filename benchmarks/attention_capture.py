@@ -23,10 +23,10 @@ from rich.table import Table
 
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import segments
 from seg4diff_jax.models.kernels import default_kernel
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.trunk import attention_at
-from seg4diff_jax.text import segments
 
 SD3_MEDIUM = {"num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 REQUESTS = {

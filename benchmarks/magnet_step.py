@@ -169,11 +169,12 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
     from seg4diff_jax.models.attention import ForwardOptions
     from seg4diff_jax.models.conditioning import TextConditioning
+    from seg4diff_jax.models.encoders import segments
     from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
     from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
     from seg4diff_jax.models.vae import VAE as Autoencoder
     from seg4diff_jax.parallel import make_mesh
-    from seg4diff_jax.text import segments
+    from seg4diff_jax.passes import NoisedImages, encode_images
     from seg4diff_jax.training.magnet import REMATERIALISED
     from seg4diff_jax.training.optimizers import OptimizerConfig
     from seg4diff_jax.training.state import take_apart
@@ -202,11 +203,10 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
         for_noise, for_sigma = jax.random.split(key)
         latents = batch["latents"]
         if model.vae is not None:
-            latents = model.vae.encode(batch["image"].astype(jnp.float32) / 127.5 - 1).astype(jnp.float32)
+            latents = encode_images(model.vae, batch["image"])
+        sigma = logit_normal_sigmas(for_sigma, len(latents), mean=0.0, std=0.5, shift=3.0)
         shown = MagnetBatch(
-            latents=latents,
-            noise=jax.random.normal(for_noise, latents.shape),
-            sigma=logit_normal_sigmas(for_sigma, len(latents), mean=0.0, std=0.5, shift=3.0),
+            images=NoisedImages(latents, jax.random.normal(for_noise, latents.shape), sigma),
             texts=TextConditioning.from_full(batch["context"], batch["pooled"], ZEROS, segments(CLIP, ZEROS)),
             masks=batch["masks"],
             real=jnp.ones(batch["masks"].shape[:2], bool),

@@ -34,14 +34,15 @@ from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import join_states
 from seg4diff_jax.models.kernels import repeat_last
 from seg4diff_jax.models.sd3.block import JointBlock, StreamState
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.stack import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
 from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.passes import encode_images
 from seg4diff_jax.segmentation.open_vocabulary import bilinear_matrix, class_scores, label_map
-from seg4diff_jax.text import join_states
 
 Check = Callable[[str, np.ndarray], None]
 
@@ -97,15 +98,10 @@ def vae(
     model = load_component(source, "vae", dtype=dtype)
     assert isinstance(model, VAE)
     compute = jnp.dtype(dtype)
-    encoded = _numpy(_encode(model, jnp.asarray(pixels, compute)))
+    encoded = _numpy(encode_images(model, jnp.asarray(pixels, compute)))
     check("vae: latents of the picture", encoded)
     check("vae: decoded pixels", _numpy(_decode(model, jnp.asarray(latents, compute))))
     return encoded
-
-
-@jax.jit
-def _encode(model: VAE, pixels: Array) -> Array:
-    return model.encode(pixels)
 
 
 @jax.jit

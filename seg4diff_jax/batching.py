@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from seg4diff_jax.flow import image_noise
+from seg4diff_jax.flow import image_noise, is_whole
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
@@ -111,3 +111,13 @@ class ModelView:
             yield SizeGroup(
                 group, [image.shape[:2] for image in own], grid, self.pixels(own, (height, width), how), drawn
             )
+
+
+def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:
+    """The prompt of each image, those of the first prompt first.
+
+    Raises ValueError unless `images_per_prompt` is a whole number, at least 1.
+    """
+    if not is_whole(images_per_prompt, 1):
+        raise ValueError(f"images_per_prompt is {images_per_prompt!r}; expected a whole number, at least 1")
+    return [prompt for prompt in prompts for _ in range(images_per_prompt)]

@@ -30,6 +30,7 @@ from convert.tokenizers import open_tokenizers
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.compilation import keep_compiled_programs
 from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.lora import LoRA
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
@@ -255,10 +256,7 @@ class Checkpoint:
             models["transformer"] = _adapters_placed(adapted(models["transformer"]), shardings)
         return Pipeline(
             transformer=models["transformer"],
-            vae=models["vae"],
-            clip_l=models[self.family.clips[0]],
-            clip_g=models[self.family.clips[1]],
-            t5=models.get(self.family.t5),
+            encoders=Encoders(*(models[name] for name in self.encoder_names)),
             tokenizers=self.tokenizers,
             mesh=mesh,
             **about,

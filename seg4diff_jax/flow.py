@@ -222,7 +222,7 @@ def check_seed(seed: int) -> int:
 
 @settled()
 def image_noise(
-    seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, int, int]
+    seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, ...]
 ) -> Float[Array, "batch rows columns channels"]:
     """Standard normal noise for images by their index in the set, fp32 [batch, *shape].
 

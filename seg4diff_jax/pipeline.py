@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, overload
 
 import jax
@@ -14,17 +13,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from seg4diff_jax.batching import ModelView
+from seg4diff_jax import passes
+from seg4diff_jax.batching import ModelView, one_for_each
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
-from seg4diff_jax.generation import finite_pictures, one_for_each, sample_latents
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
-from seg4diff_jax.masks import image_latents, read_attention, read_class_scores
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
-from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.models.t5 import T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH
@@ -36,14 +33,7 @@ from seg4diff_jax.segmentation.unsupervised import (
     merged_maps_of_images,
     unsupervised_segmentation,
 )
-from seg4diff_jax.text import (
-    ClassPrompts,
-    TokenIds,
-    Tokenizers,
-    class_prompts,
-    encode_prompts,
-    tokenize,
-)
+from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, tokenize
 
 REMEMBERED = 256
 """Prompts whose encoding a pipeline keeps: about 2.5 MB each at SD3's sizes in fp32."""
@@ -61,10 +51,7 @@ class Pipeline:
     """
 
     transformer: MMDiT
-    vae: VAE
-    clip_l: CLIPText
-    clip_g: CLIPText
-    t5: T5Encoder | None
+    encoders: Encoders
     tokenizers: Tokenizers
     schedule: FlowSchedule
     expert_block: int | None
@@ -200,11 +187,12 @@ class Pipeline:
         pixels = read_image(image)
         wanted = self.view.size(pixels.shape[:2], size, resize)
         eps = self.view.noise(noise, [0], 1, wanted, seed)
-        images = self.view.pixels([pixels], wanted, resize), eps
-        conditioning, options = self.encode_prompts([prompt]), ForwardOptions(request, kernel)
         sigma, wanted_blocks = self._sigma(step), self._blocks(blocks)
+        seen, texts = self.view.pixels([pixels], wanted, resize), self.encode_prompts([prompt])
         with self.settings():
-            return read_attention(self.transformer, self.vae, images, conditioning, sigma, wanted_blocks, options)
+            images = passes.NoisedImages(passes.encode_images(self.vae, seen), eps, sigma)
+            options = ForwardOptions(request, kernel)
+            return passes.attention(self.transformer, images, texts, blocks=wanted_blocks, options=options)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -243,14 +231,14 @@ class Pipeline:
         prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
         wanted = self.view.size((0, 0), size, "square")
         eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
-        levels = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
+        sigmas, scale = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
         if not prompts:
             return []
-        negative = self.encode_prompts([negative_prompt]) if guidance > 1 else None
-        images = self.spread((eps, self.encode_prompts(prompts)))
+        away = (self.encode_prompts([negative_prompt]), scale) if guidance > 1 else None
+        eps, texts = self.spread((eps, self.encode_prompts(prompts)))
         with self.settings():
-            latents = sample_latents(self.transformer, *images, negative, *levels, kernel)
-            pictures = finite_pictures(self.vae, latents)
+            latents = passes.sample_latents(self.transformer, eps, texts, sigmas, away, kernel=kernel)
+            pictures = passes.finite_pictures(self.vae, latents)
         return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -258,31 +246,32 @@ class Pipeline:
     def encode_images(
         self, images: Sequence[ImageInput], size: tuple[int, int], resize: Resize = "square"
     ) -> Float[Array, "batch rows columns channels"]:
-        """Clean latents of images, each resampled to `size` (height, width)."""
+        """Clean latents of images, fp32, each resampled to `size` (height, width)."""
         wanted = self.view.size((0, 0), size, resize)
+        pixels = self.view.pixels([read_image(image) for image in images], wanted, resize)
         with self.settings():
-            return image_latents(self.vae, self.view.pixels([read_image(image) for image in images], wanted, resize))
+            return passes.encode_images(self.vae, pixels)
 
     @settled()
-    def encode_prompts(self, prompts: Sequence[str]) -> TextConditioning:
+    def encode_prompts(self, prompts: Sequence[str], *, rows: int | None = None) -> TextConditioning:
         """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
+
+        Args:
+          rows: how many are encoded at a time, at least as many as are new, so that one program serves. Default: what
+            is new, filled up to a power of two.
 
         Raises ValueError when there is no prompt.
         """
         if not prompts:
             raise ValueError('expected at least one prompt, found none; for no text write [""]')
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]
-        if new:
-            # Filled up to a power of two, so that few programs serve batches of any length.
-            filled = new + new[:1] * (2 ** (len(new) - 1).bit_length() - len(new))
-            ids = tokenize(self.tokenizers, filled)
-            with self.settings():
-                encoded = _encode_text(
-                    self.clip_l, self.clip_g, self.t5, ids, self.transformer.config.joint_attention_dim
-                )
-            for i, prompt in enumerate(new):
-                self._conditioning[prompt] = jax.tree.map(lambda leaf, i=i: leaf[i], encoded)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._conditioning[prompt] for prompt in prompts))
+        with self.settings():
+            if new:
+                filled = new + new[:1] * ((rows or 2 ** (len(new) - 1).bit_length()) - len(new))
+                joint_dim = self.transformer.config.joint_attention_dim
+                encoded = passes.encode_prompts(self.encoders, tokenize(self.tokenizers, filled), joint_dim=joint_dim)
+                self._conditioning |= zip(new, _rows(encoded), strict=False)
+            stacked = _stacked([self._conditioning[prompt] for prompt in prompts])
         for prompt in prompts:  # the dictionary's order is that of last use
             self._conditioning[prompt] = self._conditioning.pop(prompt)
         for prompt in list(self._conditioning)[:-REMEMBERED]:
@@ -299,11 +288,11 @@ class Pipeline:
         kernel: Kernel | None = None,
     ) -> Float[Array, "images image_tokens text_tokens"]:
         """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
-        options = ForwardOptions(AttentionRequest(scores=False, mean_heads=True), kernel)
-        images, conditioning = self.spread(((pixels, noise), self.encode_prompts([""] * len(pixels))))
-        sigma, blocks = jnp.float32(self._sigma(step)), self._blocks(self._block(block))
+        options, blocks = ForwardOptions(passes.MEAN_PROBS, kernel), self._blocks(self._block(block))
+        pixels, noise, texts = self.spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
         with self.settings():
-            records = read_attention(self.transformer, self.vae, images, conditioning, sigma, blocks, options)
+            images = passes.NoisedImages(passes.encode_images(self.vae, pixels), noise, self._sigma(step))
+            records = passes.attention(self.transformer, images, texts, blocks=blocks, options=options)
         (record,) = records.values()
         assert record.probs is not None
         return record.probs
@@ -313,19 +302,20 @@ class Pipeline:
         pixels: Float[np.ndarray, "images height width 3"],
         prompts: list[ClassPrompts],
         noise: Float[Array, "images rows columns channels"],
-        sigma: float,
+        sigma: Float[Array, ""],
         block: int,
         kernel: Kernel | None,
     ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
         """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
         most = padded_rows(max(len(item.classes) for item in prompts))
         averaging = np.concatenate([item.averaging(most) for item in prompts])
-        image_of_row = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
-        conditioning = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
-        rows = self.spread((conditioning, image_of_row, averaging))
-        images = self.spread((pixels, noise))
+        image_of_prompt = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
+        texts = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
+        texts, image_of_prompt, averaging = self.spread((texts, image_of_prompt, averaging))
+        pixels, noise = self.spread((pixels, noise))
         with self.settings():
-            scores = read_class_scores(self.transformer, self.vae, images, rows, jnp.float32(sigma), block, kernel)
+            images = passes.NoisedImages(passes.encode_images(self.vae, pixels), noise, sigma, image_of_prompt)
+            scores = passes.read_class_scores(self.transformer, images, texts, averaging, block=block, kernel=kernel)
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def spread(self, arrays: Any) -> Any:
@@ -344,8 +334,8 @@ class Pipeline:
         with settled(), mesh, jax.default_matmul_precision("highest" if exact else None):
             yield
 
-    def _sigma(self, step: int | None) -> float:
-        return self.schedule.sigma_at(self.expert_step if step is None else step)
+    def _sigma(self, step: int | None) -> Float[Array, ""]:
+        return jnp.float32(self.schedule.sigma_at(self.expert_step if step is None else step))
 
     def _block(self, block: int | None) -> int:
         chosen = self.expert_block if block is None else block
@@ -366,6 +356,11 @@ class Pipeline:
         return tuple(sorted({self._block(block) for block in several}))
 
     @property
+    def vae(self) -> VAE:
+        assert self.encoders.vae is not None, "a pipeline has its autoencoder"
+        return self.encoders.vae
+
+    @property
     def view(self) -> ModelView:
         """How the model sees images."""
         return ModelView.of(self.transformer.config, self.vae.config, self.trained_size)
@@ -377,8 +372,12 @@ def _finite(maps: Float[np.ndarray, "*shape"], block: int) -> Float[np.ndarray, 
     return maps
 
 
-@partial(jax.jit, static_argnames=("joint_dim",))
-def _encode_text(
-    clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds, joint_dim: int
-) -> TextConditioning:
-    return encode_prompts(clip_l, clip_g, t5, ids, joint_dim=joint_dim)
+@jax.jit
+def _rows(texts: TextConditioning) -> list[TextConditioning]:
+    """Each prompt's states by themselves."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], texts) for i in range(len(texts.pooled))]
+
+
+@jax.jit
+def _stacked(texts: list[TextConditioning]) -> TextConditioning:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)

@@ -1,8 +1,4 @@
-"""Text: prompts to token ids to the transformer's context and pooled vector; class names to token spans and prompts.
-
-`load_tokenizers`, `tokenize`, `token_spans` and `class_prompts` are the edge: they call the tokenizers that lie beside
-a checkpoint, on the host. The rest is arrays.
-"""
+"""Text on the host: prompts to token ids, and class names to prompts and token spans, by a checkpoint's tokenizers."""
 
 from __future__ import annotations
 
@@ -12,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
-from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.t5 import T5Encoder
+from seg4diff_jax.models.encoders import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -32,14 +25,6 @@ class Tokenizers(NamedTuple):
     clip_l: Tokenizer
     clip_g: Tokenizer
     t5: Tokenizer | None = None
-
-
-class TokenIds(NamedTuple):
-    """Token ids, int32 [batch, tokens]; `t5` may be of another length than the CLIPs'."""
-
-    clip_l: Int[Array | np.ndarray, "batch tokens"]
-    clip_g: Int[Array | np.ndarray, "batch tokens"]
-    t5: Int[Array | np.ndarray, "batch t5_tokens"] | None = None
 
 
 class TokenSpan(NamedTuple):
@@ -169,73 +154,6 @@ def _padded_ids(
 
 def _shortened(text: str, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[: length - 3] + "...")
-
-
-def encode_prompts(
-    clip_l: CLIPText,
-    clip_g: CLIPText,
-    t5: T5Encoder | None,
-    ids: TokenIds,
-    *,
-    joint_dim: int,
-    t5_length: int | None = None,
-) -> TextConditioning:
-    """Token ids to the transformer's context [batch, tokens, joint_dim] and pooled vector.
-
-    The CLIPs' penultimate states stand side by side on the features, zero-padded to `joint_dim`; T5's states follow on
-    the token axis. The pooled vector is CLIP-L's projection, then bigG's. Works under jit.
-
-    Args:
-      t5: None puts zeros in place of its states, which still take part in attention; one token stands for them all.
-      joint_dim: the transformer's `joint_attention_dim`.
-      t5_length: how many zero tokens those are; default: as many as a CLIP prompt has, as in the released Seg4Diff
-        (diffusers: `max_sequence_length`). With T5 the ids decide.
-
-    Raises:
-      ValueError: ids and encoders do not belong together, or the states do not fit in `joint_dim`.
-    """
-    t5_states = None if t5 is None and ids.t5 is None else _t5_states(t5, ids.t5)
-    states_l, states_g = clip_l(jnp.asarray(ids.clip_l)), clip_g(jnp.asarray(ids.clip_g))
-    return join_states(states_l, states_g, t5_states, joint_dim=joint_dim, t5_length=t5_length)
-
-
-def join_states(
-    states_l: CLIPTextOutput,
-    states_g: CLIPTextOutput,
-    t5_states: Float[Array, "batch t5_tokens width"] | None,
-    *,
-    joint_dim: int,
-    t5_length: int | None = None,
-) -> TextConditioning:
-    """The end of `encode_prompts`, for encoders that have run one after the other. The same arguments and errors."""
-    clip_states = jnp.concatenate([states_l.penultimate, states_g.penultimate], axis=-1)
-    batch, tokens, width = clip_states.shape
-    if width > joint_dim:
-        raise ValueError(f"the two CLIPs' states are {width} wide together: expected at most {joint_dim=}")
-    zeros = 0
-    if t5_states is None:
-        zeros = tokens if t5_length is None else t5_length
-        t5_states = jnp.zeros((batch, min(zeros, 1), joint_dim), clip_states.dtype)
-    elif t5_states.shape[-1] != joint_dim:
-        raise ValueError(f"T5's states are {t5_states.shape[-1]} wide: expected {joint_dim=}")
-    clip_states = jnp.pad(clip_states, ((0, 0), (0, 0), (0, joint_dim - width)))
-    context = jnp.concatenate([clip_states, t5_states], axis=1)
-    pooled = jnp.concatenate([states_l.pooled, states_g.pooled], axis=-1)
-    return TextConditioning(context, pooled, max(1, zeros), segments(tokens, zeros or t5_states.shape[1]))
-
-
-def segments(clip: int, t5: int) -> tuple[tuple[str, int], ...]:
-    """The parts of SD3's text: CLIP's tokens and, where there are some, T5's or the zeros in their place."""
-    return (("clip", clip), ("t5", t5)) if t5 else (("clip", clip),)
-
-
-def _t5_states(
-    t5: T5Encoder | None, ids: Int[Array | np.ndarray, "batch tokens"] | None
-) -> Float[Array, "batch tokens width"]:
-    if t5 is None or ids is None:
-        found = "T5's ids without its encoder" if t5 is None else "T5's encoder without its ids"
-        raise ValueError(f"expected T5's encoder and its ids, or neither, found {found}")
-    return t5(jnp.asarray(ids))
 
 
 @dataclass(frozen=True)

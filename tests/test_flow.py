@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.flow import FlowSchedule, add_noise, check_seed, image_noise, velocity_target
-from seg4diff_jax.generation import one_for_each
 from tests.reference.random_weights import relative_error
 
 SHAPE = (4, 6, 3)

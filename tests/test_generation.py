@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from flax import nnx
 
 import seg4diff_jax as s4d
 from seg4diff_jax.flow import FlowSchedule, euler, guided, image_noise
-from seg4diff_jax.generation import decode_pictures, sample_latents
+from seg4diff_jax.passes import decode_pictures, sample_latents
+from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import SIZE, SQUARE, a_noise
 from tests.reference.processes import flags
 from tests.reference.random_weights import relative_error
@@ -55,9 +55,10 @@ class Pair:
 
     def latents(self, noise: np.ndarray, prompts: list[str], negative: str, guidance: float) -> np.ndarray:
         ours = self.ours
-        conditioning = ours.encode_prompts(prompts), ours.encode_prompts([negative]) if guidance > 1 else None
-        levels = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32), jnp.float32(guidance)
-        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), *conditioning, *levels))
+        away = (ours.encode_prompts([negative]), jnp.float32(guidance)) if guidance > 1 else None
+        sigmas = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32)
+        texts = ours.encode_prompts(prompts)
+        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), texts, sigmas, away))
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +153,12 @@ def test_guidance_runs_from_the_negative_prompt_through_the_prompt():
 
 
 def test_one_program_serves_every_guidance_prompt_and_seed_and_no_guidance_costs_half(sd3):
-    inputs = jnp.zeros((1, 4, 4, 16)), sd3.encode_prompts(["cat"])
-    levels = jnp.asarray(sd3.schedule.sigmas(3), jnp.float32), jnp.float32(7)
+    inputs = jnp.zeros((1, 4, 4, 16)), sd3.encode_prompts(["cat"]), jnp.asarray(sd3.schedule.sigmas(3), jnp.float32)
 
-    def cost(negative) -> float:
-        analysis = sample_latents.lower(sd3.transformer, *inputs, negative, *levels).compile().cost_analysis()
-        return analysis["flops"]
+    def cost(guidance) -> float:
+        return sample_latents.lower(sd3.transformer, *inputs, guidance).compile().cost_analysis()["flops"]
 
-    assert cost(sd3.encode_prompts([""])) / cost(None) == pytest.approx(2, rel=0.05)
+    assert cost((sd3.encode_prompts([""]), jnp.float32(7))) / cost(None) == pytest.approx(2, rel=0.05)
 
     sd3.generate("cat", steps=2, size=(32, 48), guidance=7.0)
     programs = sample_latents._cache_size()
@@ -253,7 +252,5 @@ def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatc
 
 
 def test_pixels_that_are_not_finite_are_no_picture(sd3):
-    graph, state = nnx.split(sd3.vae)
-    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
     with pytest.raises(FloatingPointError, match="not finite"):
-        dataclasses.replace(sd3, vae=damaged).generate("cat", steps=1, size=(32, 32))
+        with_damaged_autoencoder(sd3).generate("cat", steps=1, size=(32, 32))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "generation", "masks", "numerics", "parallel", "checksums")
+ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "passes", "numerics", "parallel", "checksums")
 """Parts that know no files, tokenizers, pictures or terminals."""
 FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
 FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
@@ -22,9 +22,8 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation": "",
     "parallel": "",
     "checksums": "",
-    "magnet": "flow models segmentation",
-    "generation": "flow models parallel",
-    "masks": "flow models segmentation",
+    "passes": "flow models parallel segmentation",
+    "magnet": "flow models passes segmentation",
     # What is around them, in memory.
     "image_files": "",
     "images": "image_files",
@@ -32,16 +31,16 @@ MAY_IMPORT: dict[str, str] = {
     "configuration": "",
     "text": "models",
     "batching": "flow images models",
-    "pipeline": "batching flow generation images masks models numerics parallel segmentation text",
+    "pipeline": "batching flow images models numerics parallel passes segmentation text",
     # Checkpoints, and what reads or writes them.
-    "convert": "checksums flow models numerics segmentation text",
+    "convert": "checksums flow models numerics passes segmentation text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert data flow images models numerics pipeline segmentation text",
+    "analysis": "convert data flow images models numerics passes pipeline segmentation text",
     "reporting": "pipeline",
     "data": "convert image_files images segmentation",
     "miniature": "data",
-    "training": "analysis checkpoints compilation configuration convert data flow generation image_files magnet "
-    "miniature models numerics parallel segmentation text",
+    "training": "analysis checkpoints compilation configuration convert data flow image_files magnet "
+    "miniature models numerics parallel passes segmentation text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")

@@ -23,9 +23,10 @@ from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_l
 from seg4diff_jax.magnet.targets import averaging_of_ids
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import segments
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora, apply_lora, lora_state
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.text import segments
+from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import take_apart
 from tests.reference import magnet as reference
@@ -73,9 +74,7 @@ def make_batch(objective: MagnetObjective) -> MagnetBatch:
     elif objective.targets == "classes":
         averaging = jnp.asarray([[[(t in span) / max(1, len(span)) for t in range(CLIP)] for span in x] for x in SPANS])
     return MagnetBatch(
-        latents=draw(2, 16, 16, 16),
-        noise=draw(2, 16, 16, 16),
-        sigma=jnp.array([0.35, 0.8]),
+        images=NoisedImages(draw(2, 16, 16, 16), draw(2, 16, 16, 16), jnp.array([0.35, 0.8])),
         texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL, segments(CLIP, TAIL)),
         masks=jnp.asarray(random_masks((2, 3, 20, 24), seed=1)),
         real=jnp.asarray(REAL),
@@ -87,8 +86,8 @@ def torch_losses(
     theirs: SD3Transformer2DModel, processors: list, batch: MagnetBatch, objective: MagnetObjective, head: Any
 ) -> dict[str, torch.Tensor]:
     """MAGNET's loss and its parts, with autograd's graph."""
-    latents, noise = (torch.tensor(np.asarray(array)) for array in (batch.latents, batch.noise))
-    sigma = np.asarray(batch.sigma)
+    latents, noise = (torch.tensor(np.asarray(array)) for array in (batch.images.latents, batch.images.noise))
+    sigma = np.asarray(batch.images.sigma)
     level = torch.tensor(sigma)[:, None, None, None]
     noisy = ((1 - level) * latents + level * noise).numpy()
     inputs = {"latents": noisy, "timesteps": 1000 * sigma, "conditioning": batch.texts}

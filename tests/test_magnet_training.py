@@ -220,7 +220,7 @@ def test_losses_are_the_same_with_and_without_a_cache(options, tmp_path, positio
         config = config_of(options, **fixed)
         made, checkpoint = task(config), open_checkpoint(config)
         model = made.init(0, make_mesh())
-        assert (model.vae is None) == (cache is not None)
+        assert (model.encoders is None) == (cache is not None)
         score = jax.jit(partial(loss, config=config, checkpoint=checkpoint))
         batches = training_batches(made.source, batch_size=4, seed=0, augment=made.augment)
         shown = [next(batches) for _ in range(4)]  # more than an epoch: one picture comes both ways

@@ -28,9 +28,10 @@ from seg4diff_jax.data.loader import evaluation_batches
 from seg4diff_jax.data.shapes import CLASSES, scene
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.encoders import TokenIds
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.segmentation.metrics import mean_iou
-from seg4diff_jax.text import TokenIds, load_tokenizers
+from seg4diff_jax.text import load_tokenizers
 from seg4diff_jax.training.autoencoder import latent_moments
 from seg4diff_jax.training.command import main, parse
 from seg4diff_jax.training.contrastive import penultimate_size, with_unit_states
@@ -213,7 +214,7 @@ def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matchin
     denoiser = init(config, 0, make_mesh())
     tokenizers = load_tokenizers(config.text)
     scenes = captioned(SceneItems("train", 4, 32, ("image", "caption")), tokenizers)
-    (pixels, _), (latents,) = next(evaluation_batches(scenes, 4)), with_latents(denoiser.vae, scenes, 4)
+    (pixels, _), (latents,) = next(evaluation_batches(scenes, 4)), with_latents(denoiser.encoders.vae, scenes, 4)
     empty = TokenIds(pixels["clip_l"][:1], pixels["clip_g"][:1])
     score = jax.jit(partial(loss, objective=Objective(), empty=empty))
     cached, direct = (float(score(denoiser, batch, jax.random.key(0))[0]) for batch in (latents, pixels))
@@ -223,7 +224,7 @@ def test_losses_are_the_same_with_and_without_cached_latents(parts, flow_matchin
 def test_a_loss_on_some_tokens_is_that_of_all_when_all_are_seen(parts, flow_matching):
     config = parse(arguments("flow_matching", parts | {"run.out": "unused"})).config
     denoiser, tokenizers = init(config, 0, make_mesh()), load_tokenizers(config.text)
-    denoiser = Denoiser(load_component(flow_matching / "export", "transformer"), denoiser.clip_l, denoiser.clip_g)
+    denoiser = Denoiser(load_component(flow_matching / "export", "transformer"), denoiser.encoders)
     vae = load_component(config.vae, "vae", dtype=jnp.float32)
     scenes = captioned(SceneItems("train", 4, 32, ("image", "caption")), tokenizers)
     (batch,) = with_latents(vae, scenes, 4)
@@ -244,7 +245,7 @@ def test_grounding_equals_segmenting_scene_by_scene(flow_matching):
         {"latents": latent, **grounding_item(shown, pipeline.tokenizers)}
         for latent, shown in zip(latents, scenes, strict=True)
     ]
-    denoiser = Denoiser(pipeline.transformer, pipeline.clip_l, pipeline.clip_g)
+    denoiser = Denoiser(pipeline.transformer, pipeline.encoders)
     sigma = pipeline.schedule.sigma_at(8)
     found = grounding(denoiser, InMemory(items), sigmas=[sigma], batch_size=3)
     noise = np.asarray(image_noise(0, range(5), latents.shape[1:]))

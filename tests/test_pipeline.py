@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import seg4diff_jax as s4d
 from convert import hub
 from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
+from seg4diff_jax import passes
 from seg4diff_jax import pipeline as module
 from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.sd3.model import MMDiT
+from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import BLOCK, NAMES, SIZE, SQUARE, VARIED, a_noise, an_image
 from tests.reference.random_weights import relative_error
 from tests.reference.small_tokenizers import WORDS
@@ -170,13 +171,13 @@ def test_other_names_images_seeds_and_noise_levels_compile_nothing(sd3):
 
 def test_a_prompt_is_encoded_once(forgetful, monkeypatch):
     encoded = []
-    encode = module._encode_text
+    encode = passes.encode_prompts
 
-    def counted(clip_l, clip_g, t5, ids, width):
+    def counted(encoders, ids, *, joint_dim):
         encoded.append(len(ids.clip_l))
-        return encode(clip_l, clip_g, t5, ids, width)
+        return encode(encoders, ids, joint_dim=joint_dim)
 
-    monkeypatch.setattr(module, "_encode_text", counted)
+    monkeypatch.setattr(passes, "encode_prompts", counted)
     first = forgetful.encode_prompts(["cat"])
     both = forgetful.encode_prompts(["dog", "cat", "dog"])
     assert encoded == [1, 1]
@@ -312,7 +313,7 @@ def test_attention_of_a_block_that_is_not_there_is_refused(sd3):
 
 def test_a_copy_without_t5_loads_though_its_index_names_it(sd3_checkpoint, tmp_path):
     copy = shutil.copytree(sd3_checkpoint, tmp_path / "sd3", ignore=shutil.ignore_patterns("text_encoder_3"))
-    assert s4d.load(copy, blocks=1).t5 is None
+    assert s4d.load(copy, blocks=1).encoders.t5 is None
     with pytest.raises(CheckpointError, match="text_encoder_3, which it has no folder for"):
         s4d.load(copy, blocks=1, t5=True)
 
@@ -365,10 +366,8 @@ def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatc
 
 
 def test_scores_that_are_not_finite_are_no_masks(sd3):
-    graph, state = nnx.split(sd3.vae)
-    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
     with pytest.raises(FloatingPointError, match="not finite"):
-        dataclasses.replace(sd3, vae=damaged).segment(IMAGE, NAMES, block=BLOCK, size=SIZE)
+        with_damaged_autoencoder(sd3).segment(IMAGE, NAMES, block=BLOCK, size=SIZE)
 
 
 def test_prompts_remembered_are_bounded(forgetful, monkeypatch):

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import seg4diff_jax as s4d
@@ -21,6 +19,7 @@ from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from tests.reference import unsupervised as reference
+from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import BLOCK, SIZE, VARIED, a_noise, an_image
 from tests.reference.processes import flags
 from tests.reference.random_weights import relative_error
@@ -129,10 +128,8 @@ def test_what_cannot_be_segmented_is_told(sd3, tmp_path):
         sd3.segment_unsupervised(IMAGE)
     with pytest.raises(ImageError, match=r"absent\.png: no such file"):
         sd3.segment_unsupervised(tmp_path / "absent.png", block=VARIED)
-    graph, state = nnx.split(sd3.vae)
-    damaged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf * jnp.nan, state))
     with pytest.raises(FloatingPointError, match="not finite"):
-        dataclasses.replace(sd3, vae=damaged).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE)
+        with_damaged_autoencoder(sd3).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE)
 
 
 ON_EIGHT_DEVICES = f"""

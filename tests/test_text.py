@@ -18,12 +18,12 @@ from convert.assemble import abstract, from_state_dict
 from convert.tables import clip as clip_table
 from convert.tables import t5 as t5_table
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
+from seg4diff_jax.passes import encode_prompts
 from seg4diff_jax.text import (
-    TokenIds,
     Tokenizers,
     class_prompts,
-    encode_prompts,
     load_tokenizers,
     tokenize,
 )
@@ -39,7 +39,6 @@ PROMPTS = {
     "exactly full": ["cat " * 75],
     "one too many": ["cat " * 75 + "dog"],
 }
-encode = jax.jit(encode_prompts, static_argnames=("joint_dim", "t5_length"))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with T5", "without T5"])
@@ -92,7 +91,7 @@ def test_encoding_is_that_of_diffusers(checkpoint, pipeline, encoders, prompts, 
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
     ids = quietly(tokenize, load_tokenizers(directory, t5=t5), prompts, t5_length=length)
-    ours = encode(*encoders, ids, joint_dim=context.shape[-1], t5_length=length)
+    ours = encode_prompts(Encoders(None, *encoders), ids, joint_dim=context.shape[-1], t5_length=length)
     assert relative_error(ours.full_context, context) <= 1e-5
     assert relative_error(ours.pooled, pooled) <= 1e-5
     # T5's states are larger than CLIP's and would hide their error.
@@ -117,7 +116,7 @@ def test_clip_l_pads_with_the_end_token_and_bigg_with_the_exclamation_mark(token
 
 def test_without_t5_as_many_zero_tokens_as_clip_tokens_follow(encoders, tokenizers):
     ids = tokenize(tokenizers._replace(t5=None), ["cat"])
-    conditioning = encode(*encoders[:2], None, ids, joint_dim=96)
+    conditioning = encode_prompts(Encoders(None, *encoders[:2]), ids, joint_dim=96)
     assert conditioning.context.shape == (1, 78, 96)
     context = conditioning.full_context
     assert context.shape == (1, 154, 96)
@@ -125,12 +124,14 @@ def test_without_t5_as_many_zero_tokens_as_clip_tokens_follow(encoders, tokenize
     assert not context[:, :77, 80:].any()
     assert context[:, :77, :80].all()
     assert conditioning.segments == (("clip", 77), ("t5", 77))
-    assert encode(*encoders[:2], None, ids, joint_dim=96, t5_length=0).segments == (("clip", 77),)
+    assert encode_prompts(Encoders(None, *encoders[:2]), ids, joint_dim=96, t5_length=0).segments == (("clip", 77),)
 
 
 def test_the_conditioning_names_the_tokens_of_each_encoder(checkpoint, encoders):
     directory, t5 = checkpoint
-    conditioning = encode(*encoders, tokenize(load_tokenizers(directory, t5=t5), ["cat"], t5_length=20), joint_dim=96)
+    conditioning = encode_prompts(
+        Encoders(None, *encoders), tokenize(load_tokenizers(directory, t5=t5), ["cat"], t5_length=20), joint_dim=96
+    )
     assert conditioning.segments == (("clip", 77), ("t5", 20 if t5 else 77))
     assert [conditioning.tokens(name) for name in ("clip", "t5")] == [(0, 77), (77, 97 if t5 else 154)]
 
@@ -138,8 +139,9 @@ def test_the_conditioning_names_the_tokens_of_each_encoder(checkpoint, encoders)
 def test_encoding_under_jit_is_the_same(checkpoint, encoders):
     directory, t5 = checkpoint
     ids = tokenize(load_tokenizers(directory, t5=t5), ["a cat", "dog"], t5_length=20)
-    compiled = encode(*encoders, ids, joint_dim=96)
-    uncompiled = encode_prompts(*encoders, ids, joint_dim=96)
+    compiled = encode_prompts(Encoders(None, *encoders), ids, joint_dim=96)
+    with jax.disable_jit():
+        uncompiled = encode_prompts(Encoders(None, *encoders), ids, joint_dim=96)
     for ours, eager in zip(jax.tree.leaves(compiled), jax.tree.leaves(uncompiled), strict=True):
         assert relative_error(ours, np.asarray(eager)) <= 1e-6
 
@@ -167,17 +169,17 @@ def test_ids_and_encoders_that_do_not_belong_together_are_refused(checkpoint, en
     wrong = TokenIds(ids.clip_l, ids.clip_g) if t5 else ids
     found = "T5's encoder without its ids" if t5 else "T5's ids without its encoder"
     with pytest.raises(ValueError, match=found):
-        encode_prompts(*encoders, wrong, joint_dim=96)
+        encode_prompts(Encoders(None, *encoders), wrong, joint_dim=96)
 
 
 def test_states_that_do_not_fit_are_refused(checkpoint, encoders, tokenizers):
     _, t5 = checkpoint
     ids = tokenize(tokenizers if t5 else tokenizers._replace(t5=None), ["cat"])
     with pytest.raises(ValueError, match="80 wide together: expected at most joint_dim=64"):
-        encode_prompts(*encoders, ids, joint_dim=64)
+        encode_prompts(Encoders(None, *encoders), ids, joint_dim=64)
     if t5:
         with pytest.raises(ValueError, match="T5's states are 96 wide: expected joint_dim=128"):
-            encode_prompts(*encoders, ids, joint_dim=128)
+            encode_prompts(Encoders(None, *encoders), ids, joint_dim=128)
 
 
 def test_no_prompts_and_a_bare_string_are_refused(tokenizers):

@@ -15,7 +15,8 @@ import pytest
 from convert.errors import CheckpointError
 from convert.readers import Source
 from convert.tokenizers import open_tokenizers
-from seg4diff_jax.text import TokenIds, tokenize
+from seg4diff_jax.models.encoders import TokenIds
+from seg4diff_jax.text import tokenize
 from tests.reference.small_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")

@@ -28,12 +28,13 @@ from real_shapes.job import (
 )
 
 from convert.load import load_component
-from seg4diff_jax.evaluation.forward import Place, attention_maps, encode_images
+from seg4diff_jax.evaluation.forward import Place, attention_maps
 from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import segments
+from seg4diff_jax.passes import NoisedImages, encode_images
 from seg4diff_jax.segmentation.open_vocabulary import label_map
-from seg4diff_jax.text import segments
 
 
 def main(directory: Path, batch: int) -> None:
@@ -53,8 +54,8 @@ def main(directory: Path, batch: int) -> None:
         return encode_images(vae, pixels), image_noise(SEED, range(batch), job.latent_shape)
 
     def maps(latents, noise, block):
-        images = latents, noise, rows
-        return attention_maps(transformer, images, texts, sigma, places=(Place(block),))
+        images = NoisedImages(latents, noise, sigma, rows)
+        return attention_maps(transformer, images, texts, places=(Place(block),))
 
     def masks(maps):
         scores = add_scores(jnp.zeros((1, batch, len(CLASS_TOKENS), grid**2)), maps, averaging, rows)[0]

@@ -16,6 +16,7 @@ from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.passes import NoisedImages, attention
 
 ALL_TEXT = AttentionRequest(scores=False, text_tokens=(0, None))
 
@@ -23,18 +24,17 @@ ALL_TEXT = AttentionRequest(scores=False, text_tokens=(0, None))
 @partial(jax.jit, static_argnames=("kernel",))
 def text_shares(
     transformer: MMDiT,
-    noisy: Float[Array, "batch rows columns channels"],
-    timesteps: Float[Array, " batch"],
-    conditioning: TextConditioning,
+    images: NoisedImages,
+    texts: TextConditioning,
     *,
     kernel: Kernel | None = None,
-) -> Float[Array, "batch blocks heads"]:
-    """Share of the image tokens' attention that is on text, 0 to 1, the mean over image tokens.
+) -> Float[Array, "prompts blocks heads"]:
+    """Share of the image tokens' attention that is on text, 0 to 1, in each block that the transformer holds.
 
-    Arguments as for `MMDiT.__call__`; the transformer holds all its blocks.
+    It is the mean over image tokens.
     """
-    blocks = range(transformer.depth)
-    _, records = transformer(noisy, timesteps, conditioning, capture=blocks, options=ForwardOptions(ALL_TEXT, kernel))
+    blocks = tuple(range(transformer.depth))
+    records = attention(transformer, images, texts, blocks=blocks, options=ForwardOptions(ALL_TEXT, kernel))
     # Reduced inside the program, which then keeps no map.
     shares = [records[block].probs.sum(axis=-1).mean(axis=-1) for block in blocks]  # pyright: ignore
     return jnp.stack(shares, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -15,8 +16,9 @@ from rich.table import Table
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named
-from seg4diff_jax.flow import LARGEST_SEED, add_noise, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, check_seed, image_noise
 from seg4diff_jax.images import read_image
+from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.text import class_prompts
 
@@ -59,15 +61,14 @@ def text_attention(
 
     The image is seen as a square of the trained size.
     """
-    conditioning = pipe.encode_prompts([prompt])
+    texts = pipe.encode_prompts([prompt])
     latents = pipe.encode_images([pixels], (pipe.trained_size, pipe.trained_size))
-    sigma = pipe.schedule.sigma_at(step)
-    _, rows, columns, channels = latents.shape
-    noisy = add_noise(latents.astype(jnp.float32), image_noise(seed, [0], (rows, columns, channels)), sigma)
-    tokens = rows * columns // pipe.transformer.config.patch_size**2
+    noise = image_noise(seed, [0], latents.shape[1:])
+    images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)))
     with pipe.settings():
-        shares = text_shares(pipe.transformer, noisy, jnp.full(1, 1000 * sigma), conditioning)
-    return np.asarray(shares)[0], uniform_share(tokens, conditioning.full_context.shape[1])
+        shares = text_shares(pipe.transformer, images, texts)
+    tokens = math.prod(images.grid(pipe.transformer.config.patch_size))
+    return np.asarray(shares)[0], uniform_share(tokens, texts.full_context.shape[1])
 
 
 def share_table(shares: Float[np.ndarray, "blocks heads"], uniform: float, named: int | None) -> Table:

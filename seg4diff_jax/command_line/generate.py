@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convert.files import read_json
+from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import full_memory_told
 from seg4diff_jax.command_line.segment import (
@@ -32,7 +33,6 @@ from seg4diff_jax.command_line.segment import (
 )
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
-from seg4diff_jax.generation import one_for_each
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.reporting.overlays import contact_sheet
 from seg4diff_jax.reporting.segmentation_files import file_name
@@ -139,8 +139,8 @@ def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
 def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """The pictures that `pipe.generate` makes of all prompts, `--batch` of them at a time."""
     prompts = one_for_each(options.prompts, options.count)
-    batch, factor = min(options.batch, len(prompts)), pipe.vae.config.downsampling
-    latents = size[0] // factor, size[1] // factor, pipe.vae.config.latent_channels
+    batch, factor = min(options.batch, len(prompts)), pipe.view.downsampling
+    latents = size[0] // factor, size[1] // factor, pipe.view.channels
     for start in range(0, len(prompts), batch):
         places = range(start, min(start + batch, len(prompts)))
         # The last batch is filled up with its last picture, so that one program serves all.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from seg4diff_jax.flow import FlowSchedule, add_noise, velocity_loss, velocity_target
+from seg4diff_jax.flow import velocity_loss, velocity_target
 from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, MaskLosses, class_losses, mask_losses
 from seg4diff_jax.magnet.matching import DICE_COST, FOCAL_COST
 from seg4diff_jax.magnet.targets import class_maps, matched_maps
@@ -19,6 +19,7 @@ from seg4diff_jax.models.attention import DEFAULT_OPTIONS, AttentionRequest, For
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.passes import NoisedImages, velocity
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,14 @@ class MagnetBatch(NamedTuple):
     """Images, what to tell the model of them, and their masks.
 
     Attributes:
-      latents: clean, fp32.
-      noise: standard normal.
-      sigma: noise levels, 0..1.
+      images: at a noise level each.
       texts: of the prompts; CLIP's tokens first.
       masks: at any size; a fixed number of rows.
       real: which of the rows hold a mask.
       averaging: where each mask's class is in its image's prompt (see `targets.class_maps`); None for `matching`.
     """
 
-    latents: Float[Array, "batch height width channels"]
-    noise: Float[Array, "batch height width channels"]
-    sigma: Float[Array, " batch"]
+    images: NoisedImages
     texts: TextConditioning
     masks: Bool[Array, "batch masks mask_height mask_width"]
     real: Bool[Array, "batch masks"]
@@ -140,17 +137,10 @@ def magnet_loss(
       ValueError: objective, head and batch do not belong together, or as `MMDiT.__call__`.
     """
     _check(objective, batch, head)
-    velocity, records = mmdit(
-        add_noise(batch.latents, batch.noise, batch.sigma),
-        FlowSchedule.num_train_timesteps * batch.sigma,
-        batch.texts,
-        capture=(block,),
-        options=replace(options, request=objective.request),
-    )
-    patch = mmdit.config.patch_size
-    grid = (batch.latents.shape[1] // patch, batch.latents.shape[2] // patch)
-    masks = attention_losses(records[block], batch, objective, grid, head)
-    flow = velocity_loss(velocity, velocity_target(batch.latents, batch.noise)).mean()
+    images, options = batch.images, replace(options, request=objective.request)
+    predicted, records = velocity(mmdit, images, batch.texts, capture=(block,), options=options)
+    masks = attention_losses(records[block], batch, objective, images.grid(mmdit.config.patch_size), head)
+    flow = velocity_loss(predicted, velocity_target(images.latents, images.noise)).mean()
     weighted = objective.focal_weight * masks.focal + objective.dice_weight * masks.dice
     return objective.velocity_weight * flow + weighted, {"velocity": flow, "focal": masks.focal, "dice": masks.dice}
 

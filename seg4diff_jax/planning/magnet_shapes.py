@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from convert.components import abstract_model
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.data.loader import Batch
+from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.parallel import BATCH, parameter_shardings
 from seg4diff_jax.planning.checkpoints import describe
 from seg4diff_jax.training import adapter_files
-from seg4diff_jax.training.encoded_items import Encoders
 from seg4diff_jax.training.magnet import Magnet, MagnetConfig, check, image_size
 from seg4diff_jax.training.mask_items import T5_LENGTH
 from seg4diff_jax.training.state import name as dotted
@@ -34,8 +34,8 @@ def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) ->
     component = lambda name: abstract_model(name, checkpoint.source.configs[name], jnp.dtype(config.dtype))
     encoders = None
     if config.cache is None:
-        vae, clip_l, clip_g, *t5 = (component(name) for name in checkpoint.encoder_names)
-        encoders = Encoders(vae, clip_l, clip_g, t5[0] if t5 else None)  # pyright: ignore[reportArgumentType]
+        parts: Any = [component(name) for name in checkpoint.encoder_names]
+        encoders = Encoders(*parts)
 
     def build(transformer: Any, encoders: Encoders | None) -> Magnet:
         with_head = config.objective.mask_head is not None

@@ -21,6 +21,7 @@ from seg4diff_jax.configuration import check_finite
 from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import encode_images, to_model_range
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
@@ -28,7 +29,6 @@ from seg4diff_jax.training.scenes import (
     SceneConfig,
     SceneItems,
     scene_name,
-    to_model_range,
     training_scenes,
     validation_scenes,
 )
@@ -148,14 +148,11 @@ def evaluate(vae: VAE, *, source: Source, batch_size: int = 16) -> dict[str, flo
     return {"psnr": float(-10 * np.log10(np.concatenate(errors).mean()))}
 
 
-_encode = jax.jit(lambda vae, image: vae.encode(to_model_range(image)))
-
-
 def latent_moments(vae: VAE, source: Source, batch_size: int = 16) -> tuple[float, float]:
     """Mean and standard deviation of the latents' numbers over all channels, places and pictures."""
     total, squares, numbers = 0.0, 0.0, 0
     for batch, count in evaluation_batches(source, batch_size):
-        latents = np.asarray(_encode(vae, batch["image"]), np.float64)[:count]
+        latents = np.asarray(encode_images(vae, batch["image"]), np.float64)[:count]
         total, squares, numbers = total + latents.sum(), squares + np.square(latents).sum(), numbers + latents.size
     mean = float(total / numbers)
     return mean, float(np.sqrt(squares / numbers - mean**2))

@@ -28,6 +28,7 @@ from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import to_model_range
 from seg4diff_jax.text import Tokenizers, load_tokenizers
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -37,7 +38,6 @@ from seg4diff_jax.training.scenes import (
     SceneItems,
     captioned,
     scene_name,
-    to_model_range,
     training_scenes,
     validation_scenes,
 )

@@ -13,34 +13,21 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
-from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.t5 import T5Encoder
-from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.models.encoders import Encoders, TokenIds, segments
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.text import TokenIds, encode_prompts, segments
+from seg4diff_jax.passes import encode_images, encode_prompts
 from seg4diff_jax.training.mask_items import mirrored
-from seg4diff_jax.training.scenes import to_model_range
 
 IDS = ("clip_l", "clip_g", "t5")
-
-
-class Encoders(NamedTuple):
-    """What turns pictures and prompts into what the transformer reads."""
-
-    vae: VAE
-    clip_l: CLIPText
-    clip_g: CLIPText
-    t5: T5Encoder | None
 
 
 def encoded(encoders: Encoders, source: Source, batch_size: int, *, both: bool) -> Iterator[dict[str, np.ndarray]]:
@@ -48,8 +35,8 @@ def encoded(encoders: Encoders, source: Source, batch_size: int, *, both: bool) 
     for batch, count in evaluation_batches(source, batch_size):
         images = batch.pop("image")
         views = [images, images[:, :, ::-1]] if both else [images]
-        latents = np.stack([on_host(_latents(encoders.vae, view)).astype(np.float16) for view in views], axis=1)
-        texts = _texts(encoders.clip_l, encoders.clip_g, encoders.t5, _ids(batch))
+        latents = np.stack([on_host(encode_images(encoders.vae, view)).astype(np.float16) for view in views], axis=1)
+        texts = _states(encoders, _ids(batch))
         states, pooled = (on_host(each).astype(np.float16) for each in texts)
         rest = {name: values for name, values in batch.items() if name != "index" and name not in IDS[1:]}
         whole = {**rest, "latents": latents, "states": states, "pooled": pooled}
@@ -104,23 +91,20 @@ def conditioning(batch: Batch, joint_dim: int, clip_tokens: int) -> TextConditio
 
 def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int) -> TextConditioning:
     """The same of items with token ids. Works under jit."""
-    return encode_prompts(*encoders[1:], _ids(batch), joint_dim=joint_dim)
+    return encode_prompts(encoders, _ids(batch), joint_dim=joint_dim)
 
 
 def _ids(batch: Batch) -> TokenIds:
     return TokenIds(**{name: jnp.asarray(batch[name], jnp.int32) for name in IDS if name in batch})
 
 
-@jax.jit
-def _latents(vae: VAE, image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch rows columns channels"]:
-    return vae.encode(to_model_range(image)).astype(jnp.float32)
-
-
-@jax.jit
-def _texts(
-    clip_l: CLIPText, clip_g: CLIPText, t5: T5Encoder | None, ids: TokenIds
+def _states(
+    encoders: Encoders, ids: TokenIds
 ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch pooled"]]:
-    """States without zeros, unless T5's width asks for them."""
-    width = clip_l.config.hidden_size + clip_g.config.hidden_size if t5 is None else t5.config.d_model
-    texts = encode_prompts(clip_l, clip_g, t5, ids, joint_dim=width)
-    return (texts.context[:, : ids.clip_l.shape[1]] if t5 is None else texts.context), texts.pooled
+    """States without zeros, unless T5's width asks for them, and pooled ones."""
+    if encoders.t5 is not None:
+        texts = encode_prompts(encoders, ids, joint_dim=encoders.t5.config.d_model)
+        return texts.context, texts.pooled
+    width = encoders.clip_l.config.hidden_size + encoders.clip_g.config.hidden_size
+    texts = encode_prompts(encoders, ids, joint_dim=width, t5_length=0)
+    return texts.context, texts.pooled

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,16 @@ from seg4diff_jax.configuration import check_finite
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
-from seg4diff_jax.flow import FlowSchedule, add_noise, logit_normal_sigmas, velocity_target
+from seg4diff_jax.flow import FlowSchedule, logit_normal_sigmas, velocity_target
 from seg4diff_jax.models.attention import ForwardOptions
-from seg4diff_jax.models.clip import CLIPText
+from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT, patchify, velocity_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import parameter_shardings
-from seg4diff_jax.text import TokenIds, Tokenizers, encode_prompts, load_tokenizers, tokenize
+from seg4diff_jax.passes import NoisedImages, encode_images, encode_prompts, velocity
+from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 from seg4diff_jax.training.grounding import grounding, grounding_item
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
@@ -48,7 +49,6 @@ from seg4diff_jax.training.scenes import (
     captioned,
     make_once,
     scene_name,
-    to_model_range,
     training_scenes,
 )
 from seg4diff_jax.training.state import fresh
@@ -129,19 +129,10 @@ class FlowMatchingConfig:
 
 
 class Denoiser(nnx.Module):
-    """The transformer in training and what it is conditioned by; the autoencoder, unless latents are cached."""
+    """The transformer in training and what makes its inputs, without an autoencoder where latents are cached."""
 
-    def __init__(self, transformer: MMDiT, clip_l: CLIPText, clip_g: CLIPText, vae: VAE | None = None):
-        self.transformer, self.clip_l, self.clip_g, self.vae = transformer, clip_l, clip_g, vae
-
-
-class Frozen(NamedTuple):
-    """What earlier tasks have trained."""
-
-    vae: VAE
-    clip_l: CLIPText
-    clip_g: CLIPText
-    tokenizers: Tokenizers
+    def __init__(self, transformer: MMDiT, encoders: Encoders):
+        self.transformer, self.encoders = transformer, encoders
 
 
 def task(config: FlowMatchingConfig) -> Task:
@@ -178,12 +169,9 @@ def init(config: FlowMatchingConfig, seed: int, mesh: Mesh) -> Denoiser:
     if config.start is not None:
         former = load_component(config.start, "transformer", dtype=jnp.float32, shardings=parameter_shardings(mesh))
         nnx.update(transformer, nnx.state(former))
-    return Denoiser(
-        transformer,
-        load(config.text, "text_encoder"),
-        load(config.text, "text_encoder_2"),
-        load(config.vae, "vae") if config.cache is None else None,
-    )
+    vae: Any = load(config.vae, "vae") if config.cache is None else None
+    towers: Any = [load(config.text, name) for name in ("text_encoder", "text_encoder_2")]
+    return Denoiser(transformer, Encoders(vae, *towers))
 
 
 def new_transformer(config: MMDiTConfig, rngs: nnx.Rngs, *, dtype: Any = jnp.float32) -> MMDiT:
@@ -218,21 +206,21 @@ def loss(
         jnp.where(dropped[:, None], empty.clip_g[:, :tokens], batch["clip_g"].astype(jnp.int32)),
     )
     joint_dim = denoiser.transformer.config.joint_attention_dim
-    texts = encode_prompts(denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=joint_dim, t5_length=zeros)
+    texts = encode_prompts(denoiser.encoders, ids, joint_dim=joint_dim, t5_length=zeros)
     without = jax.random.bernoulli(for_pooled, objective.pooled_dropout, (count, 1))
     texts = replace(texts, pooled=jnp.where(without, 0, texts.pooled))
     noise = jax.random.normal(for_noise, latents.shape)
     sigma = logit_normal_sigmas(for_sigma, count, mean=objective.mean, std=objective.std, shift=objective.shift)
-    inputs = add_noise(latents, noise, sigma), 1000 * sigma, texts
-    target, options = velocity_target(latents, noise), ForwardOptions(kernel=kernel)
+    images, target = NoisedImages(latents, noise, sigma), velocity_target(latents, noise)
+    options = ForwardOptions(kernel=kernel)
     if objective.image_tokens is None:
-        velocity, _ = denoiser.transformer(*inputs, options=options)
+        predicted, _ = velocity(denoiser.transformer, images, texts, options=options)
     else:
         target = patchify(target, denoiser.transformer.config.patch_size)
         seen = random_tokens(for_tokens, count, target.shape[1], objective.image_tokens)
-        velocity = velocity_at(denoiser.transformer, *inputs, tokens=seen, options=options)
+        predicted = velocity_at(denoiser.transformer, *images.inputs(), texts, tokens=seen, options=options)
         target = jnp.take_along_axis(target, seen[..., None], axis=1)
-    return jnp.square(velocity.astype(jnp.float32) - target).mean(), {}
+    return jnp.square(predicted.astype(jnp.float32) - target).mean(), {}
 
 
 def random_tokens(key: PRNGKeyArray, images: int, tokens: int, kept: int) -> Int[Array, "{images} {kept}"]:
@@ -243,13 +231,11 @@ def random_tokens(key: PRNGKeyArray, images: int, tokens: int, kept: int) -> Int
 def clean_latents(denoiser: Denoiser, batch: Batch) -> Float[Array, "batch rows columns channels"]:
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
-    assert denoiser.vae is not None, "without cached latents the model needs its autoencoder"
-    return denoiser.vae.encode(to_model_range(batch["image"])).astype(jnp.float32)
+    assert denoiser.encoders.vae is not None, "without cached latents the model needs its autoencoder"
+    return encode_images(denoiser.encoders.vae, batch["image"])
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-
-_encode = jax.jit(lambda vae, image: vae.encode(to_model_range(image)))
 
 
 class GroundingItems:
@@ -311,7 +297,7 @@ def _fingerprint(vae: VAE) -> float:
 def with_latents(vae: VAE, source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of a source's items with `latents` in fp16 for their `image`, token ids in 16 bits, and no `index`."""
     for batch, count in evaluation_batches(source, batch_size):
-        latents = np.asarray(_encode(vae, batch.pop("image")), np.float16)
+        latents = np.asarray(encode_images(vae, batch.pop("image")), np.float16)
         ids = {name: batch[name].astype(np.uint16) for name in ("clip_l", "clip_g")}
         del batch["index"]
         yield {name: values[:count] for name, values in {**batch, **ids, "latents": latents}.items()}

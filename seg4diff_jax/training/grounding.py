@@ -6,7 +6,7 @@ pass records all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,14 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
 from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
-from seg4diff_jax.flow import add_noise, image_noise, velocity_loss, velocity_target
-from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.flow import image_noise, velocity_loss, velocity_target
+from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import TokenIds
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import MEAN_PROBS, NoisedImages, encode_prompts, velocity
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
-from seg4diff_jax.text import TokenIds, Tokenizers, class_prompts, encode_prompts
+from seg4diff_jax.text import Tokenizers, class_prompts
 from seg4diff_jax.training.scenes import caption_ids
 
 MOST_CLASSES = 8
@@ -49,36 +51,26 @@ def block_confusions(
     """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
     transformer = denoiser.transformer
     ids = TokenIds(*(batch[name].astype(jnp.int32) for name in ("clip_l", "clip_g")))
-    texts = encode_prompts(
-        denoiser.clip_l, denoiser.clip_g, None, ids, joint_dim=transformer.config.joint_attention_dim
-    )
-    return confusions(transformer, texts, batch, noise, sigma, classes=classes, blocks=range(transformer.depth))
+    texts = encode_prompts(denoiser.encoders, ids, joint_dim=transformer.config.joint_attention_dim)
+    images = NoisedImages(batch["latents"].astype(jnp.float32), noise, sigma)
+    return confusions(transformer, images, texts, batch, classes=classes, blocks=tuple(range(transformer.depth)))
 
 
 def confusions(
     transformer: MMDiT,
+    images: NoisedImages,
     texts: TextConditioning,
     batch: Batch,
-    noise: Float[Array, "batch rows columns channels"],
-    sigma: Array,
     *,
     classes: int,
-    blocks: Collection[int],
+    blocks: tuple[int, ...],
 ) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
     """`block_confusions` of some blocks, under prompts that are encoded."""
-    latents = batch["latents"].astype(jnp.float32)
     averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
-    request = AttentionRequest(scores=False, mean_heads=True)
-    velocity, records = transformer(
-        add_noise(latents, noise, sigma),
-        jnp.full(len(latents), 1000 * sigma),
-        texts,
-        capture=blocks,
-        options=ForwardOptions(request),
+    predicted_velocity, records = velocity(
+        transformer, images, texts, capture=blocks, options=ForwardOptions(MEAN_PROBS)
     )
-    patch = transformer.config.patch_size
-    grid = (latents.shape[1] // patch, latents.shape[2] // patch)
-    size = batch["labels"].shape[1:3]
+    grid, size = images.grid(transformer.config.patch_size), batch["labels"].shape[1:3]
 
     def predicted(scores: Array, row_classes: Array) -> Array:
         best = label_map(scores.reshape(-1, *grid), size, present=row_classes != IGNORED)
@@ -89,7 +81,7 @@ def confusions(
         return confusion_matrix(batch["labels"], labels, classes)
 
     probs = jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
-    loss = velocity_loss(velocity, velocity_target(latents, noise))
+    loss = velocity_loss(predicted_velocity, velocity_target(images.latents, images.noise))
     return jax.lax.map(confusion, probs), loss
 
 
@@ -99,7 +91,7 @@ def grounding(
     """Zero-shot mIoU, in percent, of every block at every noise level.
 
     Args:
-      denoiser: holds `transformer`, `clip_l` and `clip_g`.
+      denoiser: holds `transformer` and `encoders`.
       source: items with the fields of `grounding_item` and `latents`.
 
     Returns:

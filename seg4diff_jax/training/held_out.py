@@ -18,12 +18,14 @@ from jaxtyping import Array, Float, Int
 from seg4diff_jax.data.loader import Batch, Item, evaluation_batches
 from seg4diff_jax.data.views import View
 from seg4diff_jax.flow import image_noise
+from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.lora import remove_lora
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
-from seg4diff_jax.text import TokenIds, Tokenizers
-from seg4diff_jax.training.encoded_items import Encoders, conditioning, encoded
+from seg4diff_jax.text import Tokenizers
+from seg4diff_jax.training.encoded_items import conditioning, encoded
 from seg4diff_jax.training.grounding import confusions
 from seg4diff_jax.training.mask_items import MaskData, Pictures, Some, ViewItems, open_pictures, prompt_ids, some
 
@@ -188,5 +190,6 @@ def _score(
 ) -> tuple[Int[Array, "classes classes"], Float[Array, " batch"]]:
     clip_tokens = batch["averaging"].shape[-1]
     texts = conditioning(batch, transformer.config.joint_attention_dim, clip_tokens)
-    matrices, loss = confusions(transformer, texts, batch, noise, sigma, classes=classes, blocks=(block,))
+    images = NoisedImages(batch["latents"].astype(jnp.float32), noise, sigma)
+    matrices, loss = confusions(transformer, images, texts, batch, classes=classes, blocks=(block,))
     return matrices[0], loss

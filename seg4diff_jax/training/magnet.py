@@ -29,15 +29,17 @@ from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
 from seg4diff_jax.models.attention import ForwardOptions
+from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.flops import adapter_step_flops, clip_text_flops, t5_flops, vae_encoder_flops
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRA, LoRAConfig
 from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import make_mesh, parameter_shardings
+from seg4diff_jax.passes import NoisedImages, encode_images
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training import adapter_files, encoded_items
-from seg4diff_jax.training.encoded_items import Encoders, Turned, conditioning, encoded, encoded_ids
+from seg4diff_jax.training.encoded_items import Turned, conditioning, encoded, encoded_ids
 from seg4diff_jax.training.flow_matching import Denoiser
 from seg4diff_jax.training.held_out import HeldOut, HeldOutData, open_both
 from seg4diff_jax.training.loop import RunConfig, Task
@@ -45,7 +47,7 @@ from seg4diff_jax.training.mask_items import T5_LENGTH, MaskData, Pictures, View
 from seg4diff_jax.training.noise_levels import NoiseLevels
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.samples import Samples, sample_row
-from seg4diff_jax.training.scenes import Mapped, make_once, scene_sample, to_model_range
+from seg4diff_jax.training.scenes import Mapped, make_once, scene_sample
 from seg4diff_jax.training.state import name as dotted
 from seg4diff_jax.training.work import Work
 
@@ -118,14 +120,7 @@ class Magnet(nnx.Module):
     """The adapted transformer and what it reads; without encoders if items are encoded."""
 
     def __init__(self, transformer: MMDiT, head: MaskHead | None, encoders: Encoders | None):
-        self.transformer, self.head = transformer, head
-        self.vae, self.clip_l, self.clip_g, self.t5 = encoders or (None, None, None, None)
-
-    @property
-    def encoders(self) -> Encoders | None:
-        if self.vae is None or self.clip_l is None or self.clip_g is None:
-            return None
-        return Encoders(self.vae, self.clip_l, self.clip_g, self.t5)
+        self.transformer, self.head, self.encoders = transformer, head, encoders
 
 
 def open_checkpoint(config: MagnetConfig) -> Checkpoint:
@@ -154,8 +149,7 @@ def image_size(config: MagnetConfig, checkpoint: Checkpoint) -> int:
 def load_encoders(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh | None, *, t5: bool = True) -> Encoders:
     """The VAE and the text encoders; T5 if the checkpoint was opened with it and `t5`."""
     names = [name for name in checkpoint.encoder_names if t5 or name != checkpoint.family.t5]
-    vae, clip_l, clip_g, *rest = (checkpoint.component(name, dtype=config.dtype, mesh=mesh) for name in names)
-    return Encoders(vae, clip_l, clip_g, rest[0] if rest else None)
+    return Encoders(*(checkpoint.component(name, dtype=config.dtype, mesh=mesh) for name in names))
 
 
 def task(config: MagnetConfig) -> Task:
@@ -247,10 +241,10 @@ def loss(
         assert model.encoders is not None, "without encoded items the model needs its encoders"
         texts = encoded_ids(model.encoders, batch, joint_dim)
     masks, real, averaging = masks_of(batch, config.objective)
+    noise = jax.random.normal(for_noise, latents.shape)
+    sigma = logit_normal_sigmas(for_sigma, len(latents), mean=levels.mean, std=levels.std, shift=shift)
     shown = MagnetBatch(
-        latents=latents,
-        noise=jax.random.normal(for_noise, latents.shape),
-        sigma=logit_normal_sigmas(for_sigma, len(latents), mean=levels.mean, std=levels.std, shift=shift),
+        images=NoisedImages(latents, noise, sigma),
         texts=texts,
         masks=masks,
         real=real,
@@ -269,8 +263,8 @@ def loss(
 def clean_latents(model: Magnet, batch: Batch) -> Float[Array, "batch rows columns channels"]:
     if "latents" in batch:
         return batch["latents"].astype(jnp.float32)
-    assert model.vae is not None, "without encoded items the model needs its autoencoder"
-    return model.vae.encode(to_model_range(batch["image"])).astype(jnp.float32)
+    assert model.encoders is not None, "without encoded items the model needs its encoders"
+    return encode_images(model.encoders.vae, batch["image"])
 
 
 def masks_of(
@@ -305,7 +299,7 @@ def _cached(config: MagnetConfig, size: int, pictures: Pictures, items: ViewItem
         "positions": config.positions,
         "t5": config.t5,
         "dtype": config.dtype,
-        "encoders": [encoded_items.sum_of_weights(encoder) for encoder in encoders if encoder is not None],
+        "encoders": [encoded_items.sum_of_weights(encoder) for encoder in encoders.parts],
         "files": None if data.root is None else encoded_items.hash_of_files(Path(data.root), Path(config.cache)),
         "captions_size": None if data.captions is None else Path(data.captions).expanduser().stat().st_size,
         "world": scene_sample(size) if data.name == "scenes" else None,
@@ -344,9 +338,14 @@ def _pictures(
     samples = config.samples
     assert samples is not None, "without samples there are no pictures"
     captions, empty = held_out.prompts(checkpoint.tokenizers, samples.count)
-    denoiser = Denoiser(model.transformer, used.clip_l, used.clip_g)
+    assert used.vae is not None, "encoders of a checkpoint have its autoencoder"
     return sample_row(
-        denoiser, vae=used.vae, captions=captions, empty=empty, samples=samples, schedule=checkpoint.schedule
+        Denoiser(model.transformer, used),
+        vae=used.vae,
+        captions=captions,
+        empty=empty,
+        samples=samples,
+        schedule=checkpoint.schedule,
     )
 
 

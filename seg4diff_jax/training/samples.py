@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
-from seg4diff_jax.generation import finite_pictures, sample_latents
+from seg4diff_jax.models.encoders import TokenIds
 from seg4diff_jax.models.vae import VAE
-from seg4diff_jax.text import TokenIds, encode_prompts
+from seg4diff_jax.passes import encode_prompts, finite_pictures, sample_latents
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def sample_row(
     """Pictures of the captions, side by side.
 
     Args:
-      denoiser: holds `transformer`, `clip_l` and `clip_g`.
+      denoiser: holds `transformer` and `encoders`, of which T5 is left out, as in masks.
       captions, empty: token ids [captions, 77], and those of the empty prompt [1, 77], which guidance leads away from.
     """
     config = denoiser.transformer.config
@@ -54,21 +53,7 @@ def sample_row(
         samples.seed, range(len(captions.clip_l)), (config.sample_size, config.sample_size, config.in_channels)
     )
     sigmas = jnp.asarray(schedule.sigmas(samples.steps), jnp.float32)
-    latents = _sample(denoiser, noise, captions, empty, sigmas, jnp.float32(samples.guidance))
+    encode = partial(encode_prompts, denoiser.encoders.without_t5(), joint_dim=config.joint_attention_dim)
+    guidance = encode(empty), jnp.float32(samples.guidance)
+    latents = sample_latents(denoiser.transformer, noise, encode(captions), sigmas, guidance)
     return np.concatenate(finite_pictures(vae, latents), axis=1)
-
-
-@jax.jit
-def _sample(
-    denoiser: Any,
-    noise: Float[Array, "images rows columns channels"],
-    captions: TokenIds,
-    empty: TokenIds,
-    sigmas: Float[Array, " steps"],
-    guidance: Float[Array, ""],
-) -> Float[Array, "images rows columns channels"]:
-    transformer = denoiser.transformer
-    encode = partial(
-        encode_prompts, denoiser.clip_l, denoiser.clip_g, None, joint_dim=transformer.config.joint_attention_dim
-    )
-    return sample_latents(transformer, noise, encode(captions), encode(empty), sigmas, guidance)

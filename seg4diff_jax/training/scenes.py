@@ -11,10 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 from seg4diff_jax.data.loader import Item, Source
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
@@ -139,11 +138,6 @@ def caption_ids(tokenizers: Tokenizers, caption: str) -> Item:
 
 def captioned(source: Source, tokenizers: Tokenizers) -> Source:
     return Mapped(source, partial(with_token_ids, tokenizers=tokenizers))
-
-
-def to_model_range(image: UInt8[Array, "*batch height width 3"]) -> Float[Array, "*batch height width 3"]:
-    """Pixels in 0..255 to -1..1, on the device."""
-    return image.astype(jnp.float32) / 127.5 - 1
 
 
 def scene_name(split: str) -> Callable[[int], str]:

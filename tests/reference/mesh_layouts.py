@@ -18,11 +18,11 @@ from flax import nnx
 
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
+from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.text import TokenIds
 from seg4diff_jax.training.command import join_processes
 from seg4diff_jax.training.flow_matching import TRAINABLE, Denoiser, Objective, loss
 from seg4diff_jax.training.grounding import MOST_CLASSES, grounding
@@ -75,7 +75,7 @@ class Latents:
 
 
 def make_denoiser(rngs: nnx.Rngs) -> Denoiser:
-    return Denoiser(MMDiT(TRANSFORMER, rngs=rngs), CLIPText(CLIP, rngs=rngs), CLIPText(CLIP, rngs=rngs))
+    return Denoiser(MMDiT(TRANSFORMER, rngs=rngs), Encoders(None, CLIPText(CLIP, rngs=rngs), CLIPText(CLIP, rngs=rngs)))
 
 
 def make_task() -> Task:

@@ -1,0 +1,229 @@
+"""A model's passes, as pure jitted functions that all that runs a model calls.
+
+    pixels    -> encode_images  -> latents        -> NoisedImages -> attention -> class scores
+    token ids -> encode_prompts -> conditioning                   -> velocity
+    noise     -> sample_latents -> latents        -> decode_pictures
+
+`attention` ends in the last block that is read; `velocity` goes through all of them, and returns attention on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from seg4diff_jax.flow import FlowSchedule, add_noise, euler, guided
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, AttentionRequest, ForwardOptions, JointAttention
+from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import Encoders, TokenIds, join_states
+from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.models.trunk import attentions_at
+from seg4diff_jax.models.vae import VAE
+from seg4diff_jax.parallel import on_host
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
+
+MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
+"""What masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
+
+
+# ---- to what the transformer reads ----------------------------------------------------------------------------------
+
+
+@jax.jit
+def encode_images(
+    vae: VAE, pixels: Float[Array, "images height width 3"] | UInt8[Array, "images height width 3"] | np.ndarray
+) -> Float[Array, "images rows columns channels"]:
+    """Clean latents, fp32, of pixels in -1..1, or 0..255 in uint8."""
+    return vae.encode(to_model_range(pixels)).astype(jnp.float32)
+
+
+def to_model_range(pixels: Any) -> Float[Array, "*shape"]:
+    """Pixels 0..255 in uint8 to -1..1, on the device; others are there already."""
+    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
+
+
+@partial(jax.jit, static_argnames=("joint_dim", "t5_length"))
+def encode_prompts(
+    encoders: Encoders, ids: TokenIds, *, joint_dim: int, t5_length: int | None = None
+) -> TextConditioning:
+    """Token ids to the transformer's context [batch, tokens, joint_dim] and pooled vector.
+
+    The CLIPs' penultimate states stand side by side on the features, zero-padded to `joint_dim`; T5's states follow on
+    the token axis. The pooled vector is CLIP-L's projection, then bigG's. Without T5 there are zeros in place of its
+    states, which still take part in attention; one token stands for them all.
+
+    Args:
+      joint_dim: the transformer's `joint_attention_dim`.
+      t5_length: how many zero tokens there are; default: as many as a CLIP prompt has, as in the released Seg4Diff
+        (diffusers: `max_sequence_length`). With T5 the ids decide.
+
+    Raises:
+      ValueError: ids and encoders do not belong together, or the states do not fit in `joint_dim`.
+    """
+    if (encoders.t5 is None) != (ids.t5 is None):
+        found = "T5's ids without its encoder" if encoders.t5 is None else "T5's encoder without its ids"
+        raise ValueError(f"expected T5's encoder and its ids, or neither, found {found}")
+    t5_states = None if encoders.t5 is None else encoders.t5(jnp.asarray(ids.t5))
+    states_l, states_g = encoders.clip_l(jnp.asarray(ids.clip_l)), encoders.clip_g(jnp.asarray(ids.clip_g))
+    return join_states(states_l, states_g, t5_states, joint_dim=joint_dim, t5_length=t5_length)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NoisedImages:
+    """Images at a noise level, each under one prompt or several. A pytree.
+
+    Attributes:
+      latents: clean, fp32 [images, rows, columns, channels].
+      noise: standard normal, of the same shape.
+      sigma: noise level, 0 (clean) to 1 (noise): one, or one for each image.
+      image_of_prompt: which image each row of the text is about; None: each image has one row, in order.
+    """
+
+    latents: Float[Array, "images rows columns channels"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    noise: Float[Array, "images rows columns channels"] | Any
+    sigma: Float[Array, "*images"] | Any
+    image_of_prompt: Int[Array, " prompts"] | Any | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def inputs(self) -> tuple[Float[Array, "prompts rows columns channels"], Float[Array, " prompts"]]:
+        """Noisy latents and timesteps for each row of the text."""
+        noisy = add_noise(self.latents, self.noise, self.sigma)
+        timesteps = jnp.broadcast_to(FlowSchedule.num_train_timesteps * jnp.float32(self.sigma), (len(noisy),))
+        if self.image_of_prompt is None:
+            return noisy, timesteps
+        return noisy[self.image_of_prompt], timesteps[self.image_of_prompt]
+
+    def grid(self, patch: int) -> tuple[int, int]:
+        """Rows and columns of image tokens; `patch`: latents of a side to one token."""
+        return self.latents.shape[1] // patch, self.latents.shape[2] // patch
+
+
+# ---- through the transformer ----------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("blocks", "options"))
+def attention(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    *,
+    blocks: tuple[int, ...],
+    options: ForwardOptions = DEFAULT_OPTIONS,
+) -> dict[int, JointAttention]:
+    """Joint attention of some blocks, in one pass that ends in the last of them. Raises as `trunk.attentions_at`."""
+    latents, timesteps = images.inputs()
+    return attentions_at(transformer, latents, timesteps, texts, blocks=blocks, options=options)
+
+
+@partial(jax.jit, static_argnames=("capture", "options"))
+def velocity(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    *,
+    capture: tuple[int, ...] = (),
+    options: ForwardOptions = DEFAULT_OPTIONS,
+) -> tuple[Float[Array, "prompts rows columns channels"], dict[int, JointAttention]]:
+    """Velocity, and joint attention of the blocks in `capture`. Raises as `MMDiT.__call__`."""
+    latents, timesteps = images.inputs()
+    return transformer(latents, timesteps, texts, capture=capture, options=options)
+
+
+@partial(jax.jit, static_argnames=("block", "kernel"))
+def read_class_scores(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    averaging: Float[Array, "prompts classes text"] | np.ndarray,
+    *,
+    block: int,
+    kernel: Kernel | None = None,
+) -> Float[Array, "images classes grid_rows grid_columns"]:
+    """Mean attention of each image token to each class's words in one block (Seg4Diff, section 3).
+
+    Args:
+      averaging: weights of each class's tokens in each prompt (`ClassPrompts.averaging`).
+    """
+    record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
+    assert record.probs is not None
+    owner = jnp.arange(len(images)) if images.image_of_prompt is None else images.image_of_prompt
+    scores = combine_prompts(class_scores(record.probs, jnp.asarray(averaging)), owner, len(images))
+    return scores.reshape(*scores.shape[:2], *images.grid(transformer.config.patch_size))
+
+
+# ---- from noise to pictures -----------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("kernel",))
+def sample_latents(
+    transformer: MMDiT,
+    noise: Float[Array, "images rows columns channels"],
+    prompts: TextConditioning,
+    sigmas: Float[Array, " steps"],
+    guidance: tuple[TextConditioning, Float[Array, ""]] | None = None,
+    *,
+    kernel: Kernel | None = None,
+) -> Float[Array, "images rows columns channels"]:
+    """Clean latents from noise, fp32 between the steps, in one program whatever the number of steps.
+
+    Args:
+      prompts: conditioning of each image.
+      sigmas: noise levels, falling; the clean end is left out (`FlowSchedule.sigmas`).
+      guidance: conditioning to lead away from, of each image or one row for all, and the scale of the way from it to
+        `prompts`, of which 1 leads to `prompts` exactly. None takes one forward pass per image and step instead of two,
+        and the velocity as it is.
+      kernel: see `ForwardOptions`.
+
+    Raises:
+      ValueError: the transformer lacks its last blocks, or latents do not fit it.
+    """
+    conditioning = prompts if guidance is None else jax.tree.map(_side_by_side, prompts, guidance[0])
+
+    def predicted(
+        latents: Float[Array, "images rows columns channels"], sigma: Float[Array, ""]
+    ) -> Float[Array, "images rows columns channels"]:
+        seen = latents if guidance is None else _side_by_side(latents, latents)
+        timesteps = jnp.full(len(seen), FlowSchedule.num_train_timesteps * sigma, jnp.float32)
+        velocity, _ = transformer(seen, timesteps, conditioning, options=ForwardOptions(kernel=kernel))
+        velocity = velocity.astype(jnp.float32)
+        if guidance is None:
+            return velocity
+        pairs = velocity.reshape(-1, 2, *velocity.shape[1:])
+        return guided(pairs[:, 0], pairs[:, 1], guidance[1])
+
+    return euler(predicted, noise, sigmas)
+
+
+def _side_by_side(first: Float[Array, "rows ..."], second: Float[Array, "_ ..."]) -> Float[Array, "both ..."]:
+    """Row by row in turn, so that both rows of an image lie on its device; `second` may be one row for all."""
+    return jnp.stack([first, jnp.broadcast_to(second, first.shape)], axis=1).reshape(-1, *first.shape[1:])
+
+
+@jax.jit
+def decode_pictures(
+    vae: VAE, latents: Float[Array, "images rows columns channels"]
+) -> tuple[UInt8[Array, "images height width 3"], Bool[Array, ""]]:
+    """Latents to pixels 0..255, rounded, and whether all of them were finite."""
+    pixels = vae.decode(latents).astype(jnp.float32)
+    levels = jnp.round(255 * jnp.clip(pixels / 2 + 0.5, 0, 1))
+    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
+
+
+def finite_pictures(
+    vae: VAE, latents: Float[Array, "images rows columns channels"]
+) -> list[UInt8[np.ndarray, "height width 3"]]:
+    """Decoded, on the host. Raises FloatingPointError for pixels that are not finite."""
+    pictures, finite = map(on_host, decode_pictures(vae, latents))
+    if not finite:
+        raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")
+    return list(pictures)
