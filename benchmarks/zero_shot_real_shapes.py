@@ -36,8 +36,8 @@ from real_shapes.job import SEED, Job, random_inputs
 from rich.console import Console
 from rich.table import Table
 
+from seg4diff_jax.bilinear import bilinear_matrix
 from seg4diff_jax.flow import image_noise
-from seg4diff_jax.segmentation.open_vocabulary import bilinear_matrix
 
 HERE = Path(__file__).parent
 TINY_TRANSFORMER = {

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from convert.assemble import abstract, assemble
-from convert.components import abstract_model, parse_config
+from convert.components import abstract_model
 from convert.layout import contiguous
 from convert.load import load_component
 from convert.readers import ComponentReader, Source
@@ -30,6 +30,7 @@ from convert.verify_inputs import (
     Sample,
     TransformerInputs,
 )
+from seg4diff_jax.bilinear import upsampler
 from seg4diff_jax.flow import add_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.clip import CLIPText, CLIPTextOutput
@@ -42,7 +43,7 @@ from seg4diff_jax.models.stack import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.passes import encode_images
-from seg4diff_jax.segmentation.open_vocabulary import bilinear_matrix, class_scores, label_map
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
 
 Check = Callable[[str, np.ndarray], None]
 
@@ -199,7 +200,7 @@ def transformer(
     component.check()
     names = list(component.layout())
     compute = jnp.dtype(dtype)
-    config = parse_config("transformer", component.config)
+    config = source.parsed["transformer"]
     model: Any = abstract_model("transformer", component.config, compute)
     model.stacks = nnx.List([])
     model = _load_rest(component, names, dtype, model)
@@ -270,8 +271,8 @@ def masks(
 ) -> None:
     scores = class_scores(jnp.asarray(probs), jnp.asarray(averaging))[0]
     side = math.isqrt(scores.shape[-1])
-    grid, upsample = scores.reshape(-1, side, side), bilinear_matrix(side, size, size)
-    check(SCORES_ROW, np.asarray(jnp.einsum("hr,crs,ws->chw", upsample, grid, upsample, precision="highest")))
+    grid = scores.reshape(-1, side, side)
+    check(SCORES_ROW, np.asarray(upsampler((side, side), (size, size))(grid)))
     check("masks", np.asarray(label_map(grid, (size, size))))
 
 

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.components import parse_config
 from convert.errors import CheckpointError, reason
 from convert.lora_files import CHECKPOINTS
 from convert.lora_formats import LoRACheckpoint
@@ -133,7 +132,7 @@ def arrays_of(directory: Path) -> Any:
 
 def _adapters(arrays: dict[str, np.ndarray], settings: Settings, checkpoint: Path) -> dict[str, Adapter]:
     source = open_source(settings.model, components=["transformer"])
-    config = parse_config("transformer", source.configs["transformer"])
+    config = source.parsed["transformer"]
     stacks = config.layer_stacks(config.num_layers)
     found: dict[str, Adapter] = {}
     for name, a in arrays.items():

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,6 +67,11 @@ class Source:
     model_index: dict[str, Any] = field(default_factory=lambda: SD3.model_index)
     recorded_expert: int | None = None
     family: Family = SD3
+
+    @cached_property
+    def parsed(self) -> dict[str, Any]:
+        """Typed configurations, such as a `CLIPTextConfig`. Raises CheckpointError for a damaged one."""
+        return {name: parse_config(name, config) for name, config in self.configs.items()}
 
     @property
     def expert_block(self) -> int | None:

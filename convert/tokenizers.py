@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from convert.components import parse_config, tokenizers_of
+from convert.components import tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.families import SD3
 from convert.files import read_json, shown
@@ -48,7 +48,7 @@ def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
     for name, tokenizer in zip((*SD3.clips, SD3.t5), tokenizers, strict=True):
         if tokenizer is None or name not in source.configs:
             continue
-        config = parse_config(name, source.configs[name])
+        config = source.parsed[name]
         both = f"{source.tokenizers[str(tokenizers_of([name])[0])]} does not fit {source.origin}/{name}"
         if (ids := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:
             problems.append(f"{both}: it makes ids up to {ids - 1}, the encoder embeds {config.vocab_size}")

@@ -21,7 +21,6 @@ import numpy as np
 
 from convert import jax_side
 from convert.comparison import BOUNDS, Recording, Row, compare, decided_labels
-from convert.components import parse_config
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent, usual_dtype
 from convert.sources import NothingLacks, open_source
@@ -182,7 +181,7 @@ def _check_original(ours: Source, original: Source) -> None:
         [
             f"{name}: {ours.origin} and {original.origin} describe different models"
             for name in ours.configs
-            if parse_config(name, ours.configs[name]) != parse_config(name, original.configs[name])
+            if ours.parsed[name] != original.parsed[name]
         ],
         "the checkpoints do not belong together",
     )

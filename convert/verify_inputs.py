@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from convert.components import parse_config
 from convert.errors import CheckpointError
 from convert.families import SD3
 from convert.readers import Source
@@ -93,7 +92,7 @@ def make_inputs(source: Source, size: int) -> Inputs:
     _check_size(source, size)
     transformer, prompt = None, make_prompt(source)
     if "transformer" in source.configs:
-        config = parse_config("transformer", source.configs["transformer"])
+        config = source.parsed["transformer"]
         side, expert = size // _pixels_per_latent(source), source.expert_block
         shape = (1, side, side, config.in_channels)
         context = _draw("context", (1, 2 * prompt.tokens, config.joint_attention_dim))
@@ -113,7 +112,7 @@ def make_inputs(source: Source, size: int) -> Inputs:
 
 def _joint_dim(source: Source) -> int:
     """The transformer's; without one T5's; without either as wide as the CLIPs need."""
-    parsed = {name: parse_config(name, config) for name, config in source.configs.items()}
+    parsed = source.parsed
     clips = sum(parsed[name].hidden_size for name in CLIPS if name in parsed)
     if "transformer" in parsed:
         width = parsed["transformer"].joint_attention_dim
@@ -148,7 +147,7 @@ def make_prompt(source: Source) -> Prompt:
     Raises CheckpointError when tokenizers are damaged.
     """
     encoders = [name for name in (*CLIPS, T5) if name in source.configs]
-    parsed = {name: parse_config(name, source.configs[name]) for name in encoders}
+    parsed = {name: source.parsed[name] for name in encoders}
 
     def random_ids(tokens: int) -> dict[str, Int[np.ndarray, "1 tokens"]]:
         rng = np.random.default_rng(0)
@@ -182,7 +181,7 @@ def make_prompt(source: Source) -> Prompt:
 def _check_size(source: Source, size: int) -> None:
     multiple, most = _pixels_per_latent(source), None
     if "transformer" in source.configs:
-        config = parse_config("transformer", source.configs["transformer"])
+        config = source.parsed["transformer"]
         multiple *= config.patch_size
         most = multiple * config.pos_embed_max_size
     if size <= 0 or size % multiple or (most is not None and size > most):
@@ -191,4 +190,4 @@ def _check_size(source: Source, size: int) -> None:
 
 
 def _pixels_per_latent(source: Source) -> int:
-    return parse_config("vae", source.configs["vae"]).downsampling if "vae" in source.configs else 8
+    return source.parsed["vae"].downsampling if "vae" in source.configs else 8

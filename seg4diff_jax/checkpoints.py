@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.typing import DTypeLike
 
-from convert.components import parse_config
 from convert.errors import CheckpointError
 from convert.families import SD3, Family
 from convert.load import Shardings, open_component
@@ -113,10 +112,10 @@ class Checkpoint:
 
     # ---- what it says -----------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def configs(self) -> dict[str, Any]:
         """Each component's configuration, such as a `CLIPTextConfig`. Raises CheckpointError for a damaged one."""
-        return {name: parse_config(name, config) for name, config in self.source.configs.items()}
+        return self.source.parsed
 
     @property
     def transformer(self) -> MMDiTConfig:

@@ -117,26 +117,12 @@ def resize(
         if pixels.shape[:2] == tuple(size):
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    from seg4diff_jax.bilinear import resized_pixels  # imports JAX, which others need not wait for
+
     height, width = pixels.shape[:2]
     scale = 640 / min(height, width)
     halfway = (int(width * scale + 0.5), int(height * scale + 0.5))
-    return _bilinear(np.asarray(Image.fromarray(pixels).resize(halfway, Image.Resampling.BILINEAR)), size)
-
-
-def _bilinear(
-    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
-) -> Float[np.ndarray, "rows columns 3"]:
-    resampled = pixels.astype(np.float32)
-    for axis, target in enumerate(size):
-        source = pixels.shape[axis]
-        # In fp32, as PyTorch has it: in 640 rows its rounding reaches 1e-4 of a pixel.
-        middle = np.arange(target, dtype=np.float32) + np.float32(0.5)
-        position = np.clip(middle * np.float32(source / target) - np.float32(0.5), 0, source - 1)
-        below = np.floor(position).astype(int)
-        above = np.minimum(below + 1, source - 1)
-        weight = (position - below.astype(np.float32)).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-        resampled = (1 - weight) * resampled.take(below, axis) + weight * resampled.take(above, axis)
-    return resampled
+    return resized_pixels(np.asarray(Image.fromarray(pixels).resize(halfway, Image.Resampling.BILINEAR)), size)
 
 
 def to_model_range(pixels: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import seg4diff_jax as s4d
 from seg4diff_jax.data.names import Background
+from seg4diff_jax.evaluation import forward
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, open_benchmark
 from seg4diff_jax.evaluation.command import main, merging_protocols
 from seg4diff_jax.evaluation.measure import Measurement, Settings
-from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols
+from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols, thresholds
 from seg4diff_jax.evaluation.outcome import Outcome
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import Setting
@@ -151,6 +152,30 @@ def test_one_pass_serves_all_blocks_and_protocols_and_makes_a_row_for_each(evalu
     assert [one.why for one in evaluation.divided] == ["best", "worst"]
 
 
+def test_the_transformer_runs_once_for_each_batch_and_look_whatever_is_tried(sd3, root, monkeypatch):
+    run, batches = forward.attention_maps, []
+    monkeypatch.setattr(forward, "attention_maps", lambda *a, **k: batches.append(0) or run(*a, **k))
+    settings = Settings((VARIED,), (8, 2), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
+    evaluate(sd3, folder_benchmark(root), settings)
+    assert len(batches) == 2 * 2
+
+
+def test_batches_of_any_size_score_alike(sd3, root, evaluation):
+    settings = Settings((VARIED,), (8,), (SEED,), batch_size=3, prompts=(), unsupervised=HERE)
+    for row in evaluate(sd3, folder_benchmark(root), settings).rows:
+        protocol = UnsupervisedProtocol(row["threshold"], row["minmax"], row["match"], row["absent_classes"])
+        expected = row_of(evaluation.rows, protocol, VARIED, 8)
+        assert all(row[name] == expected[name] for name in ("iou", "accuracy", "segments"))
+
+
+def test_attention_that_is_not_finite_is_told(sd3, root, monkeypatch):
+    run = forward.attention_maps
+    monkeypatch.setattr(forward, "attention_maps", lambda *a, **k: run(*a, **k).at[0, 0, 0].set(np.nan))
+    settings = Settings((VARIED,), (8,), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
+    with pytest.raises(FloatingPointError, match="attention is not finite"):
+        evaluate(sd3, folder_benchmark(root), settings)
+
+
 @pytest.fixture(scope="module")
 def counted(sd3, root) -> tuple[Measurement, Outcome]:
     settings = Settings(BLOCKS, (8,), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
@@ -251,6 +276,27 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
+def test_a_grid_tries_thresholds_that_rise_evenly_and_the_table_has_them_all(sd3_checkpoint, root, tmp_path, capsys):
+    options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", str(VARIED), "--pictures", "0"]
+    options += ["--seeds", str(SEED), "--batch-size", "2", "--protocol", "unsupervised"]
+    assert main([*options, "--unsupervised.threshold", "grid", "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    tried = np.array([row["threshold"] for row in rows])
+    assert (len(tried), tried[0], tried[-1]) == (23, 0.0001, 0.2)
+    np.testing.assert_allclose(tried[1:] / tried[:-1], 2**0.5, rtol=0.05)
+    printed = re.findall(r"threshold ([\d.]+) .*?([\d.]+) *$", capsys.readouterr().out, re.MULTILINE)
+    assert [(float(threshold), float(segments)) for threshold, segments in printed] == [
+        (row["threshold"], pytest.approx(row["segments"], abs=0.051)) for row in rows
+    ]
+    assert np.diff([row["segments"] for row in rows]).max() <= 0, "the larger, the fewer segments"
+
+
+def test_lists_of_thresholds_are_read_as_they_are_written():
+    for value in ("0.5, 0.25", [0.5, 0.25]):
+        assert thresholds(value, "--unsupervised.threshold") == (0.5, 0.25)
+    assert thresholds(0.5, "--unsupervised.threshold") == (0.5,)
+
+
 def test_options_make_ours_and_the_releases_protocols():
     assert merging_protocols(Options()) == ()
     chosen = lambda **options: merging_protocols(Options(protocol="unsupervised", unsupervised=Unsupervised(**options)))
@@ -266,6 +312,7 @@ def test_options_make_ours_and_the_releases_protocols():
         (["--protocol", "both"], "--protocol is 'both': expected open_vocabulary, unsupervised, or"),
         (["--protocol", "unsupervised", "--unsupervised.threshold", "0"], "--unsupervised.threshold is 0.0: expected"),
         (["--protocol", "unsupervised", "--unsupervised.threshold", "0.1,x"], "expected numbers above 0, each once"),
+        (["--protocol", "unsupervised", "--unsupervised.threshold", "0.1,0.1"], "each once"),
         (["--unsupervised.match", "row"], "--unsupervised.match is 'row', but --protocol is 'open_vocabulary'"),
         (["--unsupervised.absent-classes"], "--unsupervised.absent-classes is True, but --protocol"),
         (["--lora", "absent.safetensors"], "absent.safetensors"),

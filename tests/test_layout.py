@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARRAYS_ONLY = ("models", "flow", "segmentation", "magnet", "passes", "numerics", "parallel", "checksums")
+ARRAYS_ONLY = ("bilinear", "models", "flow", "segmentation", "magnet", "passes", "numerics", "parallel", "checksums")
 """Parts that know no files, tokenizers, pictures or terminals."""
 FOREIGN_TO_ARRAYS = {"PIL", "huggingface_hub", "io", "json", "os", "pathlib", "rich", "safetensors", "shutil", "sys"}
 FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
@@ -19,21 +19,22 @@ MAY_IMPORT: dict[str, str] = {
     "models": "parallel",
     "numerics": "",
     "flow": "numerics",
-    "segmentation": "",
+    "bilinear": "",
+    "segmentation": "bilinear",
     "parallel": "",
     "checksums": "",
     "passes": "flow models parallel segmentation",
-    "magnet": "flow models passes segmentation",
+    "magnet": "bilinear flow models passes segmentation",
     # What is around them, in memory.
     "image_files": "",
-    "images": "image_files",
+    "images": "bilinear image_files",
     "compilation": "",
     "configuration": "",
     "text": "models",
     "batching": "flow images models",
     "pipeline": "batching flow images models numerics parallel passes segmentation text",
     # Checkpoints, and what reads or writes them.
-    "convert": "checksums flow models numerics passes segmentation text",
+    "convert": "bilinear checksums flow models numerics passes segmentation text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
     "analysis": "convert data flow images models numerics passes pipeline segmentation text",
     "reporting": "pipeline",

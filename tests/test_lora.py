@@ -28,7 +28,6 @@ from seg4diff_jax.models.lora import (
     merge_lora,
     remove_lora,
     set_lora_state,
-    unmerge_lora,
 )
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.trunk import attention_at
@@ -199,21 +198,11 @@ def test_an_optimizer_of_the_adapters_holds_no_state_of_the_base_and_trains_chos
     assert list(lora_state(adapted)) == ["blocks.0.image.attention.q", "blocks.2.image.attention.q"]
 
 
-def test_adapters_can_be_removed_to_the_bit_and_unmerged_up_to_rounding(base):
+def test_adapters_can_be_removed_to_the_bit(base):
     config = LoRAConfig(rank=3, alpha=2.0, targets=IMAGE_ATTENTION + TEXT_ATTENTION)
     adapted = add_lora(base, config, nnx.Rngs(0))
-    adapters = random_adapters(adapted)
-    adapted = set_lora_state(adapted, adapters)
+    adapted = set_lora_state(adapted, random_adapters(adapted))
     assert_same_arrays(remove_lora(adapted), base)
-    merged = merge_lora(adapted)
-    unmerged = unmerge_lora(merged, config, adapters)
-    assert jax.tree.structure(unmerged) == jax.tree.structure(base)
-    changed = 0
-    for before, between, after in zip(*map(jax.tree.leaves, (base, merged, unmerged)), strict=True):
-        changed += bool(np.any(before != between))
-        magnitude = np.maximum(np.abs(before), np.abs(between))
-        assert np.all(np.abs(before - after) <= np.spacing(np.asarray(magnitude)))
-    assert changed == 2 * 8 - 1  # two stacks; the last block has no text.attention.out
 
 
 def test_adapters_are_fp32_on_a_bf16_base(base):

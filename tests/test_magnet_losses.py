@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from seg4diff_jax.magnet.losses import class_losses, dice_loss, focal_loss, mask_losses, upsampler
+from seg4diff_jax.bilinear import upsampler
+from seg4diff_jax.magnet.losses import class_losses, dice_loss, focal_loss, mask_losses
 from tests.reference import magnet as reference
 from tests.reference.largest_array import largest_array
 from tests.reference.magnet import Image, random_masks

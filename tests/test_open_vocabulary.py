@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seg4diff_jax.bilinear import bilinear_matrix
 from seg4diff_jax.segmentation.open_vocabulary import (
-    bilinear_matrix,
     class_scores,
     combine_prompts,
     label_map,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import Command, run_command
-from seg4diff_jax.command_line import analyze, generate, merge_threshold, scenes, segment, segment_unsupervised
+from seg4diff_jax.command_line import analyze, generate, scenes, segment, segment_unsupervised
 from seg4diff_jax.numerics import settled
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
@@ -17,9 +17,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
-    "merge-threshold": Command(
-        merge_threshold.arguments, merge_threshold.run, "find what segments without names should be merged below"
-    ),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
     # Listed here; run by `main`, for their options are their own.
     "plan": Command(lambda parser: None, lambda options: None, "what training needs of TPUs that are not here"),

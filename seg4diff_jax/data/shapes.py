@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -67,28 +67,6 @@ def scene(split: str, index: int, size: int = SIDE) -> Scene:
     present = sorted({CLASSES.index(content.name) for content in (*composed.things, *composed.stuffs)})
     text = caption(things, stuffs, composed.upright, draws)
     return Scene(picture(composed), label_map(composed, CLASSES), tuple(present), text)
-
-
-class Scenes:
-    """The first `length` scenes of a split as a random-access source: items with `image`, `labels` and `caption`.
-
-    Scenes are made when asked for, each time anew.
-    """
-
-    def __init__(self, split: str, length: int, size: int = SIDE):
-        self.split, self.length, self.size = split, length, size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} of {self!r}")
-        shown = scene(self.split, int(index), self.size)
-        return {"image": shown.image, "labels": shown.labels, "caption": shown.caption}
-
-    def __repr__(self) -> str:
-        return f"Scenes(split={self.split!r}, length={self.length}, size={self.size})"
 
 
 def write_folder(directory: str | Path, scenes: Iterable[Scene]) -> None:

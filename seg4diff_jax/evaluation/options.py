@@ -14,6 +14,8 @@ EvaluationResize = Literal[Resize, "paper"]
 """How an image comes to the model's size: as `images.resize` does it, or the square in its middle alone."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
+GRID = "grid"
+"""All thresholds of `segmentation.unsupervised.THRESHOLD_GRID`."""
 MEAN = "mean"
 """Of all heads of a block."""
 STEPS = range(1, 29)
@@ -124,7 +126,8 @@ HELP = {
         "present,all: both, reported apart"
     ),
     "unsupervised.threshold": (
-        "maps merge whose divergence is below it; 0.035,0.1 scores both; default: the one of the minmax"
+        "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "
+        "the minmax"
     ),
     "unsupervised.minmax": "what maps are brought to 0..1 over: pixel, each its pixels; token, as in the release",
     "unsupervised.match": "what is matched by itself: image; row of pixels, as in the release, which scores higher",
@@ -232,13 +235,17 @@ def _parts(value: Any) -> list[Any]:
 
 
 def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]:
-    """Raises ValueError unless they are finite numbers above 0, each once."""
+    """Those listed, or of the grid for `grid`. Raises ValueError unless they are numbers above 0, each once."""
+    if value == GRID:
+        from seg4diff_jax.segmentation.unsupervised import THRESHOLD_GRID  # imports JAX, which takes seconds
+
+        return THRESHOLD_GRID
     try:
         found = tuple(float(part) for part in _parts(value))
     except ValueError:
         found = ()
     if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
-        raise ValueError(f"{name} is {shown(value)}: expected numbers above 0, each once, as in 0.005,0.01")
+        raise ValueError(f"{name} is {shown(value)}: expected numbers above 0, each once, as in 0.005,0.01, or {GRID}")
     return found
 
 

@@ -26,7 +26,9 @@ SCORES = {
     "pixel_accuracy": "pixel acc.",
     "things": "things",
     "stuffs": "stuffs",
+    "segments": "segments",
 }
+"""Percentages; last, of segments without names, how many an image has."""
 PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "step", "seed", "images", "skipped")
 ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5
@@ -81,7 +83,7 @@ def write_classes(path: Path, rows: list[Row]) -> None:
 def tell(console: Console, evaluation: Evaluation) -> None:
     """The table of scores on stdout, and on stderr what was left out."""
     rows = evaluation.rows
-    shown = [name for name in SCORES if any(row[name] is not None for row in rows)]
+    shown = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
     images, seeds = rows[0]["images"], len({row["seed"] for row in rows})
     over = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
     table = Table(title=f"{rows[0]['dataset']}, {images} images, %{over}", title_justify="left", title_style="bold")

@@ -127,7 +127,7 @@ def averaged(rows: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[float
     """Mean over seeds and how far they spread (the standard deviation of a sample; 0 for one seed), for each metric."""
     found: dict[str, tuple[float, float] | None] = {}
     for name in names:
-        values = [row[name] for row in rows if row[name] is not None]
+        values = [row[name] for row in rows if row.get(name) is not None]
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         found[name] = (float(np.mean(values)), spread) if values else None
     return found

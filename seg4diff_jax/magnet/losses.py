@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from seg4diff_jax.segmentation.open_vocabulary import bilinear_matrix
+from seg4diff_jax.bilinear import upsampler
 
 FocalWeight = Literal["sigmoid", "release"]
 """What weighs a pixel of the focal loss: how wrong the score's sigmoid is, or (the release) the raw score in its place.
@@ -141,12 +141,6 @@ def class_losses(
 
     focals, dices = _by_row(of_row, probs, masks)
     return MaskLosses(_mean(focals.sum(axis=1), pixels > 0), _mean(dices, real))
-
-
-def upsampler(source: tuple[int, ...], target: tuple[int, ...]) -> Callable[[Array], Array]:
-    """Bilinear resampling of [batch, *source] to [batch, *target], as PyTorch's with `align_corners=False`."""
-    down, across = (bilinear_matrix(*sides, rows=sides[1]) for sides in zip(source, target, strict=True))
-    return lambda maps: jnp.einsum("hr,brc,wc->bhw", down, maps, across, precision="highest")
 
 
 def _by_row(losses: Callable[[Array, Array], tuple[Array, Array]], *arrays: Any) -> tuple[Array, Array]:

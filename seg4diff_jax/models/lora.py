@@ -206,14 +206,6 @@ def remove_lora(mmdit: MMDiT) -> MMDiT:
     return _without_adapters(mmdit, merged=False)
 
 
-def unmerge_lora(mmdit: MMDiT, config: LoRAConfig, adapters: Mapping[str, tuple[Any, Any]]) -> MMDiT:
-    """Take merged adapters out of a model's kernels again, up to one rounding of the kernels' dtype each way.
-
-    What was given to `merge_lora` still holds the base's exact kernels: this is for when only the merged are left.
-    """
-    return merge_lora(apply_lora(mmdit, replace(config, alpha=-config.alpha), adapters))
-
-
 def lora_state(mmdit: MMDiT) -> dict[str, Adapter]:
     """Every adapter by its layer's per-layer name, as in `blocks.7.image.attention.q`; fp32, in the blocks' order.
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from seg4diff_jax.bilinear import bilinear_matrix
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -82,16 +84,6 @@ def label_map(
         compete, start, (scores.astype(jnp.float32), jnp.arange(classes, dtype=jnp.int32), allowed)
     )
     return labels
-
-
-def bilinear_matrix(source: int, target: Int[Array, ""] | int, rows: int) -> Float[Array, "rows source"]:
-    """Weights of bilinear resampling along one axis, as PyTorch's interpolate with `align_corners=False`.
-
-    Row i holds the weights of output pixel i of `target`; rows past `target` repeat the border. No antialiasing.
-    """
-    scale = source / jnp.asarray(target, jnp.float32)
-    position = jnp.clip((jnp.arange(rows, dtype=jnp.float32) + 0.5) * scale - 0.5, 0, source - 1)
-    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(source, dtype=jnp.float32)))
 
 
 # ---- on the host, for images and class lists of any size -------------------------------------------------------------

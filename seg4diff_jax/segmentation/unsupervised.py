@@ -31,6 +31,9 @@ to `pixel`, whose maps all span 0..1: there it is the best on 1000 training scen
 difference, so it merges those that differ by less than 0.02 or so.
 """
 
+THRESHOLD_GRID = tuple(float(f"{0.0001 * 2 ** (step / 2):.2g}") for step in range(23))
+"""Thresholds to choose among for another model: 0.0001 to 0.2, each about 1.4 times the one before."""
+
 FLAT = 1e-6
 """Added to what maps are divided by, as in the release: what varies by less is rounding, and stays nearly flat."""
 
