@@ -15,17 +15,22 @@ import re
 from pathlib import Path
 
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from seg4diff_jax.reporting.svg_plots import HEIGHT, WIDTH, Series, line_plot
+from seg4diff_jax.reporting.svg_plots import (
+    BEST,
+    DULL,
+    HEIGHT,
+    POINTS_PER_INCH,
+    WIDTH,
+    Series,
+    draw_lines,
+    drawing,
+    line_axes,
+    to_markup,
+)
 
-STYLE = """
-svg { background: #fff; font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #59626d }
-.grid { stroke: #e1e5ea }
-g { stroke: #aeb8c4; stroke-width: 2; fill: #aeb8c4 }
-polyline { fill: none }
-.title { font-size: 14px; fill: #1b2026 }
-"""
-BEST = "#2b6cb0"
+FAMILY = "system-ui, Segoe UI, Roboto, DejaVu Sans, sans-serif"
 HEAD = 30
 """Height of a panel's title."""
 
@@ -48,14 +53,21 @@ def curves(runs: list[Path], sigma: str) -> tuple[list[int], list[list[float]]]:
     return steps, [list(values) for values in zip(*rows, strict=True)]
 
 
-def panel(title: str, steps: list[int], blocks: list[list[float]]) -> Markup:
-    best = max(range(len(blocks)), key=lambda block: (not math.isnan(blocks[block][-1]), blocks[block][-1]))
-    lines = [Series([None if math.isnan(value) else (value, 0.0) for value in values]) for values in blocks]
-    drawn = line_plot(title, steps, lines, horizontal="steps", vertical="mean IoU, %")
-    colored = drawn.replace(f'<g class="series{best}">', Markup('<g style="stroke:{0};fill:{0}">').format(BEST))
-    placed = colored.replace("<svg ", Markup('<svg y="{}" width="{}" height="{}" ').format(HEAD, WIDTH, HEIGHT), 1)
-    heading = Markup('<text class="title" x="46" y="20">{}; <tspan fill="{}">block {}: {:.1f}</tspan></text>')
-    return heading.format(title, BEST, best, blocks[best][-1]) + placed
+@drawing
+def drawn(titles: list[str], panels: list[tuple[list[int], list[list[float]]]]) -> str:
+    """Panels side by side, each under its title and its best block."""
+    size = len(panels) * WIDTH / POINTS_PER_INCH, (HEIGHT + HEAD) / POINTS_PER_INCH
+    figure = Figure(figsize=size, dpi=POINTS_PER_INCH, facecolor="white")
+    for number, (title, (steps, blocks)) in enumerate(zip(titles, panels, strict=True)):
+        best = max(range(len(blocks)), key=lambda block: (not math.isnan(blocks[block][-1]), blocks[block][-1]))
+        lines = [Series([None if math.isnan(value) else (value, 0.0) for value in values]) for values in blocks]
+        colors = [BEST if block == best else DULL for block in range(len(blocks))]
+        axes = line_axes(figure, number * WIDTH)
+        draw_lines(axes, steps, lines, horizontal="steps", vertical="mean IoU, %", colors=colors)
+        axes.set_title(title, loc="left", pad=HEAD)
+        axes.set_title(f"block {best}: {blocks[best][-1]:.1f}", loc="right", pad=HEAD, color=BEST)
+    root = Markup('<svg xmlns="http://www.w3.org/2000/svg" font-family="{}" ').format(FAMILY)
+    return to_markup(figure, "; ".join(titles)).replace("<svg ", root, 1)
 
 
 def main() -> None:
@@ -67,21 +79,12 @@ def main() -> None:
     options = parser.parse_args()
     paths = [[Path(run) for run in one.split(",")] for one in options.panels]
     titles = options.titles.split(",") if options.titles else [runs[-1].name for runs in paths]
-    drawn = []
-    for number, (title, runs) in enumerate(zip(titles, paths, strict=True)):
-        steps, blocks = curves(runs, options.sigma)
+    panels = [curves(runs, options.sigma) for runs in paths]
+    for title, (steps, blocks) in zip(titles, panels, strict=True):
         print(title)
         for step, values in zip(steps, zip(*blocks, strict=True), strict=True):
             print(f"{step:>7}  " + "  ".join(f"{value:5.1f}" for value in values))
-        drawn.append(
-            Markup('<svg x="{}" width="{}" height="{}">{}</svg>').format(
-                number * WIDTH, WIDTH, HEIGHT + HEAD, panel(title, steps, blocks)
-            )
-        )
-    whole = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}"><style>{}</style>{}</svg>\n').format(
-        len(drawn) * WIDTH, HEIGHT + HEAD, Markup(STYLE), Markup("").join(drawn)
-    )
-    options.out.write_text(whole)
+    options.out.write_text(drawn(titles, panels) + "\n")
 
 
 if __name__ == "__main__":

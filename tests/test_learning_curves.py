@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.learning_curves import curves, main
+from seg4diff_jax.reporting.svg_plots import BEST
 
 
 def logged(run: Path, scores: dict[int, list[float]]) -> Path:
@@ -39,8 +41,8 @@ def test_the_block_that_is_best_at_the_end_stands_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learning_curves.py", str(run), "--out", str(out)])
     main()
     drawn = ElementTree.parse(out)
-    colored = [group for group in drawn.iter("{http://www.w3.org/2000/svg}g") if "style" in group.attrib]
-    (points,) = [line.attrib["points"].split() for group in colored for line in group if "points" in line.attrib]
-    heights = [float(point.split(",")[1]) for point in points]
+    lines = drawn.iterfind(".//{*}g[@class='line']/{*}path")
+    (path,) = [line.attrib["d"] for line in lines if f"stroke: {BEST}" in line.attrib["style"]]
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
     assert heights[1] < heights[0]  # only block 1 rises
     assert "block 1: 40.0" in "".join(drawn.getroot().itertext())

@@ -16,11 +16,11 @@ from PIL import Image
 from seg4diff_jax.data.coco_categories import CATEGORIES
 from seg4diff_jax.evaluation.pictured import pictured
 from seg4diff_jax.evaluation.scores import by_setting
-from seg4diff_jax.reporting.colors import class_colors, ink_on, neutral_colors, oklab, palette, tint
+from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, ink_on, neutral_colors, oklab, palette, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import HEAT_LONGEST, LONGEST, card, segments_card
 from seg4diff_jax.reporting.evaluation_page import PAGE, write_page
-from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
+from seg4diff_jax.reporting.svg_plots import LINE_COLORS
 from tests.reference.browser import BROWSER, Browser, browser
 from tests.reference.evaluations import (
     CONFIG,
@@ -198,8 +198,8 @@ def test_there_are_plots_by_block_and_noise_level_and_of_both_where_both_are_swe
     assert text.count('class="plot"') == 4, (
         "two lines each by block and by noise level; a heat map for each way of asking"
     )
-    assert text.count('class="cell" x=') == 2 * 24 * 14
-    assert len(re.findall("<polyline", text)) == 4
+    assert text.count('<g class="cell">') == 2 * 24 * 14
+    assert text.count('<g class="line">') == 4
 
 
 def test_segments_without_names_have_a_page_too(tmp_path):
@@ -355,25 +355,10 @@ def distances(colors: np.ndarray) -> np.ndarray:
     return np.where(np.eye(len(lab)) > 0, np.inf, apart).min(axis=1)
 
 
-def test_points_of_a_line_lie_where_their_values_are():
-    values = [(10.0, 0.0), None, (30.0, 1.0), (20.0, 0.0)]
-    drawn = str(line_plot("a & b", [0, 1, 2, 4], [Series(values, 2)], horizontal="x", vertical="y"))
-    assert 'aria-label="a &amp; b"' in drawn
-    points = np.array([[float(x), float(y)] for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)])
-    heights = (points[:, 1].max() - points[:, 1]) / np.ptp(points[:, 1])
-    places = (points[:, 0] - points[0, 0]) / np.ptp(points[:, 0])
-    np.testing.assert_allclose(heights, [0, 1, 0.5], atol=0.01)
-    np.testing.assert_allclose(places, [0, 0.5, 1], atol=0.01)
-
-
-def test_cells_of_a_heat_map_are_darker_the_greater_their_number_and_absent_where_there_is_none():
-    values = np.array([[10.0, 20.0], [np.nan, 40.0]])
-    drawn = str(heat_plot("both", values, [3, 4], [2, 8], vertical="block", horizontal="noise level", mark=(1, 1)))
-    cells = re.findall(r'fill="#(\w{6})"/><text class="cell"[^>]*>([\d.]+)<', drawn)
-    assert [number for _, number in cells] == ["10.0", "20.0", "40.0"]
-    lightness = [sum(bytes.fromhex(color)) for color, _ in cells]
-    assert lightness == sorted(lightness, reverse=True)
-    assert drawn.count('class="frame"') == 1
+def test_plots_and_the_page_have_the_same_colours(sweep):
+    text = sweep.read_text()
+    assert all(f"--{name}: {color};" in text for name, color in PAGE_COLORS.items())
+    assert all(f"stroke: {color}" in text for color in LINE_COLORS[:2])
 
 
 def test_letters_on_colours_have_the_contrast_that_wcag_asks_for():

@@ -39,6 +39,19 @@ HEAT = ((12, 7, 60), (70, 10, 125), (150, 25, 125), (215, 60, 80), (250, 130, 40
 NEUTRAL_LIGHTNESS, NEUTRAL_CHROMA = (0.5, 0.87), 0.025
 """Of greys, in OKLab: from dark to light, and how far they may lean towards a hue."""
 TINT_PALE, TINT_DEEP = (244, 248, 253), (20, 66, 128)
+PAGE_COLORS = {
+    "ink": "#1b2026",
+    "faint": "#59626d",
+    "line": "#e1e5ea",
+    "paper": "#ffffff",
+    "ground": "#f4f6f8",
+    "best": "#2b6cb0",
+    "second": "#c2410c",
+    "third": "#0f766e",
+    "dull": "#aeb8c4",
+    "track": "#eef1f4",
+}
+"""Of the report and its plots: `best`, `second` and `third` are ways of asking."""
 
 _TO_CONES = np.array(
     [

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.scores import BASELINES, Row, Setting, averaged, best_setting, by_setting, groups, guesses
-from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
+from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import Card, card, segments_card
 from seg4diff_jax.reporting.evaluation_plots import Sweep, plots
@@ -120,6 +120,7 @@ def contents(
         "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
         "others": [way.title for way in ways][1:2],
         "confused": worst_classes(evaluation, benchmark),
+        "page_colors": PAGE_COLORS,
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
         "grids": grids(evaluation, benchmark, ways),
         "cut_off": best[0]["cut_off"],

@@ -1,28 +1,68 @@
-"""Small plots as SVG, to be put into a page: how they look, but for their shapes, is the page's style sheet."""
+"""Small plots, drawn by matplotlib, as SVG for a page: text stays text, and equal numbers make equal bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+from matplotlib.transforms import IdentityTransform
 
-from seg4diff_jax.reporting.colors import hexadecimal, ink_on, tint
+from seg4diff_jax.reporting.colors import PAGE_COLORS, hexadecimal, ink_on, tint
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 22, 44
-"""Space around the axes of a line plot."""
+"""Space around the axes of a line plot. All lengths are CSS pixels, which are points to matplotlib."""
+ASIDE = 14
+"""Space between the axes' sides and the first and last place."""
 DIGIT = 8
 """Width of a digit beside an axis, at most."""
 MOST_LABELLED = 12
 """Points whose values are written beside them, of a line that is alone."""
 WIDE, WIDEST, ROW, HEAD = 1100, 72, 26, 54
 """Of a heat map: greatest width, of a column too, height of a row, space for the names of rows and columns."""
+POINTS_PER_INCH = 72
+FONT = "DejaVu Sans"
+"""Comes with matplotlib, which measures by it; drawings are shown with the letters of the page."""
 
-Scale = Callable[[float], float]
+FAINT, LINE, INK, DULL = (PAGE_COLORS[name] for name in ("faint", "line", "ink", "dull"))
+PAPER, BEST, SECOND, THIRD = (PAGE_COLORS[name] for name in ("paper", "best", "second", "third"))
+LINE_COLORS = (BEST, SECOND, THIRD)
+CLASSES = ("line", "point", "value", "cell", "frame")
+"""Of parts of a drawing that a style sheet may name."""
+drawing = style.context(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "seg4diff_jax",
+        "text.parse_math": False,
+        "font.family": FONT,
+        "font.size": 12,
+        "axes.labelsize": 12,
+        "axes.titlesize": 14,
+        "axes.labelcolor": FAINT,
+        "axes.titlecolor": INK,
+        "axes.axisbelow": True,
+        "axes.facecolor": "none",
+        "grid.color": LINE,
+        "grid.linewidth": 1,
+        "lines.scale_dashes": False,
+        "lines.solid_capstyle": "butt",
+        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+        **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("color", FAINT), ("major.size", 0))},
+        **{f"{axis}tick.labelsize": 12 for axis in "xy"},
+    },
+    after_reset=True,
+)
+"""Decorates what draws: how plots look, whatever the user's own settings of matplotlib are."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +70,14 @@ class Series:
     """A line: its values with their spread, one for each place on the axis; nothing is drawn for None.
 
     Attributes:
-      mark: place of the point that stands out.
+      mark: index of the point that stands out.
     """
 
     values: Sequence[tuple[float, float] | None]
     mark: int | None = None
 
 
+@drawing
 def line_plot(
     title: str,
     places: Sequence[int],
@@ -52,83 +93,88 @@ def line_plot(
       title: for those who cannot see it.
       level: how high a dashed horizontal line is.
     """
+    figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), dpi=POINTS_PER_INCH, frameon=False)
+    draw_lines(line_axes(figure), places, series, horizontal=horizontal, vertical=vertical, level=level)
+    return to_markup(figure, title)
+
+
+def line_axes(figure: Figure, left: int = 0) -> Axes:
+    """Axes of a line plot whose left side is `left` pixels from the figure's, at its bottom."""
+    width, height = figure.bbox.size
+    inside = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    return figure.add_axes(((left + LEFT) / width, BOTTOM / height, inside[0] / width, inside[1] / height))
+
+
+def draw_lines(
+    axes: Axes,
+    places: Sequence[int],
+    series: Sequence[Series],
+    *,
+    horizontal: str,
+    vertical: str,
+    level: float | None = None,
+    colors: Sequence[str] = LINE_COLORS,
+) -> None:
+    """Draw on axes of `line_axes`; arguments are those of `line_plot`. Colours are repeated."""
     known = [value[0] + value[1] for one in series for value in one.values if value] + ([level] if level else [])
     top = min(100, 10 * int(np.ceil(max(known, default=0) / 10 + 0.3)))
-    span = max(places) - min(places) or 1
-    x = lambda place: LEFT + 14 + (WIDTH - LEFT - RIGHT - 28) * (place - min(places)) / span
-    y = lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(value, 0), top) / max(top, 1)
-    parts = [_axes(places, top, x, y, horizontal, vertical)]
+    width = WIDTH - LEFT - RIGHT - 2 * ASIDE
+    scale = width / (max(places) - min(places) or 1)
+    axes.set(xlim=(min(places) - ASIDE / scale, min(places) + (width + ASIDE) / scale), ylim=(0, max(top, 1)))
+    axes.set_yticks(range(0, top + 1, 10 if top <= 60 else 20))
+    axes.set_xticks(_apart(places, DIGIT * (len(str(places[-1])) + 1) / scale))
+    axes.tick_params(pad=7)
+    axes.grid(axis="y", clip_on=False)
+    axes.set_xlabel(horizontal, verticalalignment="baseline")
+    axes.set_ylabel(vertical, verticalalignment="baseline", rotation_mode="anchor")
+    axes.xaxis.set_label_coords(0.5, (6 - BOTTOM) / axes.bbox.height)
+    axes.yaxis.set_label_coords((11 - LEFT) / axes.bbox.width, 0.5)
     if level is not None:
-        parts.append(
-            Markup('<line class="level" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                LEFT, WIDTH - RIGHT, y(level), y(level)
-            )
-        )
-    alone = len(series) == 1
-    parts += [_line(one, number, places, x, y, alone=alone) for number, one in enumerate(series)]
-    return _svg(title, WIDTH, HEIGHT, parts)
+        axes.axhline(level, color=DULL, linewidth=1.5, linestyle=(0, (5, 4)), clip_on=False)
+    for number, one in enumerate(series):
+        _draw_line(axes, one, places, colors[number % len(colors)], top, alone=len(series) == 1)
 
 
-def _axes(places: Sequence[int], top: int, x: Scale, y: Scale, horizontal: str, vertical: str) -> Markup:
-    parts = []
-    for value in range(0, top + 1, 10 if top <= 60 else 20):
-        parts.append(
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                LEFT, WIDTH - RIGHT, y(value), y(value)
-            )
-        )
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                LEFT - 7, y(value) + 4, value
-            )
-        )
-    room = DIGIT * (len(str(places[-1])) + 1)
-    apart = lambda some: all(x(after) - x(before) >= room for before, after in pairwise(some))
-    every = next(every for every in range(1, len(places) + 1) if apart(places[::every]))
-    for place in places[::every]:
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x(place), HEIGHT - BOTTOM + 17, place
-            )
-        )
-    parts.append(
-        Markup(
-            '<text class="axis" x="{:.1f}" y="{}" text-anchor="middle">{}</text>'
-            '<text class="axis" transform="translate(11 {:.1f}) rotate(-90)" text-anchor="middle">{}</text>'
-        ).format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, horizontal, (TOP + HEIGHT - BOTTOM) / 2, vertical)
-    )
-    return Markup("").join(parts)
+def _apart(places: Sequence[int], room: float) -> Sequence[int]:
+    """Every place, every second, every third...: the most that leave each so much room."""
+    chosen = (places[::every] for every in range(1, len(places) + 1))
+    return next(some for some in chosen if all(after - before >= room for before, after in pairwise(some)))
 
 
-def _line(one: Series, number: int, places: Sequence[int], x: Scale, y: Scale, *, alone: bool) -> Markup:
+def _draw_line(axes: Axes, one: Series, places: Sequence[int], color: str, top: int, *, alone: bool) -> None:
     labelled = alone and len(places) <= MOST_LABELLED
     known = [
         (index, place, *value) for index, (place, value) in enumerate(zip(places, one.values, strict=True)) if value
     ]
-    points = " ".join(f"{x(place):.1f},{y(mean):.1f}" for _, place, mean, _ in known)
-    parts = [Markup('<polyline points="{}"/>').format(points)]
+    height = lambda value: min(max(value, 0), top)
+    heights = [height(mean) for _, _, mean, _ in known]
+    axes.plot([place for _, place, _, _ in known], heights, color=color, linewidth=2, clip_on=False, gid="line")
     for index, place, mean, spread in known:
-        if spread:
-            parts.append(
-                Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(
-                    x(place), y(mean - spread), y(mean + spread)
-                )
-            )
         marked = index == one.mark
-        parts.append(
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}: {:.1f}</title></circle>').format(
-                x(place), y(mean), 5.5 if marked else 3, place, mean
-            )
-        )
+        if spread:
+            ends = height(mean - spread), height(mean + spread)
+            axes.plot((place, place), ends, color=color, linewidth=1.2, alpha=0.7, clip_on=False)
+        x, y = axes.transData.transform((place, height(mean))).tolist()
+        point = Circle((x, y), 6.5 if marked else 4, color=color, linewidth=0, transform=IdentityTransform())
+        point.set(clip_on=False, zorder=3, gid=f"point {place}: {mean:.1f}")
+        axes.add_artist(point)
         if labelled or (marked and alone):
-            parts.append(
-                Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{:.1f}</text>').format(
-                    "value marked" if marked else "value", x(place), y(mean + spread) - 9, mean
-                )
+            axes.annotate(
+                f"{mean:.1f}",
+                (place, height(mean + spread)),
+                xytext=(0, 9),
+                textcoords="offset points",
+                annotation_clip=False,
+                horizontalalignment="center",
+                verticalalignment="baseline",
+                color=color if marked else INK,
+                fontsize=13 if marked else 11.5,
+                fontweight="bold" if marked else "normal",
+                gid="value",
             )
-    return Markup('<g class="series{}">{}</g>').format(number, Markup("").join(parts))
 
 
+@drawing
 def heat_plot(
     title: str,
     values: Float[np.ndarray, "rows columns"],
@@ -145,60 +191,61 @@ def heat_plot(
       mark: row and column of the cell that is framed.
     """
     cell = min(WIDEST, (WIDE - HEAD) / len(columns))
-    digits = 1 if cell >= 36 else 0
-    width, height = HEAD + cell * len(columns) + 3, HEAD + ROW * len(rows) + 3
-    least, greatest = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0.0, 1.0)
-    parts = [
-        Markup('<text class="axis" x="{:.1f}" y="13" text-anchor="middle">{}</text>').format(
-            HEAD + cell * len(columns) / 2, horizontal
-        ),
-        Markup('<text class="axis" transform="translate(13 {:.1f}) rotate(-90)" text-anchor="middle">{}</text>').format(
-            HEAD + ROW * len(rows) / 2, vertical
-        ),
-    ]
-    for at, name in enumerate(columns):
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                HEAD + cell * (at + 0.5), HEAD - 9, name
-            )
-        )
-    for line, name in enumerate(rows):
-        y = HEAD + ROW * line
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(HEAD - 9, y + 17, name)
-        )
-        for at, value in enumerate(values[line].tolist()):
-            if np.isnan(value):
-                continue
+    inside = cell * len(columns), ROW * len(rows)
+    width, height = HEAD + inside[0] + 3, HEAD + inside[1] + 3
+    figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), dpi=POINTS_PER_INCH, frameon=False)
+    axes = figure.add_axes((HEAD / width, 3 / height, inside[0] / width, inside[1] / height))
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks(range(len(columns)), map(str, columns))
+    axes.set_yticks(range(len(rows)), map(str, rows))
+    axes.xaxis.tick_top()
+    axes.tick_params("x", pad=6)
+    axes.tick_params("y", pad=9)
+    axes.set_xlabel(horizontal, verticalalignment="baseline")
+    axes.set_ylabel(vertical, verticalalignment="baseline", rotation_mode="anchor")
+    axes.xaxis.set_label_coords(0.5, 1 + (HEAD - 13) / inside[1])
+    axes.yaxis.set_label_coords((13 - HEAD) / inside[0], 0.5)
+    found = values[np.isfinite(values)]
+    least, greatest = (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+    for (line, at), value in np.ndenumerate(values):
+        if not np.isnan(value):
             color = tint((value - least) / max(greatest - least, 1e-9))
-            parts.append(
-                Markup(
-                    '<rect x="{0:.1f}" y="{1}" width="{2:.1f}" height="{3}" fill="{4}"/>'
-                    '<text class="cell" x="{5:.1f}" y="{6}" text-anchor="middle" style="fill:{7}">{8:.{9}f}</text>'
-                ).format(
-                    HEAD + cell * at + 1,
-                    y + 1,
-                    cell - 2,
-                    ROW - 2,
-                    hexadecimal(color),
-                    HEAD + cell * (at + 0.5),
-                    y + 17,
-                    hexadecimal(ink_on(color)),
-                    value,
-                    digits,
-                )
-            )
+            box = Rectangle((at - 0.5, line - 0.5), 1, 1, facecolor=hexadecimal(color), edgecolor=PAPER, linewidth=2)
+            axes.add_patch(box).set(clip_on=False, gid="cell")
+            written = f"{value:.{1 if cell >= 36 else 0}f}"
+            how = {"horizontalalignment": "center", "verticalalignment": "center_baseline", "fontsize": 11.5}
+            axes.text(at, line, written, color=hexadecimal(ink_on(color)), **how)
     if mark:
-        parts.append(
-            Markup('<rect class="frame" x="{:.1f}" y="{}" width="{:.1f}" height="{}"/>').format(
-                HEAD + cell * mark[1], HEAD + ROW * mark[0], cell, ROW
-            )
-        )
-    return _svg(title, width, height, parts)
+        frame = Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor=SECOND, linewidth=2.5)
+        axes.add_patch(frame).set(clip_on=False, gid="frame")
+    return to_markup(figure, title)
 
 
-def _svg(title: str, width: int | float, height: int | float, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg class="plot" viewBox="0 0 {0:.0f} {1:.0f}" style="max-width:{0:.0f}px" role="img" aria-label="{2}">{3}'
-        "</svg>"
-    ).format(width, height, title, Markup("").join(parts))
+def to_markup(figure: Figure, title: str) -> Markup:
+    """The figure as an element of a page; only of what `drawing` decorates.
+
+    A page may hold several and needs nothing beside them: what matplotlib tells of itself goes, and names of parts,
+    which may be many parts', are classes. What follows a name in a group's id is shown where the pointer is.
+    """
+    written = BytesIO()
+    figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    root = ElementTree.fromstring(written.getvalue())
+    for head in root.findall("{*}defs"):  # a style sheet, which would be the whole page's
+        root.remove(head)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        if element.tag == "text":
+            element.attrib["style"] = element.attrib["style"].replace(f"font-family: '{FONT}'; ", "")
+        name, _, hint = element.attrib.pop("id", "").partition(" ")
+        if name in CLASSES:
+            element.set("class", name)
+        if hint:
+            ElementTree.SubElement(element, "title").text = hint
+    root.attrib = {
+        "class": "plot",
+        "viewBox": root.attrib["viewBox"],
+        "style": f"max-width:{figure.bbox.width:.0f}px",
+        "role": "img",
+        "aria-label": title,
+    }
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
