@@ -23,7 +23,6 @@ from convert.errors import CheckpointError
 from convert.files import parse_object
 from seg4diff_jax.image_files import ImageError, read_rgb
 from seg4diff_jax.training.errors import TrainingError
-from seg4diff_jax.training.tensorboard import EventFile
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
 STRIP = 12
@@ -56,6 +55,8 @@ class Logs:
         self._begun: tuple[int, float] | None = None
         self._events, self._directory = None, directory
         if writes:
+            from seg4diff_jax.training.tensorboard import EventFile  # which takes PyTorch along where that is installed
+
             with _at_its_start(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 _drop_rows_after(directory / METRICS, start)

@@ -45,11 +45,7 @@ ELSEWHERE: dict[str, str] = {
         ("seg4diff_jax/command_line/plan.py", "convert/command_line.py"), "options of the command line alone"
     ),
     **dict.fromkeys(
-        (
-            "seg4diff_jax/evaluation/results.py",
-            "seg4diff_jax/training/tensorboard.py",
-            "convert/verify_command.py",
-        ),
+        ("seg4diff_jax/evaluation/results.py", "convert/verify_command.py"),
         "writes",
     ),
     "convert/comparison.py": "arrays of its own, of the same process",
