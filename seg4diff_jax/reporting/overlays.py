@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy.ndimage import distance_transform_cdt
 
 from seg4diff_jax.reporting.colors import PALETTE_SIZE, class_colors, heat_colors, ink_on, palette
 
@@ -112,25 +113,17 @@ def _write_names(
 def innermost(mask: Bool[np.ndarray, "height width"], detail: int = 128) -> tuple[float, float, float]:
     """A point of a mask far from its edges, and how far, in pixels: (x, y, distance); distance 0 for an empty mask.
 
-    The mask is looked at with at most `detail` pixels along its longer side.
+    How far: in steps along rows and columns. The mask is looked at with at most `detail` pixels along its longer side.
     """
     step = max(1, math.ceil(max(mask.shape) / detail))
-    left = np.pad(mask[step // 2 :: step, step // 2 :: step], 1)
-    if not left.any():
+    framed = np.pad(mask[step // 2 :: step, step // 2 :: step], 1)
+    distance = np.asarray(distance_transform_cdt(framed, metric="taxicab"))
+    reach = distance.max()
+    if not reach:
         return 0.0, 0.0, 0.0
-    distance = 0
-    while True:
-        eroded = left.copy()
-        for axis in (0, 1):
-            for shift in (1, -1):
-                eroded &= np.roll(left, shift, axis)
-        distance += 1
-        if not eroded.any():
-            break
-        left = eroded
-    rows, columns = np.nonzero(left)
+    rows, columns = np.nonzero(distance == reach)
     middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-    return (columns[middle] - 0.5) * step, (rows[middle] - 0.5) * step, float(distance * step)
+    return (columns[middle] - 0.5) * step, (rows[middle] - 0.5) * step, float(reach * step)
 
 
 # ---- the legend -----------------------------------------------------------------------------------------------------
