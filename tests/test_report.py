@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, Page
 
 from seg4diff_jax.data.coco_categories import CATEGORIES
 from seg4diff_jax.evaluation.pictured import pictured
@@ -21,7 +22,7 @@ from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import HEAT_LONGEST, LONGEST, card, segments_card
 from seg4diff_jax.reporting.evaluation_page import PAGE, write_page
 from seg4diff_jax.reporting.svg_plots import LINE_COLORS
-from tests.reference.browser import BROWSER, Browser, browser
+from tests.reference.browser import BROWSER, browser, visit
 from tests.reference.evaluations import (
     CONFIG,
     MADE,
@@ -47,6 +48,12 @@ def chromium() -> Iterator[Browser]:
         pytest.skip("there is no chromium or chrome to open the page in")
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture
+def tab(chromium) -> Iterator[Page]:
+    with chromium.new_page() as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -101,32 +108,32 @@ def written(directory: Path, evaluation, benchmark) -> Path:
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("page", ["sweep", "large", "divided"])
-def test_it_opens_without_a_complaint_or_a_request_and_fits_the_window(chromium, page, width, request):
+def test_it_opens_without_a_complaint_or_a_request_and_fits_the_window(tab, page, width, request):
     file = request.getfixturevalue(page)
-    visit = chromium.open(file, width)
-    assert visit.told == []
-    assert visit.requested == []
-    assert chromium.evaluate("document.documentElement.scrollWidth") <= width
-    pictures = chromium.evaluate("[...document.images].map(one => [one.complete && one.naturalWidth > 0, one.alt])")
+    seen = visit(tab, file, width)
+    assert seen.told == []
+    assert seen.requested == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    pictures = tab.evaluate("[...document.images].map(one => [one.complete && one.naturalWidth > 0, one.alt])")
     assert len(pictures) >= 18
     assert all(loaded and title for loaded, title in pictures)
 
 
 @pytest.mark.parametrize("page", ["sweep", "large", "divided"])
-def test_nothing_is_cut_off_in_print(chromium, page, request):
-    chromium.open(request.getfixturevalue(page), A4_BETWEEN_MARGINS)
-    with chromium.printing():
-        beyond = "[...document.querySelectorAll('.panel, .tile, .card *')].filter(one => one.getBoundingClientRect()"
-        assert chromium.evaluate(f"{beyond}.right > innerWidth + 1).map(one => one.outerHTML.slice(0, 200))") == []
-        assert chromium.evaluate("document.documentElement.scrollWidth") <= A4_BETWEEN_MARGINS
-    pdf = chromium.pdf()
+def test_nothing_is_cut_off_in_print(tab, page, request):
+    visit(tab, request.getfixturevalue(page), A4_BETWEEN_MARGINS)
+    tab.emulate_media(media="print")
+    beyond = "[...document.querySelectorAll('.panel, .tile, .card *')].filter(one => one.getBoundingClientRect()"
+    assert tab.evaluate(f"{beyond}.right > innerWidth + 1).map(one => one.outerHTML.slice(0, 200))") == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= A4_BETWEEN_MARGINS
+    pdf = tab.pdf(format="A4", prefer_css_page_size=True)
     assert pdf.startswith(b"%PDF")
     assert len(re.findall(rb"/Type\s*/Page\b", pdf)) > 1
 
 
-def test_bars_are_as_long_as_the_scores_beside_them(chromium, large):
-    chromium.open(large)
-    bars = chromium.evaluate(
+def test_bars_are_as_long_as_the_scores_beside_them(tab, large):
+    visit(tab, large)
+    bars = tab.evaluate(
         "[...document.querySelectorAll('.classes li')].map(one => [one.querySelector('.bar').offsetWidth /"
         "one.querySelector('.track').offsetWidth, one.querySelector('.number').textContent])"
     )
@@ -136,12 +143,12 @@ def test_bars_are_as_long_as_the_scores_beside_them(chromium, large):
     )
 
 
-def test_names_that_look_like_markup_are_shown_as_they_are(chromium, sweep):
-    chromium.open(sweep)
-    text = chromium.evaluate("document.body.textContent")
+def test_names_that_look_like_markup_are_shown_as_they_are(tab, sweep):
+    visit(tab, sweep)
+    text = tab.evaluate("document.body.textContent")
     assert MARKUP in text
     assert "images/<b>1</b>.png" in text
-    assert chromium.evaluate("document.scripts.length") == 0
+    assert tab.evaluate("document.scripts.length") == 0
 
 
 @pytest.mark.parametrize(
@@ -156,16 +163,16 @@ def test_names_that_look_like_markup_are_shown_as_they_are(chromium, sweep):
         ("<style>body { background: url(//example.org/b.png) }</style>", "example.org/b.png"),
     ],
 )
-def test_complaints_and_requests_do_not_go_unnoticed(chromium, tmp_path, sweep, intruder, noticed):
+def test_complaints_and_requests_do_not_go_unnoticed(tab, tmp_path, sweep, intruder, noticed):
     (tmp_path / "bare.html").write_text(f"<!doctype html><title>bare</title><body>{intruder}")
-    visit = chromium.open(tmp_path / "bare.html")
-    assert any(noticed in each for each in (*visit.told, *visit.requested))
+    seen = visit(tab, tmp_path / "bare.html")
+    assert any(noticed in each for each in (*seen.told, *seen.requested))
     if "src" in intruder or "href" in intruder:
-        assert any(noticed in each for each in visit.requested)
+        assert any(noticed in each for each in seen.requested)
     # In the page itself its own policy forbids it: the browser refuses, and says so.
     (tmp_path / "changed.html").write_text(sweep.read_text().replace("</main>", f"{intruder}</main>"))
-    visit = chromium.open(tmp_path / "changed.html")
-    assert any("Content Security Policy" in each for each in visit.told)
+    seen = visit(tab, tmp_path / "changed.html")
+    assert any("Content Security Policy" in each for each in seen.told)
 
 
 # ---- what it says ---------------------------------------------------------------------------------------------------
@@ -372,9 +379,9 @@ def test_letters_on_colours_have_the_contrast_that_wcag_asks_for():
         assert (pale + 0.05) / (dark + 0.05) >= 4.5
 
 
-def test_a_screenshot_of_the_page_is_not_blank(chromium, large, tmp_path):
-    chromium.open(large)
-    (tmp_path / "page.png").write_bytes(chromium.picture())
+def test_a_screenshot_of_the_page_is_not_blank(tab, large, tmp_path):
+    visit(tab, large)
+    tab.screenshot(path=tmp_path / "page.png", full_page=True)
     seen = Image.open(tmp_path / "page.png").convert("RGB")
     assert seen.width == 1280
     assert seen.height > 3000
