@@ -1,8 +1,10 @@
 """Train a task: `python train.py --config configs/miniature/autoencoder.yaml [--resume] [--run.steps=1000 ...]`."""
 
+import signal
 import sys
 
-from seg4diff_jax.training.command import main
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, and when pressed twice a run, at once
+    from seg4diff_jax.training.command import main
+
     sys.exit(main())

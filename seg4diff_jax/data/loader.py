@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -89,8 +93,17 @@ def training_batches(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain asks for options of its own, as if a program of absl's ran
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        shared = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(shared, worker_init_fn=live_with_parent)
     return iter(batches)
+
+
+def live_with_parent(*_: int) -> None:
+    """For worker processes: Ctrl-C is their parent's to answer, and they end when it ends, in whatever way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def evaluation_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, int]]:

@@ -110,8 +110,8 @@ def configuration(task: str, parser: Parser, options: Any) -> tuple[Any, dict[st
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, once the step is checkpointed, or
-    before any was taken."""
+    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, 130 after Ctrl-C, once the step is
+    checkpointed, or before any was taken."""
     from seg4diff_jax.compilation import keep_compiled_programs
 
     try:
@@ -124,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with stop.dispensable():
                 made = TASKS[task].make(config)
             train(made, config.run, config.optimizer, record, resume=resume)
-    except Terminated:
-        print("stopped by SIGTERM before a step was taken", file=sys.stderr)
+    except (Terminated, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        return 130 if isinstance(stopped, KeyboardInterrupt) else 0
     except (TrainingError, ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

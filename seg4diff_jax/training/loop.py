@@ -6,14 +6,15 @@
     RUN/checkpoints/<step>/  see `seg4diff_jax.training.checkpoints`
     RUN/export/              what the task makes of the trained model
 
-What stops it: the last step; SIGTERM (a checkpoint is written first, see `seg4diff_jax.training.termination`); a loss
-or gradient that is not finite, a disk that is full (the last good checkpoint stays).
+What stops it: the last step; SIGTERM or Ctrl-C (a checkpoint is written first, see `training.termination`); a loss or
+gradient that is not finite, a disk that is full (the last good checkpoint stays).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import Logs, Throughput
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
-from seg4diff_jax.training.resumption import check_accumulation, remarks
+from seg4diff_jax.training.resumption import check_accumulation, found_nothing, remarks, to_go_on
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
-from seg4diff_jax.training.termination import Terminated, Termination, termination
+from seg4diff_jax.training.termination import Interrupted, Terminated, Termination, termination
 from seg4diff_jax.training.watch import Watch
 from seg4diff_jax.training.work import Work, measured_peak
 
@@ -135,8 +136,10 @@ def train(
       TrainingError: the run cannot begin or go on.
       ValueError: see `check`.
       Terminated: SIGTERM came before the first step.
+      Interrupted: Ctrl-C came, which is a KeyboardInterrupt too. The message says which step is checkpointed.
     """
     out = Path(run.out)
+    nothing = found_nothing(out) if resume else ""
     mesh = check(run, optimizer)
     if task.work is not None:
         measured_peak(task.work.dtype)  # remembered; later a mesh is in context, and devices are busy
@@ -153,10 +156,13 @@ def train(
             trainer.state, taken, before, checked = checkpoints.restore(start, trainer.state, trainer.places)
             check_accumulation(before, optimizer.accumulate)
             said = remarks(start, before, record or {}, checked=checked)
+            if start >= run.steps:
+                said.append(f"all {run.steps} steps are taken: for more of them give a larger --run.steps")
         elif resume:
-            said = ["there is no checkpoint to go on from, and the run begins anew"]
+            said = [f"there is no checkpoint to go on from, and the run begins anew: {nothing}"]
         with stop.dispensable():
             data = _data(task, run, mesh, taken)
+            data = chain([next(data)], data) if start < run.steps else data  # workers start with it
         if jax.process_index() == 0:  # once it is known to fit what is there
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
@@ -165,11 +171,13 @@ def train(
                 logs.say(remark)
             if start:
                 _make_up(trainer, run, start, checkpoints, logs, stop)
-            _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
+            stopped = _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
         finished = trainer.done(run)
         model = trainer.gathered_model() if finished else trainer.averaged_model()
     if finished and task.export is not None and jax.process_index() == 0:
         task.export(model, out / "export")
+    if stopped is not None and stop.interrupted:
+        raise Interrupted(stopped)
     return model
 
 
@@ -260,7 +268,8 @@ def _steps(
     logs: Logs,
     stop: Termination,
     record: Mapping[str, Any],
-) -> None:
+) -> str | None:
+    """Take them. Returns what is to be said where something stopped them."""
     watch, throughput = Watch(trainer.task.item), Throughput()
     for done in range(start + 1, run.steps + 1):
         for _ in range(trainer.optimizer.accumulate):
@@ -290,8 +299,12 @@ def _steps(
         throughput.resume()
         if stopping:
             checkpoints.wait()
-            logs.say(f"stopped by SIGTERM after step {done}, which is checkpointed: go on with --resume")
-            return
+            where = f"checkpointed in {Path(run.out) / 'checkpoints' / str(done)}"
+            said = f"stopped by {stop.by} after step {done}, which is {where}: {to_go_on(Path(run.out), record)}"
+            if not stop.interrupted:
+                logs.say(said)
+            return said
+    return None
 
 
 def _make_up(

@@ -1,9 +1,13 @@
-"""What a run is told about the checkpoint that it goes on from."""
+"""What a run is told about the checkpoint that it goes on from, and how it is gone on with."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from seg4diff_jax.training.errors import TrainingError
 
@@ -38,3 +42,43 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         elif old != new:
             found.append(f"{prefix}{key} ({old!r} to {new!r})")
     return found
+
+
+def to_go_on(out: Path, record: Mapping[str, Any]) -> str:
+    """How to go on with a run that was stopped."""
+    if "task" not in record:  # it was called in Python
+        return "go on with resume=True"
+    several = " --distributed, in every process" if jax.process_count() > 1 else ""
+    return f"go on with python train.py --config {shlex.quote(str(out / 'config.yaml'))} --resume{several}"
+
+
+NAMED = 4
+"""Files, or runs, that are named."""
+
+
+def found_nothing(out: Path) -> str:
+    """What there is where a run has no checkpoint, and which runs beside it have some."""
+    if not out.exists():
+        said = f"{out} does not exist"
+    elif names := sorted(path.name for path in out.iterdir()) if out.is_dir() else []:
+        said = f"{out} holds {_several(names)}, and no checkpoint"
+    else:
+        said = f"{out} is {'empty' if out.is_dir() else 'a file'}"
+    others = [
+        f"--run.out={shlex.quote(str(path))} (step {steps[-1]})"
+        for path in (sorted(out.parent.iterdir()) if out.parent.is_dir() else [])
+        if path != out and (steps := _steps(path))
+    ]
+    if not others:
+        return said
+    return f"{said}. To go on with a run beside it, stop this one and give {_several(others, 'or')}"
+
+
+def _steps(run: Path) -> list[int]:
+    """That a run has checkpoints of."""
+    return sorted(int(path.name) for path in run.glob("checkpoints/[0-9]*") if path.name.isdigit())
+
+
+def _several(names: list[str], last: str = "and") -> str:
+    shown = names[:NAMED] + [f"{len(names) - NAMED} more"] * (len(names) > NAMED)
+    return ", ".join(shown[:-1]) + f" {last} {shown[-1]}" if len(shown) > 1 else shown[0]

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
-from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.loader import Item, Source, live_with_parent
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.text import Tokenizers, tokenize
@@ -104,7 +104,8 @@ def scene_sample(size: int) -> int:
 
 def _drawn(config: SceneConfig) -> Iterator[Item]:
     draw = partial(_draw_chunk, config)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=live_with_parent) as pool:
         yield from pool.map(draw, range(0, config.train, CHUNK))
 
 

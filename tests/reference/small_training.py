@@ -1,6 +1,7 @@
 """A problem that trains in milliseconds, with a random part in its loss, to try the loop on.
 
-python -m tests.reference.small_training {dies | evaluates | told} OUT
+python -m tests.reference.small_training {dies | evaluates | exports} OUT
+python -m tests.reference.small_training told OUT [SIGINT]
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from seg4diff_jax.training.command import join_processes
 from seg4diff_jax.training.loop import RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.state import fresh
+from seg4diff_jax.training.termination import termination
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, schedule="cosine", warmup=2, weight_decay=0.01, average=0.9)
 
@@ -80,9 +83,15 @@ def endless(_: nnx.Module) -> dict[str, float]:
         time.sleep(0.01)
 
 
-def tell_the_second(_: nnx.Module) -> dict[str, float]:
-    if jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+def export_endlessly(*_: object) -> None:
+    print("exporting", flush=True)
+    while True:
+        time.sleep(0.01)
+
+
+def tell_the_second(_: nnx.Module, told: list[signal.Signals]) -> dict[str, float]:
+    if jax.process_index() == 1 and told:
+        os.kill(os.getpid(), told.pop())
     return {}
 
 
@@ -93,7 +102,16 @@ if __name__ == "__main__":
             train(make_task(evaluate=die), make_run(out, evaluate_every=15), OPTIMIZER)
         case "evaluates":  # for ever, after step 7
             train(make_task(evaluate=endless), make_run(out, evaluate_every=7), OPTIMIZER)
+        case "exports":  # for ever, after the last step; Ctrl-C is what it is to `train.py`
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            with termination():
+                train(make_task(export=export_endlessly), make_run(out), OPTIMIZER)
         case "told":  # one of two processes, after step 7
             join_processes()
             run = make_run(out, steps=5000, evaluate_every=7, checkpoint_every=5000, log_every=5000)
-            train(make_task(evaluate=tell_the_second), run, OPTIMIZER)
+            tell = partial(tell_the_second, told=[signal.Signals[sys.argv[3]] if sys.argv[3:] else signal.SIGTERM])
+            try:
+                train(make_task(evaluate=tell), run, OPTIMIZER)
+            except KeyboardInterrupt as stopped:
+                print(stopped, file=sys.stderr)
+                sys.exit(130)
