@@ -40,7 +40,7 @@ and catch unsound ones, and PyTorch's own distance from PyTorch in fp32 is the m
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison of our array with PyTorch's in the same dtype.
 
     Attributes:
@@ -98,7 +98,7 @@ def compare(
     exact: Shaped[np.ndarray, "*exact"] | None = None,
     bounds: Bounds = BOUNDS["float32"],
     decided: Bool[np.ndarray, "*theirs"] | None = None,
-) -> Row:
+) -> Comparison:
     """The row of two arrays of one shape; label maps are those of integers. What is not finite never passes.
 
     Args:
@@ -127,7 +127,7 @@ def compare(
         limit = factor * distances[1] + rounding
         if not passed:
             bound, passed = f"{distances[0]:.1e} <= {limit:.1e} from exact", distances[0] <= limit
-    return Row(what, theirs.shape, error, relative, cosine, equal, share, *distances, bound, passed)
+    return Comparison(what, theirs.shape, error, relative, cosine, equal, share, *distances, bound, passed)
 
 
 def decided_labels(

@@ -12,7 +12,7 @@ from convert.assemble import abstract
 from convert.configurations import PUBLISHED, check_values
 from convert.errors import CheckpointError
 from convert.families import SD3, Architecture
-from convert.files import shown
+from convert.files import quoted
 from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stack import Layered
 
@@ -65,7 +65,7 @@ def checked_block(block: Any, num_layers: int, where: str) -> int | None:
     if block is None or (type(block) is int and 0 <= block < num_layers):
         return block
     raise CheckpointError(
-        f"{where}: expert_block is {shown(block)}; expected an integer from 0 to {num_layers - 1}, or null"
+        f"{where}: expert_block is {quoted(block)}; expected an integer from 0 to {num_layers - 1}, or null"
     )
 
 
@@ -77,7 +77,7 @@ def expert_step(transformer_config: dict[str, Any]) -> int:
     step = transformer_config.get("expert_step", SD3.expert_step)
     if type(step) is not int or not 1 <= step <= 28:
         raise CheckpointError(
-            f"transformer: config.json: expert_step is {shown(step)}; expected an integer from 1 to 28"
+            f"transformer: config.json: expert_step is {quoted(step)}; expected an integer from 1 to 28"
         )
     return step
 

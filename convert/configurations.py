@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from convert.errors import CheckpointError
 from convert.families import SD3
-from convert.files import shown
+from convert.files import quoted
 
 
 class Bounds(NamedTuple):
@@ -85,11 +85,11 @@ def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, 
             continue
         value, expected = config[field.name], str(field.type)
         if not published.get(field.name, TYPES[expected])(value):
-            raise ValueError(f"{field.name} is {shown(value)}; expected {expected}")
+            raise ValueError(f"{field.name} is {quoted(value)}; expected {expected}")
         bounds = BOUNDS.get(field.name, SIZE)
         for number in value if isinstance(value, list | tuple) else (value,):
             if type(number) in (int, float) and number not in bounds:
-                raise ValueError(f"{field.name} is {shown(value)}; expected {bounds}")
+                raise ValueError(f"{field.name} is {quoted(value)}; expected {bounds}")
 
 
 LAYER = re.compile(

@@ -11,7 +11,7 @@ from typing import Any
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.families import SD3
-from convert.files import read_json, shown
+from convert.files import quoted, read_json
 from convert.index import check_index, is_inside, named_components, read_scheduler
 from convert.quantised import refuse_quantization_config
 from convert.readers import Source, TorchComponent
@@ -167,7 +167,7 @@ def weight_map_of(index: Path) -> dict[str, str]:
     if wrong := [name for name, shard in weight_map.items() if not beside(shard)]:
         raise CheckpointError(
             f"{index}: weight_map: expected for each tensor the name of a file in this folder, found "
-            f"{shown(weight_map[wrong[0]])} for {shown(wrong[0])}"
+            f"{quoted(weight_map[wrong[0]])} for {quoted(wrong[0])}"
         )
     return weight_map
 

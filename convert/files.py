@@ -78,7 +78,7 @@ def parse_json(contents: bytes | str, where: str, *, finite: bool = True, keep: 
     return found
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A wrong value as messages show it, cut where it is long."""
     return cut(repr(value), SHOWN)
 
@@ -93,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]], keep: Collection[str]) -> dict[str, An
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = [name for name, _ in pairs if name in seen or seen.add(name)]
-        raise ValueError(f"{', '.join(map(shown, twice[:8]))} occurs twice in one object")
+        raise ValueError(f"{', '.join(map(quoted, twice[:8]))} occurs twice in one object")
     return {name: value for name, value in pairs if name in keep} if keep else entries
 
 
@@ -106,7 +106,7 @@ def _whole(digits: str) -> int:
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {shown(digits)} is larger than any float")
+        raise ValueError(f"the number {quoted(digits)} is larger than any float")
     return number
 
 

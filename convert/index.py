@@ -9,7 +9,7 @@ from typing import Any
 from convert.components import COMPONENTS, tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.families import SD3
-from convert.files import read_json, shown
+from convert.files import quoted, read_json
 
 LONGEST_NAME = 255
 """Bytes of a file's name that file systems take."""
@@ -29,7 +29,7 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
         pair = isinstance(entry, list) and len(entry) == 2
         if not pair or {type(each) for each in entry} not in ({str}, {type(None)}):
             problems.append(
-                f'{where}: {name} is {shown(entry)}; expected a library and a class, as in ["diffusers", '
+                f'{where}: {name} is {quoted(entry)}; expected a library and a class, as in ["diffusers", '
                 '"AutoencoderKL"], or [null, null] for none'
             )
     raise_all(problems, f"{where} is damaged")

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from convert.components import COMPONENTS, abstract_model, checked_block, parse_config
 from convert.configurations import check_depth
 from convert.errors import CheckpointError, raise_all, reason
-from convert.files import read_json, shown
+from convert.files import quoted, read_json
 from convert.index import check_index, is_inside, read_scheduler
 from convert.layout import checksum, dtype_named, is_dtype, is_weight
 from convert.names import parameter_shapes
@@ -139,8 +139,8 @@ def open_native(directory: Path) -> Source:
     manifest = read_json(directory / MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {shown(manifest.get('format'))} "
-            f"version {shown(manifest.get('version'))}; convert the original again"
+            f"{directory / MANIFEST}: expected {FORMAT!r} version {VERSION}, found {quoted(manifest.get('format'))} "
+            f"version {quoted(manifest.get('version'))}; convert the original again"
         )
     _check_manifest(directory / MANIFEST, manifest)
     problems = []
@@ -180,14 +180,16 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
         if not isinstance(manifest.get(key, {}), dict)
     ]
     if type(manifest.get("expert_block")) not in (int, NoneType):
-        problems.append(f"{path}: expert_block is {shown(manifest['expert_block'])}; expected an integer or null")
+        problems.append(f"{path}: expert_block is {quoted(manifest['expert_block'])}; expected an integer or null")
     for name, digest in files.items() if isinstance(files := manifest.get("files"), dict) else ():
         if not is_inside(name) or not isinstance(digest, str):
-            problems.append(f"{path}: files: {shown(name)}: expected a file of this directory and its SHA-256; {again}")
+            problems.append(
+                f"{path}: files: {quoted(name)}: expected a file of this directory and its SHA-256; {again}"
+            )
     components = manifest.get("components")
     for name, parts in components.items() if isinstance(components, dict) else ():
         if name not in COMPONENTS:
-            problems.append(f"{path}: no component is called {shown(name)}; {again}")
+            problems.append(f"{path}: no component is called {quoted(name)}; {again}")
         elif not (isinstance(parts, dict) and all(is_inside(part) and _is_part(parts[part]) for part in parts)):
             problems.append(f"{path}: {name}: expected each parameter's shape, dtype and crc32; {again}")
     raise_all(problems, f"{path} is damaged")

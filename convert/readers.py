@@ -18,7 +18,7 @@ from convert.components import COMPONENTS, abstract_model, expert_block, expert_
 from convert.configurations import check_depth
 from convert.errors import CheckpointError
 from convert.families import SD3, Family, Naming
-from convert.files import shown
+from convert.files import quoted
 from convert.layout import contiguous
 from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
 from convert.stored import StoredTensor
@@ -91,8 +91,8 @@ class Source:
         named, indexed = self.scheduler.get("_class_name"), self.model_index.get("scheduler", [None])[-1]
         if named is not None and indexed is not None and named != indexed:
             raise CheckpointError(
-                f"{self.origin}: model_index.json says that the scheduler is {shown(indexed)}, scheduler_config.json "
-                f"that it is {shown(named)}: write the same class into both"
+                f"{self.origin}: model_index.json says that the scheduler is {quoted(indexed)}, scheduler_config.json "
+                f"that it is {quoted(named)}: write the same class into both"
             )
         try:
             return FlowSchedule.from_json(self.scheduler)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import CheckpointError
-from convert.files import cut, read_json, shown
+from convert.files import cut, quoted, read_json
 from seg4diff_jax.checksums import checksums
 
 STATE, CHECKSUMS, DATA, CONFIG, METRICS = "state", "checksums", "data", "config", "metrics"
@@ -62,7 +62,7 @@ def check_notes(checkpoint: Path) -> None:
         return
     for name, value in read_json(file).items():
         if value is not None and not isinstance(value, NOTED.get(name, object)):
-            raise CheckpointError(f"{file} is damaged: {cut(name)} is {shown(value)}")
+            raise CheckpointError(f"{file} is damaged: {cut(name)} is {quoted(value)}")
 
 
 def check_arrays(checkpoint: Path, arrays: Any, *, below: str = "") -> bool:

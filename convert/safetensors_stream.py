@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.container import HEAD, NO_SAFETENSORS, container_of
 from convert.errors import CheckpointError
-from convert.files import parse_object, shown
+from convert.files import parse_object, quoted
 from convert.layout import contiguous, raw
 from convert.names import Shape
 from convert.quantised import INSTEAD
@@ -143,14 +143,14 @@ def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path}: corrupt header: {name} needs a dtype of {', '.join(DTYPES)}, a shape and two data_offsets, "
-            f"found {shown(entry)}"
+            f"found {quoted(entry)}"
         ) from None
     if (
         not all(type(number) is int and number >= 0 for number in numbers)
         or len(entry["shape"]) > LARGEST_RANK
         or not is_addressable(tuple(entry["shape"]))
     ):
-        raise CheckpointError(f"{path}: corrupt header: {name} has the shape or offsets {shown(numbers)}")
+        raise CheckpointError(f"{path}: corrupt header: {name} has the shape or offsets {quoted(numbers)}")
     return tuple(entry["shape"]), dtype, start, stop
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.errors import CheckpointError, raise_all
-from convert.files import parse_object, shown
+from convert.files import parse_object, quoted
 from convert.layout import is_weight
 from convert.names import Shape
 from convert.quantised import INSTEAD, refusal, refuse_foreign_forms
@@ -126,7 +126,7 @@ def _problems_of_descriptions(tensors: Mapping[str, TensorInfo], where: str) -> 
         if described is None:
             problems.append(f"{where}: {name}: expected a JSON object of at most {LONGEST_DESCRIPTION} bytes as uint8")
         elif described.get("format") not in FORMATS:
-            raise refusal(where, f"weights in the format {shown(described.get('format'))}, which {name} names,")
+            raise refusal(where, f"weights in the format {quoted(described.get('format'))}, which {name} names,")
         elif unknown := sorted(described.keys() - HARMLESS):
             raise refusal(where, f"fp8 weights with {', '.join(unknown)[:80]}, which {name} names,")
         elif f"{found['layer']}weight_scale" not in tensors:

@@ -8,7 +8,7 @@ from pathlib import Path
 from convert.components import tokenizers_of
 from convert.errors import CheckpointError, raise_all
 from convert.families import SD3
-from convert.files import read_json, shown
+from convert.files import quoted, read_json
 from convert.readers import Source
 from seg4diff_jax.text import Tokenizers, load_tokenizer, load_tokenizers
 
@@ -78,5 +78,5 @@ def _unmerged(folder: Path, special: Collection[str]) -> str | None:
     }
     words = (word for word in read_json(vocabulary) if len(word.removesuffix("</w>")) > 1 and word not in special)
     if lacking := [word for word in words if word not in made]:
-        return f"{merges}: {len(lacking)} words of vocab.json are made by no merge, as {shown(lacking[0])}; copy it"
+        return f"{merges}: {len(lacking)} words of vocab.json are made by no merge, as {quoted(lacking[0])}; copy it"
     return None

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from convert import jax_side
-from convert.comparison import BOUNDS, Recording, Row, compare, decided_labels
+from convert.comparison import BOUNDS, Comparison, Recording, compare, decided_labels
 from convert.errors import CheckpointError, raise_all
 from convert.readers import Source, TorchComponent, usual_dtype
 from convert.sources import NothingLacks, open_source
@@ -34,11 +34,11 @@ DType = Literal["float32", "bfloat16"]
 class Report:
     """What was compared, and on what."""
 
-    rows: list[Row]
+    rows: list[Comparison]
     notes: list[str]
 
     @property
-    def failures(self) -> list[Row]:
+    def failures(self) -> list[Comparison]:
         return [row for row in self.rows if not row.passed]
 
 
@@ -81,7 +81,7 @@ def verify(
     for each in (ours, original):
         _ = each.schedule, each.expert_block, each.expert_step  # raise for what is wrong with them
     inputs = make_inputs(ours, size)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
 
         def run_torch(dtype: str) -> tuple[Recording, Any]:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from convert.comparison import BOUNDS, FACTOR, LABEL_FACTOR, Row
+from convert.comparison import BOUNDS, FACTOR, LABEL_FACTOR, Comparison
 from convert.components import COMPONENTS
 from convert.errors import CheckpointError
 from convert.verify import Report, verify
@@ -108,7 +108,7 @@ def table(source: str, report: Report) -> Table:
     return printed
 
 
-def _numbers(row: Row) -> tuple[str, str, str]:
+def _numbers(row: Comparison) -> tuple[str, str, str]:
     if row.equal is not None:
         return "", f"{100 * row.equal:.3f} %", ""
     return f"{row.max_error:.2e}", f"{row.relative_error:.2e}", f"{row.cosine:.8f}"

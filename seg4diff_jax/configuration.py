@@ -60,7 +60,7 @@ def read_configuration(path: Path, kind: type | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a configuration of at most {LARGEST >> 10} KiB, the file is larger")
     found = parse_yaml(contents, str(path))
     if not isinstance(found, dict | None):
-        raise ValueError(f"{path}: expected options, as in `name: value`, found {shown(found)}")
+        raise ValueError(f"{path}: expected options, as in `name: value`, found {quoted(found)}")
     try:
         return {} if found is None else _options(found, kind, "")
     except ValueError as error:
@@ -96,7 +96,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) ->
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []:
-                raise ValueError(f"{', '.join(map(shown, twice[:8]))} occurs twice in one section")
+                raise ValueError(f"{', '.join(map(quoted, twice[:8]))} occurs twice in one section")
             parts = [each for pair in node.value for each in pair]
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
@@ -129,7 +129,7 @@ def _options(found: Mapping[Any, Any], kind: type | None, prefix: str) -> dict[s
         elif isinstance(value, dict):
             kept[name] = _options(value, inner, f"{option}.")
         elif value is not None:
-            raise ValueError(f"{option} is {shown(value)}; expected a section with options of its own")
+            raise ValueError(f"{option} is {quoted(value)}; expected a section with options of its own")
         elif optional:
             kept[name] = None
     return kept
@@ -146,7 +146,7 @@ def _plain(value: Any, option: str) -> Any:
     if type(value) is int and abs(value) >= 2**63:
         raise ValueError(f"{option} is a number of {len(str(abs(value)))} digits; expected one below 2^63")
     if value is not None and not isinstance(value, str | bool | int | float):
-        raise ValueError(f"{option} is {shown(value)}; expected a number, a word, or a list or table of them")
+        raise ValueError(f"{option} is {quoted(value)}; expected a number, a word, or a list or table of them")
     return value
 
 
@@ -166,7 +166,7 @@ def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "")
         elif value is None and hint is not None and not optional:
             raise ValueError(f"{option} is null; expected a value, or leave the option out for its default")
         elif hint is bool and type(value) is not bool:  # a switch without a value takes any from a file
-            raise ValueError(f"{option} is {shown(value)}; expected true or false")
+            raise ValueError(f"{option} is {quoted(value)}; expected true or false")
         else:
             check_finite({name: value}, prefix)
 
@@ -175,7 +175,7 @@ def check_finite(values: Mapping[str, Any], prefix: str = "") -> None:
     """Raise ValueError naming an option whose number is not finite."""
     for name, value in values.items():
         if any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
-            raise ValueError(f"{prefix}{name} is {shown(value)}; expected a finite number")
+            raise ValueError(f"{prefix}{name} is {quoted(value)}; expected a finite number")
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -219,7 +219,7 @@ def check_arguments(arguments: Sequence[str], kind: type) -> None:
         found = parse_yaml(value if given else following, option)
         inner, optional = sections[name]
         if not isinstance(found, dict) and not (found is None and optional):
-            raise ValueError(f"{option} is {shown(found)}; expected options of it, as in {option}.NAME=VALUE")
+            raise ValueError(f"{option} is {quoted(found)}; expected options of it, as in {option}.NAME=VALUE")
         _options(found or {}, inner, f"{option}.")
 
 
@@ -232,7 +232,7 @@ def _sections(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]
             yield from _sections(inner, f"{prefix}{field.name}.")
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A wrong value as messages show it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

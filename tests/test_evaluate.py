@@ -22,7 +22,7 @@ from seg4diff_jax.evaluation import zero_shot
 from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
 from seg4diff_jax.evaluation.command import main
-from seg4diff_jax.evaluation.forward import Forward, Place
+from seg4diff_jax.evaluation.forward import Forward, Readout
 from seg4diff_jax.evaluation.measure import Settings
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import constant_choices, metrics
@@ -110,9 +110,9 @@ def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(alo
 def test_scores_in_bfloat16_are_near_those_in_fp32(sd3, sd3_checkpoint, benchmark):
     _, batch = one_batch(sd3, benchmark, len(SIZES))
     looked = {"classes": len(NAMES), "steps": [8], "seeds": [5]}
-    exact = ZeroShot(Forward(sd3, (Place(3),)), **looked).scores(batch, Pass(8, 5))
+    exact = ZeroShot(Forward(sd3, (Readout(3),)), **looked).scores(batch, Pass(8, 5))
     half = s4d.load(sd3_checkpoint, dtype="bfloat16")
-    rounded = ZeroShot(Forward(half, (Place(3),)), **looked).scores(batch, Pass(8, 5))
+    rounded = ZeroShot(Forward(half, (Readout(3),)), **looked).scores(batch, Pass(8, 5))
     assert 1e-4 < relative_error(rounded, exact) < 0.05
 
 
@@ -131,7 +131,7 @@ def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several
     asked, batch = one_batch(sd3, benchmark, len(SIZES))
     assert len(asked(batch.examples[CROWDED])[1].prompts) > 1
     assert len(batch.prompts) == 2, "more prompts than images: two passes of the transformer"
-    counting = ZeroShot(Forward(sd3, (Place(0), Place(3))), len(NAMES), steps=[8], seeds=[5])
+    counting = ZeroShot(Forward(sd3, (Readout(0), Readout(3))), len(NAMES), steps=[8], seeds=[5])
     together = counting.scores(batch, Pass(8, 5))
     for place, example in enumerate(batch.examples):
         classes, _ = asked(example)
@@ -195,7 +195,7 @@ def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd
 
 def test_scores_that_are_not_finite_are_an_error_and_no_result(sd3, benchmark):
     _, batch = one_batch(sd3, benchmark, 8)
-    counting = ZeroShot(Forward(sd3, (Place(0),)), len(NAMES), steps=[8], seeds=[0])
+    counting = ZeroShot(Forward(sd3, (Readout(0),)), len(NAMES), steps=[8], seeds=[0])
     scores = jnp.zeros((1, 8, batch.class_of_row.shape[1], 16)).at[0, 2, 0, 3].set(jnp.nan)
     right = counting.tallies[Pass(8, 0)].count(scores, (4, 4), batch)
     assert np.flatnonzero(np.asarray(right)[0] < 0).tolist() == [2]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.command import main
-from seg4diff_jax.evaluation.forward import Place
+from seg4diff_jax.evaluation.forward import Readout
 from seg4diff_jax.evaluation.measure import Measurement, Settings
 from seg4diff_jax.evaluation.options import chosen_heads
 from seg4diff_jax.evaluation.run import evaluate
@@ -118,7 +118,7 @@ def test_images_come_to_the_size_of_the_model_as_the_released_code_resizes_them(
 
 def test_heads_and_blocks_make_places_in_their_order():
     settings = Settings((4, 1), (8,), (0,), batch_size=1, heads=(None, 3))
-    assert settings.places == (Place(4), Place(4, 3), Place(1), Place(1, 3))
+    assert settings.readouts == (Readout(4), Readout(4, 3), Readout(1), Readout(1, 3))
 
 
 def test_what_heads_are_read_is_said_in_words_and_numbers():

@@ -19,7 +19,7 @@ from seg4diff_jax.evaluation.options import kinds_of_prompts, numbers
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices
 from seg4diff_jax.flow import image_noise
-from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS
+from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS
 from tests.reference.inputs import SQUARE
 from tests.reference.ties import ignore, undecided
 from tests.reference.varied_set import NAMES, scored, write_images
@@ -99,7 +99,7 @@ def test_each_class_of_each_row_is_a_line_of_a_table(out):
 
 
 def test_images_of_other_sizes_and_classes_compile_nothing_however_they_are_segmented(out, sd3, tmp_path):
-    without = PROTOCOLS["ours"], PROTOCOLS["release"]
+    without = UNSUPERVISED_PROTOCOLS["ours"], UNSUPERVISED_PROTOCOLS["release"]
     settings = Settings((0,), (8,), (5,), batch_size=2, prompts=("present", "all"), unsupervised=without)
     first = write_images(tmp_path / "first", [(128, 70), (65, 100)])
     evaluate(sd3, folder_benchmark(first), settings)

@@ -19,9 +19,9 @@ from seg4diff_jax.data.shapes import scene, write_folder
 from seg4diff_jax.evaluation.batches import LeftOut, Reader
 from seg4diff_jax.evaluation.command import main
 from seg4diff_jax.evaluation.measure import check_batch_size
-from seg4diff_jax.evaluation.outcome import Outcome, together
-from seg4diff_jax.evaluation.unsupervised import Matched
-from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.evaluation.outcome import Counts, together
+from seg4diff_jax.evaluation.unsupervised import SegmentCounts
+from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.reporting.evaluation_page import PAGE
 from seg4diff_jax.segmentation.metrics import mean_iou
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
@@ -38,7 +38,7 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(sd3_checkpoint, root) -> Outcome:
+def alone(sd3_checkpoint, root) -> Counts:
     """One device, one process, one sitting; two images a batch."""
     return measured(load(sd3_checkpoint, blocks=1), str(root), 2)
 
@@ -57,7 +57,7 @@ def test_eight_devices_that_share_batches_count_what_one_counts(tmp_path):
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     spread, alone, single = (
-        Outcome.from_bytes((tmp_path / name).read_bytes()) for name in ("spread", "alone", "one by one")
+        Counts.from_bytes((tmp_path / name).read_bytes()) for name in ("spread", "alone", "one by one")
     )
     assert spread.indices.tolist() == list(range(12))
     assert spread.counted.confusion.sum() == spread.histograms.sum() > 0
@@ -70,7 +70,7 @@ def test_eight_devices_that_share_batches_count_what_one_counts(tmp_path):
     assert figures(spread) == figures(single)
 
 
-def figures(outcome: Outcome) -> list[float]:
+def figures(outcome: Counts) -> list[float]:
     """mIoU in percent: with names, then of each protocol without."""
     (confusion,), (without,) = outcome.counted.confusion[0], outcome.matched.pixels[0]
     return [100 * mean_iou(confusion), *(100 * MatchCounts(*pixels).mean_iou() for pixels in without)]
@@ -160,13 +160,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
     assert "is complete: there is nothing to --resume" in capsys.readouterr().err
 
 
-def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tuple[LeftOut, ...] = ()) -> Outcome:
+def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tuple[LeftOut, ...] = ()) -> Counts:
     images = len(indices)
-    counted = Counted._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
+    counted = ConfusionCounts._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
     shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, images)]
-    matched = Matched(*(rng.integers(0, 2**40, shape) for shape in shapes))
+    matched = SegmentCounts(*(rng.integers(0, 2**40, shape) for shape in shapes))
     histograms, cut_off = rng.integers(0, 9, (images, 4)), rng.integers(0, 9, images)
-    return Outcome(
+    return Counts(
         counted, matched, np.array(indices), histograms, cut_off, np.array([7]), np.array([0.5, 2.0]), left_out
     )
 
@@ -174,7 +174,7 @@ def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tupl
 def test_what_was_counted_is_the_same_after_a_file():
     left_out = (LeftOut(3, "skipped", "ünreadable"),)
     outcome = made_up_outcome(np.random.default_rng(0), [0, 1, 2, 4, 5], left_out)
-    again = Outcome.from_bytes(outcome.to_bytes())
+    again = Counts.from_bytes(outcome.to_bytes())
     for ours, theirs in zip(
         (*again.counted, *again.matched, again.indices),
         (*outcome.counted, *outcome.matched, outcome.indices),

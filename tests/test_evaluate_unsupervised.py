@@ -22,13 +22,13 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, open
 from seg4diff_jax.evaluation.command import main, merging_protocols
 from seg4diff_jax.evaluation.measure import Measurement, Settings
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols, thresholds
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import Setting
 from seg4diff_jax.evaluation.shown import UNMATCHED, owners_of, shown_segments
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
-from seg4diff_jax.segmentation.unsupervised_scores import PROTOCOLS, UnsupervisedProtocol
+from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS, UnsupervisedProtocol
 from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.inputs import SQUARE, VARIED, an_image
 from tests.reference.label_files import label, picture
@@ -177,7 +177,7 @@ def test_attention_that_is_not_finite_is_told(sd3, root, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def counted(sd3, root) -> tuple[Measurement, Outcome]:
+def counted(sd3, root) -> tuple[Measurement, Counts]:
     settings = Settings(BLOCKS, (8,), (SEED,), batch_size=2, prompts=(), unsupervised=HERE)
     measurement = Measurement(sd3, folder_benchmark(root), settings)
     return measurement, measurement.outcome()
@@ -300,10 +300,13 @@ def test_lists_of_thresholds_are_read_as_they_are_written():
 def test_options_make_ours_and_the_releases_protocols():
     assert merging_protocols(Options()) == ()
     chosen = lambda **options: merging_protocols(Options(protocol="unsupervised", unsupervised=Unsupervised(**options)))
-    assert chosen() == (PROTOCOLS["ours"],)
+    assert chosen() == (UNSUPERVISED_PROTOCOLS["ours"],)
     assert chosen(minmax="token")[0].threshold == MERGE_THRESHOLDS["token"]
     release = {"minmax": "token", "match": "row", "absent_classes": True}
-    assert chosen(threshold="0.035,0.1", **release) == (PROTOCOLS["release_config"], PROTOCOLS["release"])
+    assert chosen(threshold="0.035,0.1", **release) == (
+        UNSUPERVISED_PROTOCOLS["release_config"],
+        UNSUPERVISED_PROTOCOLS["release"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised_scores import (
-    PROTOCOLS,
+    UNSUPERVISED_PROTOCOLS,
     MatchCounts,
     intersections,
     match_present,
@@ -175,4 +175,4 @@ def test_nothing_labelled_counts_for_nothing():
     ],
 )
 def test_protocols_have_names(name, expected):
-    assert astuple(PROTOCOLS[name]) == expected
+    assert astuple(UNSUPERVISED_PROTOCOLS[name]) == expected

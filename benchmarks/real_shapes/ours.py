@@ -28,7 +28,7 @@ from real_shapes.job import (
 )
 
 from convert.load import load_component
-from seg4diff_jax.evaluation.forward import Place, attention_maps
+from seg4diff_jax.evaluation.forward import Readout, attention_maps
 from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.models.conditioning import TextConditioning
@@ -55,7 +55,7 @@ def main(directory: Path, batch: int) -> None:
 
     def maps(latents, noise, block):
         images = NoisedImages(latents, noise, sigma, rows)
-        return attention_maps(transformer, images, texts, places=(Place(block),))
+        return attention_maps(transformer, images, texts, readouts=(Readout(block),))
 
     def masks(maps):
         scores = add_scores(jnp.zeros((1, batch, len(CLASS_TOKENS), grid**2)), maps, averaging, rows)[0]

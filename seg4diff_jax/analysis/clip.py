@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from PIL import Image
 
 from convert.errors import CheckpointError
-from convert.files import read_json, shown
+from convert.files import quoted, read_json
 from convert.image_encoder import load_image_encoder
 from convert.load import load_component
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
@@ -109,6 +109,6 @@ def load_clip(directory: str | Path) -> Clip:
         three = isinstance(numbers, list | tuple) and [type(each) in (int, float) for each in numbers] == [True] * 3
         if not three or (key == "image_std" and min(numbers) <= 0):
             raise CheckpointError(
-                f"{described}: {key} is {shown(numbers)}; expected a number for each of three channels"
+                f"{described}: {key} is {quoted(numbers)}; expected a number for each of three channels"
             )
     return Clip(text, vision, tokenizers, tuple(mean), tuple(std))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting, shown
+from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting, visible
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.segmentation.metrics import IGNORED
@@ -35,7 +35,7 @@ class LabelledFolder:
             if not folder.is_dir():
                 raise FolderError(f"{folder}: no such directory; expected a folder with images/, labels/, classes.txt")
         self.classes = read_classes(self.root / "classes.txt")
-        files = [path for path in shown((self.root / "images").iterdir()) if not path.is_dir()]
+        files = [path for path in visible((self.root / "images").iterdir()) if not path.is_dir()]
         self.files = sorted(files, key=lambda path: path.name)
         if not self.files:
             raise FolderError(f"{self.root / 'images'} holds no file: expected images")

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from convert.files import cut, shown
+from convert.files import cut, quoted
 from seg4diff_jax.data.labelled import FolderError
-from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
@@ -43,7 +43,7 @@ class ImageCaptions:
         if self._captions and len(self.absent) == len(names):
             raise FolderError(
                 f"{file} has a caption for none of the {len(names)} pictures: its first key is "
-                f"{shown(next(iter(self._captions)))}, and that of {names[0]} would be {_key(names[0])!r}"
+                f"{quoted(next(iter(self._captions)))}, and that of {names[0]} would be {_key(names[0])!r}"
             )
 
     def __call__(self, name: str) -> str:
@@ -106,7 +106,7 @@ class CaptionedPictures:
       background: label that is no mask; None: every class is one.
     """
 
-    def __init__(self, source: Source, names: Sequence[str], captions: ImageCaptions, background: int | None):
+    def __init__(self, source: DataSource, names: Sequence[str], captions: ImageCaptions, background: int | None):
         self.source, self.names, self.captions, self.background = source, names, captions, background
 
     def __len__(self) -> int:

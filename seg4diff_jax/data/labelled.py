@@ -192,16 +192,16 @@ def first_of(root: str | Path, places: Sequence[str], origin: str) -> Path:
     raise FolderError(f"{root} holds no {' or '.join(places)}; expected {origin}")
 
 
-def shown(paths: Iterable[Path]) -> list[Path]:
+def visible(paths: Iterable[Path]) -> list[Path]:
     """Without those whose name starts with a dot: what systems write beside images is none."""
     return [path for path in paths if not path.name.startswith(".")]
 
 
 def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
     """Files in alphabetical order of their names. Raises FolderError when there are none, or a folder is lost."""
-    if "/" in pattern and (lost := [path for path in sorted(shown(directory.iterdir())) if not path.exists()]):
+    if "/" in pattern and (lost := [path for path in sorted(visible(directory.iterdir())) if not path.exists()]):
         raise FolderError(f"{lost[0]} is a link to nothing; expected {origin}")
-    files = [path for path in shown(directory.glob(pattern)) if not path.parent.name.startswith(".")]
+    files = [path for path in visible(directory.glob(pattern)) if not path.parent.name.startswith(".")]
     files.sort(key=lambda path: path.name)
     if not files:
         raise FolderError(f"{directory} holds no {pattern}; expected {origin}")

@@ -22,7 +22,7 @@ Augment = Callable[[Item, np.random.Generator], Item]
 
 
 @runtime_checkable
-class Source(Protocol):
+class DataSource(Protocol):
     """Items by their number. Worker processes get a copy by pickling."""
 
     def __len__(self) -> int: ...
@@ -32,7 +32,7 @@ class Source(Protocol):
 class Numbered:
     """The source's items with a field `index` that says which each one is."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: DataSource):
         self.source = source
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Augmented:
 
 
 def training_batches(
-    source: Source,
+    source: DataSource,
     *,
     batch_size: int,
     seed: int,
@@ -106,7 +106,7 @@ def live_with_parent(*_: int) -> None:
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def evaluation_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, int]]:
+def evaluation_batches(source: DataSource, batch_size: int) -> Iterator[tuple[Batch, int]]:
     """Every item once, in order, and how many of each batch count: the last is filled up with its last item."""
     numbered = Numbered(source)
     for start in range(0, len(source), batch_size):

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from convert.files import cut, read_json, shown
+from convert.files import cut, quoted, read_json
 from convert.staging import staged_directory
 from seg4diff_jax.data.loader import Item
 
@@ -122,7 +122,7 @@ class RecordCache:
         made_of = manifest["identity"]
         if different := sorted(key for key in {*made_of, *identity} if made_of.get(key) != identity.get(key)):
             listing = "; ".join(
-                f"{cut(key)}: {shown(made_of.get(key))}, not {shown(identity.get(key))}" for key in different
+                f"{cut(key)}: {quoted(made_of.get(key))}, not {quoted(identity.get(key))}" for key in different
             )
             raise ValueError(f"{directory} was made of something else ({listing}): remove it, or name another")
         self._directory = directory
@@ -136,7 +136,7 @@ class RecordCache:
             self._nbytes += field.nbytes
         count = manifest.get("count", len(self._records))
         if count != len(self._records):
-            raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {shown(count)}")
+            raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {quoted(count)}")
         if len(self._records):
             self[0]  # the file of another cache is told at once
 
@@ -174,7 +174,7 @@ def _fields(manifest: Mapping[str, Any], file: Path) -> dict[str, Field]:
         found = {name: Field(dtype, tuple(shape)) for name, (dtype, shape) in manifest["fields"].items()}
         for name, field in found.items():
             if np.dtype(field.dtype).hasobject or not all(type(size) is int and size >= 0 for size in field.shape):
-                raise TypeError(f"field {cut(name)} is {cut(field.dtype)} {shown(list(field.shape))}")
+                raise TypeError(f"field {cut(name)} is {cut(field.dtype)} {quoted(list(field.shape))}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else cut(str(error))
         raise ValueError(f"{file} is damaged ({reason}): remove the cache, and it is made anew") from None

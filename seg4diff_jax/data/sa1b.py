@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from seg4diff_jax.data.image_captions import ImageCaptions
-from seg4diff_jax.data.labelled import FolderError, shown
+from seg4diff_jax.data.labelled import FolderError, visible
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.data.run_lengths import decoded
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
@@ -60,7 +60,7 @@ class MaskFolder:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise FolderError(f"{self.root}: no such directory; expected {ORIGIN}")
-        files = [path for path in shown(self.root.iterdir()) if path.suffix.lower() in SUFFIXES]
+        files = [path for path in visible(self.root.iterdir()) if path.suffix.lower() in SUFFIXES]
         self.files = sorted(files, key=lambda path: path.name)
         if not self.files:
             raise FolderError(f"{self.root} holds no picture; expected {ORIGIN}")

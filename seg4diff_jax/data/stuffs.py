@@ -17,12 +17,12 @@ from seg4diff_jax.data.draws import Draws, Real
 SIDE = 128
 TABLE = 48
 """Rows and columns of a table of random numbers: more than a texture has cells along a side."""
-Row = Float[np.ndarray, "1 columns"]
+TextureRow = Float[np.ndarray, "1 columns"]
 Column = Float[np.ndarray, "rows 1"]
 Plane = Float[np.ndarray, "rows columns"]
 
 
-def _smooth_noise(x: Row, y: Column, wide: Real, high: Real, draws: Draws) -> Plane:
+def _smooth_noise(x: TextureRow, y: Column, wide: Real, high: Real, draws: Draws) -> Plane:
     """Hills and hollows about `wide` x `high` pixels in size, in 0..1: a random table under quadratic B-splines."""
 
     def weights(position: Float[np.ndarray, " n"], period: Real) -> Float[np.ndarray, "n knots"]:
@@ -39,7 +39,7 @@ def _whole(position: Float[np.ndarray, "*shape"]) -> np.ndarray:
 
 
 def _scattered(
-    x: Row, y: Column, cell: Real, jitter: Real, draws: Draws
+    x: TextureRow, y: Column, cell: Real, jitter: Real, draws: Draws
 ) -> tuple[Plane, Plane, Callable[[Real, Real], Plane]]:
     """Distance along x and along y to one point in each square cell, off its middle by up to `jitter` cells.
 
@@ -56,7 +56,7 @@ def _scattered(
     return dx, dy, per_cell
 
 
-def _brick(x: Row, y: Column, draws: Draws) -> Plane:
+def _brick(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Rows of long bricks, each row shifted by half a brick."""
     high = draws.uniform(7.5, 9.5)
     wide, mortar = 2.1 * high, draws.uniform(1.5, 2)
@@ -69,7 +69,7 @@ def _brick(x: Row, y: Column, draws: Draws) -> Plane:
     return np.where(gap, np.float32(1), shade)
 
 
-def _grass(x: Row, y: Column, draws: Draws) -> Plane:
+def _grass(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Upright blades, pointed at the top."""
     wide, high = draws.uniform(3.2, 4.2), draws.uniform(11, 14)
     u = (x + 10 * _smooth_noise(x, y, 24, 16, draws)) / wide
@@ -80,27 +80,27 @@ def _grass(x: Row, y: Column, draws: Draws) -> Plane:
     return np.where(np.abs(u - column - 0.5) < 0.55 * (v - row), shade, np.float32(0))
 
 
-def _sand(x: Row, y: Column, draws: Draws) -> Plane:
+def _sand(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Grains of many sizes and shades."""
     dx, dy, per_cell = _scattered(x, y, draws.uniform(4, 5), 0.25, draws)
     shade = per_cell(0.15, 1)
     return np.where(dx * dx + dy * dy < per_cell(0.8, 4.5), shade, np.float32(0))
 
 
-def _sky(x: Row, y: Column, draws: Draws) -> Plane:
+def _sky(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Clouds with soft edges over a slope from top to bottom."""
     clouds = 0.65 * _smooth_noise(x, y, 34, 18, draws) + 0.35 * _smooth_noise(x, y, 17, 9, draws)
     return np.clip(np.maximum(5 * (clouds - 0.5), 0.3 * y / SIDE), 0, 1)
 
 
-def _snow(x: Row, y: Column, draws: Draws) -> Plane:
+def _snow(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Flakes with six arms, scattered."""
     dx, dy, per_cell = _scattered(x, y, draws.uniform(11, 13), 0.12, draws)
     arms = np.minimum(np.abs(0.5 * dx + 0.87 * dy), np.abs(0.5 * dx - 0.87 * dy))
     return ((np.minimum(arms, np.abs(dx)) < 0.75) & (dx * dx + dy * dy < per_cell(10, 28))).astype(np.float32)
 
 
-def _tile(x: Row, y: Column, draws: Draws) -> Plane:
+def _tile(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Square tiles with a diamond in each."""
     side, joint = draws.uniform(13, 16), draws.uniform(1.3, 1.8)
     u, v = x / side + draws.unit(), y / side + draws.unit()
@@ -110,14 +110,14 @@ def _tile(x: Row, y: Column, draws: Draws) -> Plane:
     return tone
 
 
-def _water(x: Row, y: Column, draws: Draws) -> Plane:
+def _water(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Ripples that run across and bend."""
     bend = 2.2 * _smooth_noise(x, y, 9, 24, draws)
     crests = np.sin((2 * math.pi) * (y / draws.uniform(8, 10.5) + bend))
     return np.maximum(crests, 0) ** 2
 
 
-def _wood(x: Row, y: Column, draws: Draws) -> Plane:
+def _wood(x: TextureRow, y: Column, draws: Draws) -> Plane:
     """Upright planks with grain along them."""
     wide, seam = draws.uniform(20, 28), draws.uniform(1.5, 2)
     u = x / wide + draws.unit()
@@ -128,7 +128,7 @@ def _wood(x: Row, y: Column, draws: Draws) -> Plane:
     return np.where((u - plank) * wide < seam, np.float32(1), np.clip(tone, 0, 1))
 
 
-TEXTURES: dict[str, Callable[[Row, Column, Draws], Plane]] = {
+TEXTURES: dict[str, Callable[[TextureRow, Column, Draws], Plane]] = {
     "brick": _brick,
     "grass": _grass,
     "sand": _sand,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import CheckpointError
-from convert.files import cut, parse_json, shown
+from convert.files import cut, parse_json, quoted
 from seg4diff_jax.data.labelled import FolderError
 
 MARKS = (  # UTF-32's begins with UTF-16's
@@ -126,7 +126,7 @@ class Annotations:
 
     def among(self, texts: Sequence[str]) -> str:
         if (found := self.text()) not in texts:
-            raise self.refuse(f"{shown(found)} where one of {', '.join(texts)} belongs")
+            raise self.refuse(f"{quoted(found)} where one of {', '.join(texts)} belongs")
         return found
 
     def whole(self, least: int, most: int) -> int:
@@ -157,7 +157,7 @@ def unrepeated(values: Sequence[Any], of: Sequence[Annotations]) -> None:
     seen = set()
     for value, one in zip(values, of, strict=True):
         if value in seen:
-            raise one.refuse(f"{shown(value)} a second time")
+            raise one.refuse(f"{quoted(value)} a second time")
         seen.add(value)
 
 

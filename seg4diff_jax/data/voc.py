@@ -19,7 +19,7 @@ from seg4diff_jax.data.labelled import (
     PngLabels,
     first_of,
     published_kind,
-    shown,
+    visible,
 )
 from seg4diff_jax.data.names import listed
 from seg4diff_jax.data.text_files import read_lines
@@ -79,5 +79,5 @@ def _listed_names(lists: Path, split: str) -> tuple[str, list[str]]:
                 twice = next(name for place, name in enumerate(names) if name in names[:place])
                 raise FolderError(f"{file} names {twice} twice; expected each image once")
             return word, names
-    there = ", ".join(sorted(path.stem for path in shown(lists.glob("*.txt")))) or "none"
+    there = ", ".join(sorted(path.stem for path in visible(lists.glob("*.txt")))) or "none"
     raise FolderError(f"{lists / split}.txt: no such file; the lists there are: {there}; expected {ORIGIN}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.labelled import published_kind, published_split
-from seg4diff_jax.data.loader import Source
+from seg4diff_jax.data.loader import DataSource
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled, spelled
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
@@ -41,7 +41,7 @@ class Benchmark:
 
     name: str
     classes: tuple[str, ...]
-    source: Source
+    source: DataSource
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     where: str = ""
     split: str = ""

@@ -25,7 +25,7 @@ from seg4diff_jax.pipeline import Pipeline
 Latents = Float[Array, "images latent_rows latent_columns channels"]
 
 
-class Place(NamedTuple):
+class Readout(NamedTuple):
     """Where attention is read: a block, and which of its heads; None is the mean of all of them."""
 
     block: int
@@ -33,16 +33,16 @@ class Place(NamedTuple):
 
 
 class Forward:
-    """A model whose attention is read, place by place.
+    """A model whose attention is read, readout by readout.
 
     Images are split over the devices of the model's mesh, if it has one.
 
     Attributes:
-      places: all come out of one pass, which ends in the last of their blocks.
+      readouts: all come out of one pass, which ends in the last of their blocks.
     """
 
-    def __init__(self, pipe: Pipeline, places: Sequence[Place]):
-        self.pipe, self.places = pipe, tuple(places)
+    def __init__(self, pipe: Pipeline, readouts: Sequence[Readout]):
+        self.pipe, self.readouts = pipe, tuple(readouts)
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
         with self.pipe.settings():
@@ -62,7 +62,7 @@ class Forward:
         *,
         step: int,
         seed: int,
-    ) -> Float[Array, "places rows tokens clip_tokens"]:
+    ) -> Float[Array, "readouts rows tokens clip_tokens"]:
         """Attention of image tokens to CLIP's tokens, for rows of prompts; see `attention_maps`.
 
         Args:
@@ -73,35 +73,35 @@ class Forward:
         image_of_row, prompts = pipe.spread((image_of_row, prompts))
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
-            return attention_maps(pipe.transformer, images, prompts, places=self.places)
+            return attention_maps(pipe.transformer, images, prompts, readouts=self.readouts)
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
         """States of the prompts, of which as many are encoded at a time as there are rows: one program serves."""
         return self.pipe.encode_prompts(texts, rows=len(texts))
 
 
-@partial(jax.jit, static_argnames=("places",))
+@partial(jax.jit, static_argnames=("readouts",))
 def attention_maps(
     transformer: MMDiT,
     images: NoisedImages,
     texts: TextConditioning,
     *,
-    places: tuple[Place, ...],
-) -> Float[Array, "places rows tokens clip_tokens"]:
+    readouts: tuple[Readout, ...],
+) -> Float[Array, "readouts rows tokens clip_tokens"]:
     """Attention of every image token to CLIP's tokens, for rows of prompts.
 
     Args:
-      places: all come out of one pass, which ends in the last of their blocks.
+      readouts: all come out of one pass, which ends in the last of their blocks.
     """
-    mean_heads = all(place.head is None for place in places)
+    mean_heads = all(readout.head is None for readout in readouts)
     options = ForwardOptions(AttentionRequest(scores=False, mean_heads=mean_heads))
-    blocks = tuple(dict.fromkeys(place.block for place in places))
+    blocks = tuple(dict.fromkeys(readout.block for readout in readouts))
     records = attention(transformer, images, texts, blocks=blocks, options=options)
 
-    def read(place: Place) -> Array:
-        probs: Array = records[place.block].probs  # pyright: ignore
+    def read(readout: Readout) -> Array:
+        probs: Array = records[readout.block].probs  # pyright: ignore
         if mean_heads:
             return probs
-        return probs.mean(axis=1) if place.head is None else probs[:, place.head]
+        return probs.mean(axis=1) if readout.head is None else probs[:, readout.head]
 
-    return jnp.stack([read(place) for place in places])
+    return jnp.stack([read(readout) for readout in readouts])

@@ -19,10 +19,10 @@ import numpy as np
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.forward import Forward, Place
+from seg4diff_jax.evaluation.forward import Forward, Readout
 from seg4diff_jax.evaluation.hosts import gathered, in_step
 from seg4diff_jax.evaluation.options import EvaluationResize
-from seg4diff_jax.evaluation.outcome import Outcome, together
+from seg4diff_jax.evaluation.outcome import Counts, together
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
@@ -65,8 +65,8 @@ class Settings:
     shard_batches: int = 8
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        return tuple(Place(block, head) for block in self.blocks for head in self.heads)
+    def readouts(self) -> tuple[Readout, ...]:
+        return tuple(Readout(block, head) for block in self.blocks for head in self.heads)
 
 
 def check_batch_size(size: int, devices: int) -> None:
@@ -89,14 +89,14 @@ class Measurement:
         how = {"how": settings.resize, "skip_unreadable": settings.skip_unreadable}
         self.reader = Reader(benchmark, pipe.view, **how, ahead=ahead)
         self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
-        self.forward = Forward(pipe, settings.places)
+        self.forward = Forward(pipe, settings.readouts)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
         self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts)
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
         self._read = time.monotonic()
 
     @settled()
-    def outcome(self, *, told: Told = lambda done, miou: None, kept: Progress | None = None) -> Outcome:
+    def outcome(self, *, told: Told = lambda done, miou: None, kept: Progress | None = None) -> Counts:
         """Count all images, in all processes: each hears of all.
 
         Args:
@@ -133,25 +133,25 @@ class Measurement:
         items: Iterator[Example | LeftOut],
         shard: range,
         clock: CompilationClock,
-        before: Outcome | None,
+        before: Counts | None,
         told: Told,
-    ) -> list[Outcome]:
+    ) -> list[Counts]:
         """What each process that has a shard in this round has counted."""
         part = in_step(lambda: self._part(islice(items, len(shard)), clock, before, told) if shard else None)
         if jax.process_count() == 1:
             return [part] if part else []
         messages = gathered(part.to_bytes() if part else b"")
-        return [Outcome.from_bytes(message) for message in messages if message]
+        return [Counts.from_bytes(message) for message in messages if message]
 
     def _part(
-        self, items: Iterable[Example | LeftOut], clock: CompilationClock, before: Outcome | None, told: Told
-    ) -> Outcome:
+        self, items: Iterable[Example | LeftOut], clock: CompilationClock, before: Counts | None, told: Told
+    ) -> Counts:
         start, compiled, processes = time.perf_counter(), clock.seconds, jax.process_count()
         left_out: list[LeftOut] = []
         seen: list[Example] = []
         forwards = np.zeros(len(self.asked) + 1, np.int64)
         done = len(before.indices) + len(before.left_out) if before else 0
-        for group in groups(items, self.settings.batch_size, left_out):
+        for group in of_one_size(items, self.settings.batch_size, left_out):
             batch = assemble(group, self.settings.batch_size)
             batches = [asked_otherwise(batch, asked) for asked in self.asked.values()]
             latents = self.forward.latents(batch.pixels)
@@ -164,7 +164,7 @@ class Measurement:
         compiling = clock.seconds - compiled
         running = time.perf_counter() - start - compiling
         classes = len(self.benchmark.classes)
-        return Outcome(
+        return Counts(
             counted,
             matched,
             np.array([example.index for example in seen], np.int64),
@@ -175,7 +175,7 @@ class Measurement:
             tuple(left_out),
         )
 
-    def _running_miou(self, before: Outcome | None) -> float | None:
+    def _running_miou(self, before: Counts | None) -> float | None:
         if time.monotonic() - self._read < TELL_EVERY:
             return None
         if self.asked:
@@ -185,7 +185,7 @@ class Measurement:
         self._read = time.monotonic()
         return None if score is None else 100 * score
 
-    def _agreed(self, kept: Progress | None) -> tuple[int, Outcome | None, set[int]]:
+    def _agreed(self, kept: Progress | None) -> tuple[int, Counts | None, set[int]]:
         """Images in a shard, what has been counted before, and in which shards, as the first process knows it."""
 
         def known() -> tuple[bytes, bytes]:
@@ -199,7 +199,7 @@ class Measurement:
 
         description, former = (gathered(message)[0] for message in in_step(known))
         size, done = json.loads(description)
-        return size, Outcome.from_bytes(former) if former else None, set(done)
+        return size, Counts.from_bytes(former) if former else None, set(done)
 
     def _images_per_shard(self) -> int:
         """Whole batches, and at least one shard for every process where there are batches enough."""
@@ -208,7 +208,7 @@ class Measurement:
         return batch * max(1, min(self.settings.shard_batches, -(-batches // jax.process_count())))
 
 
-def groups(items: Iterable[Example | LeftOut], size: int, left_out: list[LeftOut]) -> Iterator[Sequence[Example]]:
+def of_one_size(items: Iterable[Example | LeftOut], size: int, left_out: list[LeftOut]) -> Iterator[Sequence[Example]]:
     """Examples that are seen at one size, `size` of them at a time, the last fewer; others are put on the list."""
     begun: dict[tuple[int, ...], list[Example]] = {}
     for item in items:

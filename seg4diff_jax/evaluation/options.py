@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, shown
+from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, quoted
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
 
@@ -201,13 +201,13 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
         span = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", str(part))
         if span is None:
             everything = ", or all" if all_allowed else ""
-            raise ValueError(f"{name} is {shown(value)}: expected numbers, as in 8 or 2,4,8 or 0..23{everything}")
+            raise ValueError(f"{name} is {quoted(value)}: expected numbers, as in 8 or 2,4,8 or 0..23{everything}")
         found += range(int(span[1]), int(span[2] or span[1]) + 1)
     wrong = [number for number in found if number not in allowed]
     if wrong:
-        raise ValueError(f"{name} is {shown(value)}: {wrong[0]} is not one of {allowed[0]}..{allowed[-1]}")
+        raise ValueError(f"{name} is {quoted(value)}: {wrong[0]} is not one of {allowed[0]}..{allowed[-1]}")
     if not found or len(set(found)) < len(found):
-        raise ValueError(f"{name} is {shown(value)}: expected at least one number, and each once")
+        raise ValueError(f"{name} is {quoted(value)}: expected at least one number, and each once")
     return tuple(found)
 
 
@@ -224,7 +224,7 @@ def protocols(value: str | list[str]) -> tuple[str, ...]:
 def _each_once(value: str | list[str], name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in _parts(value))
     if not kinds or set(kinds) - set(known) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"{name} is {shown(value)}: expected {', '.join(known)}, or {','.join(known)}")
+        raise ValueError(f"{name} is {quoted(value)}: expected {', '.join(known)}, or {','.join(known)}")
     return kinds
 
 
@@ -245,7 +245,7 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
     except ValueError:
         found = ()
     if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
-        raise ValueError(f"{name} is {shown(value)}: expected numbers above 0, each once, as in 0.005,0.01, or {GRID}")
+        raise ValueError(f"{name} is {quoted(value)}: expected numbers above 0, each once, as in 0.005,0.01, or {GRID}")
     return found
 
 
@@ -258,5 +258,5 @@ def chosen_heads(value: Numbers, heads: int) -> tuple[int | None, ...]:
     for part in _parts(value):
         found += [None] if str(part).strip() == MEAN else numbers(str(part).strip(), "--heads", range(heads))
     if len(set(found)) < len(found):
-        raise ValueError(f"--heads is {shown(value)}: expected each once")
+        raise ValueError(f"--heads is {quoted(value)}: expected each once")
     return tuple(found)

@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 
 from convert.files import parse_json
 from seg4diff_jax.evaluation.batches import LeftOut
-from seg4diff_jax.evaluation.unsupervised import Matched
-from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.evaluation.unsupervised import SegmentCounts
+from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 
 LEFT_OUT, CHECKSUM = "left_out", "checksum"
-PROTOCOLS = {"counted": Counted, "matched": Matched}
-Kind = TypeVar("Kind", Counted, Matched)
+COUNTS_OF = {"counted": ConfusionCounts, "matched": SegmentCounts}
+Kind = TypeVar("Kind", ConfusionCounts, SegmentCounts)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Counts:
     """Everything that figures and pictures are made of.
 
     Attributes:
@@ -35,8 +35,8 @@ class Outcome:
       seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
     """
 
-    counted: Counted
-    matched: Matched
+    counted: ConfusionCounts
+    matched: SegmentCounts
     indices: Int[np.ndarray, " images"]
     histograms: Int[np.ndarray, "images classes"]
     cut_off: Int[np.ndarray, " images"]
@@ -50,7 +50,7 @@ class Outcome:
 
     def to_bytes(self) -> bytes:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
-        for protocol in PROTOCOLS:
+        for protocol in COUNTS_OF:
             arrays |= {f"{protocol}.{name}": each for name, each in getattr(self, protocol)._asdict().items()}
         arrays[LEFT_OUT] = np.array(json.dumps(self.left_out))
         arrays[CHECKSUM] = np.array(_checksum(arrays))
@@ -59,7 +59,7 @@ class Outcome:
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, contents: bytes) -> Outcome:
+    def from_bytes(cls, contents: bytes) -> Counts:
         """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
         with np.load(BytesIO(contents), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -67,13 +67,13 @@ class Outcome:
             raise ValueError("the arrays are not those that were written")
         parts: dict[str, Any] = {
             protocol: kind(*(arrays[f"{protocol}.{name}"] for name in kind._fields))
-            for protocol, kind in PROTOCOLS.items()
+            for protocol, kind in COUNTS_OF.items()
         }
         left_out = tuple(LeftOut(*each) for each in parse_json(str(arrays[LEFT_OUT]), LEFT_OUT))
         return cls(left_out=left_out, **parts, **{name: arrays[name] for name in ARRAYS})
 
 
-ARRAYS = [field.name for field in fields(Outcome) if field.name not in (*PROTOCOLS, LEFT_OUT)]
+ARRAYS = [field.name for field in fields(Counts) if field.name not in (*COUNTS_OF, LEFT_OUT)]
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
@@ -85,11 +85,11 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
     return found
 
 
-def together(parts: Sequence[Outcome]) -> Outcome:
+def together(parts: Sequence[Counts]) -> Counts:
     """Parts of one set as one, images in their order. There must be at least one."""
     indices = np.concatenate([part.indices for part in parts])
     order = np.argsort(indices, kind="stable")
-    return Outcome(
+    return Counts(
         _added([part.counted for part in parts], order),
         _added([part.matched for part in parts], order),
         indices[order],

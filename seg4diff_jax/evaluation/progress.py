@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import CheckpointError
-from convert.files import cut, read_json, shown
-from seg4diff_jax.evaluation.outcome import Outcome, together
+from convert.files import cut, quoted, read_json
+from seg4diff_jax.evaluation.outcome import Counts, together
 
 DIRECTORY, RUN = "progress", "run.json"
 SHARD = "images_per_shard"
@@ -49,11 +49,11 @@ class Progress:
         shard = former.pop(SHARD, None)
         if type(shard) is not int or shard < 1:
             raise ValueError(
-                f"{path}: {SHARD} is {shown(shard)}, expected a whole number from 1: give --overwrite to begin anew"
+                f"{path}: {SHARD} is {quoted(shard)}, expected a whole number from 1: give --overwrite to begin anew"
             )
         names = dict.fromkeys((*former, *self.identity))
         changed = [
-            f"{cut(name)} was {shown(former.get(name))} and is {shown(self.identity.get(name))}"
+            f"{cut(name)} was {quoted(former.get(name))} and is {quoted(self.identity.get(name))}"
             for name in names
             if former.get(name) != self.identity.get(name)
         ]
@@ -69,7 +69,7 @@ class Progress:
         self.clear()
         self._images_per_shard = images_per_shard
 
-    def done(self, images_per_shard: int, images: int) -> tuple[list[int], Outcome | None]:
+    def done(self, images_per_shard: int, images: int) -> tuple[list[int], Counts | None]:
         """Numbers of the finished shards, and what was counted over all of them.
 
         A damaged file counts as none, and so does one whose images are not those of the shard with its number.
@@ -78,10 +78,10 @@ class Progress:
           images: of the whole set.
         """
         numbers: list[int] = []
-        total: Outcome | None = None
+        total: Counts | None = None
         for path in sorted(self.directory.glob("[0-9]*.npz")):
             try:
-                number, part = int(path.stem), Outcome.from_bytes(path.read_bytes())
+                number, part = int(path.stem), Counts.from_bytes(path.read_bytes())
                 first = number * images_per_shard
                 if part.covered() != list(range(images)[first : first + images_per_shard]):
                     raise ValueError("images of another shard")
@@ -92,7 +92,7 @@ class Progress:
             total = together([total, part] if total else [part])  # one at a time: many are more than memory holds
         return numbers, total
 
-    def save(self, number: int, outcome: Outcome) -> None:
+    def save(self, number: int, outcome: Counts) -> None:
         if not (self.directory / RUN).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             described = {**self.identity, SHARD: self._images_per_shard}

@@ -9,7 +9,7 @@ import numpy as np
 
 from seg4diff_jax.evaluation.measure import Measurement
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.reported import reported
 from seg4diff_jax.evaluation.scores import Row, best_constant, match_metrics, metrics
 from seg4diff_jax.evaluation.unsupervised import ONE_SEGMENT
@@ -18,28 +18,28 @@ from seg4diff_jax.models.lora import attached
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
 
 
-def score_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     """Open vocabulary: one for each kind of prompts, step, seed, block and head."""
     settings, benchmark = measurement.settings, measurement.benchmark
     rows: list[Row] = []
     for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
         speed = _speed(outcome, measurement, settings.prompts.index(one.prompts))
-        for place, confusion in zip(settings.places, confusions, strict=True):
-            seen = {**place._asdict(), "step": one.step, "seed": one.seed}
+        for readout, confusion in zip(settings.readouts, confusions, strict=True):
+            seen = {**readout._asdict(), "step": one.step, "seed": one.seed}
             row = {**_asked(outcome, measurement, one.prompts), **speed, **seen}
             rows.append(row | {"reported": _reported(row, measurement)} | metrics(confusion, benchmark))
     return rows
 
 
-def unsupervised_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+def unsupervised_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     """Segments without names: one for each step, seed, block, head and protocol; `segments` an image has on average."""
     settings, matched = measurement.settings, outcome.matched
     rows: list[Row] = []
     for look, one in enumerate(measurement.unsupervised.looks):
-        for at, place in enumerate(settings.places):
+        for at, readout in enumerate(settings.readouts):
             for number, protocol in enumerate(settings.unsupervised):
                 speed = _speed(outcome, measurement, -1)
-                seen = {**place._asdict(), "step": one.step, "seed": one.seed}
+                seen = {**readout._asdict(), "step": one.step, "seed": one.seed}
                 row = {**_merged(outcome, measurement, protocol), **speed, **seen}
                 row["reported"] = _reported(row, measurement)
                 row["segments"] = _mean(matched.segments[look, at, number], outcome)
@@ -48,7 +48,7 @@ def unsupervised_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
     return rows
 
 
-def _speed(outcome: Outcome, measurement: Measurement, asked: int) -> Row:
+def _speed(outcome: Counts, measurement: Measurement, asked: int) -> Row:
     """The time of one pass over the set: kinds of prompts share the time by how often the transformer was run."""
     settings = measurement.settings
     share = outcome.forwards[asked] / max(1, outcome.forwards.sum()) / (len(settings.steps) * len(settings.seeds))
@@ -63,7 +63,7 @@ def _reported(row: Row, measurement: Measurement) -> list[Row]:
     return [{"name": figure.title, "miou": figure.miou, "source": figure.source} for figure in found]
 
 
-def _common(outcome: Outcome, measurement: Measurement) -> Row:
+def _common(outcome: Counts, measurement: Measurement) -> Row:
     benchmark = measurement.benchmark
     return {
         "dataset": benchmark.name,
@@ -82,21 +82,21 @@ def _common(outcome: Outcome, measurement: Measurement) -> Row:
     }
 
 
-def _asked(outcome: Outcome, measurement: Measurement, prompts: str) -> Row:
+def _asked(outcome: Counts, measurement: Measurement, prompts: str) -> Row:
     told = {"protocol": OPEN_VOCABULARY, "prompts": prompts, "names": measurement.benchmark.names}
     return _common(outcome, measurement) | told
 
 
-def _merged(outcome: Outcome, measurement: Measurement, protocol: UnsupervisedProtocol) -> Row:
+def _merged(outcome: Counts, measurement: Measurement, protocol: UnsupervisedProtocol) -> Row:
     told: Row = {"protocol": UNSUPERVISED, "prompts": EMPTY, "names": None}
     return _common(outcome, measurement) | told | asdict(protocol)
 
 
-def _mean(segments: np.int64, outcome: Outcome) -> float:
+def _mean(segments: np.int64, outcome: Counts) -> float:
     return round(float(segments) / len(outcome.indices), 2)
 
 
-def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
+def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     """What is scored without looking at the image, given the classes that are asked for.
 
     random: of these classes one at random for each image token, upsampled as the model's scores are.
@@ -117,12 +117,12 @@ def baseline_rows(outcome: Outcome, measurement: Measurement) -> list[Row]:
             place = {"baseline": RANDOM, **nowhere, "seed": seed}
             rows.append({**common, **place} | metrics(outcome.counted.random[number, 0], benchmark))
             seen = {"baseline": PERMUTED, "step": settings.steps[0], "seed": seed}
-            permuted = zip(settings.places, outcome.counted.permuted[number], strict=True)
-            rows += [{**common, **seen, **place._asdict()} | metrics(each, benchmark) for place, each in permuted]
+            permuted = zip(settings.readouts, outcome.counted.permuted[number], strict=True)
+            rows += [{**common, **seen, **readout._asdict()} | metrics(each, benchmark) for readout, each in permuted]
     return rows
 
 
-def unsupervised_baselines(outcome: Outcome, measurement: Measurement) -> list[Row]:
+def unsupervised_baselines(outcome: Counts, measurement: Measurement) -> list[Row]:
     """What is scored without looking, matched as the model's segments are.
 
     one_segment: each image is one; whatever the threshold.
@@ -137,8 +137,8 @@ def unsupervised_baselines(outcome: Outcome, measurement: Measurement) -> list[R
             nowhere = {**dict.fromkeys(("threshold", "block", "head", "step", "seed")), "segments": 1.0}
             rows.append({**common, "baseline": ONE_SEGMENT, **nowhere} | score(matched.one_segment[0, 0, 0]))
         for number, seed in enumerate(settings.seeds):
-            for at, place in enumerate(settings.places):
-                seen = {"baseline": PERMUTED, **place._asdict(), "step": settings.steps[0], "seed": seed}
+            for at, readout in enumerate(settings.readouts):
+                seen = {"baseline": PERMUTED, **readout._asdict(), "step": settings.steps[0], "seed": seed}
                 seen["segments"] = _mean(matched.permuted_segments[number, at, which], outcome)
                 rows.append({**common, **seen} | score(matched.permuted[number, at, which]))
     return rows

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.measure import Measurement, Settings, Told
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.rows import baseline_rows, score_rows, unsupervised_baselines, unsupervised_rows
 from seg4diff_jax.evaluation.scores import Row, Setting, best_setting
@@ -92,7 +92,7 @@ def evaluate(
     return Evaluation(rows, baselines, best, pictures, *left_out, seconds, confusion, divided)
 
 
-def _confusion(measurement: Measurement, outcome: Outcome, best: Setting) -> Int[np.ndarray, "classes classes"]:
+def _confusion(measurement: Measurement, outcome: Counts, best: Setting) -> Int[np.ndarray, "classes classes"]:
     settings, counting = measurement.settings, measurement.zero_shot
     passes = [counting.passes.index(Pass(best.step, seed, best.prompts)) for seed in settings.seeds]
-    return outcome.counted.confusion[passes, settings.places.index(best.place)].sum(axis=0)
+    return outcome.counted.confusion[passes, settings.readouts.index(best.readout)].sum(axis=0)

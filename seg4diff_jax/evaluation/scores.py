@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.forward import Place
+from seg4diff_jax.evaluation.forward import Readout
 from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
@@ -33,8 +33,8 @@ class Setting(NamedTuple):
     head: int | None = None
 
     @property
-    def place(self) -> Place:
-        return Place(self.block, self.head)
+    def readout(self) -> Readout:
+        return Readout(self.block, self.head)
 
     @property
     def title(self) -> str:
@@ -68,13 +68,13 @@ def _scores(
         "miou": _mean(iou),
         "mean_accuracy": _mean(accuracy),
         "pixel_accuracy": _percent(right),
-        **{name: _mean(iou[np.asarray(classes, int)]) for name, classes in groups(benchmark).items()},
+        **{name: _mean(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()},
         "iou": named(iou),
         "accuracy": named(accuracy),
     }
 
 
-def groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
+def class_groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
     """Classes that are reported apart; `things` and `stuffs` are always named, without classes where unknown."""
     return {"things": (), "stuffs": (), **benchmark.groups}
 
@@ -155,10 +155,10 @@ def best_setting(rows: Sequence[Row]) -> Setting:
 
 
 def guesses(baselines: Sequence[Row], best: Setting) -> dict[str, list[Row]]:
-    """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best place."""
+    """Rows of each baseline with the same prompts, one for each seed; of permuted maps those of the best readout."""
     named: dict[str, list[Row]] = {}
     for row in sorted(baselines, key=lambda row: row["baseline"] != "random"):
         alike = row["prompts"] == best.prompts and row.get("threshold") in (None, best.threshold)
-        if alike and (row["block"] is None or Place(row["block"], row.get("head")) == best.place):
+        if alike and (row["block"] is None or Readout(row["block"], row.get("head")) == best.readout):
             named.setdefault(row["baseline"], []).append(row)
     return named

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.batches import Example, assemble
-from seg4diff_jax.evaluation.measure import Measurement, groups
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.measure import Measurement, of_one_size
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.pictured import Why, pictured
 from seg4diff_jax.evaluation.scores import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
@@ -62,10 +62,10 @@ class ShownSegments:
     why: Why
 
 
-def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[Shown]:
+def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[Shown]:
     """The images that `pictured` names, by the pixels that are right at the first seed."""
     settings, counting = measurement.settings, measurement.zero_shot
-    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.places.index(best.place)
+    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
     asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
     found: dict[int, Shown] = {}
@@ -83,10 +83,10 @@ def shown_by_name(measurement: Measurement, outcome: Outcome, best: Setting, cou
     return [found[number] for number, _ in chosen]
 
 
-def shown_segments(measurement: Measurement, outcome: Outcome, best: Setting, count: int) -> list[ShownSegments]:
+def shown_segments(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[ShownSegments]:
     """The images that `pictured` names, by the pixels that are right after the match, at the first seed."""
     settings, counting = measurement.settings, measurement.unsupervised
-    look, block = Look(best.step, settings.seeds[0]), settings.places.index(best.place)
+    look, block = Look(best.step, settings.seeds[0]), settings.readouts.index(best.readout)
     thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
     place = thresholds.index(best.threshold)
     accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)
@@ -117,17 +117,17 @@ def owners_of(
     return owners
 
 
-def _percent(right: Int[np.ndarray, " images"], outcome: Outcome) -> Float[np.ndarray, " images"]:
+def _percent(right: Int[np.ndarray, " images"], outcome: Counts) -> Float[np.ndarray, " images"]:
     """NaN for an image none of whose pixels is counted."""
     counted = outcome.histograms.sum(axis=1)
     return np.where(counted > 0, 100 * right / np.maximum(counted, 1), np.nan)
 
 
 def _batches(
-    measurement: Measurement, outcome: Outcome, chosen: Sequence[tuple[int, Why]]
+    measurement: Measurement, outcome: Counts, chosen: Sequence[tuple[int, Why]]
 ) -> Iterator[tuple[Sequence[int], Sequence[Why], Sequence[Example]]]:
     """Places of images in the outcome, why they are shown, and they themselves, a batch of one size at a time."""
     known = {int(outcome.indices[number]): (number, why) for number, why in chosen}
-    for some in groups(map(measurement.reader.example, known), measurement.settings.batch_size, []):
+    for some in of_one_size(map(measurement.reader.example, known), measurement.settings.batch_size, []):
         numbers, why = zip(*(known[example.index] for example in some), strict=True)
         yield numbers, why, some

@@ -31,7 +31,7 @@ class Look(NamedTuple):
     seed: int
 
 
-class Matched(NamedTuple):
+class SegmentCounts(NamedTuple):
     """Pixels matched over some images, int64: of each class those right, wrongly claimed and missed (`MatchCounts`).
 
     The places of `looks`, blocks, `protocols` and seeds are those of an `Unsupervised`.
@@ -77,7 +77,9 @@ class Unsupervised:
         self._reset()
 
     def _reset(self) -> None:
-        blocks = {name: len(self.forward.places) for name in (*self.looks, *((PERMUTED, seed) for seed in self.seeds))}
+        blocks = {
+            name: len(self.forward.readouts) for name in (*self.looks, *((PERMUTED, seed) for seed in self.seeds))
+        }
         self.tallies: dict[tuple | str, list[UnsupervisedTally]] = {
             name: [UnsupervisedTally(self.protocols, self.classes) for _ in range(count)]
             for name, count in (blocks | {ONE_SEGMENT: 1}).items()
@@ -132,13 +134,13 @@ class Unsupervised:
         for tally, attention in zip(self.tallies[name], maps, strict=True):
             tally.add(attention, grid, truth)
 
-    def take(self) -> Matched:
+    def take(self) -> SegmentCounts:
         """All that has been counted since the last call. Raises as `add` does."""
         for tallies in self.tallies.values():
             for tally in tallies:
                 tally.finish()
         permuted = [(PERMUTED, seed) for seed in self.seeds]
-        matched = Matched(
+        matched = SegmentCounts(
             self._pixels(self.looks),
             self._segments(self.looks),
             self._pixels(permuted),
@@ -161,7 +163,7 @@ class Unsupervised:
         shape = len(tallies), len(tallies[0]), len(self.protocols), tallies[0][0].images
         return np.array([[tally.right for tally in some] for some in tallies], np.int64).reshape(shape)
 
-    def running_miou(self, before: Matched | None) -> float | None:
+    def running_miou(self, before: SegmentCounts | None) -> float | None:
         """Of the best block and protocol in the first look, 0 to 1, over the images matched so far; None for none."""
         pixels = self._pixels(self.looks[:1])[0] + (before.pixels[0] if before else 0)
         scores = [MatchCounts(*each).mean_iou() for of_block in pixels for each in of_block]

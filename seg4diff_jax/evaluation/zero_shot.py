@@ -42,33 +42,33 @@ class Pass(NamedTuple):
     prompts: str = "present"
 
 
-class Counted(NamedTuple):
-    """Pixels counted over some images, int64; the places of `passes` and `guesses` are those of a `ZeroShot`.
+class ConfusionCounts(NamedTuple):
+    """Pixels counted over some images, int64; `passes` and `guesses` are those of a `ZeroShot`, in their order.
 
     Attributes:
       permuted: of the maps of the first noise level with their positions permuted, image by image.
-      random: of random scores in place of the first place's.
+      random: of random scores in place of the first readout's.
       right: how many pixels of each image are right.
     """
 
-    confusion: Int[np.ndarray, "passes places classes classes"]
-    permuted: Int[np.ndarray, "guesses places classes classes"]
+    confusion: Int[np.ndarray, "passes readouts classes classes"]
+    permuted: Int[np.ndarray, "guesses readouts classes classes"]
     random: Int[np.ndarray, "guesses 1 classes classes"]
-    right: Int[np.ndarray, "passes places images"]
+    right: Int[np.ndarray, "passes readouts images"]
 
 
 class Tally:
-    """Confusion matrices of several places: counted on the device, summed up on the host in 64 bits when need be."""
+    """Confusion matrices of several readouts: counted on the device, summed up on the host in 64 bits when need be."""
 
-    def __init__(self, places: int, classes: int):
-        self._shape = (places, classes, classes)
+    def __init__(self, readouts: int, classes: int):
+        self._shape = (readouts, classes, classes)
         self._device: Array | None = None
         self._host = np.zeros(self._shape, np.int64)
         self._pixels = 0
 
     def count(
-        self, scores: Float[Array, "places images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
-    ) -> Int[Array, "places images"]:
+        self, scores: Float[Array, "readouts images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
+    ) -> Int[Array, "readouts images"]:
         """Add a batch; returns how many pixels of each image are right."""
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
@@ -77,7 +77,7 @@ class Tally:
         self._device, right = count(former, scores, batch.truth, batch.sizes, batch.class_of_row, grid=grid)
         return right
 
-    def total(self) -> Int[np.ndarray, "places classes classes"]:
+    def total(self) -> Int[np.ndarray, "readouts classes classes"]:
         if self._device is not None:
             self._host += np.asarray(self._device)
             self._device, self._pixels = None, 0
@@ -90,7 +90,7 @@ class ZeroShot:
     Attributes:
       passes: every noise level with every seed, for each kind of prompts; each is a pass of its own.
       guesses: kind of prompts and seed of the guessers that are counted beside.
-      tallies: for every pass, and for `(PERMUTED, *guess)` and `(RANDOM, *guess)`, see `Counted`.
+      tallies: for every pass, and for `(PERMUTED, *guess)` and `(RANDOM, *guess)`, see `ConfusionCounts`.
 
     Args:
       prompts: kinds of prompts, none of which nothing is counted; `add` takes one batch for each.
@@ -113,9 +113,9 @@ class ZeroShot:
         self._reset()
 
     def _reset(self) -> None:
-        places = len(self.forward.places)
+        readouts = len(self.forward.readouts)
         names = [*self.passes, *((PERMUTED, *guess) for guess in self.guesses)]
-        self.tallies: dict[tuple, Tally] = {name: Tally(places, self.classes) for name in names}
+        self.tallies: dict[tuple, Tally] = {name: Tally(readouts, self.classes) for name in names}
         self.tallies |= {(RANDOM, *guess): Tally(1, self.classes) for guess in self.guesses}
         self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
 
@@ -145,13 +145,13 @@ class ZeroShot:
                 self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
                 self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
 
-    def take(self) -> Counted:
+    def take(self) -> ConfusionCounts:
         """All that has been counted since the last call."""
         self._keep(self._pending)
         self._pending = []
-        none = np.zeros((len(self.forward.places), 0), np.int64)
+        none = np.zeros((len(self.forward.readouts), 0), np.int64)
         pieces = [np.concatenate([none, *some], axis=1) for some in self._right.values()]
-        counted = Counted(
+        counted = ConfusionCounts(
             self._total(self.passes, len(none)),
             self._total([(PERMUTED, *guess) for guess in self.guesses], len(none)),
             self._total([(RANDOM, *guess) for guess in self.guesses], 1),
@@ -160,18 +160,20 @@ class ZeroShot:
         self._reset()
         return counted
 
-    def _total(self, names: Sequence[tuple], places: int) -> Int[np.ndarray, "names places classes classes"]:
-        none = np.zeros((0, places, self.classes, self.classes), np.int64)
+    def _total(self, names: Sequence[tuple], readouts: int) -> Int[np.ndarray, "names readouts classes classes"]:
+        none = np.zeros((0, readouts, self.classes, self.classes), np.int64)
         return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
 
-    def running_miou(self, before: Counted | None) -> float | None:
-        """Of the best place in the first pass, 0 to 1, with what was counted before; None where nothing was. Waits for
-        the device."""
+    def running_miou(self, before: ConfusionCounts | None) -> float | None:
+        """Of the best readout in the first pass, 0 to 1, with what was counted before; None where nothing was.
+
+        Waits for the device.
+        """
         confusions = self.tallies[self.passes[0]].total() + (before.confusion[0] if before else 0)
         scores = [mean_iou(confusion) for confusion in confusions]
         return max((score for score in scores if not np.isnan(score)), default=None)
 
-    def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "places images classes rows columns"]:
+    def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "readouts images classes rows columns"]:
         """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
         latents = self.forward.latents(batch.pixels)
         conditioning = [self.forward.encoded(rows.texts) for rows in batch.prompts]
@@ -187,9 +189,9 @@ class ZeroShot:
 
     def _scores(
         self, batch: EvaluationBatch, latents: Latents, conditioning: list[TextConditioning], one: Pass
-    ) -> Float[Array, "places images classes tokens"]:
+    ) -> Float[Array, "readouts images classes tokens"]:
         forward, (rows, columns) = self.forward, self.forward.grid(latents)
-        shape = len(forward.places), len(latents), batch.class_of_row.shape[1], rows * columns
+        shape = len(forward.readouts), len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros(shape, jnp.float32)
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
             maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, step=one.step, seed=one.seed)
@@ -204,27 +206,27 @@ class ZeroShot:
 
 @partial(jax.jit, donate_argnames=("scores",))
 def add_scores(
-    scores: Float[Array, "places images classes tokens"],
-    maps: Float[Array, "places rows tokens columns"],
+    scores: Float[Array, "readouts images classes tokens"],
+    maps: Float[Array, "readouts rows tokens columns"],
     averaging: Float[Array, "rows classes columns"],
     image_of_row: Int[Array, " rows"],
-) -> Float[Array, "places images classes tokens"]:
+) -> Float[Array, "readouts images classes tokens"]:
     """Class scores of some prompts, added to those of the others: each class is named by one."""
     images = scores.shape[1]
-    some = jax.lax.map(lambda place: combine_prompts(class_scores(place, averaging), image_of_row, images), maps)
+    some = jax.lax.map(lambda one: combine_prompts(class_scores(one, averaging), image_of_row, images), maps)
     return split_batch(scores + some, 1)
 
 
 @partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid",))
 def count(
-    confusion: Int[Array, "places classes classes"],
-    scores: Float[Array, "places images rows tokens"],
+    confusion: Int[Array, "readouts classes classes"],
+    scores: Float[Array, "readouts images rows tokens"],
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
     class_of_row: Int[Array, "images rows"],
     *,
     grid: tuple[int, int],
-) -> tuple[Int[Array, "places classes classes"], Int[Array, "places images"]]:
+) -> tuple[Int[Array, "readouts classes classes"], Int[Array, "readouts images"]]:
     """Upsample scores to each image's own size on the canvas, take the best class of each pixel and count.
 
     Also how many pixels of each image are right: -1 where a score is not finite.
@@ -236,20 +238,20 @@ def count(
         rows = scores.reshape(-1, *grid)
         return classes[label_map(rows, size, canvas=canvas, present=classes != IGNORED)]
 
-    def of_place(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
+    def of_readout(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
         labels = split_batch(jax.vmap(predicted)(split_batch(scores), sizes, class_of_row))
         right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
         finite = jnp.isfinite(scores).all(axis=(1, 2))
         return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)
 
-    return jax.lax.map(of_place, (confusion, scores))
+    return jax.lax.map(of_readout, (confusion, scores))
 
 
 @jax.jit
 def without_images(
-    scores: Float[Array, "places images classes tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
-) -> tuple[Float[Array, "places images classes tokens"], Float[Array, "1 images classes tokens"]]:
+    scores: Float[Array, "readouts images classes tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
+) -> tuple[Float[Array, "readouts images classes tokens"], Float[Array, "1 images classes tokens"]]:
     """Scores that cannot know where anything is: each image's own with the tokens in random order, and random ones."""
 
     def of_image(index: Array) -> tuple[Array, Array]:

@@ -259,7 +259,7 @@ def attached(mmdit: MMDiT) -> LoRAConfig | None:
     )
 
 
-class Place(NamedTuple):
+class AdaptedLayers(NamedTuple):
     """Where adapted layers are: at `path` in stack number `number`, which is `stack`."""
 
     number: int
@@ -305,17 +305,17 @@ def _without_adapters(mmdit: MMDiT, *, merged: bool) -> MMDiT:
     return model
 
 
-def _adapted(mmdit: MMDiT) -> list[Place]:
+def _adapted(mmdit: MMDiT) -> list[AdaptedLayers]:
     if not (found := list(_places(mmdit))):
         raise ValueError("the model has no adapters: add_lora or apply_lora some first")
     return found
 
 
-def _places(mmdit: MMDiT) -> Iterator[Place]:
+def _places(mmdit: MMDiT) -> Iterator[AdaptedLayers]:
     for number, stack in enumerate(mmdit.layer_stacks):
         for path, module in nnx.iter_modules(mmdit.stacks[number]):
             if isinstance(module, LoRALinear):
-                yield Place(number, stack, ".".join(map(str, path)), module)
+                yield AdaptedLayers(number, stack, ".".join(map(str, path)), module)
 
 
 def _find(block: nnx.Module, path: str) -> tuple[Any, str]:

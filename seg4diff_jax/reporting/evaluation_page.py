@@ -17,7 +17,16 @@ from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
-from seg4diff_jax.evaluation.scores import BASELINES, Row, Setting, averaged, best_setting, by_setting, groups, guesses
+from seg4diff_jax.evaluation.scores import (
+    BASELINES,
+    Row,
+    Setting,
+    averaged,
+    best_setting,
+    by_setting,
+    class_groups,
+    guesses,
+)
 from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, hexadecimal, ink_on, tint
 from seg4diff_jax.reporting.confusions import confused
 from seg4diff_jax.reporting.evaluation_images import Card, card, segments_card
@@ -33,7 +42,7 @@ MOST_SETTINGS = 200
 MOST_NAMED = 20
 """Images that were left out, by name."""
 TITLES = {"miou": "mIoU", "mean_accuracy": "mACC", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
-PROTOCOLS = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
+PROTOCOL_NAMES = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
 ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
 
 Score = tuple[float, float] | None
@@ -92,11 +101,11 @@ def contents(
     """Everything that the template names."""
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
-    names = ["miou", "mean_accuracy", "pixel_accuracy", *groups(benchmark), "segments"]
+    names = ["miou", "mean_accuracy", "pixel_accuracy", *class_groups(benchmark), "segments"]
     names = [name for name in names if name == "miou" or any(row.get(name) is not None for row in rows)]
     ways = by_way(rows)
     seeds = len({row["seed"] for row in rows})
-    protocols = list(dict.fromkeys(PROTOCOLS.get(way.protocol, way.protocol) for way in ways))
+    protocols = list(dict.fromkeys(PROTOCOL_NAMES.get(way.protocol, way.protocol) for way in ways))
     tables = [(way.title, summary(evaluation, some, names)) for way, some in ways.items()]
     return {
         "title": f"Zero-shot {' and '.join(protocols)} segmentation",
@@ -262,7 +271,7 @@ def class_bars(
     second = [by_setting(some)[best_setting(some)] for some in ways.values()][1:2]
     others = mean(iou_of(second[0]), benchmark.classes) if second else {}
     colors = class_colors(len(benchmark.classes))
-    grouped = {name: list(classes) for name, classes in groups(benchmark).items() if classes}
+    grouped = {name: list(classes) for name, classes in class_groups(benchmark).items() if classes}
     found = []
     for title, classes in (grouped or {"all classes": list(range(len(benchmark.classes)))}).items():
         bars = [

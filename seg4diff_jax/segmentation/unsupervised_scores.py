@@ -39,7 +39,7 @@ class UnsupervisedProtocol:
     absent_classes: bool = False
 
 
-PROTOCOLS = {
+UNSUPERVISED_PROTOCOLS = {
     "ours": UnsupervisedProtocol(MERGE_THRESHOLDS["pixel"]),
     "release": UnsupervisedProtocol(0.1, "token", "row", absent_classes=True),
     "release_config": UnsupervisedProtocol(0.035, "token", "row", absent_classes=True),

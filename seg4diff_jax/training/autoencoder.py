@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.configuration import check_finite
-from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
+from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.passes import encode_images, to_model_range
@@ -139,7 +139,7 @@ def _reconstruction_error(vae: VAE, image: Array) -> Float[Array, " batch"]:
     return jnp.square((shown - pixels) / 2).mean(axis=(1, 2, 3))
 
 
-def evaluate(vae: VAE, *, source: Source, batch_size: int = 16) -> dict[str, float]:
+def evaluate(vae: VAE, *, source: DataSource, batch_size: int = 16) -> dict[str, float]:
     """`psnr` in dB: of the mean squared error over all pictures, from the posterior's mean."""
     errors = [
         on_host(_reconstruction_error(vae, batch["image"]))[:count]
@@ -148,7 +148,7 @@ def evaluate(vae: VAE, *, source: Source, batch_size: int = 16) -> dict[str, flo
     return {"psnr": float(-10 * np.log10(np.concatenate(errors).mean()))}
 
 
-def latent_moments(vae: VAE, source: Source, batch_size: int = 16) -> tuple[float, float]:
+def latent_moments(vae: VAE, source: DataSource, batch_size: int = 16) -> tuple[float, float]:
     """Mean and standard deviation of the latents' numbers over all channels, places and pictures."""
     total, squares, numbers = 0.0, 0.0, 0
     for batch, count in evaluation_batches(source, batch_size):

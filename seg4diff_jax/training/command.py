@@ -16,8 +16,8 @@ from seg4diff_jax.configuration import (
     check_arguments,
     check_parsed,
     configuration_file,
+    quoted,
     read_configuration,
-    shown,
 )
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.training.bounds import check_numbers
@@ -68,7 +68,7 @@ def chosen_task(arguments: Sequence[str]) -> str:
             found, where = value, ""
     if not isinstance(found, str) or found not in TASKS:
         raise ValueError(
-            f"{where}the task is {'not named' if found is None else shown(found)}; expected one of "
+            f"{where}the task is {'not named' if found is None else quoted(found)}; expected one of "
             f"{', '.join(TASKS)}, as `task:` in the file that --config names"
         )
     return found

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.analysis.clip_score import unit_vectors
 from seg4diff_jax.configuration import check_finite
-from seg4diff_jax.data.loader import Batch, Source, evaluation_batches
+from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.miniature.tokenizer import write_tokenizers
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
@@ -137,7 +137,7 @@ def loss(towers: Towers, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, 
 _embed = jax.jit(Towers.embed)
 
 
-def evaluate(towers: Towers, *, source: Source, choices: int = 16) -> dict[str, float]:
+def evaluate(towers: Towers, *, source: DataSource, choices: int = 16) -> dict[str, float]:
     """How often a picture's own caption is the nearest of `choices`, for each text tower, and the mean: `accuracy`.
 
     NaN where embeddings are: of similarities that are NaN the first is the largest.

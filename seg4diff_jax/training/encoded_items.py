@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import Encoders, TokenIds, segments
 from seg4diff_jax.parallel import on_host
@@ -30,7 +30,7 @@ from seg4diff_jax.training.mask_items import mirrored
 IDS = ("clip_l", "clip_g", "t5")
 
 
-def encoded(encoders: Encoders, source: Source, batch_size: int, *, both: bool) -> Iterator[dict[str, np.ndarray]]:
+def encoded(encoders: Encoders, source: DataSource, batch_size: int, *, both: bool) -> Iterator[dict[str, np.ndarray]]:
     """Batches of a source's items, encoded; `both`: mirrored too."""
     for batch, count in evaluation_batches(source, batch_size):
         images = batch.pop("image")

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from seg4diff_jax.configuration import check_finite
-from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.flow import FlowSchedule, logit_normal_sigmas, velocity_target
@@ -265,7 +265,7 @@ class InMemory:
         return self.items[index]
 
 
-def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[Source, Source]:
+def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[DataSource, DataSource]:
     """Validation and training items; the autoencoder is in memory while they are made, and no longer."""
     from convert.load import load_component
 
@@ -294,7 +294,7 @@ def _fingerprint(vae: VAE) -> float:
     return float(sum(np.abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(nnx.state(vae))))
 
 
-def with_latents(vae: VAE, source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def with_latents(vae: VAE, source: DataSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of a source's items with `latents` in fp16 for their `image`, token ids in 16 bits, and no `index`."""
     for batch, count in evaluation_batches(source, batch_size):
         latents = np.asarray(encode_images(vae, batch.pop("image")), np.float16)
@@ -333,7 +333,7 @@ def diffusers_config(config: MMDiTConfig, expert_block: int) -> dict[str, Any]:
     }
 
 
-def export(denoiser: Denoiser, directory: Path, *, config: FlowMatchingConfig, validation: Source) -> None:
+def export(denoiser: Denoiser, directory: Path, *, config: FlowMatchingConfig, validation: DataSource) -> None:
     """Write the whole checkpoint: the transformer here, all else as the earlier tasks exported it."""
     from convert.staging import staged_directory
     from convert.write import write_component, write_index

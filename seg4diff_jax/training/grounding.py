@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.data.loader import Batch, Item, Source, evaluation_batches
+from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
 from seg4diff_jax.data.shapes import CLASSES, THINGS, Scene
 from seg4diff_jax.flow import image_noise, velocity_loss, velocity_target
 from seg4diff_jax.models.attention import ForwardOptions
@@ -86,7 +86,7 @@ def confusions(
 
 
 def grounding(
-    denoiser: nnx.Module, source: Source, *, sigmas: Sequence[float], batch_size: int, seed: int = 0
+    denoiser: nnx.Module, source: DataSource, *, sigmas: Sequence[float], batch_size: int, seed: int = 0
 ) -> dict[str, float]:
     """Zero-shot mIoU, in percent, of every block at every noise level.
 

@@ -27,7 +27,7 @@ from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
 from seg4diff_jax.text import Tokenizers
 from seg4diff_jax.training.encoded_items import conditioning, encoded
 from seg4diff_jax.training.grounding import confusions
-from seg4diff_jax.training.mask_items import MaskData, Pictures, Some, ViewItems, open_pictures, prompt_ids, some
+from seg4diff_jax.training.mask_items import MaskData, Pictures, Subset, ViewItems, open_pictures, prompt_ids, subset
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
                 f"held_out.count is {held.count} and {data.root} has {len(train.source)} pictures: nothing is left to "
                 "train on; hold out fewer, or give held_out.root a folder of its own"
             )
-        return some(train, rest), some(open_pictures(replace(data, captions=None), size), chosen)
+        return subset(train, rest), subset(open_pictures(replace(data, captions=None), size), chosen)
     name = held.name or data.name
     labels = held.labels or (data.labels if name == data.name else None)
     split = held.split or {"folder": None, "scenes": "validation"}.get(name, "val")
@@ -93,7 +93,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
     pictures = open_pictures(replace(other, scenes=held.count), size)
     if pictures.classes is None:
         raise ValueError("held_out.name is 'sa1b', whose masks have no names: give a labelled set to score on, or none")
-    return train, some(pictures, _spread(len(pictures.source), held.count))
+    return train, subset(pictures, _spread(len(pictures.source), held.count))
 
 
 def _place(data: MaskData) -> tuple[str, Path | None, str | None]:
@@ -145,7 +145,7 @@ class HeldOut:
             for row in range(len(batch["latents"]))
         ]
         once = [{**item, "latents": item["latents"][0]} for item in items]
-        self._batches = list(evaluation_batches(Some(once, range(len(once))), size))
+        self._batches = list(evaluation_batches(Subset(once, range(len(once))), size))
 
     def __call__(self, transformer: MMDiT) -> dict[str, float]:
         """`miou` in percent and `velocity_loss`, with the adapters, and `base_miou` and `base_velocity_loss` without.

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
 from convert.run_checkpoint import finite
-from seg4diff_jax.data.loader import Augment, Batch, Source, training_batches
+from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
@@ -68,7 +68,7 @@ class Task:
     name: str
     init: Callable[[int, Mesh], Any]
     loss: Loss
-    source: Source
+    source: DataSource
     augment: Augment | None = None
     trainable: Any = nnx.Param
     evaluate: Callable[[Any], dict[str, float]] | None = None

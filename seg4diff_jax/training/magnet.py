@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from seg4diff_jax.checkpoints import Checkpoint, open
-from seg4diff_jax.data.loader import Batch, Source
+from seg4diff_jax.data.loader import Batch, DataSource
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.flow import logit_normal_sigmas
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
@@ -286,7 +286,7 @@ def masks_of(
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _cached(config: MagnetConfig, size: int, pictures: Pictures, items: ViewItems, encoders: Encoders) -> Source:
+def _cached(config: MagnetConfig, size: int, pictures: Pictures, items: ViewItems, encoders: Encoders) -> DataSource:
     assert config.cache is not None
     data, source = config.data, Mapped(pictures.source, items.fixed)
     names = ("name", "root", "split", "labels", "captions", "names", "crop", "flip", "rows", "least_area")

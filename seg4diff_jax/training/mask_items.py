@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
 from seg4diff_jax.data.labelled import LabelledImages
-from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.names import Spelling, spelled
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.sets import SETS
@@ -108,17 +108,17 @@ class Pictures:
       uncaptioned: names of those whose prompt is empty for want of a caption.
     """
 
-    source: Source
+    source: DataSource
     classes: tuple[str, ...] | None
     names: Sequence[str]
     background: int | None = None
     uncaptioned: Sequence[str] = ()
 
 
-class Some:
+class Subset:
     """Some items of a source."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    def __init__(self, source: DataSource, indices: Sequence[int]):
         self.source, self.indices = source, indices
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
     pictures = _every_picture(data, size)
     if data.list is None:
         return pictures
-    return some(pictures, listed_places(data.list, pictures.names, data.name))
+    return subset(pictures, listed_places(data.list, pictures.names, data.name))
 
 
 def _every_picture(data: MaskData, size: int) -> Pictures:
@@ -172,11 +172,11 @@ def _captioned(pictures: Pictures, file: str) -> Pictures:
     return Pictures(source, None, pictures.names, uncaptioned=captions.absent)
 
 
-def some(pictures: Pictures, indices: Sequence[int]) -> Pictures:
+def subset(pictures: Pictures, indices: Sequence[int]) -> Pictures:
     names = [pictures.names[index] for index in indices]
     uncaptioned = {*pictures.uncaptioned}
     absent = [name for name in names if name in uncaptioned]
-    return Pictures(Some(pictures.source, indices), pictures.classes, names, pictures.background, absent)
+    return Pictures(Subset(pictures.source, indices), pictures.classes, names, pictures.background, absent)
 
 
 # ---- one item -------------------------------------------------------------------------------------------------------

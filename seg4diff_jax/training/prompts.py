@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from seg4diff_jax.data.loader import Item, Source
+from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.shapes import CLASSES
 from seg4diff_jax.text import Tokenizers
 from seg4diff_jax.training.scenes import caption_ids
@@ -46,7 +46,7 @@ class PromptItems:
       tokenizers: for which every class name is one token.
     """
 
-    def __init__(self, items: Source, prompts: Prompts, tokenizers: Tokenizers):
+    def __init__(self, items: DataSource, prompts: Prompts, tokenizers: Tokenizers):
         self.items, self.prompts = items, prompts
         # The empty prompt is start, end, padding.
         self.ends = {name: ids[1:] for name, ids in caption_ids(tokenizers, "").items()}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
-from seg4diff_jax.data.loader import Item, Source, live_with_parent
+from seg4diff_jax.data.loader import DataSource, Item, live_with_parent
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.text import Tokenizers, tokenize
@@ -62,7 +62,7 @@ class SceneItems:
 class Mapped:
     """A source whose items have gone through a function, which must be picklable."""
 
-    def __init__(self, source: Source, function: Callable[[Item], Item]):
+    def __init__(self, source: DataSource, function: Callable[[Item], Item]):
         self.source, self.function = source, function
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Mapped:
         return self.function(self.source[index])
 
 
-def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Source:
+def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> DataSource:
     """The training scenes; if the configuration names a cache that is absent, all are drawn first, on all cores."""
     source = SceneItems("train", config.train, config.size, fields)
     if config.cache is None:
@@ -93,7 +93,7 @@ def make_once(directory: str | Path, make: Callable[[Path], None]) -> None:
         make(directory)
 
 
-def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Source:
+def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> DataSource:
     return SceneItems("validation", config.validation, config.size, fields)
 
 
@@ -137,7 +137,7 @@ def caption_ids(tokenizers: Tokenizers, caption: str) -> Item:
     return {"clip_l": np.asarray(ids.clip_l)[0], "clip_g": np.asarray(ids.clip_g)[0]}
 
 
-def captioned(source: Source, tokenizers: Tokenizers) -> Source:
+def captioned(source: DataSource, tokenizers: Tokenizers) -> DataSource:
     return Mapped(source, partial(with_token_ids, tokenizers=tokenizers))
 
 

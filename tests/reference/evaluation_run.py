@@ -17,7 +17,7 @@ from seg4diff_jax.evaluation.batches import assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
 from seg4diff_jax.evaluation.hosts import local_mesh
 from seg4diff_jax.evaluation.measure import Measurement, Settings
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.progress import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
@@ -37,7 +37,7 @@ def measured(
     block: int = 0,
     step: int = 8,
     unsupervised: Sequence[UnsupervisedProtocol] = WITHOUT_NAMES,
-) -> Outcome:
+) -> Counts:
     """One block at one noise level, seed 5: the classes that are present, and segments without names."""
     settings = Settings((block,), (step,), (5,), batch_size, unsupervised=tuple(unsupervised))
     return Measurement(pipe, folder_benchmark(root), settings).outcome()
@@ -94,7 +94,7 @@ def killed(*options: str) -> None:
 
     save = Progress.save
 
-    def dying(self: Progress, number: int, outcome: Outcome) -> None:
+    def dying(self: Progress, number: int, outcome: Counts) -> None:
         save(self, number, outcome)
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -13,10 +13,10 @@ from seg4diff_jax.command_line.generate import RECORD, remove_former
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
-from seg4diff_jax.evaluation.outcome import Outcome
+from seg4diff_jax.evaluation.outcome import Counts
 from seg4diff_jax.evaluation.progress import RUN, Progress
-from seg4diff_jax.evaluation.unsupervised import Matched
-from seg4diff_jax.evaluation.zero_shot import Counted
+from seg4diff_jax.evaluation.unsupervised import SegmentCounts
+from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.command import parse
@@ -89,13 +89,13 @@ def make_progress(root: Path) -> None:
     progress = Progress(root, IDENTITY)
     progress.begin(IMAGES_PER_SHARD)
     for number in range(SHARDS):
-        counted = Counted(counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 2))
+        counted = ConfusionCounts(counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 3, 3), counts(1, 1, 2))
         each, all_classes = (1, 1, 1), (1, 1, 1, 3, 3)
         sizes = all_classes, each, all_classes, each, all_classes, (*each, 2)
-        matched = Matched(*(counts(*size) for size in sizes))
+        matched = SegmentCounts(*(counts(*size) for size in sizes))
         indices = np.arange(2) + IMAGES_PER_SHARD * number
         left_out = (LeftOut(IMAGES_PER_SHARD * number + 2, "skipped", "broken.png: cannot be read"),)
-        outcome = Outcome(counted, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
+        outcome = Counts(counted, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
         progress.save(number, outcome)
 
 
