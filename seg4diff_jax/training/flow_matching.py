@@ -9,6 +9,7 @@ states take five times the room of a picture's latents.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -51,6 +52,7 @@ from seg4diff_jax.training.scenes import (
     scene_name,
     training_scenes,
 )
+from seg4diff_jax.training.stages import counted
 from seg4diff_jax.training.state import fresh
 
 TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
@@ -157,6 +159,7 @@ def task(config: FlowMatchingConfig) -> Task:
         best="miou",
         export=partial(export, config=config, validation=validation),
         item=scene_name("train"),
+        then=lambda directory: {"score its masks": f"python evaluate.py --model {shlex.quote(str(directory))}"},
     )
 
 
@@ -279,8 +282,9 @@ def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[DataSo
     if config.cache is None:
         return validation, PromptItems(train, config.prompts, tokenizers)
     identity = {"split": "train", "size": data.size, "count": data.train, "vae": _fingerprint(vae)}
-    write = lambda directory: write_cache(directory, with_latents(vae, train, 64), data.train, identity)
-    make_once(config.cache, write)
+    encoded = lambda: counted(with_latents(vae, train, 64), data.train, "scenes encoded")
+    write = lambda directory: write_cache(directory, encoded(), data.train, identity)
+    make_once(config.cache, write, f"encoding {data.train} scenes")
     cached = RecordCache(config.cache, identity)
     return validation, PromptItems(cached, config.prompts, tokenizers)
 

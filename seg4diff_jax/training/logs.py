@@ -89,16 +89,20 @@ class Logs:
 
         Names with an `@` are details, which are written and not shown.
         """
-        shown = "  ".join(f"{key} {_shown(value)}" for key, value in values.items() if "@" not in key)
-        self._progress.update(self._bar, completed=step, values=shown)
-        if self._progress.disable:
-            self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
+        self.show(step, values)
         if self._events is not None:
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
             with self._written(step):
                 self._rows.write(json.dumps({"step": step, **finite}) + "\n")
                 self._rows.flush()
                 self._events.scalars(step, values)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show them, and do not write them."""
+        shown = "  ".join(f"{key} {_shown(value)}" for key, value in values.items() if "@" not in key)
+        self._progress.update(self._bar, completed=step, values=shown)
+        if self._progress.disable:
+            self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
 
     @contextmanager
     def _written(self, step: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ gradient that is not finite, a disk that is full (the last good checkpoint stays
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,21 +28,23 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
 from convert.run_checkpoint import finite
+from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
-from seg4diff_jax.training.logs import Logs, Throughput
+from seg4diff_jax.training.logs import METRICS, Logs, Throughput
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
 from seg4diff_jax.training.resumption import check_accumulation, found_nothing, remarks, to_go_on
+from seg4diff_jax.training.stages import say, stage
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
 from seg4diff_jax.training.termination import Interrupted, Terminated, Termination, termination
 from seg4diff_jax.training.watch import Watch
 from seg4diff_jax.training.work import Work, measured_peak
 
-CONFIG = "config.yaml"
+CONFIG, EXPORT = "config.yaml", "export"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Task:
       export: writes what the run is for into a directory; given the same model as `evaluate`.
       item: an item's number to what error messages call it.
       work: what an item takes of a step, of which the log makes a fraction of the devices' peak; None: not known.
+      then: an export's directory to what may be done with it, and the command that does it.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Task:
     export: Callable[[Any, Path], None] | None = None
     item: Callable[[int], str] = "item {}".format
     work: Work | None = None
+    then: Callable[[Path], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,17 +154,18 @@ def train(
                 f"{out} holds a run, checkpointed at step {checkpoints.latest}: give --resume to go on with it, or "
                 "another --run.out"
             )
+        if resume and checkpoints.latest is None:
+            say(f"{task.name}: there is no checkpoint to go on from, and the run begins anew: {nothing}")
         with stop.dispensable():
             trainer = _prepare(task, run, optimizer, mesh)
         start, taken, said = checkpoints.latest or 0, 0, []
         if checkpoints.latest is not None:
-            trainer.state, taken, before, checked = checkpoints.restore(start, trainer.state, trainer.places)
+            with stage(f"restoring step {start} of {out}"):
+                trainer.state, taken, before, checked = checkpoints.restore(start, trainer.state, trainer.places)
             check_accumulation(before, optimizer.accumulate)
             said = remarks(start, before, record or {}, checked=checked)
             if start >= run.steps:
                 said.append(f"all {run.steps} steps are taken: for more of them give a larger --run.steps")
-        elif resume:
-            said = [f"there is no checkpoint to go on from, and the run begins anew: {nothing}"]
         with stop.dispensable():
             data = _data(task, run, mesh, taken)
             data = chain([next(data)], data) if start < run.steps else data  # workers start with it
@@ -174,11 +180,21 @@ def train(
             stopped = _steps(trainer, run, data, start, checkpoints, logs, stop, record or {})
         finished = trainer.done(run)
         model = trainer.gathered_model() if finished else trainer.averaged_model()
-    if finished and task.export is not None and jax.process_index() == 0:
-        task.export(model, out / "export")
+    if finished and jax.process_index() == 0:
+        _finish(task, model, out)
     if stopped is not None and stop.interrupted:
         raise Interrupted(stopped)
     return model
+
+
+def _finish(task: Task, model: Any, out: Path) -> None:
+    """Write what the run is for, and say where all of it is."""
+    if task.export is not None:
+        task.export(model, out / EXPORT)
+    kept = f"checkpoints in {out / 'checkpoints'}, logs in {out / METRICS}"
+    say(f"{task.name}: finished; {kept}" if task.export is None else f"{task.name}: wrote {out / EXPORT}; {kept}")
+    for what, command in (task.then(out / EXPORT) if task.then else {}).items():
+        say(f"to {what}:  {command}")
 
 
 def check(run: RunConfig, optimizer: OptimizerConfig) -> Mesh:
@@ -272,15 +288,16 @@ def _steps(
     """Take them. Returns what is to be said where something stopped them."""
     watch, throughput = Watch(trainer.task.item), Throughput()
     for done in range(start + 1, run.steps + 1):
-        for _ in range(trainer.optimizer.accumulate):
-            batch = next(data)
-            trainer.state, metrics = trainer.step(trainer.state, trainer.frozen, trainer.put(batch))
-            watch.add(done, metrics, batch["index"])
+        last = done == run.steps
         if done == start + 1:
+            values = _take_first(trainer, data, done, watch, logs)
+            if not last and done % run.log_every:
+                logs.show(done, values)
             throughput.restart()  # compilation is no part of it
         else:
+            _take(trainer, data, done, watch)
             throughput.count(run.batch_size * trainer.optimizer.accumulate)
-        last, stopping = done == run.steps, stop.come(done)
+        stopping = stop.come(done)
         logs.advance(done)
         if last or stopping or done % run.log_every == 0:
             values = watch.take()
@@ -305,6 +322,27 @@ def _steps(
                 logs.say(said)
             return said
     return None
+
+
+def _take(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch) -> dict[str, Any]:
+    """Take one step. Returns the metrics of its last batch, which may still be under way."""
+    metrics: dict[str, Any] = {}
+    for _ in range(trainer.optimizer.accumulate):
+        batch = next(data)
+        trainer.state, metrics = trainer.step(trainer.state, trainer.frozen, trainer.put(batch))
+        watch.add(done, metrics, batch["index"])
+    return metrics
+
+
+def _take_first(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch, logs: Logs) -> dict[str, float]:
+    """Take it, and say how long that and its compilation took."""
+    logs.say("compiling the training step, and taking the first one ...")
+    begun = time.perf_counter()
+    with CompilationClock() as compilation:
+        metrics = jax.device_get(_take(trainer, data, done, watch))
+    seconds = time.perf_counter() - begun
+    logs.say(f"step {done} took {seconds:.1f} s, of which compiling took {compilation.seconds:.1f} s")
+    return {name: float(metrics[name]) for name in sorted(metrics, key=lambda name: name != "loss")}
 
 
 def _make_up(

@@ -8,6 +8,7 @@ trained is the adapters and, if there is one, the mask head, in fp32.
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ from seg4diff_jax.training.noise_levels import NoiseLevels
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.samples import Samples, sample_row
 from seg4diff_jax.training.scenes import Mapped, make_once, scene_sample
+from seg4diff_jax.training.stages import counted, stage
 from seg4diff_jax.training.state import name as dotted
 from seg4diff_jax.training.work import Work
 
@@ -157,7 +159,8 @@ def task(config: MagnetConfig) -> Task:
     warnings.filterwarnings("ignore", message=r"prompt .* tokens and .* takes")
     checkpoint = open_checkpoint(config)
     size = image_size(config, checkpoint)
-    pictures, scored = open_both(config.data, config.held_out, size)
+    with stage(f"reading what {config.data.root or config.data.name} holds"):
+        pictures, scored = open_both(config.data, config.held_out, size)
     _name_uncaptioned(pictures)
     if config.samples is not None and scored is None:
         raise ValueError("samples show prompts of held-out pictures, and none are: leave samples out, or hold some out")
@@ -166,10 +169,12 @@ def task(config: MagnetConfig) -> Task:
     source, augment = pictures.source, items
     if config.cache is not None:
         mesh = make_mesh(1, jax.local_device_count(), among=jax.local_devices())
-        encoders = load_encoders(config, checkpoint, mesh)
+        with stage(f"loading {config.model}'s autoencoder and text encoders, {config.dtype}"):
+            encoders = load_encoders(config, checkpoint, mesh)
         source, augment = _cached(config, size, pictures, items, encoders), Turned(config.data.flip)
         if held_out is not None:
-            held_out.encode(encoders)
+            with stage(f"encoding {len(held_out.source)} held-out pictures"):
+                held_out.encode(encoders)
     return Task(
         name="MAGNET",
         init=partial(init, config, checkpoint),
@@ -185,6 +190,7 @@ def task(config: MagnetConfig) -> Task:
         export=partial(export, config=config),
         item=lambda index: f"{pictures.names[index]} (item {index})",
         work=Work(step_flops(config, checkpoint), config.dtype),
+        then=partial(then, config=config),
     )
 
 
@@ -210,10 +216,14 @@ def step_flops(config: MagnetConfig, checkpoint: Checkpoint) -> int:
 
 
 def init(config: MagnetConfig, checkpoint: Checkpoint, seed: int, mesh: Mesh) -> Magnet:
-    base = checkpoint.component("transformer", dtype=config.dtype, mesh=mesh)
-    with_head = config.objective.mask_head is not None
-    transformer, head = adapter_files.begin(base, config.lora, config.start, with_head=with_head, seed=seed)
-    model = Magnet(transformer, head, load_encoders(config, checkpoint, mesh) if config.cache is None else None)
+    encoders, with_head = None, config.objective.mask_head is not None
+    with stage(f"loading {config.model}'s transformer, {config.dtype}"):
+        base = checkpoint.component("transformer", dtype=config.dtype, mesh=mesh)
+        transformer, head = adapter_files.begin(base, config.lora, config.start, with_head=with_head, seed=seed)
+    if config.cache is None:
+        with stage(f"loading {config.model}'s autoencoder and text encoders, {config.dtype}"):
+            encoders = load_encoders(config, checkpoint, mesh)
+    model = Magnet(transformer, head, encoders)
     place = parameter_shardings(mesh)
     state = nnx.state(model, TRAINABLE)
     for path, variable in nnx.to_flat_state(state):
@@ -305,8 +315,10 @@ def _cached(config: MagnetConfig, size: int, pictures: Pictures, items: ViewItem
         "world": scene_sample(size) if data.name == "scenes" else None,
         "classes": None if pictures.classes is None else " ".join(pictures.classes),
     }
-    batches = lambda: encoded(encoders, source, config.held_out.batch_size, both=data.flip)
-    make_once(config.cache, lambda directory: write_cache(directory, batches(), len(source), identity))
+    made = lambda: encoded(encoders, source, config.held_out.batch_size, both=data.flip)
+    batches = lambda: counted(made(), len(source), "pictures encoded")
+    make = lambda directory: write_cache(directory, batches(), len(source), identity)
+    make_once(config.cache, make, f"encoding {len(source)} pictures")
     return RecordCache(config.cache, identity)
 
 
@@ -351,3 +363,18 @@ def _pictures(
 
 def export(model: Magnet, directory: Path, *, config: MagnetConfig) -> None:
     adapter_files.write(directory, config.lora, model.transformer, model.head)
+
+
+def then(directory: Path, *, config: MagnetConfig) -> dict[str, str]:
+    """What to do with the adapters of an export, and the commands that do it."""
+    options = ["--model", config.model, "--lora", str(directory)]
+    scored = {"folder": ["--data.root", "DIR"], "sa1b": ["--data.root", "DIR"], "scenes": []}
+    images = scored.get(config.data.name, ["--data.name", config.data.name, "--data.root", str(config.data.root)])
+    picture = ["photo.jpg", "cat", "background"] if config.data.name != "scenes" else ["photo.png", "ball", "wood"]
+    block = [] if config.block is None else [str(config.block)]
+    named = [] if config.tokenizers is None else ["--tokenizers", config.tokenizers]
+    single, several = ([name, *block] if block else [] for name in ("--block", "--blocks"))
+    return {
+        "segment a picture with them": shlex.join(["seg4diff", "segment", *picture, *options, *single, *named]),
+        "score them on labelled pictures": shlex.join(["python", "evaluate.py", *options, *images, *several]),
+    }

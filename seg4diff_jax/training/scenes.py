@@ -19,6 +19,7 @@ from seg4diff_jax.data.loader import DataSource, Item, live_with_parent
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.text import Tokenizers, tokenize
+from seg4diff_jax.training.stages import counted, stage
 
 FIELDS = ("image", "labels", "caption")
 LONGEST_CAPTION = 256
@@ -78,15 +79,18 @@ def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Da
     if config.cache is None:
         return source
     identity = {"split": "train", "count": config.train, "size": config.size, "sample": scene_sample(config.size)}
-    make_once(config.cache, lambda directory: write_cache(directory, _drawn(config), config.train, identity))
+    scenes = lambda: counted(_drawn(config), config.train, "scenes drawn")
+    make = lambda directory: write_cache(directory, scenes(), config.train, identity)
+    make_once(config.cache, make, f"drawing {config.train} scenes")
     return RecordCache(config.cache, identity, fields)
 
 
-def make_once(directory: str | Path, make: Callable[[Path], None]) -> None:
-    """Make a directory that is absent: one process does, and then those that do not see it."""
+def make_once(directory: str | Path, make: Callable[[Path], None], doing: str) -> None:
+    """Make a directory that is absent: one process does, and then those that do not see it. `doing`: what that is."""
     directory = Path(directory)
     if jax.process_index() == 0 and not directory.exists():
-        make(directory)
+        with stage(f"{doing}, once, into {directory}"):
+            make(directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"made {directory}")
     if not directory.exists():
