@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convert.checkpoint import MARKERS, convert_checkpoint
 from convert.components import COMPONENTS
-from convert.progress import shown
+from seg4diff_jax.terminal import counted_bytes
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at each save that it does not write OCDBT
     console = Console(stderr=True)
-    with shown(console, f"converting {options.source}") as progress:
+    with counted_bytes(console, f"converting {options.source}") as progress:
         written = convert_checkpoint(
             options.source,
             options.target,

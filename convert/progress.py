@@ -1,12 +1,8 @@
-"""How far a long job is: told in bytes, shown as a bar at a terminal and as a line elsewhere."""
+"""How far a long job is, told in bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from collections.abc import Callable
 
 Told = Callable[[int, int], None]
 """Is told the bytes done so far and those in all."""
@@ -23,21 +19,3 @@ def counter(told: Told, total: int) -> Callable[[int], None]:
 
     advance(0)
     return advance
-
-
-@contextmanager
-def shown(console: Console, doing: str) -> Iterator[Told]:
-    """A bar that goes when the block ends; where there is no terminal, one line with the total when it begins."""
-    if not console.is_terminal:
-
-        def line(done: int, total: int) -> None:
-            if not done:
-                console.print(f"{doing}: {total / 1e6:,.1f} MB", highlight=False, markup=False, soft_wrap=True)
-
-        yield line
-        return
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation": "bilinear",
     "parallel": "",
     "checksums": "",
+    "terminal": "",
     "passes": "flow models parallel segmentation",
     "magnet": "bilinear flow models passes segmentation",
     # What is around them, in memory.
@@ -34,14 +35,14 @@ MAY_IMPORT: dict[str, str] = {
     "batching": "flow images models",
     "pipeline": "batching flow images models numerics parallel passes segmentation text",
     # Checkpoints, and what reads or writes them.
-    "convert": "bilinear checksums flow models numerics passes segmentation text",
+    "convert": "bilinear checksums flow models numerics passes segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
     "analysis": "convert data flow images models numerics passes pipeline segmentation text",
     "reporting": "pipeline",
     "data": "convert image_files images segmentation",
     "miniature": "data",
     "training": "analysis checkpoints compilation configuration convert data flow image_files magnet "
-    "miniature models numerics parallel passes segmentation text",
+    "miniature models numerics parallel passes segmentation terminal text",
 }
 """Part to the parts that it may import besides itself."""
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")
@@ -113,3 +114,7 @@ def test_what_computes_knows_no_files_tokenizers_or_terminals():
         if module.split(".")[0] in FOREIGN_TO_ARRAYS
     }
     assert not found
+
+
+def test_bars_of_progress_are_of_one_module():
+    assert {name for name, tree in sources() if "rich.progress" in imported(tree)} == {"terminal"}

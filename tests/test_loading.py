@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -16,14 +15,12 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from PIL import Image
-from rich.console import Console
 
 import seg4diff_jax as s4d
 from convert.checkpoint import convert_checkpoint
 from convert.errors import CheckpointError
 from convert.load import Unfilled
 from convert.lora import attach_lora, convert_lora, load_lora, save_lora
-from convert.progress import counter, shown
 from convert.sources import open_source
 from convert.verify import verify
 from seg4diff_jax.command_line import main
@@ -224,25 +221,6 @@ def test_progress_counts_the_bytes_of_the_parameters_to_the_last(sd3_checkpoint,
     assert (done[0], done[-1]) == (0, held)
     assert done == sorted(done)
     assert len(done) > 100
-
-
-def show(console: Console) -> str:
-    with shown(console, "loading [sd3]") as told:
-        advance = counter(told, 4_000_000)
-        for _ in range(4):
-            advance(1_000_000)
-    return console.file.getvalue()  # pyright: ignore
-
-
-def test_progress_is_a_bar_at_a_terminal():
-    printed = show(Console(file=io.StringIO(), force_terminal=True, width=120))
-    assert "loading [sd3]" in printed
-    assert "━" in printed
-    assert "4.0/4.0 MB" in printed
-
-
-def test_progress_is_one_plain_line_elsewhere():
-    assert show(Console(file=io.StringIO(), width=20)) == "loading [sd3]: 4.0 MB\n"
 
 
 def test_a_copy_without_the_miniatures_weights_says_so(tmp_path, monkeypatch):

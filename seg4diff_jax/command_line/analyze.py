@@ -20,6 +20,7 @@ from seg4diff_jax.flow import LARGEST_SEED, check_seed, image_noise
 from seg4diff_jax.images import read_image
 from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
 
 BAR = 40
@@ -38,7 +39,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = stderr_console()
     if not options.find_expert:
         raise ValueError("say what to analyze: --find-expert")
     check_seed(options.seed)

@@ -16,8 +16,6 @@ import numpy as np
 from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convert.files import read_json
 from seg4diff_jax.batching import one_for_each
@@ -36,6 +34,7 @@ from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed,
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.reporting.overlays import contact_sheet
 from seg4diff_jax.reporting.segmentation_files import file_name
+from seg4diff_jax.terminal import Bar, stderr_console
 
 RECORD, GRID = "generation.json", "grid.png"
 """The record is written last: a directory that has it is complete."""
@@ -66,7 +65,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = stderr_console()
     default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.out or str(default), "", options.overwrite)
     checkpoint, size = open_checked(options)
@@ -75,14 +74,13 @@ def run(options: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_former(out)
     names, pictures = file_names(options.prompts, options.count), []
-    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
-    with bar, CompilationClock() as compilation, full_memory_told(remedy):
+    with Bar(console, "generating", len(names)) as bar, CompilationClock() as compilation, full_memory_told(remedy):
         start = time.perf_counter()
-        for name, picture in zip(bar.track(names), generated(pipe, options, size), strict=True):
+        for name, picture in zip(names, generated(pipe, options, size), strict=True):
             Image.fromarray(picture).save(out / name)
             pictures.append(picture)
+            bar.update(len(pictures))
         total = time.perf_counter() - start
     seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
     console.print(

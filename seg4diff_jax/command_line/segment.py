@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convert.progress import shown
 from seg4diff_jax.checkpoints import DTYPES, Checkpoint, open
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
@@ -29,6 +28,7 @@ from seg4diff_jax.images import Resize, read_image
 from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
+from seg4diff_jax.terminal import counted_bytes, stderr_console
 from seg4diff_jax.text import class_prompts
 
 LIBRARIES = ("seg4diff-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "pillow")
@@ -92,7 +92,7 @@ def segment_to_files(
       resolved: options to record as they were resolved.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = stderr_console()
     # Names, block, noise level, size, seed and class names are looked at before gigabytes are read.
     out = output_directory(options.out, options.image, options.overwrite)
     size = parse_size(options.size)
@@ -154,7 +154,7 @@ def load_shown(
     console: Console, checkpoint: Checkpoint, options: Any, blocks: int | None = None
 ) -> tuple[Pipeline, str, float]:
     """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
-    with shown(console, f"loading {options.model}") as progress, full_memory_told(TO_LOAD):
+    with counted_bytes(console, f"loading {options.model}") as progress, full_memory_told(TO_LOAD):
         start = time.perf_counter()
         pipe = checkpoint.load(dtype=options.dtype, blocks=blocks, lora=options.lora, progress=progress)
         seconds = time.perf_counter() - start

@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import progress as bars
 from rich.console import Console
 
 from seg4diff_jax.evaluation.options import (
@@ -33,6 +32,7 @@ from seg4diff_jax.evaluation.options import (
     thresholds,
 )
 from seg4diff_jax.numerics import settled
+from seg4diff_jax.terminal import counted_pieces, stderr_console
 
 if TYPE_CHECKING:
     from seg4diff_jax.checkpoints import Checkpoint
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
-LINE_EVERY = 30
-"""Seconds between lines of progress where there is no terminal."""
 
 
 @settled()
@@ -65,7 +63,7 @@ def run(options: Options) -> None:
     """All processes measure, the first one writes."""
     started = time.perf_counter()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = stderr_console()
     with console.status("starting"):  # importing JAX takes seconds
         import jax
 
@@ -252,29 +250,17 @@ def counted(number: int, what: str) -> str:
 
 @contextmanager
 def progress(console: Console, images: int, passes: int) -> Iterator[Told]:
-    """A bar of images, or now and then a line; how many pass through the transformer in a second, and the mIoU."""
-    columns = (
-        bars.TextColumn("[bold]evaluating"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}{task.fields[miou]}"),
-        bars.TimeRemainingColumn(),
-    )
-    start = told = time.perf_counter()
-    first, score = 0, ""
-    with bars.Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
-        bar = shown.add_task("", total=images, rate="compiling", miou="")
+    """Shows images done, how many pass through the transformer in a second, and the mIoU."""
+    start, first, score = time.perf_counter(), 0, ""
+    with counted_pieces(console, "evaluating", images, pieces="images", remark="compiling") as show:
 
         def advance(done: int, miou: float | None) -> None:
-            nonlocal start, first, told, score
+            nonlocal start, first, score
             now, done = time.perf_counter(), min(done, images)
             rate = f"{passes * (done - first) / (now - start):.1f} images/s" if first else "compiling"
             if not first:  # compiling is what the first batch waits for
                 start, first = now, done
             score = score if miou is None else f", mIoU {miou:.1f} so far"
-            shown.update(bar, completed=done, rate=rate, miou=score)
-            if shown.disable and now - told > LINE_EVERY:
-                told = now
-                console.print(f"{done} of {images} images, {rate}{score}")
+            show(done, rate + score)
 
         yield advance

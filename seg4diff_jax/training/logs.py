@@ -17,24 +17,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from convert.errors import CheckpointError
 from convert.files import parse_object
 from seg4diff_jax.image_files import ImageError, read_rgb
+from seg4diff_jax.terminal import Bar
 from seg4diff_jax.training.errors import TrainingError
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
 STRIP = 12
 """Height of the strip over a row of pictures that says its step."""
-BAR = (
-    TextColumn("[bold]{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn("{task.fields[values]}"),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
 
 
 class Logs:
@@ -49,8 +41,7 @@ class Logs:
     def __init__(self, directory: Path, *, name: str, steps: int, start: int, writes: bool = True):
         self._writes = writes
         self._console = Console(quiet=not writes, stderr=True)
-        self._progress = Progress(*BAR, console=self._console, disable=not self._console.is_terminal or not writes)
-        self._bar = self._progress.add_task(name, total=steps, completed=start, values="")
+        self._bar = Bar(self._console, name, steps, done=start, remark="", elapsed=True)
         self._steps, self._name = steps, name
         self._begun: tuple[int, float] | None = None
         self._events, self._directory = None, directory
@@ -70,11 +61,11 @@ class Logs:
         self._left_out: set[Path] = set()
 
     def __enter__(self) -> Logs:
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
         if self._events is not None:
             with suppress(OSError):  # of a full disk has been told
                 self._rows.close()
@@ -100,8 +91,8 @@ class Logs:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show them, and do not write them."""
         shown = "  ".join(f"{key} {_shown(value)}" for key, value in values.items() if "@" not in key)
-        self._progress.update(self._bar, completed=step, values=shown)
-        if self._progress.disable:
+        self._bar.update(step, shown)
+        if not self._bar.shown:
             self.say(f"step {step} of {self._steps}  {shown}{self._left(step)}")
 
     @contextmanager
@@ -158,7 +149,7 @@ class Logs:
 
     def advance(self, step: int) -> None:
         self._begun = self._begun or (step, time.perf_counter())
-        self._progress.update(self._bar, completed=step)
+        self._bar.update(step)
 
 
 def _shown(value: float) -> str:
