@@ -118,3 +118,7 @@ def test_what_computes_knows_no_files_tokenizers_or_terminals():
 
 def test_bars_of_progress_are_of_one_module():
     assert {name for name, tree in sources() if "rich.progress" in imported(tree)} == {"terminal"}
+
+
+def test_what_plans_is_imported_by_its_command_alone():
+    assert {name for name, other in EDGES if other == "planning"} == {"command_line.plan"}
