@@ -26,10 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convert.components import COMPONENTS, abstract_model, parse_config
-from convert.families import SD3
-from convert.names import Shape, assign_back, parameter_shapes
-from convert.safetensors_stream import write_safetensors
+from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config
+from seg4diff_jax.convert.families import SD3
+from seg4diff_jax.convert.names import Shape, assign_back, parameter_shapes
+from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
 
 CLIP = {"hidden_act": "gelu", "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 PEAK_LIMIT, TIME_LIMIT = 2.0, 2.0
 MEASURED = """
 import sys
-from convert.__main__ import main
+from seg4diff_jax.convert.__main__ import main
 status = main(sys.argv[1:])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(status)

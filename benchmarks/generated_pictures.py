@@ -23,8 +23,8 @@ from rich.table import Table
 import seg4diff_jax as s4d
 from seg4diff_jax.analysis.clip import load_clip
 from seg4diff_jax.analysis.clip_score import clip_scores, rank_accuracy
-from seg4diff_jax.data.shapes import scene
 from seg4diff_jax.miniature import CHECKPOINT
+from seg4diff_jax.miniature.world.shapes import scene
 from seg4diff_jax.passes import finite_pictures
 
 COLUMNS = 12

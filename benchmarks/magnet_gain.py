@@ -22,8 +22,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.training.command import main as train
-from seg4diff_jax.training.command import parse
+from seg4diff_jax.command_line.train import main as train
+from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.training.loop import CONFIG
 
 SEED = "run.seed"

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import seg4diff_jax as s4d
 from seg4diff_jax.bilinear import bilinear_matrix
-from seg4diff_jax.data.shapes import CLASSES, scene
+from seg4diff_jax.miniature.world.shapes import CLASSES, scene
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.metrics import mean_iou

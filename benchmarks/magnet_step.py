@@ -167,6 +167,7 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
 
     from seg4diff_jax.flow import logit_normal_sigmas
     from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
+    from seg4diff_jax.magnet.task import REMATERIALISED
     from seg4diff_jax.models.attention import ForwardOptions
     from seg4diff_jax.models.conditioning import TextConditioning
     from seg4diff_jax.models.encoders import segments
@@ -175,7 +176,6 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.models.vae import VAE as Autoencoder
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.passes import NoisedImages, encode_images
-    from seg4diff_jax.training.magnet import REMATERIALISED
     from seg4diff_jax.training.optimizers import OptimizerConfig
     from seg4diff_jax.training.state import take_apart
     from seg4diff_jax.training.step import make_step

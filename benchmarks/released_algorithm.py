@@ -21,9 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 import seg4diff_jax as s4d
-from seg4diff_jax.data.shapes import CLASSES, Scene, scene
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature import CHECKPOINT
+from seg4diff_jax.miniature.world.shapes import CLASSES, Scene, scene
 from seg4diff_jax.segmentation.metrics import confusion_matrix, mean_iou
 from tests.reference.release import Release, as_they_are
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from convert import checkpoint_command, lora_command, verify_command
-from convert.command_line import Command, run_command
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.command_line import Command, run_command
+from seg4diff_jax.convert.command_line import checkpoint as checkpoint_command
+from seg4diff_jax.convert.command_line import lora as lora_command
+from seg4diff_jax.convert.command_line import verify as verify_command
+from seg4diff_jax.convert.errors import CheckpointError
 
 COMMANDS: dict[str, Command] = {
     "checkpoint": Command(

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from convert.errors import listed
-from convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
+from seg4diff_jax.convert.errors import listed
+from seg4diff_jax.convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
 Model = TypeVar("Model", bound=Layered)

@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert import native
-from convert.components import COMPONENTS, abstract_model, parse_config, tokenizers_of
-from convert.errors import CheckpointError, raise_all
-from convert.layout import contiguous
-from convert.names import Assignment, NameTableError, Shape, assign_back
-from convert.progress import Told, counter
-from convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
-from convert.safetensors_stream import write_safetensors
-from convert.sources import open_source, with_published_tokenizers
-from convert.staging import check_target, staged_directory
-from convert.tokenizers import check_tokenizers
+from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config, tokenizers_of
+from seg4diff_jax.convert.errors import CheckpointError, raise_all
+from seg4diff_jax.convert.layout import contiguous
+from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign_back
+from seg4diff_jax.convert.progress import Told, counter
+from seg4diff_jax.convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
+from seg4diff_jax.convert.sources import native
+from seg4diff_jax.convert.sources.open import open_source, with_published_tokenizers
+from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
+from seg4diff_jax.convert.staging import check_target, staged_directory
+from seg4diff_jax.convert.tokenizers import check_tokenizers
 
 Format = Literal["native", "diffusers"]
 KINDS = {"scheduler", *COMPONENTS, *tokenizers_of(list(COMPONENTS))}

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.assemble import abstract
-from convert.configurations import PUBLISHED, check_values
-from convert.errors import CheckpointError
-from convert.families import SD3, Architecture
-from convert.files import quoted
+from seg4diff_jax.convert.assemble import abstract
+from seg4diff_jax.convert.configurations import PUBLISHED, check_values
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.families import SD3, Architecture
+from seg4diff_jax.convert.files import quoted
 from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stack import Layered
 

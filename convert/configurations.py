@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from convert.errors import CheckpointError
-from convert.families import SD3
-from convert.files import quoted
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.families import SD3
+from seg4diff_jax.convert.files import quoted
 
 
 class Bounds(NamedTuple):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from convert.names import Rule
-from convert.tables import clip as clip_table
-from convert.tables import mmdit as mmdit_table
-from convert.tables import t5 as t5_table
-from convert.tables import vae as vae_table
+from seg4diff_jax.convert.names import Rule
+from seg4diff_jax.convert.tables import clip as clip_table
+from seg4diff_jax.convert.tables import mmdit as mmdit_table
+from seg4diff_jax.convert.tables import t5 as t5_table
+from seg4diff_jax.convert.tables import vae as vae_table
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.errors import CheckpointError
 
 LARGEST = 64 << 20
 """Bytes of a file of JSON: vocabularies and indices of shards take a few million."""

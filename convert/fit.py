@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.components import parse_config
-from convert.errors import CheckpointError, raise_all
-from convert.families import SD3
+from seg4diff_jax.convert.components import parse_config
+from seg4diff_jax.convert.errors import CheckpointError, raise_all
+from seg4diff_jax.convert.families import SD3
 
 (CLIP_L, CLIP_G), T5 = SD3.clips, SD3.t5
 

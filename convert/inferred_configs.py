@@ -14,9 +14,9 @@ from functools import partial
 from statistics import mode
 from typing import Any, NamedTuple
 
-from convert.errors import CheckpointError
-from convert.families import Naming
-from convert.names import Shape
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.families import Naming
+from seg4diff_jax.convert.names import Shape
 
 HEAD_DIM = 64
 """Of both CLIPs, and of a transformer that does not norm its queries."""

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.assemble import assemble
-from convert.components import abstract_model
-from convert.layout import contiguous
-from convert.names import parameter_shapes
-from convert.readers import ComponentReader, Source, usual_dtype
-from convert.sources import open_source
+from seg4diff_jax.convert.assemble import assemble
+from seg4diff_jax.convert.components import abstract_model
+from seg4diff_jax.convert.layout import contiguous
+from seg4diff_jax.convert.names import parameter_shapes
+from seg4diff_jax.convert.readers import ComponentReader, Source, usual_dtype
+from seg4diff_jax.convert.sources.open import open_source
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Parameter path and shape to its sharding."""

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from convert.errors import listed
-from convert.foreign_names import recognise, recognise_prefix
-from convert.layout import is_weight
-from convert.quantised import INSTEAD
+from seg4diff_jax.convert.errors import listed
+from seg4diff_jax.convert.foreign_names import recognise, recognise_prefix
+from seg4diff_jax.convert.layout import is_weight
+from seg4diff_jax.convert.sources.quantised import INSTEAD
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
 Shape = tuple[int, ...]

@@ -14,14 +14,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from convert.components import COMPONENTS, abstract_model, expert_block, expert_step, parse_config, trained_size
-from convert.configurations import check_depth
-from convert.errors import CheckpointError
-from convert.families import SD3, Family, Naming
-from convert.files import quoted
-from convert.layout import contiguous
-from convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
-from convert.stored import StoredTensor
+from seg4diff_jax.convert.components import (
+    COMPONENTS,
+    abstract_model,
+    expert_block,
+    expert_step,
+    parse_config,
+    trained_size,
+)
+from seg4diff_jax.convert.configurations import check_depth
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.families import SD3, Family, Naming
+from seg4diff_jax.convert.files import quoted
+from seg4diff_jax.convert.layout import contiguous
+from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
+from seg4diff_jax.convert.sources.stored import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.stack import Layered
 

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.errors import CheckpointError
-from convert.files import cut, quoted, read_json
 from seg4diff_jax.checksums import checksums
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import cut, quoted, read_json
 
 STATE, CHECKSUMS, DATA, CONFIG, METRICS = "state", "checksums", "data", "config", "metrics"
 NOTES = "_CHECKPOINT_METADATA"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.errors import CheckpointError
 
 
 def check_target(target: Path, *, overwrite: bool, marker: str) -> None:

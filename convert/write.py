@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.components import COMPONENTS, parse_config
-from convert.families import SD3
-from convert.layout import contiguous
-from convert.names import Rule, assign_back, parameters
-from convert.safetensors_stream import write_safetensors
+from seg4diff_jax.convert.components import COMPONENTS, parse_config
+from seg4diff_jax.convert.families import SD3
+from seg4diff_jax.convert.layout import contiguous
+from seg4diff_jax.convert.names import Rule, assign_back, parameters
+from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
 from seg4diff_jax.models.stack import Layered, layer_parameters
 
 

@@ -18,16 +18,16 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.typing import DTypeLike
 
-from convert.errors import CheckpointError
-from convert.families import SD3, Family
-from convert.load import Shardings, open_component
-from convert.lora import attach_lora
-from convert.progress import Told, counter
-from convert.readers import Source
-from convert.sources import open_source, with_published_tokenizers
-from convert.tokenizers import open_tokenizers
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.compilation import keep_compiled_programs
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.families import SD3, Family
+from seg4diff_jax.convert.load import Shardings, open_component
+from seg4diff_jax.convert.lora.adapters import attach_lora
+from seg4diff_jax.convert.progress import Told, counter
+from seg4diff_jax.convert.readers import Source
+from seg4diff_jax.convert.sources.open import open_source, with_published_tokenizers
+from seg4diff_jax.convert.tokenizers import open_tokenizers
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.lora import LoRA

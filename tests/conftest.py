@@ -25,7 +25,7 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 import jax
 from jaxtyping import install_import_hook
 
-install_import_hook(["seg4diff_jax", "convert"], "beartype.beartype")
+install_import_hook(["seg4diff_jax"], "beartype.beartype")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,14 +13,14 @@ import yaml
 
 from seg4diff_jax import configuration
 from seg4diff_jax.command_line.plan import parse as parse_plan
+from seg4diff_jax.command_line.tasks import TASKS
+from seg4diff_jax.command_line.train import parse as parse_training
 from seg4diff_jax.configuration import parse_yaml, read_configuration, section
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised
 from seg4diff_jax.evaluation.options import parse as parse_evaluation
-from seg4diff_jax.training.command import parse as parse_training
+from seg4diff_jax.magnet.items import MaskData
 from seg4diff_jax.training.loop import MeshConfig
-from seg4diff_jax.training.mask_items import MaskData
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.tasks import TASKS
 
 TRAINING = ["--task=magnet", "--run.out=o", "--run.steps=9", "--run.batch_size=1", "--model=m"]
 

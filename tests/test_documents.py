@@ -14,10 +14,11 @@ import jsonargparse
 import pytest
 import yaml
 
-from convert import __main__ as convert_commands
 from seg4diff_jax import command_line
 from seg4diff_jax.command_line import plan
-from seg4diff_jax.evaluation.command import merging_protocols
+from seg4diff_jax.command_line import train as training
+from seg4diff_jax.command_line.evaluate import merging_protocols
+from seg4diff_jax.convert import __main__ as convert_commands
 from seg4diff_jax.evaluation.options import (
     STEPS,
     chosen_heads,
@@ -28,7 +29,6 @@ from seg4diff_jax.evaluation.options import (
     protocols,
 )
 from seg4diff_jax.planning.chips import Slice
-from seg4diff_jax.training import command as training
 from seg4diff_jax.training.loop import check
 from tests.reference.documents import DOCUMENTS, ROOT, Command, fenced, headers, inline, messages
 

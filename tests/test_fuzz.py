@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.errors import CheckpointError
 from tests.fuzz import payload, trial
 from tests.fuzz.contents import CONTENTS
 from tests.fuzz.reader import Reader

@@ -48,7 +48,10 @@ MAY_IMPORT: dict[str, str] = {
 COMMANDS = ("__init__", "__main__", "command_line", "evaluation", "planning")
 """What people start, which may import everything; nothing above does so with them."""
 EXCEPTIONS = {
-    ("convert.sources", "miniature"),  # one path: where the checkpoint that comes with the package lies
+    (
+        "seg4diff_jax.convert.sources.open",
+        "miniature",
+    ),  # one path: where the checkpoint that comes with the package lies
     ("data.scene_sheet", "reporting"),  # colours and places of labels
     ("reporting.evaluation_page", "evaluation"),  # the page of what `evaluation` found
     ("reporting.evaluation_images", "evaluation"),

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 import seg4diff_jax as s4d
-from convert.checkpoint import convert_checkpoint
-from convert.errors import CheckpointError
-from convert.load import Unfilled
-from convert.lora import attach_lora, convert_lora, load_lora, save_lora
-from convert.sources import open_source
-from convert.verify import verify
 from seg4diff_jax.command_line import main
+from seg4diff_jax.convert.checkpoint import convert_checkpoint
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.load import Unfilled
+from seg4diff_jax.convert.lora.adapters import attach_lora, convert_lora, load_lora, save_lora
+from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.verify.report import verify
 from seg4diff_jax.models.lora import lora_state
 from seg4diff_jax.parallel import make_mesh
 from tests.reference.adapters import SUFFIX, factors, mask_head, release_names, write_release
@@ -160,7 +160,9 @@ def test_what_configurations_say_is_judged_before_weights_are_read(sd3_checkpoin
 
 def test_a_wrong_expert_block_is_told_before_anything_is_converted(sd3_checkpoint, tmp_path, monkeypatch):
     source = changed(sd3_checkpoint, tmp_path / "changed", TRANSFORMER, expert_block=6)
-    monkeypatch.setattr("convert.checkpoint._write_native", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr(
+        "seg4diff_jax.convert.checkpoint._write_native", lambda *_: pytest.fail("something was written")
+    )
     with pytest.raises(CheckpointError, match="expert_block is 6"):
         convert_checkpoint(source, tmp_path / "native", components=["transformer"])
 
@@ -224,6 +226,6 @@ def test_progress_counts_the_bytes_of_the_parameters_to_the_last(sd3_checkpoint,
 
 
 def test_a_copy_without_the_miniatures_weights_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.sources.MINIATURE", tmp_path / "checkpoint")
+    monkeypatch.setattr("seg4diff_jax.convert.sources.open.MINIATURE", tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match=r"this copy of the package lacks the miniature's weights"):
         s4d.load("miniature")

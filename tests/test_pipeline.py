@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import seg4diff_jax as s4d
-from convert import hub
-from convert.checkpoint import convert_checkpoint
-from convert.errors import CheckpointError
 from seg4diff_jax import passes
 from seg4diff_jax import pipeline as module
+from seg4diff_jax.convert.checkpoint import convert_checkpoint
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.sources import hub
 from seg4diff_jax.flow import add_noise, image_noise
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.models.attention import AttentionRequest

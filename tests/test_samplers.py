@@ -25,14 +25,14 @@ from diffusers import (
 )
 from jsonargparse import ArgumentParser
 
-from convert.checkpoint import convert_checkpoint
-from convert.errors import CheckpointError
-from convert.sources import open_source
 from seg4diff_jax.command_line import generate
+from seg4diff_jax.convert.checkpoint import convert_checkpoint
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.sources.open import open_source
 from seg4diff_jax.flow import EULER, FlowSchedule
+from seg4diff_jax.magnet.task import MagnetConfig, open_checkpoint
 from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.training.loop import RunConfig
-from seg4diff_jax.training.magnet import MagnetConfig, open_checkpoint
 from seg4diff_jax.training.samples import Samples
 from tests.reference.random_weights import relative_error
 

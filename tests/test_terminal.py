@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from convert.progress import counter
 from seg4diff_jax import terminal
+from seg4diff_jax.convert.progress import counter
 from seg4diff_jax.terminal import Bar, counted_bytes, counted_pieces, stderr_console
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusion3Pipeline
 
-from convert.assemble import abstract, from_state_dict
-from convert.tables import clip as clip_table
-from convert.tables import t5 as t5_table
+from seg4diff_jax.convert.assemble import abstract, from_state_dict
+from seg4diff_jax.convert.tables import clip as clip_table
+from seg4diff_jax.convert.tables import t5 as t5_table
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.t5 import T5Config, T5Encoder

@@ -27,8 +27,8 @@ from real_shapes.job import (
     peak_resident,
 )
 
-from convert.load import load_component
-from seg4diff_jax.evaluation.forward import Readout, attention_maps
+from seg4diff_jax.convert.load import load_component
+from seg4diff_jax.evaluation.readouts import Readout, attention_maps
 from seg4diff_jax.evaluation.zero_shot import add_scores
 from seg4diff_jax.flow import FlowSchedule, image_noise
 from seg4diff_jax.models.conditioning import TextConditioning

@@ -29,7 +29,7 @@ from real_shapes.job import (
     peak_resident,
 )
 
-from convert.families import SD3
+from seg4diff_jax.convert.families import SD3
 from tests.reference.random_weights import SD3_QUERIES, randomize_, temper_
 from tests.reference.release import Masks, Release
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from convert.names import LINEAR, NameTableError, Rule, Transform
+from seg4diff_jax.convert.names import LINEAR, NameTableError, Rule, Transform
 from seg4diff_jax.models.clip import CLIPTextConfig
 
 

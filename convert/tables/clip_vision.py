@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from convert.names import CONV, LINEAR, Rule
-from convert.tables.clip import encoder, norm
+from seg4diff_jax.convert.names import CONV, LINEAR, Rule
+from seg4diff_jax.convert.tables.clip import encoder, norm
 from seg4diff_jax.models.clip_vision import CLIPVisionConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert.names import CONV, COPY, LINEAR, SWAPPED, SWAPPED_LINEAR, Rule, Transform
+from seg4diff_jax.convert.names import CONV, COPY, LINEAR, SWAPPED, SWAPPED_LINEAR, Rule, Transform
 from seg4diff_jax.models.sd3.model import MMDiTConfig
 
 

@@ -5,7 +5,7 @@ The `text_encoders.t5xxl.transformer.` part of single files keeps transformers' 
 
 from __future__ import annotations
 
-from convert.names import LINEAR, Rule
+from seg4diff_jax.convert.names import LINEAR, Rule
 from seg4diff_jax.models.t5 import T5Config
 
 

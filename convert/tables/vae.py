@@ -5,7 +5,7 @@ Stability numbers the decoder's levels from fine to coarse; diffusers and we num
 
 from __future__ import annotations
 
-from convert.names import CONV, CONV_AS_LINEAR, COPY, LINEAR, Rule, Transform
+from seg4diff_jax.convert.names import CONV, CONV_AS_LINEAR, COPY, LINEAR, Rule, Transform
 from seg4diff_jax.models.vae import VAEConfig
 
 

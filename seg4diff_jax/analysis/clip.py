@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 from PIL import Image
 
-from convert.errors import CheckpointError
-from convert.files import quoted, read_json
-from convert.image_encoder import load_image_encoder
-from convert.load import load_component
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.load import load_component
+from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.clip_vision import CLIPVision
 from seg4diff_jax.numerics import settled

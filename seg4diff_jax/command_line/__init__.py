@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from convert.command_line import Command, run_command
 from seg4diff_jax.command_line import analyze, generate, scenes, segment, segment_unsupervised
+from seg4diff_jax.convert.command_line import Command, run_command
 from seg4diff_jax.numerics import settled
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["convert"]:
-        from convert.__main__ import main as convert
+        from seg4diff_jax.convert.__main__ import main as convert
 
         return convert(arguments[1:])
     if arguments[:1] == ["plan"]:

@@ -17,7 +17,6 @@ from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from convert.files import read_json
 from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import full_memory_told
@@ -30,6 +29,7 @@ from seg4diff_jax.command_line.segment import (
     versions,
 )
 from seg4diff_jax.compilation import CompilationClock
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.reporting.overlays import contact_sheet

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
+from seg4diff_jax.command_line.tasks import TASKS
+from seg4diff_jax.command_line.train import chosen_task, configuration, task_parser
 from seg4diff_jax.configuration import check_arguments
-from seg4diff_jax.training.command import chosen_task, configuration, task_parser
-from seg4diff_jax.training.tasks import TASKS
 
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",

@@ -6,8 +6,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from seg4diff_jax.data.shapes import SPLITS, scene, write_folder
-from seg4diff_jax.data.stuffs import SIDE
+from seg4diff_jax.miniature.world.shapes import SPLITS, scene, write_folder
+from seg4diff_jax.miniature.world.stuffs import SIDE
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(options: Any) -> None:
         write_folder(options.directory, scenes(options.count))
         print(f"wrote {options.count} scenes of the {options.split} split to {options.directory}")
     if options.sheet is not None:
-        from seg4diff_jax.data.scene_sheet import POOL, write_sheet
+        from seg4diff_jax.miniature.world.scene_sheet import POOL, write_sheet
 
         write_sheet(options.sheet, list(scenes(min(options.count, POOL))))
         print(f"wrote {options.sheet}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from convert.files import cut, quoted
+from seg4diff_jax.convert.files import cut, quoted
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated

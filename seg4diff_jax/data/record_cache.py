@@ -22,8 +22,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from convert.files import cut, quoted, read_json
-from convert.staging import staged_directory
+from seg4diff_jax.convert.files import cut, quoted, read_json
+from seg4diff_jax.convert.staging import staged_directory
 from seg4diff_jax.data.loader import Item
 
 RECORDS, MANIFEST = "items.arrayrecord", "items.json"

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.errors import CheckpointError
-from convert.files import cut, parse_json, quoted
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import cut, parse_json, quoted
 from seg4diff_jax.data.labelled import FolderError
 
 MARKS = (  # UTF-32's begins with UTF-16's

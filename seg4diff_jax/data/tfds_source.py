@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from convert.files import cut
+from seg4diff_jax.convert.files import cut
 from seg4diff_jax.data.folder import listed_ids, read_classes
 from seg4diff_jax.data.labelled import FolderError, first_of, published_kind, published_split, read_fitting, read_values
 from seg4diff_jax.data.loader import Item

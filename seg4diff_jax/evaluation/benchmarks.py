@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from convert.staging import staged_directory
+from seg4diff_jax.convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.labelled import published_kind, published_split
 from seg4diff_jax.data.loader import DataSource
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled, spelled
 from seg4diff_jax.data.sets import SETS
-from seg4diff_jax.data.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
 from seg4diff_jax.data.subset import Named, Subset, listed_places
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED, Data
+from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
 
 SCENE_SPLITS = ("test", "validation", "train")
 OTHERS = ("tfds", "folder", "scenes")

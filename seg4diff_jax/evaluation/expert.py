@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from convert.files import read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.miniature import CHECKPOINT
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from seg4diff_jax.evaluation.measure import Measurement
+from seg4diff_jax.evaluation.counting import Measurement
+from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
-from seg4diff_jax.evaluation.outcome import Counts
-from seg4diff_jax.evaluation.reported import reported
+from seg4diff_jax.evaluation.published import reported
 from seg4diff_jax.evaluation.scores import Row, best_constant, match_metrics, metrics
 from seg4diff_jax.evaluation.unsupervised import ONE_SEGMENT
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM

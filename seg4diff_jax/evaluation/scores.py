@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.forward import Readout
+from seg4diff_jax.evaluation.readouts import Readout
 from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 

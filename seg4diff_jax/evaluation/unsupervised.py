@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
-from seg4diff_jax.evaluation.forward import Forward, Latents
+from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, guess_keys
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
 from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTally, counted_segments

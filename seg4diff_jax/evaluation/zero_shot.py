@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
-from seg4diff_jax.evaluation.forward import Forward, Latents
+from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from seg4diff_jax.data.captions import words
-from seg4diff_jax.data.shapes import CLASSES
+from seg4diff_jax.miniature.world.captions import words
+from seg4diff_jax.miniature.world.shapes import CLASSES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"

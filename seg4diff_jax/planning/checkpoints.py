@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from convert.components import COMPONENTS, parse_config
-from convert.errors import CheckpointError
-from convert.files import read_json
-from convert.readers import Source
-from convert.sources import MARKERS, open_source
+from seg4diff_jax.convert.components import COMPONENTS, parse_config
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.convert.readers import Source
+from seg4diff_jax.convert.sources.open import MARKERS, open_source
 
 _SD3 = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "sample_size": 128, "attention_head_dim": 64}
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert.components import abstract_model
 from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.convert.components import abstract_model
 from seg4diff_jax.data.loader import Batch
+from seg4diff_jax.magnet import adapter_files
+from seg4diff_jax.magnet.items import T5_LENGTH
+from seg4diff_jax.magnet.task import Magnet, MagnetConfig, check, image_size
 from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.parallel import BATCH, parameter_shardings
 from seg4diff_jax.planning.checkpoints import describe
-from seg4diff_jax.training import adapter_files
-from seg4diff_jax.training.magnet import Magnet, MagnetConfig, check, image_size
-from seg4diff_jax.training.mask_items import T5_LENGTH
 from seg4diff_jax.training.state import name as dotted
 
 

@@ -13,13 +13,13 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
+from seg4diff_jax.magnet.task import TRAINABLE, MagnetConfig, loss, step_flops
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.planning.arithmetic import operations
 from seg4diff_jax.planning.chips import Slice
 from seg4diff_jax.planning.hlo import Collective, Program
 from seg4diff_jax.planning.magnet_shapes import abstract_batch, abstract_magnet, described
 from seg4diff_jax.training.loop import check_batch
-from seg4diff_jax.training.magnet import TRAINABLE, MagnetConfig, loss, step_flops
 from seg4diff_jax.training.step import traced_step
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

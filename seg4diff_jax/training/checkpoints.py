@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from convert.errors import CheckpointError
-from convert.files import cut
-from convert.run_checkpoint import (
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import cut
+from seg4diff_jax.convert.run_checkpoint import (
     CHECKSUMS,
     CONFIG,
     DATA,

@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
-from convert.errors import CheckpointError
-from convert.files import parse_object
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import parse_object
 from seg4diff_jax.image_files import ImageError, read_rgb
 from seg4diff_jax.terminal import Bar
 from seg4diff_jax.training.errors import TrainingError

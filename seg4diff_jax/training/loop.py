@@ -27,8 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
-from convert.run_checkpoint import finite
 from seg4diff_jax.compilation import CompilationClock
+from seg4diff_jax.convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import BATCH, batch_share, make_mesh

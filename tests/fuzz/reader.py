@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.training.errors import TrainingError

@@ -28,28 +28,28 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/command_line/analyze.py",
             "seg4diff_jax/command_line/segment.py",
             "seg4diff_jax/evaluation/benchmarks.py",
-            "seg4diff_jax/evaluation/command.py",
+            "seg4diff_jax/command_line/evaluate.py",
             "seg4diff_jax/checkpoints.py",
             "seg4diff_jax/pipeline.py",
             "seg4diff_jax/planning/checkpoints.py",
-            "seg4diff_jax/training/flow_matching.py",
-            "seg4diff_jax/training/magnet.py",
-            "seg4diff_jax/training/mask_items.py",
+            "seg4diff_jax/miniature/flow_matching.py",
+            "seg4diff_jax/magnet/task.py",
+            "seg4diff_jax/magnet/items.py",
             "convert/load.py",
             "convert/readers.py",
-            "convert/verify.py",
+            "convert/verify/report.py",
         ),
         "reads by what is fuzzed",
     ),
     **dict.fromkeys(
-        ("seg4diff_jax/command_line/plan.py", "convert/command_line.py"), "options of the command line alone"
+        ("seg4diff_jax/command_line/plan.py", "convert/command_line/__init__.py"), "options of the command line alone"
     ),
     **dict.fromkeys(
-        ("seg4diff_jax/evaluation/results.py", "convert/verify_command.py"),
+        ("seg4diff_jax/evaluation/results.py", "convert/command_line/verify.py"),
         "writes",
     ),
-    "convert/comparison.py": "arrays of its own, of the same process",
-    "convert/hub.py": "model_index.json of a download, as diffusers_folder reads it",
-    "convert/torch_side.py": "PyTorch's own reading, of what ours has read before",
+    "convert/verify/comparison.py": "arrays of its own, of the same process",
+    "convert/sources/hub.py": "model_index.json of a download, as diffusers_folder reads it",
+    "convert/verify/torch_side.py": "PyTorch's own reading, of what ours has read before",
 }
 """Modules that call such functions and are in no row, and why."""

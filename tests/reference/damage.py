@@ -13,8 +13,8 @@ import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
-from convert.checkpoint import convert_checkpoint
-from convert.errors import CheckpointError
+from seg4diff_jax.convert.checkpoint import convert_checkpoint
+from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.pipeline import Pipeline
 

@@ -15,13 +15,13 @@ import numpy as np
 from seg4diff_jax.checkpoints import load
 from seg4diff_jax.evaluation.batches import assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
-from seg4diff_jax.evaluation.hosts import local_mesh
-from seg4diff_jax.evaluation.measure import Measurement, Settings
-from seg4diff_jax.evaluation.outcome import Counts
-from seg4diff_jax.evaluation.progress import Progress
+from seg4diff_jax.evaluation.counting import Measurement, Settings
+from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.shards import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.processes import local_mesh
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 from tests.reference.ties import ignore, undecided
 from tests.reference.unsupervised import IGNORED, distributions, merged, threshold_near
@@ -90,7 +90,7 @@ def spread(root: str, target: str) -> None:
 
 def killed(*options: str) -> None:
     """`evaluate.py` that is killed once it has saved its second shard."""
-    from seg4diff_jax.evaluation.command import main
+    from seg4diff_jax.command_line.evaluate import main
 
     save = Progress.save
 

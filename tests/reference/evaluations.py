@@ -9,10 +9,10 @@ import numpy as np
 
 from seg4diff_jax.evaluation.batches import Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.gallery import UNMATCHED, Shown, ShownSegments
 from seg4diff_jax.evaluation.pictured import pictured
 from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import best_setting, metrics
-from seg4diff_jax.evaluation.shown import UNMATCHED, Shown, ShownSegments
 
 MADE = {
     "seconds": {"loading": 3.2, "compiling": 10.0, "running": 61.5},

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from seg4diff_jax.data.shapes import scene, write_folder
+from seg4diff_jax.miniature.world.shapes import scene, write_folder
 from tests.reference.processes import one_of_several
 
 
@@ -61,8 +61,8 @@ def held(frozen: dict) -> dict[str, float]:
 
 def layouts(directory: str, wanted: list[str], options: list[str]) -> None:
     """One JSON line for each layout: what a device holds of the frozen models. The runs lie in `directory`."""
+    from seg4diff_jax.command_line.train import main
     from seg4diff_jax.training import loop
-    from seg4diff_jax.training.command import main
 
     prepare, shares = loop._prepare, {}
 
@@ -84,8 +84,8 @@ def layouts(directory: str, wanted: list[str], options: list[str]) -> None:
 
 def after(step: str, options: list[str], befalls: Callable[[], None]) -> int:
     """Train; once the checkpoint of a step is whole, something befalls the run in the step after it."""
+    from seg4diff_jax.command_line.train import main, parse
     from seg4diff_jax.training import loop
-    from seg4diff_jax.training.command import main, parse
 
     checkpoint = Path(parse(options).config.run.out) / "checkpoints" / step
     add = loop.Watch.add
@@ -129,10 +129,10 @@ if __name__ == "__main__":
         case "full":
             sys.exit(after(words[0], others, fill))
         case "train":
-            from seg4diff_jax.training.command import main
+            from seg4diff_jax.command_line.train import main
 
             sys.exit(main(others))
         case "resume":
-            from seg4diff_jax.training.command import main
+            from seg4diff_jax.command_line.train import main
 
             sys.exit(max(main([*others, f"--run.out={out}", "--resume"]) for out in words))

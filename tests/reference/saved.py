@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from convert.assemble import assemble, translated
-from convert.names import Rule, assign, parameter_shapes
+from seg4diff_jax.convert.assemble import assemble, translated
+from seg4diff_jax.convert.names import Rule, assign, parameter_shapes
 from seg4diff_jax.models.stack import Layered
 
 

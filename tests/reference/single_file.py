@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from convert.components import COMPONENTS, parse_config
-from convert.names import assign_back
-from convert.safetensors_stream import write_safetensors
-from convert.sources import open_source
+from seg4diff_jax.convert.components import COMPONENTS, parse_config
+from seg4diff_jax.convert.names import assign_back
+from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
 from tests.reference.checkpoints import make_checkpoint, make_t5
 from tests.reference.random_weights import randomize_
 from tests.reference.small_tokenizers import clip_vocabulary

@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize, quantize
 
-from convert.components import COMPONENTS, abstract_model, parse_config
-from convert.families import Naming
-from convert.names import assign_back, parameter_shapes
-from convert.safetensors_stream import write_safetensors
+from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config
+from seg4diff_jax.convert.families import Naming
+from seg4diff_jax.convert.names import assign_back, parameter_shapes
+from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
 
 Arrays = dict[str, np.ndarray]
 CONFIGS: dict[str, dict[str, Any]] = {

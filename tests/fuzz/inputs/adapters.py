@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from convert.components import abstract_model, parse_config
-from convert.lora import convert_lora, read_lora, write_lora
-from convert.lora_files import PEFT_CONFIG, Format
-from convert.lora_formats import LoRACheckpoint
-from convert.lora_run import read_run
-from convert.sources import open_source
+from seg4diff_jax.convert.components import abstract_model, parse_config
+from seg4diff_jax.convert.lora.adapters import convert_lora, read_lora, write_lora
+from seg4diff_jax.convert.lora.files import PEFT_CONFIG, Format
+from seg4diff_jax.convert.lora.formats import LoRACheckpoint
+from seg4diff_jax.convert.lora.run import read_run
+from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.magnet.adapter_files import HEAD_FILE, PREFIX, begin
 from seg4diff_jax.models.lora import Adapter, LoRAConfig
-from seg4diff_jax.training.adapter_files import HEAD_FILE, PREFIX, begin
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.state import TrainState
 from tests.fuzz.inputs.weights import CONFIGS
@@ -109,7 +109,7 @@ STATED = {
     r": (zero|negative|fraction|huge): lora_alpha": "another sound alpha",
     r": deleted: ": "PEFT's default",
 }
-FORMATS = ("convert/lora.py", "convert/lora_files.py", "convert/lora_formats.py")
+FORMATS = ("convert/lora/adapters.py", "convert/lora/files.py", "convert/lora/formats.py")
 
 READERS: dict[str, Reader] = {
     "lora native": Reader(
@@ -131,14 +131,16 @@ READERS: dict[str, Reader] = {
         STATED,
         cases=24,
     ),
-    "lora release": Reader(make("release"), reads("release"), ("convert/torch_pickle.py",), {"*": "zip"}, cases=24),
+    "lora release": Reader(
+        make("release"), reads("release"), ("convert/sources/torch_pickle.py",), {"*": "zip"}, cases=24
+    ),
     "lora release, legacy": Reader(
-        make_legacy, reads("release"), ("convert/torch_pickle.py",), {"*": "pickle"}, cases=10
+        make_legacy, reads("release"), ("convert/sources/torch_pickle.py",), {"*": "pickle"}, cases=10
     ),
     "lora conversion": Reader(
         make("diffusers"),
         converted,
-        ("convert/lora.py", "convert/staging.py"),
+        ("convert/lora/adapters.py", "convert/staging.py"),
         {"*": "safetensors"},
         {": metadata: ": "without it alpha is the rank, as in diffusers"},
         cases=10,
@@ -146,7 +148,7 @@ READERS: dict[str, Reader] = {
     "lora checkpoint": Reader(
         make_run,
         lambda root: value(read_run(root, "best")),
-        ("convert/lora_run.py",),
+        ("convert/lora/run.py",),
         {
             "checkpoints/3/config/metadata": "summed",
             "checkpoints/3/metrics/metrics": "json",
@@ -157,7 +159,7 @@ READERS: dict[str, Reader] = {
     "mask head": Reader(
         make_head,
         read_head,
-        ("seg4diff_jax/training/adapter_files.py",),
+        ("seg4diff_jax/magnet/adapter_files.py",),
         {HEAD_FILE: "safetensors"},
         {": absent: ": "then a fresh one is trained"},
         errors=(*OWN_ERRORS, ValueError),

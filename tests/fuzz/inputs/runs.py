@@ -10,16 +10,16 @@ import jax
 import numpy as np
 
 from seg4diff_jax.command_line.generate import RECORD, remove_former
+from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
-from seg4diff_jax.evaluation.outcome import Counts
-from seg4diff_jax.evaluation.progress import RUN, Progress
+from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.shards import RUN, Progress
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
 from seg4diff_jax.training.checkpoints import Checkpoints
-from seg4diff_jax.training.command import parse
 from seg4diff_jax.training.logs import Logs
 from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.state import TrainState
@@ -232,7 +232,7 @@ READERS: dict[str, Reader] = {
     "counts": Reader(
         make_progress,
         read_progress,
-        ("seg4diff_jax/evaluation/progress.py", "seg4diff_jax/evaluation/outcome.py"),
+        ("seg4diff_jax/evaluation/shards.py", "seg4diff_jax/evaluation/counts.py"),
         {"progress/*.npz": "zip", "progress/run.json": "json"},
         {r"npz: (absent|swap|directory|dangling): ": GONE},
         errors=(*OWN_ERRORS, ValueError, Recounted),
@@ -267,7 +267,7 @@ READERS: dict[str, Reader] = {
     "training options": Reader(
         configured(TRAINING),
         trained,
-        ("seg4diff_jax/training/command.py", "seg4diff_jax/configuration.py"),
+        ("seg4diff_jax/command_line/train.py", "seg4diff_jax/configuration.py"),
         {"*": "yaml"},
         CHOSEN,
         errors=(*OWN_ERRORS, ValueError),

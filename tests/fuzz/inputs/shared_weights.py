@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.lora import read_lora
-from convert.sources import open_source
+from seg4diff_jax.convert.lora.adapters import read_lora
+from seg4diff_jax.convert.sources.open import open_source
 from tests.fuzz.inputs.adapters import value
 from tests.fuzz.inputs.weights import MEANT, contents, make_single, write
 from tests.fuzz.reader import Reader
@@ -29,7 +29,7 @@ def make_gguf(root: Path) -> None:
 
 
 def make_scaled(root: Path) -> None:
-    from convert.safetensors_stream import read_header, read_tensor
+    from seg4diff_jax.convert.sources.safetensors_stream import read_header, read_tensor
 
     make_single(root)
     file, tensors = root / "sd3.safetensors", {}
@@ -67,21 +67,21 @@ READERS: dict[str, Reader] = {
     "gguf": Reader(
         make_gguf,
         reads("sd3.gguf"),
-        ("convert/gguf.py", "convert/weight_files.py", "convert/stored.py"),
+        ("convert/sources/gguf.py", "convert/sources/weight_files.py", "convert/sources/stored.py"),
         {"*": "gguf"},
         cases=6,
     ),
     "scaled fp8": Reader(
         make_scaled,
         reads("sd3.safetensors"),
-        ("convert/scaled_fp8.py", "convert/weight_files.py"),
+        ("convert/sources/scaled_fp8.py", "convert/sources/weight_files.py"),
         {"*": "safetensors"},
         cases=6,
     ),
     "transformer alone": Reader(
         make_alone,
         reads("transformer.sft"),
-        ("convert/single_file.py", "convert/inferred_configs.py"),
+        ("convert/sources/single_file.py", "convert/inferred_configs.py"),
         {"*.sft": "safetensors", "config.json": "json"},
         MEANT,
         cases=6,
@@ -89,7 +89,7 @@ READERS: dict[str, Reader] = {
     "lora kohya": Reader(
         make_kohya,
         lambda root: value(read_lora(root / "kohya.safetensors")),
-        ("convert/lora_formats.py",),
+        ("convert/lora/formats.py",),
         {"*": "safetensors"},
         {r"alpha: (and |is not described)|: (lose|rename): .*alpha": "a layer without alpha has its rank"},
         cases=12,

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from convert.checkpoint import convert_checkpoint
-from convert.components import COMPONENTS, abstract_model, parse_config
-from convert.families import Naming
-from convert.image_encoder import load_image_encoder
-from convert.names import assign_back, parameter_shapes
-from convert.readers import Source
-from convert.safetensors_stream import read_header, read_tensor, write_safetensors
-from convert.sources import open_source
-from convert.text_encoders import open_files
-from convert.tokenizers import open_tokenizers
-from convert.write import write_index
+from seg4diff_jax.convert.checkpoint import convert_checkpoint
+from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config
+from seg4diff_jax.convert.families import Naming
+from seg4diff_jax.convert.names import assign_back, parameter_shapes
+from seg4diff_jax.convert.readers import Source
+from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
+from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.sources.safetensors_stream import read_header, read_tensor, write_safetensors
+from seg4diff_jax.convert.sources.text_encoders import open_files
+from seg4diff_jax.convert.tokenizers import open_tokenizers
+from seg4diff_jax.convert.write import write_index
 from seg4diff_jax.evaluation.expert import name_expert
 from seg4diff_jax.models.clip_vision import CLIPVisionConfig
 from seg4diff_jax.text import tokenize
@@ -224,8 +224,8 @@ def read_tokenizers(root: Path) -> Any:
 
 
 def make_image_encoder(root: Path) -> None:
-    from convert.assemble import abstract
-    from convert.tables import clip_vision
+    from seg4diff_jax.convert.assemble import abstract
+    from seg4diff_jax.convert.tables import clip_vision
     from seg4diff_jax.models.clip_vision import CLIPVision
 
     config = CLIPVisionConfig.from_json(VISION)
@@ -270,18 +270,18 @@ MEANT = {
     ),
 }
 FOLDERS = (
-    "convert/sources.py",
-    "convert/diffusers_folder.py",
-    "convert/index.py",
+    "convert/sources/open.py",
+    "convert/sources/diffusers_folder.py",
+    "convert/sources/index.py",
     "convert/files.py",
-    "convert/safetensors_stream.py",
+    "convert/sources/safetensors_stream.py",
 )
 
 READERS: dict[str, Reader] = {
     "safetensors": Reader(
         lambda root: write(root / "weights.safetensors", tensors_of("text_encoder", CLIP, "diffusers")),
         read_tensors,
-        ("convert/safetensors_stream.py",),
+        ("convert/sources/safetensors_stream.py",),
         {"*": "safetensors"},
         {r": (flip|zeros|noise|rename|shape|billion|dtype|metadata|field): ": "any names and shapes will do"},
         cases=24,
@@ -302,17 +302,17 @@ READERS: dict[str, Reader] = {
     "single file": Reader(
         make_single,
         lambda root: contents(open_source(root / "sd3.safetensors"), "transformer"),
-        ("convert/single_file.py",),
+        ("convert/sources/single_file.py",),
         {"*": "safetensors"},
         cases=10,
     ),
     "text encoder files": Reader(
-        make_encoder_files, read_encoder_files, ("convert/text_encoders.py",), {"*": "safetensors"}, cases=10
+        make_encoder_files, read_encoder_files, ("convert/sources/text_encoders.py",), {"*": "safetensors"}, cases=10
     ),
     "native": Reader(
         make_native,
         reads("text_encoder"),
-        ("convert/native.py",),
+        ("convert/sources/native.py",),
         {
             "manifest.json": "json",
             "text_encoder/params/*/**/*": "summed",
@@ -340,7 +340,7 @@ READERS: dict[str, Reader] = {
     "image encoder": Reader(
         make_image_encoder,
         read_image_encoder,
-        ("convert/image_encoder.py",),
+        ("convert/sources/image_encoder.py",),
         {"config.json": "json", "*.safetensors": "safetensors"},
         MEANT,
         cases=10,

@@ -1,0 +1,1 @@
+"""Checkpoints in all their forms, opened."""

@@ -1,0 +1,187 @@
+"""PyTorch and JAX on one checkpoint: the same weights, the same seeded inputs, every number compared.
+
+First PyTorch runs alone and what it makes goes to the disk; then JAX runs alone and is compared. One component is in
+memory at a time, and of the transformer and of T5 one block. Each framework carries its own states through all blocks,
+so errors accumulate as they do in use. What one component hands to the next is PyTorch's, for both, so that a row says
+where an error arises. Masks are the exception: ours come from our own latents and context, from the picture and the
+prompt to the labels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from seg4diff_jax.convert.errors import CheckpointError, raise_all
+from seg4diff_jax.convert.readers import Source, TorchComponent, usual_dtype
+from seg4diff_jax.convert.sources.open import NothingLacks, open_source
+from seg4diff_jax.convert.verify import jax_side
+from seg4diff_jax.convert.verify.comparison import BOUNDS, Comparison, Recording, compare, decided_labels
+from seg4diff_jax.convert.verify.inputs import SCORES_ROW, make_inputs
+from seg4diff_jax.numerics import settled
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and on what."""
+
+    rows: list[Comparison]
+    notes: list[str]
+
+    @property
+    def failures(self) -> list[Comparison]:
+        return [row for row in self.rows if not row.passed]
+
+
+@settled()
+def verify(
+    source: str | Path,
+    against: str | Path | None = None,
+    *,
+    size: int = 256,
+    dtype: DType = "float32",
+    float64: bool = False,
+    components: Sequence[str] | None = None,
+    tokenizers: Path | None = None,
+    variant: str | None = None,
+    text_encoders: str | Path | None = None,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Report:
+    """Compare every component of a checkpoint in both frameworks.
+
+    Args:
+      source: what JAX reads: whatever `open_source` opens, converted on the fly.
+      against: the original, which PyTorch reads, if `source` is a converted directory. Default: `source`.
+      size: side of the square test picture in pixels.
+      dtype: what both compute in, weights included. In bfloat16 PyTorch runs in float32 as well, which counts as exact.
+      float64: run PyTorch in float64 as well, which then counts as exact: a row out of its fixed bound passes if
+        PyTorch's own distance from it excuses ours.
+      components, tokenizers, variant: see `open_source`.
+      text_encoders: see `open_source`; a second source for those that `source` or `against` lacks.
+      progress: told what is being done.
+
+    Raises:
+      CheckpointError: a checkpoint is damaged, the two describe different models, there is no original, or PyTorch is
+        not installed.
+    """
+    torch_side = _torch_side()
+    ours, original = _open_both(
+        source, against, components, {"tokenizers": tokenizers}, {"variant": variant, "text_encoders": text_encoders}
+    )
+    _check_original(ours, original)
+    for each in (ours, original):
+        _ = each.schedule, each.expert_block, each.expert_step  # raise for what is wrong with them
+    inputs = make_inputs(ours, size)
+    rows: list[Comparison] = []
+    with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
+
+        def run_torch(dtype: str) -> tuple[Recording, Any]:
+            recording = Recording(Path(folder) / dtype)
+            told = lambda doing: progress(f"PyTorch, {dtype}: {doing}")
+            return recording, torch_side.run(original, inputs, dtype, recording.record, told)
+
+        wider = "float64" if float64 else {"bfloat16": "float32"}.get(dtype)
+        exact = run_torch(wider)[0] if wider else None
+        theirs, shared = run_torch(dtype)
+
+        decided: list[np.ndarray] = []
+
+        def check(what: str, array: np.ndarray) -> None:
+            of_torch, of_exact = theirs.take(what), exact.take(what) if exact else None
+            labels = decided.pop() if what == "masks" else None
+            rows.append(compare(what, array, of_torch, of_exact, BOUNDS[dtype], labels))
+            if what == SCORES_ROW:
+                decided.append(decided_labels(array, of_torch))
+
+        with _exact_products(dtype):
+            jax_side.run(ours, inputs, shared, dtype, check, lambda doing: progress(f"JAX, {dtype}: {doing}"))
+        if theirs.left:
+            raise AssertionError(f"never compared: {', '.join(theirs.left)}")
+    title = f"{torch_side.VERSIONS} (cpu) beside JAX {jax.__version__} ({jax.default_backend()}), {dtype}, {size} px"
+    notes = [title, inputs.prompt.described]
+    if inputs.transformer is not None:
+        why = "the middle one: no expert block is named" if ours.expert_block is None else "the expert block"
+        notes.append(f"masks from block {inputs.transformer.block}, {why}")
+    if wider:
+        notes.append(f"exact: PyTorch in {wider}")
+    if recast := [name for name in ours.configs if _usual(ours, name) != _usual(original, name)]:
+        dtypes = f"{_usual(ours, recast[0])}, in the original {_usual(original, recast[0])}"
+        notes.append(f"the weights' own rounding is in these errors: {', '.join(recast)} in {dtypes}")
+    return Report(rows, notes)
+
+
+def _open_both(
+    source: str | Path,
+    against: str | Path | None,
+    components: Sequence[str] | None,
+    own: dict[str, Any],
+    common: dict[str, Any],
+) -> tuple[Source, Source]:
+    """What JAX reads and what PyTorch reads. Of two, one may have all the text encoders without a second source."""
+    if against is None:
+        ours = open_source(source, components=components, **own, **common)
+        return ours, ours
+    alone, refused = {**common, "text_encoders": None}, None
+    try:
+        ours = open_source(source, components=components, **own, **common)
+    except NothingLacks as error:
+        ours, refused = open_source(source, components=components, **own, **alone), error
+    try:
+        return ours, open_source(against, components=list(ours.configs), **common)
+    except NothingLacks:
+        if refused is not None:
+            raise refused from None
+        return ours, open_source(against, components=list(ours.configs), **alone)
+
+
+def _usual(source: Source, name: str) -> np.dtype:
+    return usual_dtype(source.component(name))
+
+
+def _torch_side() -> Any:
+    try:
+        from seg4diff_jax.convert.verify import torch_side
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in ("torch", "diffusers", "accelerate"):
+            raise
+        raise CheckpointError(
+            f"verify runs PyTorch beside JAX, and {package} is not installed: pip install 'seg4diff-jax[convert]'"
+        ) from None
+    return torch_side
+
+
+def _exact_products(dtype: DType) -> AbstractContextManager[Any]:
+    """On GPUs and TPUs fp32 products are rounded to fewer bits unless one asks."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
+
+
+def _check_original(ours: Source, original: Source) -> None:
+    converted = [name for name in original.configs if not isinstance(original.component(name), TorchComponent)]
+    if converted == list(original.configs):
+        raise CheckpointError(
+            f"{original.origin} is a converted directory, which PyTorch cannot read: give the original that it was "
+            "made from with --against"
+        )
+    if converted:
+        raise CheckpointError(
+            f"{original.origin}: {', '.join(converted)} in converted form, which PyTorch cannot read: give text "
+            "encoders in their original form with --text-encoders"
+        )
+    raise_all(
+        [
+            f"{name}: {ours.origin} and {original.origin} describe different models"
+            for name in ours.configs
+            if ours.parsed[name] != original.parsed[name]
+        ],
+        "the checkpoints do not belong together",
+    )

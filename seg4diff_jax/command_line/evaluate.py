@@ -1,0 +1,266 @@
+"""`evaluate.py`: a model on a benchmark, from options to results and a page of pictures."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from seg4diff_jax.evaluation.options import (
+    BATCH_TOKENS,
+    GROUPS,
+    MEAN,
+    OPEN_VOCABULARY,
+    STEPS,
+    UNSUPERVISED,
+    Options,
+    Unsupervised,
+    chosen_heads,
+    kinds_of_prompts,
+    numbers,
+    parse,
+    protocols,
+    thresholds,
+)
+from seg4diff_jax.numerics import settled
+from seg4diff_jax.terminal import counted_pieces, stderr_console
+
+if TYPE_CHECKING:
+    from seg4diff_jax.checkpoints import Checkpoint
+    from seg4diff_jax.evaluation.benchmarks import Benchmark
+    from seg4diff_jax.evaluation.counting import Settings, Told
+    from seg4diff_jax.pipeline import Pipeline
+    from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
+
+AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
+"""Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
+
+
+@settled()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate what the arguments say. Returns the exit status: 1, after one message on stderr, when input is wrong."""
+    try:
+        run(parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except AT_FAULT as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: Options) -> None:
+    """All processes measure, the first one writes."""
+    started = time.perf_counter()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    console = stderr_console()
+    with console.status("starting"):  # importing JAX takes seconds
+        import jax
+
+        from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
+        from seg4diff_jax.evaluation.expert import name_expert
+        from seg4diff_jax.evaluation.report.page import PAGE
+        from seg4diff_jax.evaluation.results import tell, write
+        from seg4diff_jax.evaluation.run import evaluate
+        from seg4diff_jax.evaluation.scores import best_setting
+        from seg4diff_jax.evaluation.shards import Progress
+        from seg4diff_jax.processes import in_step
+
+        if options.distributed:
+            from seg4diff_jax.command_line.train import join_processes
+
+            join_processes()
+    first = jax.process_index() == 0
+    console.quiet = not first
+    out = in_step(lambda: results_directory(options) if first else Path())
+    with console.status(f"loading {options.model}"), full_memory_told(TO_LOAD):
+        pipe, benchmark, settings = prepare(options)
+    loading = time.perf_counter() - started
+    images, kinds = len(benchmark.source), len(settings.prompts) + bool(settings.unsupervised)
+    passes = len(settings.steps) * len(settings.seeds) * kinds
+    adapters = f" with adapters of {options.lora}" if options.lora else ""
+    counts = {"block": settings.blocks, "noise level": settings.steps, "seed": settings.seeds}
+    told = ", ".join(counted(len(some), what) for what, some in counts.items())
+    where = f"{images} images of {benchmark.where}"
+    console.print(f"{options.model}{adapters} on {where}: {told}{told_heads(settings.heads)}")
+    resolved = resolve(options, pipe, benchmark, settings, out)
+    kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
+    if kept and not options.resume:
+        kept.clear()
+    remedy = "give a smaller --batch-size, or --dtype bfloat16"
+    with progress(console, images, passes) as advance, full_memory_told(remedy):
+        evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance, kept=kept)
+    if not first:
+        return
+    seconds = {"loading": loading, **evaluation.seconds}
+    with console.status("drawing"):
+        write(out, evaluation, benchmark, resolved, seconds)
+    if kept:
+        kept.clear()
+    tell(console, evaluation)
+    if options.name_expert:
+        best = best_setting([row for row in evaluation.rows if row["head"] is None])
+        name_expert(options.model, best.block, best.step)
+        console.print(f"{options.model}: block {best.block} and noise level {best.step} are its own now")
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    console.print(f"{time.perf_counter() - started:.1f} s: {parts}; results and a page of them: {out / PAGE}")
+
+
+def results_directory(options: Options) -> Path:
+    """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
+    from seg4diff_jax.command_line.segment import check_writable, output_directory
+    from seg4diff_jax.evaluation.results import RESULTS
+    from seg4diff_jax.evaluation.shards import DIRECTORY
+
+    out = Path(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    interrupted = (out / DIRECTORY).is_dir()
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with the run in --out: name its directory")
+    if options.resume and (out / RESULTS).is_file() and not interrupted:
+        raise ValueError(f"--out {out} is complete: there is nothing to --resume; give --overwrite to measure anew")
+    if options.resume and interrupted:
+        check_writable(out)
+        return out
+    if interrupted and not options.overwrite:
+        raise ValueError(f"--out {out} holds an interrupted run: give --resume to go on, or --overwrite to begin anew")
+    return output_directory(str(out), "", options.overwrite)
+
+
+def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Settings, out: Path) -> dict[str, Any]:
+    """All options as plain values, those left open as they turned out. How a run was started is not among them."""
+    known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
+    known["heads"] = [MEAN if head is None else head for head in settings.heads]
+    known |= {"protocol": list(protocols(options.protocol)), "prompts": list(kinds_of_prompts(options.prompts))}
+    if settings.unsupervised:
+        merged_below = [protocol.threshold for protocol in settings.unsupervised]
+        known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
+    known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
+    chosen: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
+    if benchmark.background is not None:
+        chosen["background"] = benchmark.rule
+    data = replace(options.data, **{name: value for name, value in chosen.items() if value})
+    resolved = asdict(replace(options, data=data, out=str(out), **known))
+    return {name: value for name, value in resolved.items() if name not in ("resume", "distributed")}
+
+
+def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the resolved options those that decide about figures, flat."""
+    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "batch_size", "dtype")
+    grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
+    return {name: resolved[name] for name in names} | grouped
+
+
+def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
+    """The model, the images and what is measured. Options are looked at before gigabytes are read.
+
+    Raises ValueError when one is not usable; the message says why.
+    """
+    from seg4diff_jax.checkpoints import open
+    from seg4diff_jax.evaluation.benchmarks import open_benchmark
+    from seg4diff_jax.processes import in_step, in_turn, local_mesh
+
+    mesh = local_mesh()
+    checkpoint = in_step(lambda: open(options.model))
+    settings = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
+    measured_by = protocols(options.protocol)
+    side = checkpoint.trained_size
+    benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
+    if options.batch_size is None:  # batches are filled up to their size: a small set is one small batch
+        devices = mesh.size if mesh else 1
+        most = devices * math.ceil(len(benchmark.source) / devices)
+        settings = replace(settings, batch_size=min(settings.batch_size, most))
+    blocks = max(settings.blocks) + 1
+    pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
+    return pipe, benchmark, settings
+
+
+def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
+    """What is measured. Raises as `prepare` does."""
+    from seg4diff_jax.evaluation.counting import Settings, check_batch_size
+    from seg4diff_jax.evaluation.expert import configuration
+
+    for name, value, least in (
+        ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
+        ("pictures", options.pictures, 0),
+        ("shard-batches", options.shard_batches, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} is {value}: expected at least {least}")
+    if options.name_expert:
+        configuration(options.model)
+    tokens = (checkpoint.trained_size // checkpoint.view.multiple) ** 2
+    heads = chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
+    if options.name_expert and None not in heads:
+        raise ValueError(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
+    steps = checkpoint.step() if options.steps == "expert" else options.steps
+    blocks = checkpoint.block() if options.blocks == "expert" else options.blocks
+    settings = Settings(
+        heads=heads,
+        blocks=numbers(blocks, "--blocks", range(checkpoint.transformer.num_layers)),
+        steps=numbers(steps, "--steps", STEPS),
+        seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
+        batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
+        prompts=kinds_of_prompts(options.prompts) if OPEN_VOCABULARY in protocols(options.protocol) else (),
+        unsupervised=merging_protocols(options),
+        resize=options.data.resize,
+        lora=options.lora,
+        skip_unreadable=options.skip_unreadable,
+        shard_batches=options.shard_batches,
+    )
+    check_batch_size(settings.batch_size, devices)
+    return settings
+
+
+def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:
+    """One for each threshold, or none. Raises ValueError for an option that is not usable, or would go unused."""
+    from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+    from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
+
+    given = asdict(options.unsupervised)
+    if UNSUPERVISED not in protocols(options.protocol):
+        for name, value in given.items():
+            if value != getattr(Unsupervised(), name):
+                option, protocol = f"--unsupervised.{name.replace('_', '-')}", options.protocol
+                raise ValueError(f"{option} is {value!r}, but --protocol is {protocol!r}: add unsupervised to it")
+        return ()
+    threshold = given.pop("threshold")
+    chosen = MERGE_THRESHOLDS[given["minmax"]] if threshold is None else threshold
+    return tuple(UnsupervisedProtocol(each, **given) for each in thresholds(chosen, "--unsupervised.threshold"))
+
+
+def told_heads(heads: Sequence[int | None]) -> str:
+    single = len(heads) - (None in heads)
+    mean = " beside the mean" if None in heads else ""
+    return f"; {counted(single, 'head')} of each block{mean}" if single else ""
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+@contextmanager
+def progress(console: Console, images: int, passes: int) -> Iterator[Told]:
+    """Shows images done, how many pass through the transformer in a second, and the mIoU."""
+    start, first, score = time.perf_counter(), 0, ""
+    with counted_pieces(console, "evaluating", images, pieces="images", remark="compiling") as show:
+
+        def advance(done: int, miou: float | None) -> None:
+            nonlocal start, first, score
+            now, done = time.perf_counter(), min(done, images)
+            rate = f"{passes * (done - first) / (now - start):.1f} images/s" if first else "compiling"
+            if not first:  # compiling is what the first batch waits for
+                start, first = now, done
+            score = score if miou is None else f", mIoU {miou:.1f} so far"
+            show(done, rate + score)
+
+        yield advance

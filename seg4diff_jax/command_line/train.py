@@ -1,0 +1,138 @@
+"""`train.py`: a configuration from YAML and dotted overrides, checked, saved, and trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+
+from seg4diff_jax.command_line.bounds import check_numbers
+from seg4diff_jax.command_line.tasks import TASKS
+from seg4diff_jax.configuration import (
+    Parser,
+    check_arguments,
+    check_parsed,
+    configuration_file,
+    quoted,
+    read_configuration,
+)
+from seg4diff_jax.numerics import settled
+from seg4diff_jax.training.errors import TrainingError
+from seg4diff_jax.training.loop import check, train
+from seg4diff_jax.training.termination import Terminated, termination
+
+
+def task_parser(task: str, prog: str, description: str) -> Parser:
+    """All options of one task's configuration."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    add: Any = parser.add_argument
+    add("--config", action=configuration_file(TASKS[task].config), help="YAML file; options given after it win")
+    add("--task", type=str, choices=list(TASKS), default=task)
+    parser.add_class_arguments(TASKS[task].config, as_positional=False)
+    return parser
+
+
+def make_parser(task: str) -> Parser:
+    """The same, and those of a run."""
+    parser = task_parser(task, "train.py", f"Train the task {task}.")
+    add: Any = parser.add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="this is one process of several: they find each other through the cluster, or through "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+    add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
+    return parser
+
+
+def chosen_task(arguments: Sequence[str]) -> str:
+    """The task that the configuration or the command line names.
+
+    Raises ValueError when none or an unknown one is named, or the file cannot be read.
+    """
+    found, where = None, ""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        option, _, value = argument.partition("=")
+        value = value or following
+        if option == "--config" and value:
+            options = read_configuration(Path(value))
+            if found is None or "task" in options:
+                found, where = options.get("task"), f"{value}: "
+        elif option == "--task":
+            found, where = value, ""
+    if not isinstance(found, str) or found not in TASKS:
+        raise ValueError(
+            f"{where}the task is {'not named' if found is None else quoted(found)}; expected one of "
+            f"{', '.join(TASKS)}, as `task:` in the file that --config names"
+        )
+    return found
+
+
+class Parsed(NamedTuple):
+    """What the arguments say: the task's name and configuration, and the latter as plain values, for the record."""
+
+    task: str
+    config: Any
+    record: dict[str, Any]
+    resume: bool
+    distributed: bool
+
+
+def parse(arguments: Sequence[str]) -> Parsed:
+    """Raises ValueError when no task is named or a number is not finite; leaves with a message (SystemExit) for other
+    options that are not right."""
+    task = chosen_task(arguments)
+    check_arguments(arguments, TASKS[task].config)
+    parser = make_parser(task)
+    options = parser.parse_args(list(arguments))
+    flags = {name: options.pop(name) for name in ("resume", "distributed")}
+    config, record = configuration(task, parser, options)
+    return Parsed(task, config, record, **flags)
+
+
+def configuration(task: str, parser: Parser, options: Any) -> tuple[Any, dict[str, Any]]:
+    """A task's configuration of the options that `task_parser` adds, and the same as plain values."""
+    options.pop("config", None)
+    record = yaml.safe_load(parser.dump(options, skip_unset=False))
+    check_parsed(record, TASKS[task].config)
+    values = parser.instantiate(options)
+    values.pop("task")
+    made = TASKS[task].config(**values)
+    check_numbers(made)
+    return made, record
+
+
+@settled()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, 130 after Ctrl-C, once the step is
+    checkpointed, or before any was taken."""
+    from seg4diff_jax.compilation import keep_compiled_programs
+
+    try:
+        task, config, record, resume, distributed = parse(sys.argv[1:] if arguments is None else arguments)
+        keep_compiled_programs()
+        if distributed:
+            join_processes()
+        check(config.run, config.optimizer)  # which takes no time, and to make a task may take long
+        with termination() as stop:
+            with stop.dispensable():
+                made = TASKS[task].make(config)
+            train(made, config.run, config.optimizer, record, resume=resume)
+    except (Terminated, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        return 130 if isinstance(stopped, KeyboardInterrupt) else 0
+    except (TrainingError, ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def join_processes() -> None:
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

@@ -1,0 +1,109 @@
+"""What has been counted over a part of a data set: parts add up, and can be kept in a file."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from io import BytesIO
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from seg4diff_jax.convert.files import parse_json
+from seg4diff_jax.evaluation.batches import LeftOut
+from seg4diff_jax.evaluation.unsupervised import SegmentCounts
+from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
+
+LEFT_OUT, CHECKSUM = "left_out", "checksum"
+COUNTS_OF = {"counted": ConfusionCounts, "matched": SegmentCounts}
+Kind = TypeVar("Kind", ConfusionCounts, SegmentCounts)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Everything that figures and pictures are made of.
+
+    Attributes:
+      counted, matched: what each protocol has counted; without passes where it was not asked for.
+      indices: which images were scored.
+      histograms: how many pixels that count each class has in each of them.
+      cut_off: how many pixels of each that would count lie where nothing is predicted, see `batches.Example`.
+      forwards: how often the transformer was run for each kind of prompts, by one pass; the empty prompt's come last.
+      seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
+    """
+
+    counted: ConfusionCounts
+    matched: SegmentCounts
+    indices: Int[np.ndarray, " images"]
+    histograms: Int[np.ndarray, "images classes"]
+    cut_off: Int[np.ndarray, " images"]
+    forwards: Int[np.ndarray, " prompts"]
+    seconds: Float[np.ndarray, 2]
+    left_out: tuple[LeftOut, ...]
+
+    def covered(self) -> list[int]:
+        """Numbers of the images that were looked at, scored or left out, ascending."""
+        return sorted([*self.indices.tolist(), *(each.index for each in self.left_out)])
+
+    def to_bytes(self) -> bytes:
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
+        for protocol in COUNTS_OF:
+            arrays |= {f"{protocol}.{name}": each for name, each in getattr(self, protocol)._asdict().items()}
+        arrays[LEFT_OUT] = np.array(json.dumps(self.left_out))
+        arrays[CHECKSUM] = np.array(_checksum(arrays))
+        file = BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, contents: bytes) -> Counts:
+        """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
+        with np.load(BytesIO(contents), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if arrays.pop(CHECKSUM) != _checksum(arrays):
+            raise ValueError("the arrays are not those that were written")
+        parts: dict[str, Any] = {
+            protocol: kind(*(arrays[f"{protocol}.{name}"] for name in kind._fields))
+            for protocol, kind in COUNTS_OF.items()
+        }
+        left_out = tuple(LeftOut(*each) for each in parse_json(str(arrays[LEFT_OUT]), LEFT_OUT))
+        return cls(left_out=left_out, **parts, **{name: arrays[name] for name in ARRAYS})
+
+
+ARRAYS = [field.name for field in fields(Counts) if field.name not in (*COUNTS_OF, LEFT_OUT)]
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of the arrays with their names, which the archive's own checksums do not bind to each other."""
+    found = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        found = zlib.crc32(array.tobytes(), zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), found))
+    return found
+
+
+def together(parts: Sequence[Counts]) -> Counts:
+    """Parts of one set as one, images in their order. There must be at least one."""
+    indices = np.concatenate([part.indices for part in parts])
+    order = np.argsort(indices, kind="stable")
+    return Counts(
+        _added([part.counted for part in parts], order),
+        _added([part.matched for part in parts], order),
+        indices[order],
+        np.concatenate([part.histograms for part in parts])[order],
+        np.concatenate([part.cut_off for part in parts])[order],
+        cast(np.ndarray, sum(part.forwards for part in parts)),
+        cast(np.ndarray, sum(part.seconds for part in parts)),
+        tuple(sorted(each for part in parts for each in part.left_out)),
+    )
+
+
+def _added(parts: Sequence[Kind], order: Int[np.ndarray, " images"]) -> Kind:
+    """Counts of one protocol as one; what has a place for each image is in their order."""
+    *sums, rights = zip(*parts, strict=True)
+    right = np.concatenate(rights, axis=-1)
+    right = right[..., order] if right.size else right  # where nothing was counted there are no images in it
+    return type(parts[0])._make([*(sum(arrays) for arrays in sums), right])

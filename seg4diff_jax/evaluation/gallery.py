@@ -1,0 +1,133 @@
+"""Images of the data set that people are shown, segmented once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+from seg4diff_jax.evaluation.batches import Example, assemble
+from seg4diff_jax.evaluation.counting import Measurement, of_one_size
+from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.pictured import Why, pictured
+from seg4diff_jax.evaluation.scores import Setting
+from seg4diff_jax.evaluation.unsupervised import Look
+from seg4diff_jax.evaluation.zero_shot import Pass
+from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
+from seg4diff_jax.segmentation.unsupervised_scores import matched_pairs
+from seg4diff_jax.segmentation.unsupervised_tally import tables
+
+UNMATCHED = -1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image of the data set for people to look at.
+
+    Attributes:
+      example: the image, its labels and name; `image` are its pixels as they are.
+      predicted: class of every pixel.
+      classes: those that were asked for; `scores` are theirs, on the grid of image tokens.
+      accuracy: percent of the labelled pixels that are right.
+      why: it is shown: see `pictured`.
+    """
+
+    example: Example
+    image: np.ndarray
+    predicted: Int[np.ndarray, "height width"]
+    classes: tuple[int, ...]
+    scores: Float[np.ndarray, "classes rows columns"]
+    accuracy: float
+    why: Why
+
+
+@dataclass(frozen=True)
+class ShownSegments:
+    """One image of the data set in segments without names.
+
+    Attributes:
+      example, image, why: as of `Shown`.
+      segments: the segment of every pixel.
+      owners: the class that each segment is matched with, `UNMATCHED` for none; always in a match of the whole image.
+      accuracy: percent of the labelled pixels that are right as they are scored: of rows, where rows are matched.
+    """
+
+    example: Example
+    image: np.ndarray
+    segments: Int[np.ndarray, "height width"]
+    owners: Int[np.ndarray, " segments"]
+    accuracy: float
+    why: Why
+
+
+def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[Shown]:
+    """The images that `pictured` names, by the pixels that are right at the first seed."""
+    settings, counting = measurement.settings, measurement.zero_shot
+    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
+    accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
+    asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
+    found: dict[int, Shown] = {}
+    for numbers, why, examples in _batches(measurement, outcome, chosen):
+        scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
+        for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
+            classes, _ = asked(example)
+            grid = grid[: len(classes)]
+            predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
+            if best.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
+                kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
+                classes, grid = tuple(classes[at] for at in kept), grid[kept]
+            image = measurement.reader.image(example.index)
+            found[number] = Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason)
+    return [found[number] for number, _ in chosen]
+
+
+def shown_segments(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[ShownSegments]:
+    """The images that `pictured` names, by the pixels that are right after the match, at the first seed."""
+    settings, counting = measurement.settings, measurement.unsupervised
+    look, block = Look(best.step, settings.seeds[0]), settings.readouts.index(best.readout)
+    thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
+    place = thresholds.index(best.threshold)
+    accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)
+    absent_classes, classes = settings.unsupervised[place].absent_classes, len(measurement.benchmark.classes)
+    chosen, found = pictured(accuracy, outcome.histograms, count), dict[int, ShownSegments]()
+    for numbers, why, examples in _batches(measurement, outcome, chosen):
+        divided = counting.segments(assemble(examples, settings.batch_size), look, block, place)
+        for number, reason, example, segments in zip(numbers, why, examples, divided, strict=True):
+            image = measurement.reader.image(example.index)
+            owners = owners_of(example.labels, segments, classes, absent_classes=absent_classes)
+            found[number] = ShownSegments(example, image, segments, owners, float(accuracy[number]), reason)
+    return [found[number] for number, _ in chosen]
+
+
+def owners_of(
+    labels: Integer[np.ndarray, "height width"],
+    segments: Int[np.ndarray, "height width"],
+    classes: int,
+    *,
+    absent_classes: bool,
+) -> Int[np.ndarray, " segments"]:
+    """The class that each segment of an image is matched with, `UNMATCHED` for none."""
+    (unit,) = tables(labels.reshape(1, -1), segments.reshape(1, -1), classes)
+    owners = np.full(unit.shape[1], UNMATCHED)
+    _, matched, chosen = matched_pairs(unit, absent_classes=absent_classes)
+    there = chosen < len(owners)
+    owners[chosen[there]] = matched[there]
+    return owners
+
+
+def _percent(right: Int[np.ndarray, " images"], outcome: Counts) -> Float[np.ndarray, " images"]:
+    """NaN for an image none of whose pixels is counted."""
+    counted = outcome.histograms.sum(axis=1)
+    return np.where(counted > 0, 100 * right / np.maximum(counted, 1), np.nan)
+
+
+def _batches(
+    measurement: Measurement, outcome: Counts, chosen: Sequence[tuple[int, Why]]
+) -> Iterator[tuple[Sequence[int], Sequence[Why], Sequence[Example]]]:
+    """Places of images in the outcome, why they are shown, and they themselves, a batch of one size at a time."""
+    known = {int(outcome.indices[number]): (number, why) for number, why in chosen}
+    for some in of_one_size(map(measurement.reader.example, known), measurement.settings.batch_size, []):
+        numbers, why = zip(*(known[example.index] for example in some), strict=True)
+        yield numbers, why, some

@@ -1,0 +1,120 @@
+"""How far a run has come, shard by shard of its data set, so that an interrupted one can go on.
+
+`progress/run.json` says what is measured, `progress/NNNNNN.npz` what was counted over a shard. Files appear whole or
+not at all. When the results are there the directory goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import cut, quoted, read_json
+from seg4diff_jax.evaluation.counts import Counts, together
+
+DIRECTORY, RUN = "progress", "run.json"
+SHARD = "images_per_shard"
+
+
+class Progress:
+    """The finished shards of a run.
+
+    Args:
+      out: the run's directory; it need not be there.
+      identity: what decides about the figures, plain values.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]):
+        self.directory, self.identity = out / DIRECTORY, json.loads(json.dumps(identity))
+
+    def resumed(self) -> int | None:
+        """Images in a shard of the run that is to go on; None where there is none.
+
+        Raises ValueError when it was another one, and says what has changed, or when its description is damaged.
+        """
+        path = self.directory / RUN
+        if not path.is_file():
+            return None
+        try:
+            former = read_json(path)
+        except CheckpointError as error:
+            raise ValueError(f"{error}: give --overwrite to begin anew") from None
+        shard = former.pop(SHARD, None)
+        if type(shard) is not int or shard < 1:
+            raise ValueError(
+                f"{path}: {SHARD} is {quoted(shard)}, expected a whole number from 1: give --overwrite to begin anew"
+            )
+        names = dict.fromkeys((*former, *self.identity))
+        changed = [
+            f"{cut(name)} was {quoted(former.get(name))} and is {quoted(self.identity.get(name))}"
+            for name in names
+            if former.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.directory} is of a run with other options: {'; '.join(changed)}. Give the former ones to go "
+                "on, or another --out"
+            )
+        return shard
+
+    def begin(self, images_per_shard: int) -> None:
+        """Forget what is there."""
+        self.clear()
+        self._images_per_shard = images_per_shard
+
+    def done(self, images_per_shard: int, images: int) -> tuple[list[int], Counts | None]:
+        """Numbers of the finished shards, and what was counted over all of them.
+
+        A damaged file counts as none, and so does one whose images are not those of the shard with its number.
+
+        Args:
+          images: of the whole set.
+        """
+        numbers: list[int] = []
+        total: Counts | None = None
+        for path in sorted(self.directory.glob("[0-9]*.npz")):
+            try:
+                number, part = int(path.stem), Counts.from_bytes(path.read_bytes())
+                first = number * images_per_shard
+                if part.covered() != list(range(images)[first : first + images_per_shard]):
+                    raise ValueError("images of another shard")
+            except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error):
+                _remove(path)
+                continue
+            numbers.append(number)
+            total = together([total, part] if total else [part])  # one at a time: many are more than memory holds
+        return numbers, total
+
+    def save(self, number: int, outcome: Counts) -> None:
+        if not (self.directory / RUN).exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            described = {**self.identity, SHARD: self._images_per_shard}
+            _write(self.directory / RUN, json.dumps(described, indent=1, ensure_ascii=False).encode())
+        _write(self.directory / f"{number:06d}.npz", outcome.to_bytes())
+
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """Whole or not at all, also when the machine goes down meanwhile."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,298 @@
+"""Pictures with masks as MAGNET's training items: a square view, its prompt, and which words stand for which mask.
+
+Of labelled pictures the prompt is the names of the classes in the view, in ascending order, joined by spaces (Seg4Diff,
+section 4); of pictures whose masks have no names, or whose captions are given, it is the caption. All items have equal
+shapes:
+
+    image         uint8 [size, size, 3]
+    clip_l, clip_g [, t5]   token ids
+    labels        uint8 [size, size]; class_of_row uint8 [rows], 255 for none; averaging fp32 [rows, 77]
+      or
+    masks         uint8 [rows, size, size / 8], eight pixels a byte; real bool [rows]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
+from seg4diff_jax.data.labelled import LabelledImages
+from seg4diff_jax.data.loader import DataSource, Item
+from seg4diff_jax.data.names import Spelling, spelled
+from seg4diff_jax.data.sa1b import MaskFolder
+from seg4diff_jax.data.sets import SETS
+from seg4diff_jax.data.subset import listed_places
+from seg4diff_jax.data.views import Crop, View
+from seg4diff_jax.magnet.matching import largest_first
+from seg4diff_jax.miniature.scenes import SceneItems, scene_name
+from seg4diff_jax.miniature.world.shapes import CLASSES
+from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.text import Tokenizers, class_prompts, tokenize
+
+T5_LENGTH = 77
+OTHERS = ("folder", "scenes", "sa1b")
+
+
+@dataclass(frozen=True)
+class MaskData:
+    """Which pictures and masks, and what a step sees of them.
+
+    Attributes:
+      name: folder (`images/ labels/ classes.txt`), one of the published sets (coco-171, ade20k150, ...), scenes (the
+        synthetic world's), or sa1b (pictures with masks that have no names).
+      root: where they lie; not of scenes.
+      split: of a published set, or of scenes; null: train.
+      labels: which labels, where a published set has several.
+      captions: file of captions, see `data.image_captions`. Prompts are then these, and masks have no names. Null: of
+        sa1b prompts are empty, of labelled sets the classes' names.
+      list: file with names of pictures, one a line: these alone, see `data.subset`. Null: all.
+      names: how prompts spell classes, see `data.names`.
+      scenes: how many, of scenes.
+      size: side of the square that the model sees; null: the checkpoint's own.
+      crop: how the square is cut out, see `data.views`; center and squash show the same in every epoch.
+      flip: mirror half of what is seen.
+      rows: most masks of one picture. The largest are kept, of classes also only as many as have room in one prompt;
+        what is left out is not in the prompt either.
+      least_area: of masks without names: share of what is seen that each must cover.
+    """
+
+    name: str = "folder"
+    root: str | None = None
+    split: str | None = None
+    labels: str | None = None
+    captions: str | None = None
+    list: str | None = None
+    names: Spelling = "own"
+    scenes: int = 60000
+    size: int | None = None
+    crop: Crop = "random"
+    flip: bool = True
+    rows: int = 16
+    least_area: float = 0.005
+
+    def __post_init__(self):
+        if self.name not in (*SETS, *OTHERS):
+            raise ValueError(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
+        if self.captions is not None and self.name == "scenes":
+            raise ValueError(f"data.captions is {self.captions!r}, and scenes have no file of captions: leave it out")
+        if self.rows < 1 or self.scenes < 1:
+            raise ValueError(f"data.rows is {self.rows} and data.scenes {self.scenes}; expected at least 1 each")
+        if not 0 <= self.least_area < 1:
+            raise ValueError(f"data.least_area is {self.least_area}; expected a share: 0 <= least_area < 1")
+        if self.labels is not None and self.name not in SETS:
+            raise ValueError(f"data.labels is {self.labels!r}, and {self.name} has one kind of labels: leave it out")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"data.size is {self.size}; expected a multiple of 8")
+
+    @property
+    def nameless(self) -> bool:
+        """Whether masks have no names, so that prompts do not say which words are whose."""
+        return self.name == "sa1b" or self.captions is not None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Labelled pictures, or pictures with masks, and what they are called.
+
+    Attributes:
+      source: items with `image` and `labels`, or `image`, `masks` and `caption`.
+      classes: as prompts spell them; None where masks have no names.
+      background: label of what is no class of its own; None: there is none.
+      names: of each picture.
+      uncaptioned: names of those whose prompt is empty for want of a caption.
+    """
+
+    source: DataSource
+    classes: tuple[str, ...] | None
+    names: Sequence[str]
+    background: int | None = None
+    uncaptioned: Sequence[str] = ()
+
+
+class Subset:
+    """Some items of a source."""
+
+    def __init__(self, source: DataSource, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Item:
+        return self.source[self.indices[index]]
+
+
+def open_pictures(data: MaskData, size: int) -> Pictures:
+    """What the options name. `size`: side of synthetic scenes.
+
+    Raises:
+      FolderError: something is not where it should be, or not as described, or `data.list` names what is not there.
+      ValueError: the set has no such split, labels or names.
+    """
+    pictures = _every_picture(data, size)
+    if data.list is None:
+        return pictures
+    return subset(pictures, listed_places(data.list, pictures.names, data.name))
+
+
+def _every_picture(data: MaskData, size: int) -> Pictures:
+    split = data.split or "train"
+    if (data.root is None) != (data.name == "scenes"):
+        what = "scenes lie nowhere: leave it out" if data.root else f"give the directory of {data.name}"
+        raise ValueError(f"data.root is {data.root!r} and data.name {data.name!r}: {what}")
+    if data.name == "scenes":
+        name = scene_name(split)
+        source = SceneItems(split, data.scenes, size, ("image", "labels"))
+        return Pictures(source, CLASSES, [name(index) for index in range(data.scenes)])
+    assert data.root is not None
+    if data.name in ("sa1b", "folder") and data.split:
+        raise ValueError(f"data.split is {data.split!r}, but {data.name} has no splits: leave it out")
+    if data.name == "sa1b":
+        masks = MaskFolder(data.root, data.captions)
+        return Pictures(masks, None, masks.names, uncaptioned=masks.captions.absent)
+    if data.name == "folder":
+        folder = LabelledFolder(data.root)
+        pictures = Pictures(folder, spelled(folder.classes, data.names), folder.names)
+    else:
+        published = SETS[data.name]
+        images: LabelledImages = published.open(data.root, split, data.labels)
+        pictures = Pictures(images, spelled(published.classes, data.names), images.names, published.background)
+    return pictures if data.captions is None else _captioned(pictures, data.captions)
+
+
+def _captioned(pictures: Pictures, file: str) -> Pictures:
+    captions = ImageCaptions(pictures.names, file)
+    source = CaptionedPictures(pictures.source, pictures.names, captions, pictures.background)
+    return Pictures(source, None, pictures.names, uncaptioned=captions.absent)
+
+
+def subset(pictures: Pictures, indices: Sequence[int]) -> Pictures:
+    names = [pictures.names[index] for index in indices]
+    uncaptioned = {*pictures.uncaptioned}
+    absent = [name for name in names if name in uncaptioned]
+    return Pictures(Subset(pictures.source, indices), pictures.classes, names, pictures.background, absent)
+
+
+# ---- one item -------------------------------------------------------------------------------------------------------
+
+
+class ViewItems:
+    """Turns items of `Pictures` into training items. Goes to worker processes by pickling.
+
+    Args:
+      positions: where a class is in its prompt. `span`: at its own words; `release`: wherever one of its name's tokens
+        occurs, for which items also have `name_ids` int32 [rows, tokens], -1 for none.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        data: MaskData,
+        size: int,
+        tokenizers: Tokenizers,
+        positions: Literal["span", "release"] = "span",
+    ):
+        self.data, self.size, self.tokenizers, self.background = data, size, tokenizers, pictures.background
+        self.classes, self.repeats = pictures.classes, data.names == "release"
+        self.name_ids: Int[np.ndarray, "classes tokens"] | None = None
+        if self.classes is not None:
+            class_prompts(tokenizers, self.classes, repeats=self.repeats)  # names that cannot be prompts are refused
+            ids = tokenizers.clip_l(list(self.classes), add_special_tokens=False, verbose=False).input_ids
+            self.counts = np.array([len(each) for each in ids])
+            if positions == "release":
+                named = np.full((len(ids), self.counts.max()), -1, np.int32)
+                for row, each in zip(named, ids, strict=True):
+                    row[: len(each)] = each
+                self.name_ids = named
+
+    def __call__(self, item: Item, random: np.random.Generator) -> Item:
+        """A random view, as the options ask for it."""
+        return self.seen(item, self._view(item, random), bool(self.data.flip and random.random() < 0.5))
+
+    def fixed(self, item: Item) -> Item:
+        """The view that every epoch shows, not mirrored; for crops that are not random."""
+        return self.seen(item, self._view(item, None))
+
+    def _view(self, item: Item, random: np.random.Generator | None) -> View:
+        return View.of(item["image"].shape[:2], self.data.crop, random)
+
+    def seen(self, item: Item, view: View, mirrored: bool = False) -> Item:
+        view = view._replace(mirrored=mirrored)
+        image = {"image": view.picture(item["image"], self.size)}
+        return image | (self._masks(item, view) if self.classes is None else self._labels(item, view))
+
+    def _labels(self, item: Item, view: View) -> Item:
+        labels = view.nearest(item["labels"], self.size)
+        if self.background is not None:
+            labels = np.where(labels == self.background, np.uint8(IGNORED), labels)
+        present = self._kept(np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED])
+        rows = np.full(self.data.rows, IGNORED, np.uint8)
+        rows[: len(present)] = present
+        texts, averaging = self._prompt(present)
+        item = {"labels": labels, "class_of_row": rows, "averaging": averaging, **texts}
+        if self.name_ids is not None:
+            named = np.full((self.data.rows, self.name_ids.shape[1]), -1, np.int32)
+            named[: len(present)] = self.name_ids[present]
+            item["name_ids"] = named
+        return item
+
+    def _kept(self, histogram: Int[np.ndarray, " classes"]) -> list[int]:
+        """Classes, ascending: the largest for which there are rows, and room in one prompt."""
+        kept: list[int] = []
+        room = self.tokenizers.clip_l.model_max_length - 2
+        for index in np.argsort(-histogram, kind="stable").tolist():
+            if not histogram[index] or len(kept) == self.data.rows:
+                break
+            if self.counts[index] <= room:
+                kept.append(index)
+                room -= self.counts[index]
+        return sorted(kept)
+
+    def _prompt(self, present: list[int]) -> tuple[Item, Float[np.ndarray, "rows tokens"]]:
+        if not present:
+            length = self.tokenizers.clip_l.model_max_length
+            return prompt_ids(self.tokenizers, ""), np.zeros((self.data.rows, length), np.float32)
+        assert self.classes is not None
+        prompts = class_prompts(self.tokenizers, [self.classes[index] for index in present], repeats=self.repeats)
+        (prompt,) = prompts.prompts
+        return prompt_ids(self.tokenizers, prompt), prompts.averaging(self.data.rows)[0]
+
+    def _masks(self, item: Item, view: View) -> Item:
+        """The masks that are large enough in the view, largest first. `item["masks"]` are large in the picture first:
+        those past twice the rows are not decoded."""
+        found = item["masks"]
+        seen = [view.nearest(found[index], self.size) for index in range(min(len(found), 2 * self.data.rows))]
+        areas = np.array([mask.sum() for mask in seen], np.int64)
+        order = largest_first(areas, self.size**2, rows=self.data.rows, least=self.data.least_area)
+        masks = np.zeros((self.data.rows, self.size, self.size), bool)
+        for row, index in enumerate(order):
+            masks[row] = seen[index]
+        real = np.arange(self.data.rows) < len(order)
+        return {"masks": np.packbits(masks, axis=-1), "real": real, **prompt_ids(self.tokenizers, item["caption"])}
+
+
+def prompt_ids(tokenizers: Tokenizers, prompt: str) -> Item:
+    """Token ids by encoder, int32 [tokens]; what is too long is cut off."""
+    ids = tokenize(tokenizers, [prompt], t5_length=T5_LENGTH)
+    return {name: np.asarray(each)[0] for name, each in ids._asdict().items() if each is not None}
+
+
+def mirrored(item: Item) -> Item:
+    """The item as it would be, had its view been mirrored; without its image."""
+    turned: dict[str, Any] = {name: value for name, value in item.items() if name != "image"}
+    if "labels" in item:
+        turned["labels"] = np.ascontiguousarray(item["labels"][:, ::-1])
+    if "masks" in item:
+        turned["masks"] = mirrored_bits(item["masks"])
+    return turned
+
+
+def mirrored_bits(masks: UInt8[np.ndarray, "rows size bytes"]) -> UInt8[np.ndarray, "rows size bytes"]:
+    pixels: Bool[np.ndarray, "rows size size"] = np.unpackbits(masks, axis=-1).astype(bool)
+    return np.packbits(pixels[:, :, ::-1], axis=-1)

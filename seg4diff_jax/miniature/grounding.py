@@ -1,0 +1,129 @@
+"""How well each block's attention finds the words of scenes it was not trained on, with no mask ever learnt from.
+
+Every scene is asked for the names of its own classes, as in zero-shot segmentation (Seg4Diff, section 3); one forward
+pass records all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
+from seg4diff_jax.flow import image_noise, velocity_loss, velocity_target
+from seg4diff_jax.miniature.scenes import caption_ids
+from seg4diff_jax.miniature.world.shapes import CLASSES, THINGS, Scene
+from seg4diff_jax.models.attention import ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import TokenIds
+from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import MEAN_PROBS, NoisedImages, encode_prompts, velocity
+from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
+from seg4diff_jax.text import Tokenizers, class_prompts
+
+MOST_CLASSES = 8
+"""Rows for the classes of one scene."""
+
+
+def grounding_item(scene: Scene, tokenizers: Tokenizers) -> Item:
+    """A scene's class prompt: token ids, the averaging weights of its classes, and which class each row stands for."""
+    prompts = class_prompts(tokenizers, [CLASSES[index] for index in scene.classes])
+    (prompt,) = prompts.prompts
+    rows = np.full(MOST_CLASSES, IGNORED, np.uint8)
+    rows[: len(scene.classes)] = scene.classes
+    averaging = prompts.averaging(MOST_CLASSES)[0]
+    return {"labels": scene.labels, "averaging": averaging, "class_of_row": rows, **caption_ids(tokenizers, prompt)}
+
+
+@partial(jax.jit, static_argnames=("classes",))
+def block_confusions(
+    denoiser: Any, batch: Batch, noise: Float[Array, "batch rows columns channels"], sigma: Array, classes: int
+) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
+    """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
+    transformer = denoiser.transformer
+    ids = TokenIds(*(batch[name].astype(jnp.int32) for name in ("clip_l", "clip_g")))
+    texts = encode_prompts(denoiser.encoders, ids, joint_dim=transformer.config.joint_attention_dim)
+    images = NoisedImages(batch["latents"].astype(jnp.float32), noise, sigma)
+    return confusions(transformer, images, texts, batch, classes=classes, blocks=tuple(range(transformer.depth)))
+
+
+def confusions(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    batch: Batch,
+    *,
+    classes: int,
+    blocks: tuple[int, ...],
+) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
+    """`block_confusions` of some blocks, under prompts that are encoded."""
+    averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
+    predicted_velocity, records = velocity(
+        transformer, images, texts, capture=blocks, options=ForwardOptions(MEAN_PROBS)
+    )
+    grid, size = images.grid(transformer.config.patch_size), batch["labels"].shape[1:3]
+
+    def predicted(scores: Array, row_classes: Array) -> Array:
+        best = label_map(scores.reshape(-1, *grid), size, present=row_classes != IGNORED)
+        return row_classes[best]
+
+    def confusion(probs: Array) -> Array:
+        labels = jax.vmap(predicted)(class_scores(probs, averaging), rows)
+        return confusion_matrix(batch["labels"], labels, classes)
+
+    probs = jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
+    loss = velocity_loss(predicted_velocity, velocity_target(images.latents, images.noise))
+    return jax.lax.map(confusion, probs), loss
+
+
+def grounding(
+    denoiser: nnx.Module, source: DataSource, *, sigmas: Sequence[float], batch_size: int, seed: int = 0
+) -> dict[str, float]:
+    """Zero-shot mIoU, in percent, of every block at every noise level.
+
+    Args:
+      denoiser: holds `transformer` and `encoders`.
+      source: items with the fields of `grounding_item` and `latents`.
+
+    Returns:
+      `miou`, `things` and `stuffs` (their own mean IoU) of the best block at its best noise level, which are `block`
+      and `sigma`; `velocity_loss`, the mean over scenes and noise levels under class prompts; and for every block and
+      level `miou/block@sigma` and `things/block@sigma`. All mIoU are NaN where the loss is no finite number: of scores
+      that are NaN the first class is the largest.
+    """
+    classes, things = len(CLASSES), range(len(THINGS))
+    confusions: dict[float, Any] = dict.fromkeys(sigmas, 0)
+    losses: list[np.ndarray] = []
+    for batch, count in evaluation_batches(source, batch_size):
+        noise = image_noise(seed, batch["index"], batch["latents"].shape[1:])
+        labels = np.where((np.arange(batch_size) < count)[:, None, None], batch["labels"], IGNORED)
+        for sigma in sigmas:
+            matrices, loss = block_confusions(denoiser, {**batch, "labels": labels}, noise, jnp.float32(sigma), classes)
+            confusions[sigma] = confusions[sigma] + on_host(matrices).astype(np.int64)
+            losses.append(on_host(loss)[:count])
+    loss = float(np.concatenate(losses).mean())
+    percent = 100.0 if np.isfinite(loss) else float("nan")
+    table = {
+        (block, sigma): {
+            "miou": percent * mean_iou(matrix),
+            "things": percent * mean_iou(matrix, things),
+            "stuffs": percent * mean_iou(matrix, range(len(THINGS), classes)),
+        }
+        for sigma, matrices in confusions.items()
+        for block, matrix in enumerate(matrices)
+    }
+    block, sigma = max(table, key=lambda place: np.nan_to_num(table[place]["miou"], nan=-1.0))
+    every = {
+        f"{name}/{b}@{s:g}": scores[name] for name in ("miou", "things") for (b, s), scores in sorted(table.items())
+    }
+    best = {"block": float(block), "sigma": sigma, "velocity_loss": loss}
+    return table[block, sigma] | best | every

@@ -1,0 +1,1 @@
+"""The synthetic world that the miniature was trained on."""

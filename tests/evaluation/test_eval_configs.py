@@ -1,0 +1,97 @@
+"""configs/eval: the rows of the paper's tables, as options that evaluate.py takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.convert_checkpoint import CONFIGS
+from benchmarks.real_shapes.flops import stages
+from seg4diff_jax.data.sets import SETS
+from seg4diff_jax.evaluation.options import STEPS, kinds_of_prompts, numbers, parse, protocols, thresholds
+from seg4diff_jax.evaluation.paper import BY_NAMES, FIGURES, WITHOUT_NAMES
+from seg4diff_jax.evaluation.published import METHOD, RESIZES, THRESHOLDS
+
+ROOT = Path(__file__).parents[2]
+OTHER_MEASURES = ("coco_object_background", "unsupervised_stuff27_listed")
+"""Configurations of sets of which the paper's figures are measured in another way."""
+FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def file(request) -> Path:
+    return request.param
+
+
+def header(file: Path) -> str:
+    lines = file.read_text("utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_a_configuration_is_understood_and_names_a_set_that_exists(file):
+    options = parse(["--config", str(file)])
+    published = SETS[options.data.name or ""]
+    assert options.data.background is None or published.background is not None
+    assert (options.blocks, options.steps, numbers(options.seeds, "", range(10))) == (9, 8, (0, 1, 2))
+    assert numbers(options.steps, "--steps", STEPS) == (8,)
+    assert kinds_of_prompts(options.prompts) == ("present",)
+    resize = "release" if file.stem.endswith("_release") else "paper" if options.data.list else "square"
+    assert options.data.resize == resize
+    assert options.unsupervised.threshold is None or thresholds(options.unsupervised.threshold, "") == THRESHOLDS
+    assert options.out == f"runs/evaluate/{file.stem}"
+
+
+def test_its_header_says_the_command_and_what_the_paper_reports_for_just_this(file):
+    options, said = parse(["--config", str(file)]), header(file)
+    assert said.count(f"python evaluate.py --config configs/eval/{file.stem}.yaml") == 2
+    (protocol,) = protocols(options.protocol)
+    assert (protocol == "unsupervised") == file.stem.startswith("unsupervised_")
+    mine = lambda figure: (figure.method, figure.dataset, figure.protocol) == (METHOD, options.data.name, protocol)
+    reported = {(figure.model, figure.magnet): figure.miou for figure in FIGURES if mine(figure)}
+    if file.stem in OTHER_MEASURES or not reported:
+        assert "the paper reports none" in said
+        return
+    assert (
+        f"mIoU reported by the paper; not measured here: SD3 {reported['SD3', None]}, SD3.5 {reported['SD3.5', None]}; "
+        f"SD3 with MAGNET's adapters trained on SA-1B {reported['SD3', 'SA-1B']}, on COCO {reported['SD3', 'COCO']}."
+    ) in said
+    assert ("Those " in said) == (options.data.resize not in RESIZES), "where they are of another way, it is named"
+
+
+def test_its_times_are_arithmetic_and_say_so(file):
+    said, seeds = header(file), 3
+    needed = stages(CONFIGS["transformer"], CONFIGS["vae"], 1024, 9)["needed"]
+    image = needed["autoencoder"] + seeds * (sum(needed.values()) - needed["autoencoder"])
+    (images,) = re.findall(r"the (\d+) val", said)
+    found = re.search(
+        r"not measured\. Arithmetic: ([\d.]+) TFLOP an image .*?, ([\d.]+) PFLOP in all, ([\d.]+) min", said
+    )
+    assert found is not None
+    total = image * int(images)
+    said_in_one_decimal = [round(each, 1) for each in (image / 1e12, total / 1e15, total / 6e15)]
+    assert [float(each) for each in found.groups()] == said_in_one_decimal
+
+
+def test_every_column_of_the_two_tables_has_a_configuration():
+    asked = {parse(["--config", str(file)]).data.name for file in FILES if not file.stem.startswith("unsupervised")}
+    not_asked = {parse(["--config", str(file)]).data.name for file in FILES if file.stem.startswith("unsupervised")}
+    assert set(BY_NAMES) <= asked
+    assert set(WITHOUT_NAMES) <= not_asked
+
+
+def test_the_releases_way_is_a_configuration_of_its_own_where_options_make_it():
+    for file in FILES:
+        options = parse(["--config", str(file)])
+        released = file.stem.endswith("_release")
+        how = options.unsupervised
+        if file.stem.startswith("unsupervised_"):
+            ours, theirs = ("pixel", "image", False), ("token", "row", True)
+            assert (how.minmax, how.match, how.absent_classes) == (theirs if released else ours)
+        if file.stem in OTHER_MEASURES:
+            continue
+        if options.data.name == "coco-object" and not file.stem.startswith("unsupervised_"):
+            assert options.data.background == ("asked" if released else "ignored")
+    asked = [file for file in FILES if not file.stem.startswith("unsupervised_") and file.stem.endswith("_release")]
+    assert {parse(["--config", str(file)]).data.name for file in asked} == set(BY_NAMES)

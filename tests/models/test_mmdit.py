@@ -1,0 +1,435 @@
+"""The MM-DiT equals diffusers' SD3Transformer2DModel: velocity, every block, every attention map, gradients."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from flax import nnx
+
+from seg4diff_jax.convert.assemble import abstract, from_state_dict
+from seg4diff_jax.convert.names import parameter_shapes
+from seg4diff_jax.convert.tables import mmdit as table
+from seg4diff_jax.convert.write import layer_arrays
+from seg4diff_jax.models.attention import IMAGE_TO_TEXT, AttentionRequest, ForwardOptions
+from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.sd3.model import (
+    MMDiT,
+    MMDiTConfig,
+    patchify,
+    sincos_table,
+    velocity_at,
+)
+from seg4diff_jax.models.trunk import attention_at, attentions_at
+from tests.reference.attention import explicit_softmax
+from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
+
+SMALL = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 40,
+    "caption_projection_dim": 48,
+    "pooled_projection_dim": 24,
+    "out_channels": 16,
+    "pos_embed_max_size": 14,
+}
+VARIANTS = {
+    "sd3": SMALL,
+    "sd3.5-medium": SMALL | {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]},
+    "sd3.5-large": SMALL
+    | {"qk_norm": "rms_norm", "num_layers": 6, "num_attention_heads": 5, "caption_projection_dim": 80},
+    "scattered dual attention": SMALL | {"dual_attention_layers": [1, 3]},
+}
+
+
+def make_pair(config: dict, seed: int = 0) -> tuple[SD3Transformer2DModel, MMDiT]:
+    theirs = randomize_(SD3Transformer2DModel(**config), seed)
+    if theirs.config.qk_norm is None:
+        temper_(theirs, SD3_QUERIES, 2)
+    parsed = MMDiTConfig.from_json(dict(theirs.config))
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    ours = from_state_dict(abstract(lambda rngs: MMDiT(parsed, rngs=rngs)), table.diffusers(parsed), tensors)
+    return theirs, ours
+
+
+def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, batch: int = 2, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {
+        "latents": draw(batch, *size, config["in_channels"]),
+        "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
+        "conditioning": TextConditioning(
+            draw(batch, text, config["joint_attention_dim"]),
+            draw(batch, config["pooled_projection_dim"]),
+            segments=(("clip", text),),
+        ),
+    }
+
+
+def equal_tail(inputs: dict, tokens: int) -> tuple[dict, dict]:
+    """Inputs whose last tokens are zeros, all of them computed; and the same, one of them computed for all."""
+    given = inputs["conditioning"]
+    context = given.context.at[:, -tokens:].set(0)
+    both = (TextConditioning.from_full(context, given.pooled, equal, given.segments) for equal in (1, tokens))
+    full, once = ({**inputs, "conditioning": conditioning} for conditioning in both)
+    return full, once
+
+
+def tensors_of(inputs: dict, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    text = inputs["conditioning"]
+    arrays = {name: inputs[name] for name in ("latents", "timesteps")}
+    arrays |= {"context": text.full_context, "pooled": text.pooled}
+    return {name: torch.tensor(np.asarray(array), dtype=dtype) for name, array in arrays.items()}
+
+
+def run_torch(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor:
+    inputs = tensors_of(inputs, model.dtype)
+    return model(
+        hidden_states=inputs["latents"].permute(0, 3, 1, 2),
+        encoder_hidden_states=inputs["context"],
+        pooled_projections=inputs["pooled"],
+        timestep=inputs["timesteps"],
+    ).sample.permute(0, 2, 3, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def forward(model: MMDiT, inputs: dict, capture=(), request: AttentionRequest = IMAGE_TO_TEXT):
+    return model(**inputs, capture=capture, options=ForwardOptions(request))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def record_at(model: MMDiT, inputs: dict, block: int, request: AttentionRequest = IMAGE_TO_TEXT):
+    return attention_at(model, **inputs, block=block, options=ForwardOptions(request))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pair(variant):
+    return make_pair(VARIANTS[variant])
+
+
+@pytest.mark.parametrize(("size", "text"), [((16, 16), 9), ((8, 20), 12), ((28, 6), 5)])
+def test_velocity_equals_diffusers(pair, variant, size, text):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant], size, text)
+    with torch.no_grad():
+        expected = run_torch(theirs, inputs)
+    velocity, records = forward(ours, inputs)
+    assert records == {}
+    assert relative_error(velocity, expected) <= 1e-5
+
+
+def test_velocity_of_some_tokens_equals_diffusers_given_those_tokens_alone(pair, variant):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    tokens = np.stack([np.random.default_rng(image).permutation(64)[:20] for image in range(2)])
+    given = tensors_of(inputs)
+    with torch.no_grad():
+        hidden = theirs.pos_embed(given["latents"].permute(0, 3, 1, 2))[[[0], [1]], tokens]
+        conditioning = theirs.time_text_embed(given["timesteps"], given["pooled"])
+        context = theirs.context_embedder(given["context"])
+        for block in theirs.transformer_blocks:
+            context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, temb=conditioning)
+        expected = theirs.proj_out(theirs.norm_out(hidden, conditioning))
+    found = jax.jit(lambda model, inputs, tokens: velocity_at(model, **inputs, tokens=tokens))(ours, inputs, tokens)
+    assert relative_error(found, expected) <= 1e-5
+
+
+def test_velocity_of_all_tokens_is_the_velocity_in_patches():
+    _, ours = make_pair(SMALL)
+    inputs = make_inputs(SMALL, (8, 20))
+    whole, _ = forward(ours, inputs)
+    order = jnp.asarray(np.random.default_rng(0).permutation(40))[None].repeat(2, axis=0)
+    found = velocity_at(ours, **inputs, tokens=order)
+    np.testing.assert_allclose(found, np.asarray(patchify(whole, 2))[:, order[0]], atol=2e-5)
+
+
+QUADRANTS = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
+
+
+def test_every_map_of_every_block_equals_an_explicit_softmax(pair, variant):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant], (12, 16), text=11)
+    processors = explicit_softmax(theirs)
+    with torch.no_grad():
+        velocity_expected = run_torch(theirs, inputs)
+    request = AttentionRequest(quadrants=QUADRANTS, qkv=True, text_tokens=(2, 9))
+    blocks = range(ours.depth)
+    velocity, records = forward(ours, inputs, blocks, request)
+    assert relative_error(velocity, velocity_expected) <= 1e-5
+    assert list(records) == list(blocks)
+    tokens = {"image": slice(0, 48), "text": slice(48 + 2, 48 + 9)}
+    for block, expected in enumerate(processors):
+        for name in "qkv":
+            joint = getattr(records[block], name)
+            assert relative_error(joint, getattr(expected, name).transpose(1, 2)) <= 1e-5
+        for quadrant in QUADRANTS:
+            rows, columns = (tokens[stream] for stream in quadrant.split("_to_"))
+            ours_map = getattr(records[block], quadrant)
+            assert relative_error(ours_map.scores, expected.scores[:, :, rows, columns]) <= 1e-5
+            assert relative_error(ours_map.probs, expected.probs[:, :, rows, columns]) <= 1e-5
+
+
+def test_records_do_not_depend_on_which_other_blocks_are_captured(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    _, everything = forward(ours, inputs, range(ours.depth))
+    for capture in [(0,), (1, 2), (ours.depth - 1, 0)]:
+        _, records = forward(ours, inputs, capture)
+        assert set(records) == set(capture)
+        for block in capture:
+            np.testing.assert_allclose(records[block].probs, everything[block].probs, atol=1e-6)
+
+
+def test_attention_at_returns_the_record_of_a_whole_forward_pass(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    request = AttentionRequest(quadrants=QUADRANTS)
+    _, records = forward(ours, inputs, range(ours.depth), request)
+    for block in range(ours.depth):
+        record = record_at(ours, inputs, block, request)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), record, records[block])
+
+
+def test_records_of_several_blocks_come_from_one_pass_that_ends_in_the_last(pair, variant, monkeypatch):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    _, everything = forward(ours, inputs, range(ours.depth))
+    shallow = nnx.clone(ours)
+    monkeypatch.setattr(MMDiT, "velocity", None)  # whole models have an output head too: it must not be called
+    for blocks in [(0, 2), (2, 0, 1), range(ours.depth), [1]]:
+        records = jax.jit(lambda x, blocks=blocks: attentions_at(shallow, **x, blocks=blocks))(inputs)
+        assert set(records) == set(blocks)
+        for block, record in records.items():
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), record, everything[block])
+
+
+@pytest.mark.parametrize("earlier", [(), (0,), (0, 1)])
+def test_attention_at_needs_no_parameter_after_q_and_k_of_its_last_block(pair, variant, earlier):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    block = 2
+    records = lambda m, x: attentions_at(m, **x, blocks=(*earlier, block)) if earlier else attention_at(m, **x, block=2)
+    jaxpr = jax.make_jaxpr(lambda m, x: jax.tree.map(lambda leaf: leaf, records(m, x)))(ours, inputs)
+    used, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.out_avals))
+    matmuls = [eqn for eqn in used.eqns if eqn.primitive.name == "dot_general"]
+    # Outside the scan over earlier blocks: time (2), pooled (2), context, both modulations, q and k of both streams,
+    # the normaliser's scores and the map's own.
+    assert len(matmuls) == 5 + 2 + 4 + 2
+    shallow = MMDiT(ours.config, depth=block + 1, rngs=nnx.Rngs(0))
+    assert not hasattr(shallow, "proj_out")
+    shapes = parameter_shapes(shallow)
+    assert f"blocks.{block}.image.attention.q.kernel" in shapes
+    assert f"blocks.{block + 1}.image.attention.q.kernel" not in shapes
+
+
+def test_equal_context_tokens_computed_once_change_nothing(pair, variant):
+    _, ours = pair
+    request = AttentionRequest(quadrants=QUADRANTS, qkv=True, text_tokens=(0, None))
+    full, once = equal_tail(make_inputs(VARIANTS[variant], text=12), 7)
+    every = tuple(range(ours.depth))
+    (velocity, records), (velocity_once, records_once) = (forward(ours, x, every, request) for x in (full, once))
+    assert relative_error(velocity_once, velocity) <= 1e-5
+    for mine, expected in zip(jax.tree.leaves(records_once), jax.tree.leaves(records), strict=True):
+        assert mine.shape == expected.shape
+        assert relative_error(mine, expected) <= 1e-5
+    at_block = record_at(ours, once, 1, request)
+    for mine, expected in zip(jax.tree.leaves(at_block), jax.tree.leaves(records[1]), strict=True):
+        assert relative_error(mine, expected) <= 1e-5
+
+
+def test_gradients_do_not_depend_on_how_equal_tokens_are_computed(pair, variant):
+    _, ours = pair
+
+    def loss(model, inputs):
+        velocity, records = model(**inputs, capture=(1,))
+        return jnp.square(velocity).mean() + records[1].probs.std()
+
+    plain, once = (jax.jit(jax.grad(loss))(ours, x) for x in equal_tail(make_inputs(VARIANTS[variant], text=12), 7))
+    # Without q/k norm a softmax does not see the keys' biases: their gradients are rounding of the others.
+    rounding = 1e-7 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    for mine, expected in zip(jax.tree.leaves(once), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-5 * float(jnp.abs(expected).max()) + rounding)
+
+
+@pytest.mark.parametrize("equal", [0, 10])
+def test_a_count_of_equal_tokens_beyond_the_context_is_refused(equal):
+    given = make_inputs(SMALL)["conditioning"]
+    with pytest.raises(ValueError, match=f"equal is {equal}; expected 1 to the context's 9 tokens"):
+        TextConditioning.from_full(given.context, given.pooled, equal)
+    with pytest.raises(ValueError, match="last_token_count is 0; expected a whole number, at least 1"):
+        TextConditioning(given.context, given.pooled, 0)
+
+
+def test_the_full_context_shows_every_token():
+    full, once = equal_tail(make_inputs(SMALL), 4)
+    assert once["conditioning"].context.shape[1] == 6
+    np.testing.assert_array_equal(once["conditioning"].full_context, full["conditioning"].context)
+
+
+def test_averaged_heads_are_the_mean_of_the_heads(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    kept, averaged = record_at(ours, inputs, 1), record_at(ours, inputs, 1, AttentionRequest(mean_heads=True))
+    np.testing.assert_allclose(averaged.probs, kept.probs.mean(1), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(averaged.scores, kept.scores.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("part", "remat"), [("scores", False), ("probs", True)])
+def test_gradients_of_a_loss_on_the_maps_equal_autograd(pair, variant, part, remat):
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant], (8, 12), text=7)
+    target = np.random.default_rng(1).standard_normal((2, ours.config.num_attention_heads, 24, 7)).astype(np.float32)
+    block = 2
+
+    def loss(model):
+        velocity, records = model(**inputs, capture=(block,), options=ForwardOptions(remat=remat))
+        return (getattr(records[block], part) * target).sum() + (velocity**2).mean()
+
+    gradients = jax.jit(jax.grad(loss))(ours)
+    processors = explicit_softmax(theirs)
+    theirs.zero_grad()
+    velocity = run_torch(theirs, inputs)
+    maps = getattr(processors[block], part)[:, :, :24, 24:]
+    ((maps * torch.from_numpy(target)).sum() + (velocity**2).mean()).backward()
+    tensors = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
+    tensors = {name: tensor.numpy() for name, tensor in (tensors | dict(theirs.named_buffers())).items()}
+    make = lambda rngs: MMDiT(ours.config, rngs=rngs)
+    expected = from_state_dict(abstract(make), table.diffusers(ours.config), tensors)
+    found, expected = by_layer(gradients), by_layer(expected)
+    scale = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert np.abs(found[name] - gradient).max() <= gradient_bound(name, variant, gradient, scale), name
+
+
+def by_layer(model: MMDiT) -> dict[str, np.ndarray]:
+    """Every parameter by its per-layer name; the positional table, which is not trained, left out."""
+    return {name: array for name, array in layer_arrays(model).items() if not name.startswith("pos_embed")}
+
+
+def gradient_bound(name: str, variant: str, expected: np.ndarray, scale: float) -> float:
+    """How far a gradient in fp32 may be from autograd's.
+
+    Against float64 PyTorch's own error is up to 4e-6 of a gradient's largest value, ours up to 1.2e-5; between the two
+    it is up to 1.5e-5, with two exceptions (all measured).
+    """
+    if name == "time_embed.up.kernel":
+        # A product with cosines and sines of angles up to 900, which fp32 rounds by up to 2^-24 x 900 = 5e-5, each
+        # framework in its own way. Measured: 3e-5.
+        return 6e-5 * np.abs(expected).max()
+    if name.endswith("dual_attention.k.bias") and "qk_norm" not in VARIANTS[variant]:
+        # One vector added to all keys of a softmax changes nothing: in float64 the gradient is 1e-17 of the largest,
+        # in fp32 what rounding leaves of it. Measured: 1.6e-8 of the largest.
+        return 2**-24 * scale
+    return 2e-5 * np.abs(expected).max()
+
+
+def test_the_program_does_not_grow_with_depth():
+    def equations(layers: int) -> int:
+        config = MMDiTConfig.from_json(SMALL | {"num_layers": layers})
+        model = abstract(lambda rngs: MMDiT(config, rngs=rngs))
+        inputs = make_inputs(SMALL)
+        return len(str(jax.make_jaxpr(lambda m, x: m(**x, capture=(2,)))(model, inputs)).splitlines())
+
+    assert equations(12) == equations(30)
+
+
+def test_maps_under_vmap_equal_maps_of_a_batch(pair, variant):
+    _, ours = pair
+    inputs = make_inputs(VARIANTS[variant], batch=3)
+    single = lambda x: attention_at(ours, **jax.tree.map(lambda leaf: leaf[None], x), block=1).probs[0]
+    mapped = jax.jit(jax.vmap(single))(inputs)
+    np.testing.assert_allclose(mapped, record_at(ours, inputs, 1).probs, atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32_and_its_maps_are_exact_softmaxes_in_float32(pair, variant):
+    """Measured over three draws of inputs and all blocks: velocity 0.023, scores 0.040, probabilities 0.045."""
+    theirs, ours = pair
+    inputs = make_inputs(VARIANTS[variant])
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    make = lambda rngs: MMDiT(ours.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+    half = from_state_dict(abstract(make), table.diffusers(ours.config), tensors, dtype=jnp.bfloat16)
+    request = AttentionRequest(quadrants=("image_to_image", "image_to_text"))
+    velocity, records = forward(half, inputs, range(ours.depth), request)
+    exact, exact_records = forward(ours, inputs, range(ours.depth), request)
+    assert velocity.dtype == jnp.bfloat16
+    assert relative_error(velocity.astype(np.float32), np.asarray(exact)) <= 0.03
+    for block, record in records.items():
+        assert record.probs.dtype == record.scores.dtype == jnp.float32
+        assert relative_error(record.scores, exact_records[block].scores) <= 0.05
+        assert relative_error(record.probs, exact_records[block].probs) <= 0.06
+        both = record.image_to_image, record.image_to_text
+        scores, probs = (jnp.concatenate([getattr(part, name) for part in both], -1) for name in ("scores", "probs"))
+        np.testing.assert_allclose(probs, jax.nn.softmax(scores, -1), atol=1e-6)
+
+
+def test_the_positional_table_is_the_published_one():
+    theirs = SD3Transformer2DModel(**SMALL)
+    table_expected = theirs.pos_embed.pos_embed.reshape(14, 14, 48)
+    assert relative_error(sincos_table(MMDiTConfig.from_json(SMALL)), table_expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
+        ({"caption_projection_dim": 47}, "caption_projection_dim is 47"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size is missing"),
+    ],
+)
+def test_a_variant_that_is_not_implemented_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MMDiTConfig.from_json(SMALL | change)
+
+
+def test_latents_that_do_not_fit_and_blocks_that_do_not_exist_are_refused(pair, variant):
+    _, ours = pair
+    with pytest.raises(ValueError, match="latents are 15 x 16; sides must be multiples of 2, up to 28"):
+        ours(**make_inputs(VARIANTS[variant], (15, 16)))
+    with pytest.raises(ValueError, match="latents are 30 x 16"):
+        ours(**make_inputs(VARIANTS[variant], (30, 16)))
+    with pytest.raises(ValueError, match=r"cannot capture blocks \[40\]"):
+        ours(**make_inputs(VARIANTS[variant]), capture=(40,))
+    with pytest.raises(ValueError, match="cannot capture block 40"):
+        attention_at(ours, **make_inputs(VARIANTS[variant]), block=40)
+    with pytest.raises(ValueError, match=r"cannot capture blocks \[-1, 40\]: the model holds blocks 0\.\."):
+        attentions_at(ours, **make_inputs(VARIANTS[variant]), blocks=(-1, 0, 40))
+    with pytest.raises(ValueError, match="no block is named"):
+        attentions_at(ours, **make_inputs(VARIANTS[variant]), blocks=())
+    shallow = MMDiT(ours.config, depth=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"holds blocks 0..1 of \d and has no output head"):
+        shallow(**make_inputs(VARIANTS[variant]))
+
+
+def test_a_segment_of_the_text_is_asked_for_by_its_name():
+    _, ours = make_pair(SMALL)
+    full, once = equal_tail(make_inputs(SMALL), 4)
+    named = lambda inputs: {
+        **inputs,
+        "conditioning": replace(inputs["conditioning"], segments=(("clip", 5), ("t5", 4))),
+    }
+    for name, numbers in (("clip", (0, 5)), ("t5", (5, None))):
+        by_name, by_number = (AttentionRequest(text_tokens=tokens) for tokens in (name, numbers))
+        expected = record_at(ours, full, 1, by_number)
+        for inputs in (full, once):
+            found = record_at(ours, named(inputs), 1, by_name)
+            assert found.probs.shape == expected.probs.shape
+            np.testing.assert_allclose(found.probs, expected.probs, atol=1e-6)
+    with pytest.raises(ValueError, match="no segment called 'pad': there are clip, t5; name one"):
+        record_at(ours, named(full), 1, AttentionRequest(text_tokens="pad"))
+    with pytest.raises(ValueError, match="no segment called 'clip': it names none"):
+        record_at(ours, {**full, "conditioning": replace(full["conditioning"], segments=())}, 1)
