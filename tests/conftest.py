@@ -28,6 +28,12 @@ from jaxtyping import install_import_hook
 install_import_hook(["seg4diff_jax"], "beartype.beartype")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """PyTorch computes on one thread: of small models several take more time to wait for each other than they save."""
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
     """A process may map only so many pieces of memory, and each compiled program takes several."""
