@@ -1,6 +1,7 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, in fp32, with shapes in signatures checked at each call."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -32,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """PyTorch computes on one thread: of small models several take more time to wait for each other than they save."""
     if config.option.markexpr != "slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now, and stays, out of garbage collections."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
