@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from seg4diff_jax.command_line import analyze, generate, scenes, segment, segment_unsupervised
+from seg4diff_jax.command_line import analyze, compare, generate, scenes, segment, segment_unsupervised
 from seg4diff_jax.convert.command_line import Command, run_command
 from seg4diff_jax.numerics import settled
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
+    "compare": Command(compare.arguments, compare.run, "hold two evaluations against each other"),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
     # Listed here; run by `main`, for their options are their own.
     "plan": Command(lambda parser: None, lambda options: None, "what training needs of TPUs that are not here"),

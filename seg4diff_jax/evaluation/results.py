@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, per_class.csv, a page, and a table on the terminal."""
+"""What an evaluation leaves behind: results.json, per_class.csv, confusion.csv, a page, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from rich.table import Table
 
 from seg4diff_jax.command_line.segment import versions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.report.confusions import write_confusion
 from seg4diff_jax.evaluation.report.page import number, write_page
 from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, guesses
 
-RESULTS, CONFIG, CLASSES = "results.json", "config.yaml", "per_class.csv"
+RESULTS, CONFIG, CLASSES, CONFUSION = "results.json", "config.yaml", "per_class.csv", "confusion.csv"
 SCORES = {
     "miou": "mIoU",
     "mean_accuracy": "mACC",
@@ -38,7 +39,8 @@ MOST_NAMED = 5
 def write(
     out: Path, evaluation: Evaluation, benchmark: Benchmark, config: dict[str, Any], seconds: Mapping[str, float]
 ) -> None:
-    """Write config.yaml, the page, per_class.csv, and results.json: figures in percent, and how they were made.
+    """Write config.yaml, the page, per_class.csv, confusion.csv, and results.json: figures in percent, and how they
+    were made.
 
     The last is written last: a directory that has it is complete.
     """
@@ -52,6 +54,9 @@ def write(
     }
     write_page(out, evaluation, benchmark, config, made)
     write_classes(out / CLASSES, evaluation.rows)
+    (out / CONFUSION).unlink(missing_ok=True)  # of an earlier run
+    if evaluation.confusion is not None:
+        write_confusion(out / CONFUSION, evaluation.confusion, benchmark.classes)
     contents = {
         "rows": evaluation.rows,
         "baselines": evaluation.baselines,

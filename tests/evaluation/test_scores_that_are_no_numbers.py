@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.learning_curves import curves, panel
+from benchmarks.learning_curves import curves, drawn
 from benchmarks.magnet_gain import last_scores
 from seg4diff_jax.evaluation.pictured import pictured
 from seg4diff_jax.evaluation.scores import best_setting
@@ -58,9 +58,9 @@ def test_curves_leave_out_what_the_log_has_as_null(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
     steps, blocks = curves([tmp_path], "0.3")
     np.testing.assert_array_equal(blocks, [[20.0, 25.0], [30.0, NAN]])
-    assert "block 0: 25.0" in panel("run", steps, blocks)
+    assert "block 0: 25.0" in drawn(["run"], [(steps, blocks)])
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "nan" in panel("run", *curves([tmp_path], "0.3")), "of no block is there a last score"
+    assert "nan" in drawn(["run"], [curves([tmp_path], "0.3")]), "of no block is there a last score"
 
 
 def test_a_gain_over_a_score_that_was_no_number_is_none(tmp_path):
