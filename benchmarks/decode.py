@@ -29,12 +29,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from seg4diff_jax.batching import ModelView
+from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.data.labelled import LabelledImages, read_fitting
 from seg4diff_jax.evaluation.batches import READERS, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, open_benchmark
 from seg4diff_jax.evaluation.options import Data
 from seg4diff_jax.images import resize, to_model_range
-from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.text import Tokenizers
 
 TARGET = 50.0
@@ -90,9 +90,7 @@ def main(size: int = 1024, images: int = 32, batch: int = 4, repeats: int = 3) -
       batch: images that are put together.
       repeats: how often all are read; the best counts.
     """
-    tokenizers = Tokenizers(
-        *(AutoTokenizer.from_pretrained(CHECKPOINT / name) for name in ("tokenizer", "tokenizer_2"))
-    )
+    tokenizers = Tokenizers(*(AutoTokenizer.from_pretrained(MINIATURE / name) for name in ("tokenizer", "tokenizer_2")))
     table = Table(title=f"to {size} x {size} pixels; processor milliseconds an image in one thread")
     stages = ("label", "picture", "resize", "to -1..1", "presence", "batch")
     columns = ("set", "pixels", "KiB", *stages, "sum", "longest", "reader/s")

@@ -23,7 +23,7 @@ from rich.table import Table
 import seg4diff_jax as s4d
 from seg4diff_jax.analysis.clip import load_clip
 from seg4diff_jax.analysis.clip_score import clip_scores, rank_accuracy
-from seg4diff_jax.miniature import CHECKPOINT
+from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.miniature.world.shapes import scene
 from seg4diff_jax.passes import finite_pictures
 
@@ -31,7 +31,7 @@ COLUMNS = 12
 
 
 def main(
-    model: str = str(CHECKPOINT),
+    model: str = str(MINIATURE),
     lora: str | None = None,
     pictures: int = 256,
     batch: int = 32,

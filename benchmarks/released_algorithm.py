@@ -21,8 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 import seg4diff_jax as s4d
+from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.flow import image_noise
-from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.miniature.world.shapes import CLASSES, Scene, scene
 from seg4diff_jax.segmentation.metrics import confusion_matrix, mean_iou
 from tests.reference.release import Release, as_they_are
@@ -48,7 +48,7 @@ def main(
     """
     console = Console(highlight=False)
     pipe = s4d.load(model, dtype="float32")
-    release = Release(CHECKPOINT if model == "miniature" else model)
+    release = Release(MINIATURE if model == "miniature" else model)
     step = pipe.expert_step if step is None else step
     shown = [scene(split, index, pipe.trained_size) for index in range(scenes)]
     factor = pipe.vae.config.downsampling

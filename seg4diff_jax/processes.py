@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -61,3 +62,9 @@ def in_turn(work: Callable[[], Result]) -> Result:
     early = in_step(lambda: work() if first else None)
     late = in_step(lambda: None if first else work())
     return early if first else late  # pyright: ignore[reportReturnType]
+
+
+def join_processes() -> None:
+    """Find the other processes: through the cluster, or through JAX_COORDINATOR_ADDRESS and its like."""
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

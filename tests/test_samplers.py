@@ -28,10 +28,9 @@ from jsonargparse import ArgumentParser
 from seg4diff_jax.command_line import generate
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.sources.open import MINIATURE, open_source
 from seg4diff_jax.flow import EULER, FlowSchedule
 from seg4diff_jax.magnet.task import MagnetConfig, open_checkpoint
-from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.training.loop import RunConfig
 from seg4diff_jax.training.samples import Samples
 from tests.reference.random_weights import relative_error
@@ -67,7 +66,7 @@ def others(shift: float) -> dict[str, Any]:
 
 def saved_with(scheduler: Any, folder: Path) -> Path:
     """The miniature as diffusers saves it after its scheduler was exchanged; weights are linked."""
-    shutil.copytree(CHECKPOINT, folder, copy_function=os.link)
+    shutil.copytree(MINIATURE, folder, copy_function=os.link)
     shutil.rmtree(folder / "scheduler")
     scheduler.save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())

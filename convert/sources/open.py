@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 from seg4diff_jax.convert.components import COMPONENTS, tokenizers_of
@@ -26,9 +27,10 @@ from seg4diff_jax.convert.sources.text_encoders import (
     remedy,
 )
 from seg4diff_jax.convert.staging import is_leftover
-from seg4diff_jax.miniature import CHECKPOINT as MINIATURE
 
 T5 = SD3.t5
+MINIATURE = Path(str(files("seg4diff_jax.miniature"))) / "checkpoint"
+"""What "miniature" stands for: the small SD3 that comes with this package."""
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "

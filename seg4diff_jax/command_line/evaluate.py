@@ -77,7 +77,7 @@ def run(options: Options) -> None:
         from seg4diff_jax.processes import in_step
 
         if options.distributed:
-            from seg4diff_jax.command_line.train import join_processes
+            from seg4diff_jax.processes import join_processes
 
             join_processes()
     first = jax.process_index() == 0

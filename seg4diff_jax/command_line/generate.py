@@ -26,7 +26,6 @@ from seg4diff_jax.command_line.segment import (
     open_named,
     output_directory,
     parse_size,
-    versions,
 )
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.convert.files import read_json
@@ -35,6 +34,7 @@ from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.reporting.overlays import contact_sheet
 from seg4diff_jax.reporting.segmentation_files import file_name
 from seg4diff_jax.terminal import Bar, stderr_console
+from seg4diff_jax.versions import versions
 
 RECORD, GRID = "generation.json", "grid.png"
 """The record is written last: a directory that has it is complete."""

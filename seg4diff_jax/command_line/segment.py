@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, get_args
@@ -30,8 +28,7 @@ from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
 from seg4diff_jax.terminal import counted_bytes, stderr_console
 from seg4diff_jax.text import class_prompts
-
-LIBRARIES = ("seg4diff-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "pillow")
+from seg4diff_jax.versions import versions
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -216,13 +213,3 @@ def area_table(shares: dict[str, float]) -> Table:
     for name, share in shares.items():
         table.add_row(Text(name), percent(share))
     return table
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a clone that is not installed
-            continue
-    return found

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import yaml
 
 from seg4diff_jax.command_line.bounds import check_numbers
@@ -22,6 +20,7 @@ from seg4diff_jax.configuration import (
     read_configuration,
 )
 from seg4diff_jax.numerics import settled
+from seg4diff_jax.processes import join_processes
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
 from seg4diff_jax.training.termination import Terminated, termination
@@ -131,8 +130,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def join_processes() -> None:
-    number = lambda name: int(os.environ[name]) if name in os.environ else None
-    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from seg4diff_jax.convert.files import read_json
-from seg4diff_jax.miniature import CHECKPOINT
+from seg4diff_jax.convert.sources.open import MINIATURE
 
 
 def name_expert(model: str, block: int, step: int) -> None:
@@ -21,7 +21,7 @@ def name_expert(model: str, block: int, step: int) -> None:
 
 def configuration(model: str) -> Path:
     """Where a checkpoint keeps them. Raises ValueError for one that is no directory in diffusers' layout."""
-    directory = CHECKPOINT if model == "miniature" else Path(model).expanduser()
+    directory = MINIATURE if model == "miniature" else Path(model).expanduser()
     path = directory / "transformer" / "config.json"
     if not path.is_file():
         raise ValueError(f"--name-expert writes into DIR/transformer/config.json, and {model} has no such file")

@@ -13,12 +13,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.command_line.segment import versions
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.report.confusions import write_confusion
 from seg4diff_jax.evaluation.report.page import number, write_page
 from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, guesses
+from seg4diff_jax.versions import versions
 
 RESULTS, CONFIG, CLASSES, CONFUSION = "results.json", "config.yaml", "per_class.csv", "confusion.csv"
 SCORES = {

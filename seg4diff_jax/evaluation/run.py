@@ -12,8 +12,15 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counting import Measurement, Settings, Told
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import Shown, ShownSegments, shown_by_name, shown_segments
-from seg4diff_jax.evaluation.rows import baseline_rows, score_rows, unsupervised_baselines, unsupervised_rows
-from seg4diff_jax.evaluation.scores import Row, Setting, best_setting
+from seg4diff_jax.evaluation.scores import (
+    Row,
+    Setting,
+    baseline_rows,
+    best_setting,
+    score_rows,
+    unsupervised_baselines,
+    unsupervised_rows,
+)
 from seg4diff_jax.evaluation.shards import Progress
 from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.numerics import settled

@@ -20,7 +20,6 @@ from seg4diff_jax.data.views import View
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.magnet.encoded_items import conditioning, encoded
 from seg4diff_jax.magnet.items import MaskData, Pictures, Subset, ViewItems, open_pictures, prompt_ids, subset
-from seg4diff_jax.miniature.grounding import confusions
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.lora import remove_lora
 from seg4diff_jax.models.sd3.model import MMDiT
@@ -28,6 +27,7 @@ from seg4diff_jax.parallel import on_host
 from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
 from seg4diff_jax.text import Tokenizers
+from seg4diff_jax.training.mask_scores import confusions
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from seg4diff_jax.magnet.items import T5_LENGTH, MaskData, Pictures, ViewItems
 from seg4diff_jax.magnet.noise_levels import NoiseLevels
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
 from seg4diff_jax.magnet.targets import averaging_of_ids
-from seg4diff_jax.miniature.flow_matching import Denoiser
 from seg4diff_jax.miniature.scenes import Mapped, make_once, scene_sample
 from seg4diff_jax.models.attention import ForwardOptions
 from seg4diff_jax.models.encoders import Encoders
@@ -48,7 +47,7 @@ from seg4diff_jax.passes import NoisedImages, encode_images
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.samples import Samples, sample_row
+from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
 from seg4diff_jax.training.stages import counted, stage
 from seg4diff_jax.training.state import name as dotted
 from seg4diff_jax.training.work import Work

@@ -51,7 +51,7 @@ from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.samples import Samples, sample_row
+from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
 from seg4diff_jax.training.stages import counted
 from seg4diff_jax.training.state import fresh
 
@@ -128,13 +128,6 @@ class FlowMatchingConfig:
         check_finite(vars(self))
         if self.prompts.filled and self.cache is None:
             raise ValueError("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
-
-
-class Denoiser(nnx.Module):
-    """The transformer in training and what makes its inputs, without an autoencoder where latents are cached."""
-
-    def __init__(self, transformer: MMDiT, encoders: Encoders):
-        self.transformer, self.encoders = transformer, encoders
 
 
 def task(config: FlowMatchingConfig) -> Task:

@@ -17,18 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
-from seg4diff_jax.flow import image_noise, velocity_loss, velocity_target
+from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.scenes import caption_ids
 from seg4diff_jax.miniature.world.shapes import CLASSES, THINGS, Scene
-from seg4diff_jax.models.attention import ForwardOptions
-from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import TokenIds
-from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.passes import MEAN_PROBS, NoisedImages, encode_prompts, velocity
-from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, label_map
+from seg4diff_jax.passes import NoisedImages, encode_prompts
+from seg4diff_jax.segmentation.metrics import IGNORED, mean_iou
 from seg4diff_jax.text import Tokenizers, class_prompts
+from seg4diff_jax.training.mask_scores import confusions
 
 MOST_CLASSES = 8
 """Rows for the classes of one scene."""
@@ -54,35 +51,6 @@ def block_confusions(
     texts = encode_prompts(denoiser.encoders, ids, joint_dim=transformer.config.joint_attention_dim)
     images = NoisedImages(batch["latents"].astype(jnp.float32), noise, sigma)
     return confusions(transformer, images, texts, batch, classes=classes, blocks=tuple(range(transformer.depth)))
-
-
-def confusions(
-    transformer: MMDiT,
-    images: NoisedImages,
-    texts: TextConditioning,
-    batch: Batch,
-    *,
-    classes: int,
-    blocks: tuple[int, ...],
-) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
-    """`block_confusions` of some blocks, under prompts that are encoded."""
-    averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
-    predicted_velocity, records = velocity(
-        transformer, images, texts, capture=blocks, options=ForwardOptions(MEAN_PROBS)
-    )
-    grid, size = images.grid(transformer.config.patch_size), batch["labels"].shape[1:3]
-
-    def predicted(scores: Array, row_classes: Array) -> Array:
-        best = label_map(scores.reshape(-1, *grid), size, present=row_classes != IGNORED)
-        return row_classes[best]
-
-    def confusion(probs: Array) -> Array:
-        labels = jax.vmap(predicted)(class_scores(probs, averaging), rows)
-        return confusion_matrix(batch["labels"], labels, classes)
-
-    probs = jnp.stack([records[block].probs for block in blocks])  # pyright: ignore
-    loss = velocity_loss(predicted_velocity, velocity_target(images.latents, images.noise))
-    return jax.lax.map(confusion, probs), loss
 
 
 def grounding(

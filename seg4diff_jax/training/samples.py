@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import UInt8
 
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
-from seg4diff_jax.models.encoders import TokenIds
+from seg4diff_jax.models.encoders import Encoders, TokenIds
+from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.passes import encode_prompts, finite_pictures, sample_latents
+
+
+class Denoiser(nnx.Module):
+    """The transformer in training and what makes its inputs, without an autoencoder where latents are cached."""
+
+    def __init__(self, transformer: MMDiT, encoders: Encoders):
+        self.transformer, self.encoders = transformer, encoders
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Samples:
 
 
 def sample_row(
-    denoiser: Any, *, vae: VAE, captions: TokenIds, empty: TokenIds, samples: Samples, schedule: FlowSchedule
+    denoiser: Denoiser, *, vae: VAE, captions: TokenIds, empty: TokenIds, samples: Samples, schedule: FlowSchedule
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Pictures of the captions, side by side.
 

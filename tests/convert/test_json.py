@@ -18,8 +18,7 @@ from seg4diff_jax.convert.configurations import BOUNDS, check_values
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.files import parse_json, read_json
 from seg4diff_jax.convert.load import load_component
-from seg4diff_jax.convert.sources.open import open_source
-from seg4diff_jax.miniature import CHECKPOINT
+from seg4diff_jax.convert.sources.open import MINIATURE, open_source
 from seg4diff_jax.models.t5 import T5Config
 
 
@@ -39,13 +38,13 @@ def refusal(source: Path, component: str = "vae") -> str:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """The miniature; weights are linked."""
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "sd3", copy_function=os.link))
+    return Path(shutil.copytree(MINIATURE, tmp_path / "sd3", copy_function=os.link))
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("converted") / "native"
-    convert_checkpoint(CHECKPOINT, target, components=["vae", "text_encoder"])
+    convert_checkpoint(MINIATURE, target, components=["vae", "text_encoder"])
     return target
 
 

@@ -20,9 +20,8 @@ from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.components import abstract_model
 from seg4diff_jax.convert.load import load_component
 from seg4diff_jax.convert.sources import native
-from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.sources.open import MINIATURE, open_source
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
-from seg4diff_jax.miniature import CHECKPOINT
 from tests.reference.checkpoints import make_checkpoint
 from tests.reference.small_tokenizers import write_clip_tokenizer
 
@@ -160,7 +159,7 @@ def write_clip(directory: Path, width: int, layers: int) -> None:
 
 
 def test_an_abstract_model_is_its_askers_own():
-    config = json.loads((CHECKPOINT / "vae" / "config.json").read_text())
+    config = json.loads((MINIATURE / "vae" / "config.json").read_text())
     first = abstract_model("vae", config)
     kernel = first.encoder.conv_in.kernel
     shape = kernel.get_value().shape

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from seg4diff_jax.data.coco_categories import CATEGORIES
-from seg4diff_jax.evaluation.pictured import pictured
+from seg4diff_jax.evaluation.gallery import pictured
 from seg4diff_jax.evaluation.report.confusions import confused
 from seg4diff_jax.evaluation.report.images import HEAT_LONGEST, LONGEST, card, segments_card
 from seg4diff_jax.evaluation.report.page import PAGE, write_page

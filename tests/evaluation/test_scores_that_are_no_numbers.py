@@ -12,7 +12,7 @@ from flax import nnx
 
 from benchmarks.learning_curves import curves, drawn
 from benchmarks.magnet_gain import last_scores
-from seg4diff_jax.evaluation.pictured import pictured
+from seg4diff_jax.evaluation.gallery import pictured
 from seg4diff_jax.evaluation.scores import best_setting
 from seg4diff_jax.magnet import held_out
 from seg4diff_jax.magnet.held_out import HeldOut, HeldOutData

@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTo
 import seg4diff_jax as s4d
 from seg4diff_jax.analysis.clip import load_clip
 from seg4diff_jax.command_line.evaluate import main
+from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.flow import image_noise
-from seg4diff_jax.miniature import CHECKPOINT
 from seg4diff_jax.miniature.world.shapes import CLASSES, scene
 from seg4diff_jax.segmentation.metrics import mean_iou
 from tests.reference.random_weights import relative_error
@@ -40,7 +40,7 @@ def miou(scenes, labels) -> float:
 
 
 def test_the_weights_are_small():
-    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 40e6
+    assert sum(path.stat().st_size for path in MINIATURE.rglob("*") if path.is_file()) <= 40e6
 
 
 def test_words_find_what_they_name_and_other_words_do_not(pipe):
@@ -55,7 +55,7 @@ def test_words_find_what_they_name_and_other_words_do_not(pipe):
 
 
 def test_masks_are_those_of_the_released_algorithm(pipe):
-    release = Release(CHECKPOINT)
+    release = Release(MINIATURE)
     scenes = [scene("test", index, pipe.trained_size) for index in range(COMPARED)]
     names = [[CLASSES[index] for index in shown.classes] for shown in scenes]
     side = pipe.trained_size // pipe.vae.config.downsampling
@@ -75,7 +75,7 @@ def test_masks_are_those_of_the_released_algorithm(pipe):
 
 def test_pictures_are_those_of_diffusers(pipe):
     theirs = StableDiffusion3Pipeline.from_pretrained(
-        CHECKPOINT, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+        MINIATURE, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
     )
     theirs.set_progress_bar_config(disable=True)
     side = pipe.trained_size // pipe.vae.config.downsampling
@@ -96,12 +96,12 @@ def test_pictures_are_those_of_diffusers(pipe):
 
 
 def test_transformers_clip_judges_pictures_as_ours_does(pipe):
-    clip = load_clip(CHECKPOINT)
+    clip = load_clip(MINIATURE)
     scenes = [scene("test", index, pipe.trained_size) for index in range(8)]
-    vision = CLIPVisionModelWithProjection.from_pretrained(CHECKPOINT / "image_encoder").float().eval()
-    text = CLIPTextModelWithProjection.from_pretrained(CHECKPOINT / "text_encoder").float().eval()
-    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
-    preprocess = CLIPImageProcessor.from_pretrained(CHECKPOINT / "image_encoder")
+    vision = CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "image_encoder").float().eval()
+    text = CLIPTextModelWithProjection.from_pretrained(MINIATURE / "text_encoder").float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
+    preprocess = CLIPImageProcessor.from_pretrained(MINIATURE / "image_encoder")
     captions = [shown.caption for shown in scenes]
     with torch.no_grad():
         pixels = preprocess([shown.image for shown in scenes], return_tensors="pt")["pixel_values"]

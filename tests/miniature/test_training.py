@@ -29,7 +29,7 @@ from seg4diff_jax.data.loader import evaluation_batches
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.autoencoder import latent_moments
 from seg4diff_jax.miniature.contrastive import penultimate_size, with_unit_states
-from seg4diff_jax.miniature.flow_matching import Denoiser, InMemory, Objective, init, loss, with_latents
+from seg4diff_jax.miniature.flow_matching import InMemory, Objective, init, loss, with_latents
 from seg4diff_jax.miniature.grounding import grounding, grounding_item
 from seg4diff_jax.miniature.scenes import SceneConfig, SceneItems, captioned, training_scenes
 from seg4diff_jax.miniature.world.shapes import CLASSES, scene
@@ -38,6 +38,7 @@ from seg4diff_jax.models.encoders import TokenIds
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.segmentation.metrics import mean_iou
 from seg4diff_jax.text import load_tokenizers
+from seg4diff_jax.training.samples import Denoiser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "miniature"

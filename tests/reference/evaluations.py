@@ -9,8 +9,7 @@ import numpy as np
 
 from seg4diff_jax.evaluation.batches import Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.gallery import UNMATCHED, Shown, ShownSegments
-from seg4diff_jax.evaluation.pictured import pictured
+from seg4diff_jax.evaluation.gallery import UNMATCHED, Shown, ShownSegments, pictured
 from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import best_setting, metrics
 

@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seg4diff_jax.command_line.train import join_processes
 from seg4diff_jax.flow import FlowSchedule
-from seg4diff_jax.miniature.flow_matching import TRAINABLE, Denoiser, Objective, loss
+from seg4diff_jax.miniature.flow_matching import TRAINABLE, Objective, loss
 from seg4diff_jax.miniature.grounding import MOST_CLASSES, grounding
 from seg4diff_jax.models.clip import CLIPText, CLIPTextConfig
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.processes import join_processes
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import MeshConfig, RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.samples import Samples, sample_row
+from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
 from seg4diff_jax.training.state import fresh, name
 from tests.reference.processes import one_of_several
 

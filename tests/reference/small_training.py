@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seg4diff_jax.command_line.train import join_processes
+from seg4diff_jax.processes import join_processes
 from seg4diff_jax.training.loop import RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.state import fresh

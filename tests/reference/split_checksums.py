@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seg4diff_jax.checksums import checksums, sums_of_parts
-from seg4diff_jax.command_line.train import join_processes
 from seg4diff_jax.parallel import make_mesh
+from seg4diff_jax.processes import join_processes
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.state import TrainState
 
