@@ -25,7 +25,7 @@ from tests.reference.processes import flags
 from tests.reference.random_weights import relative_error
 from tests.reference.release import Release, as_they_are
 from tests.reference.ties import assert_same_labels
-from tests.segmentation.test_unsupervised import thresholds_between
+from tests.reference.unsupervised import thresholds_between
 
 IMAGE, NOISE = an_image(*SIZE), a_noise(*SIZE)
 GRID = (SIZE[0] // 16, SIZE[1] // 16)

@@ -11,8 +11,8 @@ from diffusers import SD3Transformer2DModel
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.passes import NoisedImages
-from tests.models.test_mmdit import SMALL, equal_tail, make_inputs, make_pair, run_torch
 from tests.reference.attention import explicit_softmax
+from tests.reference.mmdit import SMALL, equal_tail, make_inputs, make_pair, run_torch
 
 
 def seen(inputs: dict) -> tuple[NoisedImages, TextConditioning]:

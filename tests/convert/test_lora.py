@@ -18,7 +18,6 @@ from seg4diff_jax.convert.load import load_component
 from seg4diff_jax.convert.lora.adapters import attach_lora, convert_lora, load_lora, read_lora, save_lora
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, Adapter, LoRAConfig, lora_state
 from seg4diff_jax.models.sd3.model import MMDiT
-from tests.models.test_mmdit import forward, make_inputs, run_torch
 from tests.reference.adapters import (
     BLOCKS,
     RANK,
@@ -30,6 +29,7 @@ from tests.reference.adapters import (
     write_release,
 )
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
+from tests.reference.mmdit import forward, make_inputs, run_torch
 from tests.reference.random_weights import relative_error
 
 INPUTS = {"in_channels": 16, "joint_attention_dim": JOINT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}

@@ -24,8 +24,8 @@ from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import STRIP, Logs
 from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.state import TrainState
+from tests.reference.run_files import bytes_of, checkpointed, rows_of
 from tests.reference.small_training import OPTIMIZER, make_run, make_task
-from tests.training.test_loop import bytes_of, checkpointed, rows_of
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(60, 10)), jnp.float32)
 STATE = TrainState(jnp.int32(6), {"kernel": KERNEL}, (jnp.arange(9.0),), None, jnp.zeros(2, "uint32"))

@@ -26,12 +26,12 @@ from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
 from seg4diff_jax.training.step import training_step
-from tests.magnet.test_items import write_nameless
-from tests.magnet.test_step import BLOCK, TRAINABLE, Trained, make_batch
-from tests.models.test_mmdit import SMALL, make_pair
 from tests.reference.adapters import RANK, factors, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
+from tests.reference.magnet_batch import BLOCK, TRAINABLE, Trained, make_batch
 from tests.reference.magnet_runs import arguments, rows
+from tests.reference.mmdit import SMALL, make_pair
+from tests.reference.nameless import write_nameless
 from tests.reference.processes import ROOT, start
 
 SIZE = 32

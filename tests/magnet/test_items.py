@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import ImageCaptions, first_sentences
@@ -19,14 +18,10 @@ from seg4diff_jax.data.views import View
 from seg4diff_jax.magnet.encoded_items import hash_of_files, sum_of_weights
 from seg4diff_jax.magnet.held_out import HeldOutData, open_both
 from seg4diff_jax.magnet.items import MaskData, Pictures, ViewItems, mirrored, open_pictures
-from seg4diff_jax.miniature.world.shapes import CLASSES, scene, write_folder
+from seg4diff_jax.miniature.world.shapes import CLASSES, scene
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import class_prompts, load_tokenizers, tokenize
-
-
-@pytest.fixture(scope="module")
-def tokenizers(sd3_checkpoint):
-    return load_tokenizers(sd3_checkpoint)
+from tests.reference.nameless import write_nameless
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +31,15 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def tokenizers(sd3_checkpoint):
+    return load_tokenizers(sd3_checkpoint)
+
+
 def items_of(folder, tokenizers, **options) -> tuple[Pictures, ViewItems]:
     data = MaskData(root=str(folder), size=32, **options)
     pictures = open_pictures(data, 32)
     return pictures, ViewItems(pictures, data, 32, tokenizers)
-
-
-def write_nameless(folder, run_lengths) -> None:
-    """Two pictures; masks are a large, a small and a tiny square."""
-    for number in (1, 2):
-        Image.fromarray(scene("train", number, 64).image).save(folder / f"sa_{number}.jpg")
-        annotations = []
-        for side in (3, 16, 40):
-            mask = np.zeros((64, 64), np.uint8, order="F")
-            mask[:side, :side] = 1
-            encoded = run_lengths.encode(mask)
-            encoded["counts"] = encoded["counts"].decode()
-            annotations.append({"segmentation": encoded, "area": side**2})
-        (folder / f"sa_{number}.json").write_text(json.dumps({"annotations": annotations}))
-    (folder / "captions.json").write_text(json.dumps({"1": "A ball. On sand. And more."}))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,27 +19,19 @@ from diffusers import SD3Transformer2DModel
 from flax import nnx
 
 from seg4diff_jax.magnet.objective import MagnetBatch, MagnetObjective, magnet_loss
-from seg4diff_jax.magnet.targets import averaging_of_ids
 from seg4diff_jax.models.attention import ForwardOptions
-from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.encoders import segments
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRA, LoRAConfig, add_lora, apply_lora, lora_state
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.passes import NoisedImages
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_optimizer
 from seg4diff_jax.training.state import take_apart
-from tests.models.test_lora import add_peft_adapters, factors
-from tests.models.test_mmdit import SMALL, make_pair, run_torch
 from tests.reference import magnet as reference
 from tests.reference.attention import explicit_softmax
-from tests.reference.magnet import Image, ReleaseHead, carried, random_masks, release_head
+from tests.reference.magnet import Image, ReleaseHead, carried, release_head
+from tests.reference.magnet_batch import BLOCK, CLIP, GRID, REAL, SPANS, TRAINABLE, Trained, make_batch
+from tests.reference.mmdit import SMALL, make_pair, run_torch
+from tests.reference.peft_adapters import add_peft_adapters, factors
 from tests.reference.random_weights import relative_error
 
-BLOCK, CLIP, TAIL, GRID = 1, 7, 4, (8, 8)
-REAL = np.array([[True, False, True], [True, True, True]])
-SPANS = [[[1, 2], [], [3]], [[1], [2, 3], [4, 5]]]
-PROMPT = np.array([[90, 5, 6, 5, 91, 91, 91], [90, 1, 1, 2, 3, 2, 91]])
-NAMES = np.array([[[5, 6], [-1, -1], [5, -1]], [[1, -1], [1, 2], [3, 2]]])
 PLACES_OF_IDS = [[[1, 2, 3], [], [1, 3]], [[1, 2], [1, 2, 3, 5], [3, 4, 5]]]
 RATE, DECAY, CLIP_NORM = 1e-3, 1e-2, 0.01
 LITTLE = 0.02
@@ -53,33 +44,6 @@ OBJECTIVES = {
     "release, matching": MagnetObjective(targets="matching", focal="release", mask_head="conv", velocity_weight=LITTLE),
     "log_probs": MagnetObjective(masks_from="log_probs", velocity_weight=LITTLE),
 }
-
-
-class Trained(nnx.Module):
-    def __init__(self, transformer: MMDiT, head: Any = None):
-        self.transformer, self.head = transformer, head
-
-
-TRAINABLE = nnx.Any(LoRA, nnx.PathContains("head"))
-
-
-def make_batch(objective: MagnetObjective) -> MagnetBatch:
-    rng = np.random.default_rng(7)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    context = draw(2, CLIP + TAIL, SMALL["joint_attention_dim"]).at[:, CLIP:].set(0)
-    averaging = None
-    if objective.focal == "release":
-        averaging, found = averaging_of_ids(jnp.asarray(PROMPT), jnp.asarray(NAMES))
-        np.testing.assert_array_equal(found, REAL)
-    elif objective.targets == "classes":
-        averaging = jnp.asarray([[[(t in span) / max(1, len(span)) for t in range(CLIP)] for span in x] for x in SPANS])
-    return MagnetBatch(
-        images=NoisedImages(draw(2, 16, 16, 16), draw(2, 16, 16, 16), jnp.array([0.35, 0.8])),
-        texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL, segments(CLIP, TAIL)),
-        masks=jnp.asarray(random_masks((2, 3, 20, 24), seed=1)),
-        real=jnp.asarray(REAL),
-        averaging=None if objective.targets == "matching" else averaging,
-    )
 
 
 def torch_losses(

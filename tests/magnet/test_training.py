@@ -32,9 +32,9 @@ from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.optimizers import make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
 from seg4diff_jax.training.step import training_step
-from tests.models.test_mmdit import forward, make_inputs, run_torch
 from tests.reference.adapters import RANK, factors, mask_head, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
+from tests.reference.mmdit import forward, make_inputs, run_torch
 from tests.reference.random_weights import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -240,7 +240,7 @@ def test_losses_are_the_same_with_and_without_a_cache(options, tmp_path, positio
 def nameless(options, tmp_path_factory) -> dict:
     from pycocotools import mask as run_lengths
 
-    from tests.magnet.test_items import write_nameless
+    from tests.reference.nameless import write_nameless
 
     folder = tmp_path_factory.mktemp("sa1b")
     write_nameless(folder, run_lengths)

@@ -24,8 +24,8 @@ from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 from seg4diff_jax.planning.arithmetic import operations
-from tests.models.test_mmdit import VARIANTS, make_inputs, make_pair, run_torch
 from tests.reference.attention import ExplicitSoftmax, explicit_softmax
+from tests.reference.mmdit import VARIANTS, make_inputs, make_pair, run_torch
 
 IMAGE, TEXT = 64, 9  # tokens of `make_inputs`
 SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}

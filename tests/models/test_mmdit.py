@@ -28,83 +28,8 @@ from seg4diff_jax.models.sd3.model import (
 )
 from seg4diff_jax.models.trunk import attention_at, attentions_at
 from tests.reference.attention import explicit_softmax
-from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
-
-SMALL = {
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 4,
-    "attention_head_dim": 16,
-    "num_attention_heads": 3,
-    "joint_attention_dim": 40,
-    "caption_projection_dim": 48,
-    "pooled_projection_dim": 24,
-    "out_channels": 16,
-    "pos_embed_max_size": 14,
-}
-VARIANTS = {
-    "sd3": SMALL,
-    "sd3.5-medium": SMALL | {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]},
-    "sd3.5-large": SMALL
-    | {"qk_norm": "rms_norm", "num_layers": 6, "num_attention_heads": 5, "caption_projection_dim": 80},
-    "scattered dual attention": SMALL | {"dual_attention_layers": [1, 3]},
-}
-
-
-def make_pair(config: dict, seed: int = 0) -> tuple[SD3Transformer2DModel, MMDiT]:
-    theirs = randomize_(SD3Transformer2DModel(**config), seed)
-    if theirs.config.qk_norm is None:
-        temper_(theirs, SD3_QUERIES, 2)
-    parsed = MMDiTConfig.from_json(dict(theirs.config))
-    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    ours = from_state_dict(abstract(lambda rngs: MMDiT(parsed, rngs=rngs)), table.diffusers(parsed), tensors)
-    return theirs, ours
-
-
-def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, batch: int = 2, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    return {
-        "latents": draw(batch, *size, config["in_channels"]),
-        "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
-        "conditioning": TextConditioning(
-            draw(batch, text, config["joint_attention_dim"]),
-            draw(batch, config["pooled_projection_dim"]),
-            segments=(("clip", text),),
-        ),
-    }
-
-
-def equal_tail(inputs: dict, tokens: int) -> tuple[dict, dict]:
-    """Inputs whose last tokens are zeros, all of them computed; and the same, one of them computed for all."""
-    given = inputs["conditioning"]
-    context = given.context.at[:, -tokens:].set(0)
-    both = (TextConditioning.from_full(context, given.pooled, equal, given.segments) for equal in (1, tokens))
-    full, once = ({**inputs, "conditioning": conditioning} for conditioning in both)
-    return full, once
-
-
-def tensors_of(inputs: dict, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    text = inputs["conditioning"]
-    arrays = {name: inputs[name] for name in ("latents", "timesteps")}
-    arrays |= {"context": text.full_context, "pooled": text.pooled}
-    return {name: torch.tensor(np.asarray(array), dtype=dtype) for name, array in arrays.items()}
-
-
-def run_torch(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor:
-    inputs = tensors_of(inputs, model.dtype)
-    return model(
-        hidden_states=inputs["latents"].permute(0, 3, 1, 2),
-        encoder_hidden_states=inputs["context"],
-        pooled_projections=inputs["pooled"],
-        timestep=inputs["timesteps"],
-    ).sample.permute(0, 2, 3, 1)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def forward(model: MMDiT, inputs: dict, capture=(), request: AttentionRequest = IMAGE_TO_TEXT):
-    return model(**inputs, capture=capture, options=ForwardOptions(request))
+from tests.reference.mmdit import SMALL, VARIANTS, equal_tail, forward, make_inputs, make_pair, run_torch, tensors_of
+from tests.reference.random_weights import relative_error
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
+
+from tests.reference import unsupervised as reference
 
 IGNORED = 255
 
@@ -116,3 +119,12 @@ def count_matches(truth: np.ndarray, segments: np.ndarray, classes: int, match: 
                 counts.false[c] += t != c and s == own
                 counts.missed[c] += t == c and s != own
     return counts
+
+
+def thresholds_between(attention: np.ndarray, minmax: str, count: int = 4) -> list[float]:
+    """Some that no divergence comes near, so that rounding decides nothing."""
+    found = sorted({0.0, *reference.divergences(reference.distributions(attention, minmax))})
+    gaps = [((low + high) / 2, high - low) for low, high in pairwise(found)]
+    wide = [middle for middle, gap in gaps if gap > 1e-3 * middle and gap > 1e-8]
+    picked = [wide[i] for i in np.linspace(0, len(wide) - 1, min(count, len(wide))).astype(int)] if wide else []
+    return [*picked, 2 * max(found) + 1e-3]

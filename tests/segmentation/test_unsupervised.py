@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, check_thres
 from tests.reference import unsupervised as reference
 from tests.reference.random_weights import relative_error
 from tests.reference.ties import assert_same_labels
+from tests.reference.unsupervised import thresholds_between
 
 GRID = (12, 9)
 PIXELS = GRID[0] * GRID[1]
@@ -45,15 +44,6 @@ ATTENTION = {
     "one of all": random_attention(77, seed=3),
     "flat": np.full((PIXELS, 7), 0.01, np.float32),
 }
-
-
-def thresholds_between(attention: np.ndarray, minmax: str, count: int = 4) -> list[float]:
-    """Some that no divergence comes near, so that rounding decides nothing."""
-    found = sorted({0.0, *reference.divergences(reference.distributions(attention, minmax))})
-    gaps = [((low + high) / 2, high - low) for low, high in pairwise(found)]
-    wide = [middle for middle, gap in gaps if gap > 1e-3 * middle and gap > 1e-8]
-    picked = [wide[i] for i in np.linspace(0, len(wide) - 1, min(count, len(wide))).astype(int)] if wide else []
-    return [*picked, 2 * max(found) + 1e-3]
 
 
 # ---- merging --------------------------------------------------------------------------------------------------------

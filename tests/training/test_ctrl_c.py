@@ -19,8 +19,8 @@ from seg4diff_jax.command_line.train import main
 from seg4diff_jax.training.loop import train
 from seg4diff_jax.training.termination import UNDER_WAY, Terminated
 from tests.reference.processes import start, together
+from tests.reference.run_files import bytes_of, checkpointed, rows_of
 from tests.reference.small_training import OPTIMIZER, make_run, make_task
-from tests.training.test_loop import bytes_of, checkpointed, rows_of
 
 ROOT = Path(__file__).parents[2]
 AUTOENCODER = {

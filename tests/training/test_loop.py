@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from PIL import Image
 
 from seg4diff_jax.command_line.tasks import TASKS
 from seg4diff_jax.command_line.train import main
-from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import STRIP
 from seg4diff_jax.training.loop import train
@@ -28,22 +26,10 @@ from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.state import fresh
 from seg4diff_jax.training.termination import Terminated
 from tests.reference.processes import start, together
+from tests.reference.run_files import bytes_of, checkpointed, rows_of
 from tests.reference.small_training import OPTIMIZER, Net, Points, loss, make_run, make_task
 
 ROOT = Path(__file__).parents[2]
-
-
-def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def bytes_of(model: nnx.Module) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(nnx.state(model))]
-
-
-def checkpointed(out: Path) -> list[int]:
-    with Checkpoints(out, keep=9) as checkpoints:
-        return checkpoints.steps
 
 
 def test_the_loss_falls_and_every_step_is_logged(tmp_path):

@@ -15,8 +15,8 @@ from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.training import stages
 from seg4diff_jax.training.loop import train
 from tests.reference.magnet_runs import arguments, small_run
+from tests.reference.run_files import rows_of
 from tests.reference.small_training import OPTIMIZER, make_run, make_task
-from tests.training.test_loop import rows_of
 
 
 class Parsed(Exception):
