@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, str] = {
     "analysis": "convert models numerics passes text",
     "data": "convert image_files images segmentation",
     # What is done with a model, each by itself.
-    "training": "compilation convert data flow image_files models numerics parallel passes segmentation terminal",
+    "training": "compilation configuration convert data flow image_files models numerics parallel passes segmentation terminal",
     "miniature": "analysis configuration convert data flow models parallel passes reporting segmentation text training",
     "magnet": "bilinear checkpoints convert data flow miniature models parallel passes segmentation text training",
     "planning": "checkpoints convert data magnet models parallel training",
