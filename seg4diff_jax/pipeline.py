@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax import passes
 from seg4diff_jax.batching import ModelView, one_for_each
+from seg4diff_jax.class_names import OneClassWarning, one_class
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
@@ -102,6 +104,8 @@ class Pipeline:
           ImageError: an image cannot be read.
           ValueError: class names, block, step, seed, size, resize or noise are not usable; the message says why.
           FloatingPointError: the model gave scores that are not finite: damaged weights or inputs.
+
+        Warns (`class_names.OneClassWarning`) of a list of a single class, which takes every pixel.
         """
         images, single = listed(image)
         lists: list[Any] = [classes] if single else list(classes)
@@ -109,6 +113,8 @@ class Pipeline:
             raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
         block, sigma = self._block(block), self._sigma(step)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
+        for remark in dict.fromkeys(filter(None, map(one_class, lists))):
+            warnings.warn(remark, OneClassWarning, stacklevel=3)
         results: dict[int, Segmentation] = {}
         for group in self.view.groups(images, noise, seed, size, resize):
             asked = [prompts[place] for place in group.places]

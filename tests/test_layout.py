@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, str] = {
     "configuration": "",
     "processes": "parallel",
     "text": "models",
+    "class_names": "",
     "batching": "flow images models",
-    "pipeline": "batching flow images models numerics parallel passes segmentation text",
+    "pipeline": "batching class_names flow images models numerics parallel passes segmentation text",
     "reporting": "pipeline",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums flow models numerics passes segmentation terminal text",
@@ -45,14 +46,15 @@ MAY_IMPORT: dict[str, str] = {
     "analysis": "convert models numerics passes text",
     "data": "convert image_files images segmentation",
     # What is done with a model, each by itself.
-    "training": "compilation configuration convert data flow image_files models numerics parallel passes segmentation terminal",
+    "training": "compilation configuration convert data flow image_files models numerics parallel passes segmentation "
+    "terminal",
     "miniature": "analysis configuration convert data flow models parallel passes reporting segmentation text training",
     "magnet": "bilinear checkpoints convert data flow miniature models parallel passes segmentation text training",
     "planning": "checkpoints convert data magnet models parallel training",
     "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
     "passes pipeline processes reporting segmentation text versions",
     # What people start.
-    "command_line": "analysis batching checkpoints compilation configuration convert evaluation flow images magnet "
+    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation flow images magnet "
     "miniature models numerics passes pipeline planning processes reporting segmentation terminal text training "
     "versions",
     "__init__": "checkpoints pipeline",

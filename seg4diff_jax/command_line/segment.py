@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seg4diff_jax.checkpoints import DTYPES, Checkpoint, open
+from seg4diff_jax.class_names import OneClassWarning, one_class, with_commas
 from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
@@ -72,7 +74,9 @@ def model_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     segment = lambda pipe, pixels, **how: pipe.segment(pixels, options.classes, **how)
-    segment_to_files(options, options.classes, segment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OneClassWarning)  # which is said before anything is loaded
+        segment_to_files(options, options.classes, segment)
 
 
 def segment_to_files(
@@ -100,6 +104,8 @@ def segment_to_files(
     checkpoint.size(size)
     if classes is not None:
         class_prompts(checkpoint.tokenizers, classes)
+        for remark in filter(None, (with_commas(classes), one_class(classes))):
+            console.print(f"warning: {remark}")
 
     pipe, dtype, loading = load_shown(console, checkpoint, options, blocks=block + 1)
 
