@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Segmentation", "UnsupervisedSegmentation", "load", "open"]
 
 
+def __dir__() -> list[str]:
+    """Also what has not been asked for yet."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     # On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
     if name in ("load", "open"):
