@@ -33,7 +33,7 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{path}: PyTorch's pickled files need PyTorch: install seg4diff-jax[convert], or use a safetensors format"
+            f"{path}: PyTorch's pickled files need PyTorch: pip install torch, or use a safetensors format"
         ) from None
     return torch
 

@@ -155,7 +155,8 @@ def _torch_side() -> Any:
         if package not in ("torch", "diffusers", "accelerate"):
             raise
         raise CheckpointError(
-            f"verify runs PyTorch beside JAX, and {package} is not installed: pip install 'seg4diff-jax[convert]'"
+            f"verify runs PyTorch beside JAX, and {package} is not installed: in the clone of seg4diff_jax type "
+            "pip install -e '.[convert]'"
         ) from None
     return torch_side
 

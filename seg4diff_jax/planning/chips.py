@@ -94,8 +94,8 @@ class Slice:
         """
         if importlib.util.find_spec("libtpu") is None:
             raise ModuleNotFoundError(
-                "libtpu, which holds the compiler for TPUs, is not installed: pip install 'seg4diff-jax[tpu]' or "
-                "pip install libtpu; no TPU is needed"
+                "libtpu, which holds the compiler for TPUs, is not installed: pip install libtpu, or in the "
+                "clone pip install -e '.[tpu]'; no TPU is needed"
             )
         from jax.experimental import topologies
 

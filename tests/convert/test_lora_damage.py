@@ -198,7 +198,7 @@ def test_a_native_file_whose_header_disagrees_with_its_tensors_is_refused(tmp_pa
 
 def test_without_pytorch_one_sentence_names_the_extra(bare_release, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(CheckpointError, match=r"need PyTorch: install seg4diff-jax\[convert\]"):
+    with pytest.raises(CheckpointError, match=r"need PyTorch: pip install torch, or use a safetensors format"):
         load_lora(bare_release)
 
 
