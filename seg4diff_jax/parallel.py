@@ -133,3 +133,9 @@ def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, 
         return NamedSharding(mesh, P(*fits))
 
     return sharding
+
+
+def named_devices(count: int | None = None) -> str:
+    """What something runs on, as people read it. `count`: how many of the devices; None: all, of every process."""
+    number = jax.device_count() if count is None else count
+    return f"{number} x {jax.devices()[0].device_kind}" if number > 1 else jax.devices()[0].device_kind

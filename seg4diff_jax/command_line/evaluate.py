@@ -74,11 +74,10 @@ def run(options: Options) -> None:
         from seg4diff_jax.evaluation.run import evaluate
         from seg4diff_jax.evaluation.scores import best_setting
         from seg4diff_jax.evaluation.shards import Progress
-        from seg4diff_jax.processes import in_step
+        from seg4diff_jax.parallel import named_devices
+        from seg4diff_jax.processes import in_step, join_processes
 
         if options.distributed:
-            from seg4diff_jax.processes import join_processes
-
             join_processes()
     first = jax.process_index() == 0
     console.quiet = not first
@@ -92,8 +91,9 @@ def run(options: Options) -> None:
     counts = {"block": settings.blocks, "noise level": settings.steps, "seed": settings.seeds}
     told = ", ".join(counted(len(some), what) for what, some in counts.items())
     where = f"{images} images of {benchmark.where}"
-    console.print(f"{options.model}{adapters} on {where}: {told}{told_heads(settings.heads)}")
     resolved = resolve(options, pipe, benchmark, settings, out)
+    console.print(f"{options.model}{adapters} on {where}: {told}{told_heads(settings.heads)}")
+    console.print(f"{resolved['dtype']} on {named_devices()}")
     kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
     if kept and not options.resume:
         kept.clear()

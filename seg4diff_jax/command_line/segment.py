@@ -25,6 +25,7 @@ from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import Resize, read_image
+from seg4diff_jax.parallel import named_devices
 from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
@@ -164,7 +165,8 @@ def load_shown(
     held, last = pipe.transformer.depth - 1, pipe.transformer.config.num_layers - 1
     dtype = str(jnp.dtype(pipe.transformer.context_embed.dtype))
     adapters = f", adapters of {options.lora}" if options.lora else ""
-    console.print(f"loaded {options.model} in {seconds:.1f} s: blocks 0..{held} of 0..{last}, {dtype}{adapters}")
+    where = f"{dtype} on {named_devices(1)}"
+    console.print(f"loaded {options.model} in {seconds:.1f} s: blocks 0..{held} of 0..{last}, {where}{adapters}")
     return pipe, dtype, seconds
 
 

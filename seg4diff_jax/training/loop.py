@@ -31,7 +31,7 @@ from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
 from seg4diff_jax.numerics import settled
-from seg4diff_jax.parallel import BATCH, batch_share, make_mesh
+from seg4diff_jax.parallel import BATCH, batch_share, make_mesh, named_devices
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import METRICS, Logs, Throughput
@@ -336,7 +336,7 @@ def _take(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch) -> d
 
 def _take_first(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch, logs: Logs) -> dict[str, float]:
     """Take it, and say how long that and its compilation took."""
-    logs.say("compiling the training step, and taking the first one ...")
+    logs.say(f"compiling the training step for {named_devices(trainer.mesh.size)}, and taking the first one ...")
     begun = time.perf_counter()
     with CompilationClock() as compilation:
         metrics = jax.device_get(_take(trainer, data, done, watch))
