@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -80,16 +80,25 @@ def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, 
       kind: the configuration's dataclass.
       published: keys that are of other types in files.
     """
+    for wrong in wrong_values(kind, config, published):
+        raise ValueError(wrong)
+
+
+def wrong_values(
+    kind: type, config: Mapping[str, Any], published: Mapping[str, Callable[[Any], bool]] = {}
+) -> Iterator[str]:
+    """What is to be said of all such keys; arguments as above."""
     for field in fields(kind):
         if field.name not in config:
             continue
         value, expected = config[field.name], str(field.type)
         if not published.get(field.name, TYPES[expected])(value):
-            raise ValueError(f"{field.name} is {quoted(value)}; expected {expected}")
+            yield f"{field.name} is {quoted(value)}; expected {expected}"
+            continue
         bounds = BOUNDS.get(field.name, SIZE)
         for number in value if isinstance(value, list | tuple) else (value,):
             if type(number) in (int, float) and number not in bounds:
-                raise ValueError(f"{field.name} is {quoted(value)}; expected {bounds}")
+                yield f"{field.name} is {quoted(value)}; expected {bounds}"
 
 
 LAYER = re.compile(

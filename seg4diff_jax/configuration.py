@@ -10,7 +10,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -150,32 +150,84 @@ def _plain(value: Any, option: str) -> Any:
     return value
 
 
-def check_parsed(values: Mapping[str, Any], kind: type | None, prefix: str = "") -> None:
-    """Raise ValueError naming an option whose number is not finite, that is no truth value, or null, and must not be.
+def check_parsed(values: Mapping[str, Any], kind: type | None) -> None:
+    """Raise ValueError naming all options whose numbers are not finite, or that are no truth values, or null, and must
+    not be.
 
     Args:
       values: options that jsonargparse has parsed, which takes null for any of them.
       kind: the dataclass that they are of.
     """
-    hints = get_type_hints(kind) if kind else {}
+    refuse(_unparsed(values, kind, ""))
+
+
+def _unparsed(values: Mapping[str, Any], kind: type | None, prefix: str) -> list[str]:
+    hints, found = get_type_hints(kind) if kind else {}, []
     for name, value in values.items():
         option, hint = prefix + name, hints.get(name)
         inner, optional = section(hint)
         if isinstance(value, Mapping):
-            check_parsed(value, inner, f"{option}.")
+            found += _unparsed(value, inner, f"{option}.")
         elif value is None and hint is not None and not optional:
-            raise ValueError(f"{option} is null; expected a value, or leave the option out for its default")
+            found.append(f"{option} is null; expected a value, or leave the option out for its default")
         elif hint is bool and type(value) is not bool:  # a switch without a value takes any from a file
-            raise ValueError(f"{option} is {quoted(value)}; expected true or false")
+            found.append(f"{option} is {quoted(value)}; expected true or false")
         else:
-            check_finite({name: value}, prefix)
+            found += infinite({name: value}, prefix)
+    return found
 
 
-def check_finite(values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ValueError naming an option whose number is not finite."""
-    for name, value in values.items():
-        if any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value)):
-            raise ValueError(f"{prefix}{name} is {quoted(value)}; expected a finite number")
+def infinite(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What is to be said of options whose numbers are not finite."""
+    return [
+        f"{prefix}{name} is {quoted(value)}; expected a finite number"
+        for name, value in values.items()
+        if any(isinstance(each, float) and not math.isfinite(each) for each in _listed(value))
+    ]
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def refuse(found: Sequence[str]) -> None:
+    """Raise ValueError with all that does not fit, if there is anything; what is said twice is said once."""
+    said = list(dict.fromkeys(found))
+    if len(said) == 1:
+        raise ValueError(said[0])
+    if said:
+        raise ValueError("".join([f"{len(said)} things do not fit:", *(f"\n  {each}" for each in said)]))
+
+
+def refusals(*checks: Callable[[], object]) -> list[str]:
+    """What each of the checks says that raises ValueError. All are tried."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def unchecked(kind: type, values: Mapping[str, Any]) -> Any:
+    """A configuration, its sections with it, of values that nothing was held against, to be asked for `problems`."""
+    made, hints = object.__new__(kind), get_type_hints(kind)
+    for field in fields(kind):
+        inner, _ = section(hints[field.name])
+        value = values[field.name]
+        value = unchecked(inner, value) if inner is not None and isinstance(value, Mapping) else value
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+def problems(config: Any, prefix: str = "") -> list[str]:
+    """Of a configuration and of its sections: each says its own by a method of this name."""
+    found: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        found += problems(value, f"{prefix}{field.name}.") if is_dataclass(value) else []
+    own = config.problems() if hasattr(config, "problems") else []
+    return found + [each if each.startswith(prefix) else f"{prefix}{each}" for each in own]
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from seg4diff_jax.convert.configurations import POSITIVE, Bounds, check_values
+from seg4diff_jax.convert.configurations import POSITIVE, Bounds, wrong_values
 from seg4diff_jax.flow import LARGEST_SEED
 from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.miniature.autoencoder import AutoencoderConfig
@@ -53,21 +53,21 @@ NUMBERS: dict[type, dict[str, Bounds]] = {
 }
 
 
-def check_numbers(config: Any, prefix: str = "") -> None:
-    """Raise ValueError naming an option, anywhere in a task's configuration, whose number is out of bounds."""
+def out_of_bounds(config: Any, prefix: str = "") -> list[str]:
+    """What is to be said of options, anywhere in a task's configuration, whose numbers are out of bounds."""
     if isinstance(config, ARCHITECTURES):
-        try:
-            check_values(type(config), asdict(config))
-        except ValueError as error:
-            raise ValueError(f"{prefix}{error}") from None
-        return
-    bounds = NUMBERS.get(type(config), {})
+        return [f"{prefix}{each}" for each in wrong_values(type(config), asdict(config))]
+    bounds, found = NUMBERS.get(type(config), {}), []
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            check_numbers(value, f"{prefix}{field.name}.")
+            found += out_of_bounds(value, f"{prefix}{field.name}.")
         elif value is not None and field.name in bounds:
             several = value.values() if isinstance(value, Mapping) else value
-            for number in several if isinstance(value, Mapping | list | tuple) else (value,):
-                if number not in bounds[field.name]:
-                    raise ValueError(f"{prefix}{field.name} is {value!r}; expected {bounds[field.name]}")
+            if any(each not in bounds[field.name] for each in (several if _is_several(value) else (value,))):
+                found.append(f"{prefix}{field.name} is {value!r}; expected {bounds[field.name]}")
+    return found
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)

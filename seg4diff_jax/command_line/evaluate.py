@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from seg4diff_jax.configuration import refusals, refuse
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
     GROUPS,
@@ -185,33 +186,46 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
 
 def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
-    """What is measured. Raises as `prepare` does."""
+    """What is measured. Raises ValueError with all options that do not fit the checkpoint or each other."""
+    from seg4diff_jax.evaluation.benchmarks import misfits
     from seg4diff_jax.evaluation.counting import Settings, check_batch_size
     from seg4diff_jax.evaluation.expert import configuration
 
-    for name, value, least in (
-        ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
-        ("pictures", options.pictures, 0),
-        ("shard-batches", options.shard_batches, 1),
-    ):
-        if value < least:
-            raise ValueError(f"--{name} is {value}: expected at least {least}")
+    heads = lambda: chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
+    block = lambda: checkpoint.block() if options.blocks == "expert" else options.blocks
+    blocks = lambda: numbers(block(), "--blocks", range(checkpoint.transformer.num_layers))
+    step = lambda: checkpoint.step() if options.steps == "expert" else options.steps
+    steps = lambda: numbers(step(), "--steps", STEPS)
+    seeds = lambda: numbers(options.seeds, "--seeds", range(2**31), all_allowed=False)
+    asked = lambda: kinds_of_prompts(options.prompts)
+    merged = lambda: merging_protocols(options)
+    found = misfits(options.data) + [
+        f"--{name} is {value}: expected at least {least}"
+        for name, value, least in (
+            ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
+            ("pictures", options.pictures, 0),
+            ("shard-batches", options.shard_batches, 1),
+        )
+        if value < least
+    ]
+    found += refusals(heads, blocks, steps, seeds, asked)
+    known = refusals(lambda: protocols(options.protocol))
+    found += known or unused(options) or refusals(merged)
     if options.name_expert:
-        configuration(options.model)
+        found += refusals(lambda: configuration(options.model))
+        if not refusals(heads) and None not in heads():
+            found.append(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
+    refuse(found)
+
     tokens = (checkpoint.trained_size // checkpoint.view.multiple) ** 2
-    heads = chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
-    if options.name_expert and None not in heads:
-        raise ValueError(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
-    steps = checkpoint.step() if options.steps == "expert" else options.steps
-    blocks = checkpoint.block() if options.blocks == "expert" else options.blocks
     settings = Settings(
-        heads=heads,
-        blocks=numbers(blocks, "--blocks", range(checkpoint.transformer.num_layers)),
-        steps=numbers(steps, "--steps", STEPS),
-        seeds=numbers(options.seeds, "--seeds", range(2**31), all_allowed=False),
+        heads=heads(),
+        blocks=blocks(),
+        steps=steps(),
+        seeds=seeds(),
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
-        prompts=kinds_of_prompts(options.prompts) if OPEN_VOCABULARY in protocols(options.protocol) else (),
-        unsupervised=merging_protocols(options),
+        prompts=asked() if OPEN_VOCABULARY in protocols(options.protocol) else (),
+        unsupervised=merged(),
         resize=options.data.resize,
         lora=options.lora,
         skip_unreadable=options.skip_unreadable,
@@ -222,20 +236,29 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
 
 
 def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:
-    """One for each threshold, or none. Raises ValueError for an option that is not usable, or would go unused."""
+    """One for each threshold, or none. Raises ValueError for options that are not usable, or would go unused."""
     from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
-    given = asdict(options.unsupervised)
+    refuse(unused(options))
     if UNSUPERVISED not in protocols(options.protocol):
-        for name, value in given.items():
-            if value != getattr(Unsupervised(), name):
-                option, protocol = f"--unsupervised.{name.replace('_', '-')}", options.protocol
-                raise ValueError(f"{option} is {value!r}, but --protocol is {protocol!r}: add unsupervised to it")
         return ()
+    given = asdict(options.unsupervised)
     threshold = given.pop("threshold")
     chosen = MERGE_THRESHOLDS[given["minmax"]] if threshold is None else threshold
     return tuple(UnsupervisedProtocol(each, **given) for each in thresholds(chosen, "--unsupervised.threshold"))
+
+
+def unused(options: Options) -> list[str]:
+    """What is to be said of options of segments without names where none are made. Raises as `protocols` does."""
+    if UNSUPERVISED in protocols(options.protocol):
+        return []
+    return [
+        f"--unsupervised.{name.replace('_', '-')} is {value!r}, but --protocol is {options.protocol!r}: add "
+        "unsupervised to it"
+        for name, value in asdict(options.unsupervised).items()
+        if value != getattr(Unsupervised(), name)
+    ]
 
 
 def told_heads(heads: Sequence[int | None]) -> str:

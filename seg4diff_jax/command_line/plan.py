@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     add("--markdown", action="store_true", help="print a table's row")
     parsed = parser.parse_args(list(arguments))
     own = {name: parsed.pop(name) for name in ("topology", "largest_batch", "markdown")}
-    return configuration(task, parser, parsed)[0], own
+    return configuration(task, parser, parsed, reads=False)[0], own
 
 
 def _told(plans: Any) -> Any:

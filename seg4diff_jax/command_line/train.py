@@ -9,20 +9,25 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from seg4diff_jax.command_line.bounds import check_numbers
+from seg4diff_jax.command_line.bounds import out_of_bounds
 from seg4diff_jax.command_line.tasks import TASKS
 from seg4diff_jax.configuration import (
     Parser,
     check_arguments,
     check_parsed,
     configuration_file,
+    problems,
     quoted,
     read_configuration,
+    refuse,
+    unchecked,
 )
+from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.processes import join_processes
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
+from seg4diff_jax.training.optimizers import schedule_problems
 from seg4diff_jax.training.termination import Terminated, termination
 
 
@@ -84,27 +89,43 @@ class Parsed(NamedTuple):
 
 
 def parse(arguments: Sequence[str]) -> Parsed:
-    """Raises ValueError when no task is named or a number is not finite; leaves with a message (SystemExit) for other
-    options that are not right."""
+    """Raises ValueError when no task is named or options do not fit, all of them in one message; leaves with a message
+    (SystemExit) for what is of another type, or no option."""
     task = chosen_task(arguments)
     check_arguments(arguments, TASKS[task].config)
     parser = make_parser(task)
     options = parser.parse_args(list(arguments))
     flags = {name: options.pop(name) for name in ("resume", "distributed")}
-    config, record = configuration(task, parser, options)
+    config, record = configuration(task, parser, options, reads=True)
     return Parsed(task, config, record, **flags)
 
 
-def configuration(task: str, parser: Parser, options: Any) -> tuple[Any, dict[str, Any]]:
-    """A task's configuration of the options that `task_parser` adds, and the same as plain values."""
+def configuration(task: str, parser: Parser, options: Any, *, reads: bool) -> tuple[Any, dict[str, Any]]:
+    """A task's configuration of the options that `task_parser` adds, and the same as plain values.
+
+    Args:
+      reads: whether the data will be read, so that beside other things it is said if that cannot be.
+
+    Raises ValueError with all that does not fit.
+    """
     options.pop("config", None)
     record = yaml.safe_load(parser.dump(options, skip_unset=False))
-    check_parsed(record, TASKS[task].config)
+    kind = TASKS[task].config
+    check_parsed(record, kind)
+    refuse(misfits(unchecked(kind, options.as_dict()), reads=reads))
     values = parser.instantiate(options)
     values.pop("task")
-    made = TASKS[task].config(**values)
-    check_numbers(made)
-    return made, record
+    return kind(**values), record
+
+
+def misfits(config: Any, *, reads: bool) -> list[str]:
+    """All that does not fit in a task's configuration, or to each other."""
+    found = problems(config) + schedule_problems(config.optimizer, config.run.steps)
+    said = {each.partition(" is ")[0] for each in found}
+    found += [each for each in out_of_bounds(config) if each.partition(" is ")[0] not in said]
+    if found and reads and isinstance(config, MagnetConfig) and config.data.root:  # else who opens the data says it
+        found += config.data.misplaced()
+    return found
 
 
 @settled()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from seg4diff_jax.configuration import refusals, refuse
 from seg4diff_jax.convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.labelled import published_kind, published_split
@@ -69,33 +70,17 @@ def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN
       FolderError: something is not where it should be, or not as described.
       ValueError: an option is not usable with what is named.
     """
-    name = data.name or ("folder" if data.root else "scenes")
-    if name not in (*SETS, *OTHERS):
-        raise ValueError(f"data.name is {name!r}: expected one of {', '.join((*SETS, *OTHERS))}")
+    refuse(misfits(data))
+    name = named(data)
     if name == "scenes":
-        if data.root:
-            raise ValueError(f"data.root is {data.root!r}, but scenes lie in the user's cache: leave it out")
         split = published_split(data.split, SCENE_SPLITS, "the synthetic world")
-        published_kind(data.labels, (), name)
         benchmark = scenes_benchmark(data.scenes, scene_size, split)
-    elif not data.root:
-        layout = SETS[name].layout if name in SETS else "images/, labels/ and classes.txt, or a prepared set"
-        raise ValueError(f"data.name is {name!r}, but there is no data.root: give the directory with {layout}")
     elif name == "folder":
-        if data.split:
-            raise ValueError(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
-        published_kind(data.labels, (), name)
-        benchmark = folder_benchmark(data.root)
+        benchmark = folder_benchmark(str(data.root))
     elif name == "tfds":
-        benchmark = prepared_benchmark(data.root, data.split, data.labels)
+        benchmark = prepared_benchmark(str(data.root), data.split, data.labels)
     else:
-        benchmark = published_benchmark(name, data.root, data.split, data.labels, data.unlabelled)
-    if data.background and benchmark.background is None:
-        having = ", ".join(each for each, one in SETS.items() if one.background is not None)
-        raise ValueError(f"data.background is {data.background!r}, but {name} has no background class; {having} have")
-    if data.unlabelled and benchmark.unlabelled is None:
-        having = ", ".join(each for each, one in SETS.items() if one.unlabelled is not None)
-        raise ValueError(f"data.unlabelled is {data.unlabelled!r}, but {name} has no such pixels; {having} has")
+        benchmark = published_benchmark(name, str(data.root), data.split, data.labels, data.unlabelled)
     if data.list:
         assert isinstance(benchmark.source, Named)
         places = listed_places(data.list, benchmark.source.names, benchmark.where)
@@ -104,6 +89,39 @@ def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN
     benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
     _ = benchmark.prompts  # names that cannot be told apart are found before weights are read
     return benchmark
+
+
+def named(data: Data) -> str:
+    return data.name or ("folder" if data.root else "scenes")
+
+
+def misfits(data: Data) -> list[str]:
+    """What of the options does not fit, a sentence each; found without a look at the disk."""
+    name, found = named(data), []
+    if name not in (*SETS, *OTHERS):
+        return [f"data.name is {name!r}: expected one of {', '.join((*SETS, *OTHERS))}"]
+    if name == "scenes":
+        if data.root:
+            found.append(f"data.root is {data.root!r}, but scenes lie in the user's cache: leave it out")
+        if data.scenes < 1:
+            found.append(f"--data.scenes is {data.scenes}: expected at least 1")
+        found += refusals(lambda: published_split(data.split, SCENE_SPLITS, "the synthetic world"))
+    elif not data.root:
+        layout = SETS[name].layout if name in SETS else "images/, labels/ and classes.txt, or a prepared set"
+        found.append(f"data.name is {name!r}, but there is no data.root: give the directory with {layout}")
+    if name == "folder" and data.split:
+        found.append(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
+    if name in ("scenes", "folder"):
+        found += refusals(lambda: published_kind(data.labels, (), name))
+    for option, has, what in (
+        ("background", [each for each, one in SETS.items() if one.background is not None], "background class"),
+        ("unlabelled", [each for each, one in SETS.items() if one.unlabelled is not None], "such pixels"),
+    ):
+        value = getattr(data, option)
+        if value and name not in has:
+            ending = "has" if len(has) == 1 else "have"
+            found.append(f"data.{option} is {value!r}, but {name} has no {what}; {', '.join(has)} {ending}")
+    return found
 
 
 def _background_rule(data: Data, benchmark: Benchmark, protocols: Sequence[str]) -> Background:

@@ -52,12 +52,23 @@ class HeldOutData:
     sigmas: tuple[float, ...] = ()
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if self.batch_size < 1 or self.count < 0:
-            raise ValueError(
+            found.append(
                 f"held_out.batch_size is {self.batch_size} and held_out.count {self.count}; expected at least 1 and 0"
             )
         if not all(0 <= sigma <= 1 for sigma in self.sigmas):
-            raise ValueError(f"held_out.sigmas are {list(self.sigmas)}; noise levels are 0 (clean) to 1")
+            found.append(f"held_out.sigmas are {list(self.sigmas)}; noise levels are 0 (clean) to 1")
+        return found
+
+    def none_of(self, data: MaskData) -> bool:
+        """Whether nothing is scored: a set whose masks have no names gives nothing to score."""
+        return self.count < 1 or (self.name is None and self.root is None and data.name == "sa1b")
 
 
 def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, Pictures | None]:
@@ -67,7 +78,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
       FolderError, ValueError: as `open_pictures`; a folder would have nothing left to train on; both are the same.
     """
     train = open_pictures(data, size)
-    if held.count < 1 or (held.name is None and held.root is None and data.name == "sa1b"):
+    if held.none_of(data):
         return train, None
     if held.name is None and held.root is None and data.name == "folder":
         if given := [name for name in ("split", "labels") if getattr(held, name) is not None]:

@@ -77,18 +77,35 @@ class MaskData:
     least_area: float = 0.005
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if self.name not in (*SETS, *OTHERS):
-            raise ValueError(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
+            found.append(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
         if self.captions is not None and self.name == "scenes":
-            raise ValueError(f"data.captions is {self.captions!r}, and scenes have no file of captions: leave it out")
+            found.append(f"data.captions is {self.captions!r}, and scenes have no file of captions: leave it out")
         if self.rows < 1 or self.scenes < 1:
-            raise ValueError(f"data.rows is {self.rows} and data.scenes {self.scenes}; expected at least 1 each")
+            found.append(f"data.rows is {self.rows} and data.scenes {self.scenes}; expected at least 1 each")
         if not 0 <= self.least_area < 1:
-            raise ValueError(f"data.least_area is {self.least_area}; expected a share: 0 <= least_area < 1")
-        if self.labels is not None and self.name not in SETS:
-            raise ValueError(f"data.labels is {self.labels!r}, and {self.name} has one kind of labels: leave it out")
+            found.append(f"data.least_area is {self.least_area}; expected a share: 0 <= least_area < 1")
+        if self.labels is not None and self.name in OTHERS:
+            found.append(f"data.labels is {self.labels!r}, and {self.name} has one kind of labels: leave it out")
         if self.size is not None and (self.size < 8 or self.size % 8):
-            raise ValueError(f"data.size is {self.size}; expected a multiple of 8")
+            found.append(f"data.size is {self.size}; expected a multiple of 8")
+        return found
+
+    def misplaced(self) -> list[str]:
+        """What does not fit of where pictures lie; only who reads them needs that."""
+        found = []
+        if (self.root is None) != (self.name == "scenes"):
+            what = "scenes lie nowhere: leave it out" if self.root else f"give the directory of {self.name}"
+            found.append(f"data.root is {self.root!r} and data.name {self.name!r}: {what}")
+        if self.name in ("sa1b", "folder") and self.split:
+            found.append(f"data.split is {self.split!r}, but {self.name} has no splits: leave it out")
+        return found
 
     @property
     def nameless(self) -> bool:
@@ -143,16 +160,13 @@ def open_pictures(data: MaskData, size: int) -> Pictures:
 
 def _every_picture(data: MaskData, size: int) -> Pictures:
     split = data.split or "train"
-    if (data.root is None) != (data.name == "scenes"):
-        what = "scenes lie nowhere: leave it out" if data.root else f"give the directory of {data.name}"
-        raise ValueError(f"data.root is {data.root!r} and data.name {data.name!r}: {what}")
+    if found := data.misplaced():
+        raise ValueError("\n".join(found))
     if data.name == "scenes":
         name = scene_name(split)
         source = SceneItems(split, data.scenes, size, ("image", "labels"))
         return Pictures(source, CLASSES, [name(index) for index in range(data.scenes)])
     assert data.root is not None
-    if data.name in ("sa1b", "folder") and data.split:
-        raise ValueError(f"data.split is {data.split!r}, but {data.name} has no splits: leave it out")
     if data.name == "sa1b":
         masks = MaskFolder(data.root, data.captions)
         return Pictures(masks, None, masks.names, uncaptioned=masks.captions.absent)

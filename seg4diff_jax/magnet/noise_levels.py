@@ -18,9 +18,16 @@ class NoiseLevels:
     shift: float | None = None
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if not -LARGEST_MEAN <= self.mean <= LARGEST_MEAN:
-            raise ValueError(f"noise_levels.mean is {self.mean}; expected -{LARGEST_MEAN} to {LARGEST_MEAN}")
+            found.append(f"noise_levels.mean is {self.mean}; expected -{LARGEST_MEAN} to {LARGEST_MEAN}")
         for name in ("std", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"noise_levels.{name} is {value}; expected a finite number, more than 0")
+                found.append(f"noise_levels.{name} is {value}; expected a finite number, more than 0")
+        return found

@@ -54,40 +54,47 @@ class MagnetObjective:
     dice_cost: float = DICE_COST
 
     def __post_init__(self):
-        if self.masks_from == "log_probs":
-            self._check_log_probs()
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = self._problems_of_log_probs() if self.masks_from == "log_probs" else []
         for option in ("focal_cost", "dice_cost"):
             if self.targets == "classes" and getattr(self, option) != getattr(type(self), option):
-                raise ValueError(
+                found.append(
                     f"{option} is {getattr(self, option)} and targets 'classes', which match nothing: leave {option} "
                     "out, or take targets 'matching'"
                 )
         for option in ("velocity_weight", "focal_weight", "dice_weight", "focal_cost", "dice_cost"):
             if not 0 <= getattr(self, option) < math.inf:
-                raise ValueError(f"{option} is {getattr(self, option)}; expected a finite number, at least 0")
+                found.append(f"{option} is {getattr(self, option)}; expected a finite number, at least 0")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; expected 0 to 1")
+            found.append(f"alpha is {self.alpha}; expected 0 to 1")
         if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
+            found.append(f"gamma is {self.gamma}; expected at least 0: 2 is usual, 0 is cross-entropy")
         if self.focal == "release" and self.gamma != 2:
-            raise ValueError(f"focal is 'release' and gamma {self.gamma}; the release's is 2: leave one of them out")
+            found.append(f"focal is 'release' and gamma {self.gamma}; the release's is 2: leave one of them out")
+        return found
 
-    def _check_log_probs(self) -> None:
+    def _problems_of_log_probs(self) -> list[str]:
+        found = []
         if self.targets == "matching":
-            raise ValueError(
+            found.append(
                 "masks_from is 'log_probs', a distribution over a prompt's classes, and targets is 'matching', where "
                 "masks have no classes: take masks_from 'scores', or targets 'classes'"
             )
         for option in ("focal", "mask_head", "alpha"):
             if getattr(self, option) != getattr(type(self), option):
-                raise ValueError(
+                found.append(
                     f"{option} is {getattr(self, option)!r} and masks_from 'log_probs'; it refines and weighs scores: "
                     f"leave {option} out, or take masks_from 'scores'"
                 )
         if 0 < self.gamma < 1:
-            raise ValueError(
+            found.append(
                 f"gamma is {self.gamma}; with log_probs expected 0 or at least 1: between, slopes are infinite"
             )
+        return found
 
     @property
     def request(self) -> AttentionRequest:

@@ -47,7 +47,7 @@ from seg4diff_jax.passes import NoisedImages, encode_images
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
+from seg4diff_jax.training.samples import Denoiser, Samples, asked_for, sample_row
 from seg4diff_jax.training.stages import counted, stage
 from seg4diff_jax.training.state import name as dotted
 from seg4diff_jax.training.work import Work
@@ -77,7 +77,7 @@ class MagnetConfig:
       remat: what of a block is computed again in the backward pass: nothing, the whole block, or all but its products
         with weights.
       kernel: of attention; null: by backend and dtype.
-      samples: pictures of the first held-out prompts at each evaluation; null: none.
+      samples: pictures of the first held-out prompts at each evaluation; null or a count of 0: none.
       dtype: of the frozen checkpoint and of the computation; adapters are fp32.
     """
 
@@ -101,20 +101,29 @@ class MagnetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         nameless, matching = self.data.nameless, self.objective.targets == "matching"
         if nameless != matching:
-            raise ValueError(
+            found.append(
                 f"data.name is {self.data.name!r}, data.captions {self.data.captions!r} and objective.targets "
                 f"{self.objective.targets!r}: masks of sa1b and of captioned pictures have no names and are matched "
                 "(matching); those of all others have (classes)"
             )
         if self.positions == "release" and matching:
-            raise ValueError("positions is 'release', but matching knows no names whose positions could be read")
+            found.append("positions is 'release', but matching knows no names whose positions could be read")
         if self.cache is not None and self.data.crop == "random":
-            raise ValueError(
+            found.append(
                 f"cache is {self.cache!r} and data.crop 'random': a cache holds one view of each picture; give "
                 "data.crop center or squash, or leave the cache out"
             )
+        if asked_for(self.samples) and self.held_out.none_of(self.data):
+            found.append("samples show prompts of held-out pictures, and none are: leave samples out, or hold some out")
+        return found
 
 
 class Magnet(nnx.Module):
@@ -161,8 +170,6 @@ def task(config: MagnetConfig) -> Task:
     with stage(f"reading what {config.data.root or config.data.name} holds"):
         pictures, scored = open_both(config.data, config.held_out, size)
     _name_uncaptioned(pictures)
-    if config.samples is not None and scored is None:
-        raise ValueError("samples show prompts of held-out pictures, and none are: leave samples out, or hold some out")
     items = ViewItems(pictures, config.data, size, checkpoint.tokenizers, config.positions)
     held_out = None if scored is None else _held_out(config, checkpoint, scored)
     source, augment = pictures.source, items
@@ -183,7 +190,7 @@ def task(config: MagnetConfig) -> Task:
         trainable=TRAINABLE,
         evaluate=None if held_out is None else partial(_evaluate, held_out=held_out),
         pictures=None
-        if held_out is None or config.samples is None
+        if held_out is None or not asked_for(config.samples)
         else partial(_pictures, held_out=held_out, checkpoint=checkpoint, config=config, kept={}),
         best=None if held_out is None else "miou",
         export=partial(export, config=config),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seg4diff_jax.configuration import check_finite
+from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.miniature.scenes import (
     SceneConfig,
@@ -52,7 +52,12 @@ class Objective:
     distances: float = 0.0
 
     def __post_init__(self):
-        check_finite(vars(self), "objective.")
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        return infinite(vars(self), "objective.")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.analysis.clip_score import unit_vectors
-from seg4diff_jax.configuration import check_finite
+from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.miniature.scenes import (
     SceneConfig,
@@ -72,10 +72,16 @@ class ContrastiveConfig:
     export_dtype: Dtype = "float16"
 
     def __post_init__(self):
-        check_finite(vars(self))
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = infinite(vars(self))
         widths = {self.clip_l.projection_dim, self.clip_g.projection_dim, self.vision.projection_dim}
         if len(widths) > 1:
-            raise ValueError(f"projection_dim differs between the towers ({sorted(widths)}); they need one space")
+            found.append(f"projection_dim differs between the towers ({sorted(widths)}); they need one space")
+        return found
 
 
 class Towers(nnx.Module):

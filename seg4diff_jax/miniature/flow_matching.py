@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from seg4diff_jax.configuration import check_finite
+from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.flow import FlowSchedule, logit_normal_sigmas, velocity_target
@@ -51,7 +51,7 @@ from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
+from seg4diff_jax.training.samples import Denoiser, Samples, asked_for, sample_row
 from seg4diff_jax.training.stages import counted
 from seg4diff_jax.training.state import fresh
 
@@ -77,7 +77,12 @@ class Objective:
     pooled_dropout: float = 0.0
 
     def __post_init__(self):
-        check_finite(vars(self), "objective.")
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        return infinite(vars(self), "objective.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,12 @@ class Evaluation:
     batch_size: int = 16
 
     def __post_init__(self):
-        check_finite(vars(self), "evaluation.")
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        return infinite(vars(self), "evaluation.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class FlowMatchingConfig:
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
       prompts: what is made of captions.
       kernel: of attention; null: by backend and dtype.
-      samples: pictures that are made at each evaluation; null: none.
+      samples: pictures that are made at each evaluation; null or a count of 0: none.
       inference_shift: of the schedule that the exported checkpoint names.
       dtype: of the computation; trained parameters are fp32.
       export_dtype: of the written weights.
@@ -125,9 +135,15 @@ class FlowMatchingConfig:
     export_dtype: Dtype = "float16"
 
     def __post_init__(self):
-        check_finite(vars(self))
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = infinite(vars(self))
         if self.prompts.filled and self.cache is None:
-            raise ValueError("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
+            found.append("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
+        return found
 
 
 def task(config: FlowMatchingConfig) -> Task:
@@ -148,7 +164,7 @@ def task(config: FlowMatchingConfig) -> Task:
         evaluate=partial(
             grounding, source=validation, sigmas=config.evaluation.sigmas, batch_size=config.evaluation.batch_size
         ),
-        pictures=None if config.samples is None else _pictures(config, config.samples, tokenizers, empty),
+        pictures=_pictures(config, config.samples, tokenizers, empty) if asked_for(config.samples) else None,
         best="miou",
         export=partial(export, config=config, validation=validation),
         item=scene_name("train"),

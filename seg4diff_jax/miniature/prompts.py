@@ -31,10 +31,17 @@ class Prompts:
     filled: float = 0.0
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if not 3 <= self.tokens <= 77:
-            raise ValueError(f"prompts.tokens is {self.tokens}; expected 3 to 77: start, words, end")
+            found.append(f"prompts.tokens is {self.tokens}; expected 3 to 77: start, words, end")
         if not 0 <= self.filled <= 1:
-            raise ValueError(f"prompts.filled is {self.filled}; expected a share of the captions, 0 to 1")
+            found.append(f"prompts.filled is {self.filled}; expected a share of the captions, 0 to 1")
+        return found
 
 
 class PromptItems:

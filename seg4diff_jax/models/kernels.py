@@ -44,10 +44,17 @@ class Kernel:
     interpret: bool = False
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if self.name not in ("xla", *FUSED):
-            raise ValueError(f"no attention kernel is called {self.name!r}; there are xla, {', '.join(FUSED)}")
+            found.append(f"no attention kernel is called {self.name!r}; there are xla, {', '.join(FUSED)}")
         if self.query_chunk is not None and self.query_chunk < 1:
-            raise ValueError(f"query_chunk is {self.query_chunk}; expected at least 1, or None")
+            found.append(f"query_chunk is {self.query_chunk}; expected at least 1, or None")
+        return found
 
 
 def default_kernel(dtype: DTypeLike, head_dim: int) -> Kernel:

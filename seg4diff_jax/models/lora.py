@@ -59,14 +59,21 @@ class LoRAConfig:
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
         if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; an adapter has a rank of at least 1")
+            found.append(f"rank is {self.rank}; an adapter has a rank of at least 1")
         if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}; expected a finite number")
+            found.append(f"alpha is {self.alpha}; expected a finite number")
         if not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"targets are {list(self.targets)}; name at least one layer, each once")
+            found.append(f"targets are {list(self.targets)}; name at least one layer, each once")
         if self.blocks is not None and (not self.blocks or list(self.blocks) != sorted({*self.blocks})):
-            raise ValueError(f"blocks are {list(self.blocks)}; name at least one, each once, in ascending order")
+            found.append(f"blocks are {list(self.blocks)}; name at least one, each once, in ascending order")
+        return found
 
     @property
     def scale(self) -> float:

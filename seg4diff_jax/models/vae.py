@@ -47,12 +47,19 @@ class VAEConfig:
     shift_factor: float | None = None
 
     def __post_init__(self):
-        uneven = [width for width in self.block_out_channels if width % self.norm_num_groups]
-        if uneven:
-            raise ValueError(
-                f"VAE config: norm_num_groups {self.norm_num_groups} must divide every width in block_out_channels, "
-                f"but does not divide {uneven}"
-            )
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        groups = self.norm_num_groups
+        uneven = [width for width in self.block_out_channels if groups < 1 or width % groups]
+        if not uneven:
+            return []
+        return [
+            f"VAE config: norm_num_groups {groups} must divide every width in block_out_channels, but does not divide "
+            f"{uneven}"
+        ]
 
     @property
     def downsampling(self) -> int:

@@ -120,11 +120,17 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}; expected at least 1")
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        counts = ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep")
+        found = {name: getattr(self, name) for name in counts if getattr(self, name) < 1}
+        said = [f"run.{name} is {value}; expected at least 1" for name, value in found.items()]
         if self.workers < 0:
-            raise ValueError(f"run.workers is {self.workers}; expected 0 (threads of this process) or more")
+            said.append(f"run.workers is {self.workers}; expected 0 (threads of this process) or more")
+        return said
 
 
 @settled()

@@ -65,15 +65,23 @@ class OptimizerConfig:
     rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, (bounds, fits) in BOUNDS.items():
-            for place, value in _values(name, getattr(self, name)):
-                if not fits(value):
-                    raise ValueError(f"optimizer.{place} is {value}; expected {bounds}")
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = [
+            f"optimizer.{place} is {value}; expected {bounds}"
+            for name, (bounds, fits) in BOUNDS.items()
+            for place, value in _values(name, getattr(self, name))
+            if not fits(value)
+        ]
         for pattern in (*self.rates, *([] if self.muon is None else [self.muon])):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"optimizer: {pattern!r} is no regular expression ({error})") from error
+                found.append(f"optimizer: {pattern!r} is no regular expression ({error})")
+        return found
 
 
 def _values(name: str, value: Any) -> list[tuple[str, int | float]]:
@@ -122,10 +130,16 @@ SCHEDULES: dict[ScheduleName, Callable[[float, int, int], optax.Schedule]] = {
 }
 
 
+def schedule_problems(config: OptimizerConfig, steps: int) -> list[str]:
+    if config.warmup < steps:
+        return []
+    return [f"optimizer.warmup is {config.warmup}; expected less than the run's {steps} steps"]
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """Number of updates made so far to the rate of the next one. Raises ValueError if the warm-up takes all steps."""
-    if config.warmup >= steps:
-        raise ValueError(f"optimizer.warmup is {config.warmup}; expected less than the run's {steps} steps")
+    for each in schedule_problems(config, steps):
+        raise ValueError(each)
     return SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
+from seg4diff_jax.configuration import refusals
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.model import MMDiT
@@ -29,7 +31,7 @@ class Samples:
     """Which pictures.
 
     Attributes:
-      count: how many, side by side, of the first validation captions.
+      count: how many, side by side, of the first validation captions; 0: none.
       steps, guidance: as for `Pipeline.generate`.
       seed: of the noise.
       sampler: as for `Pipeline.generate`: euler also for a checkpoint that was saved with another.
@@ -42,9 +44,21 @@ class Samples:
     sampler: Sampler | None = None
 
     def __post_init__(self):
-        if self.count < 1 or self.steps < 1:
-            raise ValueError(f"samples.count is {self.count} and samples.steps {self.steps}; expected at least 1 each")
-        check_guidance(self.guidance)
+        if found := self.problems():
+            raise ValueError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """What does not fit, a sentence each."""
+        found = []
+        if self.count < 0:
+            found.append(f"samples.count is {self.count}; expected at least 1, or 0 for no pictures")
+        if self.steps < 1:
+            found.append(f"samples.steps is {self.steps}; expected at least 1")
+        return found + refusals(lambda: check_guidance(self.guidance))
+
+
+def asked_for(samples: Samples | None) -> TypeGuard[Samples]:
+    return samples is not None and samples.count > 0
 
 
 def sample_row(
