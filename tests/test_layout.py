@@ -54,9 +54,9 @@ MAY_IMPORT: dict[str, str] = {
     "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
     "passes pipeline processes reporting segmentation text versions",
     # What people start.
-    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation flow images "
-    "magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation terminal text "
-    "training versions",
+    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation flow "
+    "images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
+    "terminal text training versions",
     "__init__": "checkpoints pipeline",
     "__main__": "command_line",
 }
