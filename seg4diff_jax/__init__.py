@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seg4diff_jax.checkpoints import load, open
+    from seg4diff_jax.checkpoints import Checkpoint, load, open
+    from seg4diff_jax.class_names import OneClassWarning
+    from seg4diff_jax.convert.errors import CheckpointError
+    from seg4diff_jax.data.labelled import FolderError
+    from seg4diff_jax.image_files import ImageError
+    from seg4diff_jax.models.attention import AttentionRequest, JointAttention
+    from seg4diff_jax.models.kernels import Kernel
+    from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, Segmentation, UnsupervisedSegmentation
 
-__all__ = ["Pipeline", "Segmentation", "UnsupervisedSegmentation", "load", "open"]
+__all__ = [
+    "AttentionRequest",
+    "Checkpoint",
+    "CheckpointError",
+    "FolderError",
+    "ImageError",
+    "JointAttention",
+    "Kernel",
+    "OneClassWarning",
+    "Pipeline",
+    "Segmentation",
+    "UnsupervisedSegmentation",
+    "__version__",
+    "load",
+    "make_mesh",
+    "open",
+]
+
+try:
+    __version__ = version("seg4diff-jax")
+except PackageNotFoundError:  # a clone that is not installed
+    __version__ = "0+unknown"
+
+# On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
+_HOMES = {
+    "checkpoints": ("Checkpoint", "load", "open"),
+    "class_names": ("OneClassWarning",),
+    "convert.errors": ("CheckpointError",),
+    "data.labelled": ("FolderError",),
+    "image_files": ("ImageError",),
+    "models.attention": ("AttentionRequest", "JointAttention"),
+    "models.kernels": ("Kernel",),
+    "parallel": ("make_mesh",),
+    "pipeline": ("Pipeline", "Segmentation", "UnsupervisedSegmentation"),
+}
 
 
 def __dir__() -> list[str]:
@@ -17,13 +60,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the data readers' worker processes and `--help` need neither JAX nor the models.
-    if name in ("load", "open"):
-        from seg4diff_jax import checkpoints
-
-        return getattr(checkpoints, name)
-    if name in __all__:
-        from seg4diff_jax import pipeline
-
-        return getattr(pipeline, name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"seg4diff_jax.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
@@ -24,13 +25,13 @@ class SizeGroup(NamedTuple):
       places: in the list.
       own_sizes: height and width of each before it was resampled.
       grid: rows and columns of image tokens.
+      pixels: in -1..1.
     """
 
     places: list[int]
     own_sizes: list[tuple[int, int]]
     grid: tuple[int, int]
     pixels: Float[np.ndarray, "images height width 3"]
-    noise: Float[Array, "images rows columns channels"]
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,41 @@ class ModelView:
             raise ValueError("noise has values that are not finite; expected standard normal numbers")
         return jnp.broadcast_to(jnp.asarray(given, jnp.float32), (images, *shape))[np.asarray(places)]
 
-    def groups(
-        self,
-        images: Sequence[ImageInput],
-        noise: Shaped[np.ndarray, "*shape"] | None,
-        seed: int,
-        size: tuple[int, int] | None,
-        how: Resize,
-    ) -> Iterator[SizeGroup]:
-        """The images, those together that are seen at one size. Raises as `read_image`, `size` and `noise` do."""
+    def by_size(self, images: Sequence[ImageInput], size: tuple[int, int] | None, how: Resize) -> Iterator[SizeGroup]:
+        """The images, those together that are seen at one size. Raises as `read_image` and `size` do."""
         read = [read_image(image) for image in images]
         places: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, image in enumerate(read):
             places[self.size(image.shape[:2], size, how)].append(place)
         for (height, width), group in places.items():
             own = [read[place] for place in group]
-            drawn = self.noise(noise, group, len(read), (height, width), seed)
             grid = height // self.multiple, width // self.multiple
-            yield SizeGroup(
-                group, [image.shape[:2] for image in own], grid, self.pixels(own, (height, width), how), drawn
-            )
+            yield SizeGroup(group, [image.shape[:2] for image in own], grid, self.pixels(own, (height, width), how))
+
+
+def listed_seeds(seed: int | Sequence[int], noise: Any = None) -> tuple[int, ...]:
+    """One seed, or several.
+
+    Raises ValueError when there are none, one is there twice, or there are several and the noise is given.
+    """
+    seeds = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seed is {seed!r}; expected a whole number, or several, each once")
+    if noise is not None and len(seeds) > 1:
+        raise ValueError(f"seed is {seed!r} and noise is given, of which no seed makes others: leave one of them out")
+    return seeds
+
+
+def mean_over_seeds(each: Sequence[Any]) -> Any:
+    """Of what several seeds gave, arrays or lists of them; of one as it is."""
+    return each[0] if len(each) == 1 else jax.tree.map(lambda *of_seeds: sum(of_seeds) / len(of_seeds), *each)
+
+
+def finite_maps(maps: np.ndarray, block: int) -> np.ndarray:
+    """The maps of a block. Raises FloatingPointError unless all numbers are finite."""
+    if not np.isfinite(maps).all():
+        raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
+    return maps
 
 
 def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:

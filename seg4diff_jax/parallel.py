@@ -124,6 +124,15 @@ def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, 
     return jax.lax.with_sharding_constraint(array, P(*[None] * axis, *BATCH))
 
 
+def spread(arrays: Any, mesh: Mesh | None) -> Any:
+    """On the mesh's devices, leading axes split over `data` and `fsdp` where they divide; as they are without a mesh."""
+    if mesh is None:
+        return arrays
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    place = lambda array: NamedSharding(mesh, BATCH if len(array) % devices == 0 else P())
+    return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
+
+
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Parameter path and shape to its sharding. An axis that does not divide is not split."""
 

@@ -75,6 +75,17 @@ def encode_prompts(
     return join_states(states_l, states_g, t5_states, joint_dim=joint_dim, t5_length=t5_length)
 
 
+@jax.jit
+def each_prompt(texts: TextConditioning) -> list[TextConditioning]:
+    """Each prompt's states by themselves, to be kept."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], texts) for i in range(len(texts.pooled))]
+
+
+@jax.jit
+def stacked_prompts(texts: list[TextConditioning]) -> TextConditioning:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoisedImages:

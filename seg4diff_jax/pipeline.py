@@ -5,17 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from seg4diff_jax import passes
-from seg4diff_jax.batching import ModelView, one_for_each
+from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, mean_over_seeds, one_for_each
 from seg4diff_jax.class_names import OneClassWarning, one_class
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
@@ -26,7 +26,8 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.numerics import settled
-from seg4diff_jax.parallel import BATCH
+from seg4diff_jax.parallel import spread
+from seg4diff_jax.pipeline_options import AttentionOptions, SegmentOptions, UnsupervisedOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
@@ -65,20 +66,23 @@ class Pipeline:
     # ---- masks ------------------------------------------------------------------------------------------------------
 
     @overload
-    def segment(self, image: ImageInput, classes: Sequence[str], **options: Any) -> Segmentation: ...
+    def segment(self, image: ImageInput, classes: Sequence[str], **options: Unpack[SegmentOptions]) -> Segmentation: ...
     @overload
     def segment(
-        self, image: Sequence[ImageInput], classes: Sequence[Sequence[str]], **options: Any
+        self,
+        image: Sequence[ImageInput],
+        classes: Sequence[str] | Sequence[Sequence[str]],
+        **options: Unpack[SegmentOptions],
     ) -> list[Segmentation]: ...
     @settled()
-    def segment(  # pyright: ignore[reportInconsistentOverload]
+    def segment(
         self,
         image: ImageInput | Sequence[ImageInput],
         classes: Sequence[str] | Sequence[Sequence[str]],
         *,
         block: int | None = None,
         step: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
         resize: Resize = "aspect",
@@ -89,11 +93,12 @@ class Pipeline:
         Args:
           image: a path, a PIL image or a uint8 array [height, width, 3] (see `images.read_image`); or a list of them,
             of any sizes.
-          classes: class names, in any number; or one list of names for each image.
+          classes: class names, in any number, for all images; or one list of names for each image.
           block: block to read. Default: the checkpoint's expert block.
           step: noise level, counted from the clean end of 28 (the paper's t). Default: the checkpoint's own, or the
             paper's, 8.
-          seed: of the noise, 0 to 2^32 - 1; each image of a list has noise of its own, by its position.
+          seed: of the noise, 0 to 2^32 - 1; each image of a list has noise of its own, by its position. Of several
+            seeds, as in (0, 1, 2), the scores are averaged: a pass for each.
           noise: float32 [latent rows, latent columns, channels] to use instead, or with a leading axis of images.
           size: height and width that the model sees. Default: by `resize`.
           resize: "aspect" keeps the image's, at about the trained number of pixels; "square" squashes it to the
@@ -108,28 +113,37 @@ class Pipeline:
         Warns (`class_names.OneClassWarning`) of a list of a single class, which takes every pixel.
         """
         images, single = listed(image)
-        lists: list[Any] = [classes] if single else list(classes)
+        shared = single or (len(classes) > 0 and all(isinstance(name, str) for name in classes))
+        lists: list[Any] = [classes] * len(images) if shared else list(classes)
         if len(images) != len(lists):
             raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
-        block, sigma = self._block(block), self._sigma(step)
+        block, _, seeds = self._block(block), self._sigma(step), listed_seeds(seed, noise)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         for remark in dict.fromkeys(filter(None, map(one_class, lists))):
             warnings.warn(remark, OneClassWarning, stacklevel=3)
         results: dict[int, Segmentation] = {}
-        for group in self.view.groups(images, noise, seed, size, resize):
+        for group in self.view.by_size(images, size, resize):
             asked = [prompts[place] for place in group.places]
-            scores = self._scores(group.pixels, asked, group.noise, sigma, block, kernel)
+            each = [
+                self._scores(seen, asked, block, kernel)
+                for seen in self._noised(group, len(images), seeds, noise, step)
+            ]
+            scores = each[0] if len(each) == 1 else [np.mean(grids, axis=0) for grids in zip(*each, strict=True)]
             for place, own_size, grid in zip(group.places, group.own_sizes, scores, strict=True):
-                labels = upsampled_labels(_finite(grid, block), own_size)
+                labels = upsampled_labels(finite_maps(grid, block), own_size)
                 results[place] = Segmentation(labels, grid, prompts[place].classes, prompts[place].prompts)
         return results[0] if single else [results[place] for place in range(len(images))]
 
     @overload
-    def segment_unsupervised(self, image: ImageInput, **options: Any) -> UnsupervisedSegmentation: ...
+    def segment_unsupervised(
+        self, image: ImageInput, **options: Unpack[UnsupervisedOptions]
+    ) -> UnsupervisedSegmentation: ...
     @overload
-    def segment_unsupervised(self, image: Sequence[ImageInput], **options: Any) -> list[UnsupervisedSegmentation]: ...
+    def segment_unsupervised(
+        self, image: Sequence[ImageInput], **options: Unpack[UnsupervisedOptions]
+    ) -> list[UnsupervisedSegmentation]: ...
     @settled()
-    def segment_unsupervised(  # pyright: ignore[reportInconsistentOverload]
+    def segment_unsupervised(
         self,
         image: ImageInput | Sequence[ImageInput],
         *,
@@ -137,7 +151,7 @@ class Pipeline:
         minmax: MinMax = "pixel",
         block: int | None = None,
         step: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
         resize: Resize = "aspect",
@@ -148,7 +162,7 @@ class Pipeline:
         Args:
           threshold: maps merge that diverge by less; larger, fewer segments. Default: `MERGE_THRESHOLDS` of `minmax`.
           minmax: what maps are brought to 0..1 over, see `segmentation.unsupervised.MinMax`.
-          image and all others: as for `segment`.
+          image and all others: as for `segment`. Of several seeds the attention is averaged before it is merged.
 
         Raises:
           ImageError, ValueError, FloatingPointError: as `segment` does; ValueError too for threshold and minmax.
@@ -156,49 +170,66 @@ class Pipeline:
         images, single = listed(image)
         threshold, block, _ = check_threshold(threshold, minmax), self._block(block), self._sigma(step)
         results: dict[int, UnsupervisedSegmentation] = {}
-        for group in self.view.groups(images, noise, seed, size, resize):
-            attention = self.empty_prompt_attention(group.pixels, group.noise, block=block, step=step, kernel=kernel)
+        seeds = listed_seeds(seed, noise)
+        for group in self.view.by_size(images, size, resize):
+            noised = self._noised(group, len(images), seeds, noise, step)
             with self.settings():
+                attention = mean_over_seeds([self._empty_prompt_attention(seen, block, kernel) for seen in noised])
                 merged, counts = merged_maps_of_images(attention, threshold, minmax)
             maps, counts = np.asarray(merged), np.asarray(counts)
-            grids = _finite(maps, block).reshape(*maps.shape[:2], *group.grid)
+            grids = finite_maps(maps, block).reshape(*maps.shape[:2], *group.grid)
             for place, own_size, grid, count in zip(group.places, group.own_sizes, grids, counts, strict=True):
                 results[place] = unsupervised_segmentation(grid, int(count), own_size)
         return results[0] if single else [results[place] for place in range(len(images))]
 
+    @overload
+    def attention(
+        self, image: ImageInput, prompt: str, **options: Unpack[AttentionOptions]
+    ) -> dict[int, JointAttention]: ...
+    @overload
+    def attention(
+        self, image: Sequence[ImageInput], prompt: str | Sequence[str], **options: Unpack[AttentionOptions]
+    ) -> list[dict[int, JointAttention]]: ...
     @settled()
     def attention(
         self,
-        image: ImageInput,
-        prompt: str,
+        image: ImageInput | Sequence[ImageInput],
+        prompt: str | Sequence[str],
         *,
         blocks: int | Collection[int] | None = None,
         step: int | None = None,
         seed: int = 0,
-        noise: Float[np.ndarray, "rows columns channels"] | None = None,
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
         size: tuple[int, int] | None = None,
         resize: Resize = "aspect",
         request: AttentionRequest | None = None,
         kernel: Kernel | None = None,
-    ) -> dict[int, JointAttention]:
+    ) -> dict[int, JointAttention] | list[dict[int, JointAttention]]:
         """Joint attention of any blocks on a noised image under a prompt; arguments as for `segment`.
 
         Args:
+          prompt: one for all images; or one for each image.
           blocks: one number or several, all read in one pass that ends in the last of them. Default: all that are
             loaded.
           request: which maps, scores or probabilities, heads kept or averaged. Default: image-to-text scores and
             probabilities of CLIP's tokens, heads kept.
+
+        Returns each block's record, whose arrays keep a leading axis of 1; of a list of images a list of these.
         """
-        request = request or AttentionRequest()
-        pixels = read_image(image)
-        wanted = self.view.size(pixels.shape[:2], size, resize)
-        eps = self.view.noise(noise, [0], 1, wanted, seed)
-        sigma, wanted_blocks = self._sigma(step), self._blocks(blocks)
-        seen, texts = self.view.pixels([pixels], wanted, resize), self.encode_prompts([prompt])
-        with self.settings():
-            images = passes.NoisedImages(passes.encode_images(self.vae, seen), eps, sigma)
-            options = ForwardOptions(request, kernel)
-            return passes.attention(self.transformer, images, texts, blocks=wanted_blocks, options=options)
+        images, single = listed(image)
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images and {len(prompts)} prompts; expected one for all, or one for each")
+        options, wanted = ForwardOptions(request or AttentionRequest(), kernel), self._blocks(blocks)
+        results: dict[int, dict[int, JointAttention]] = {}
+        for group in self.view.by_size(images, size, resize):
+            (noised,) = self._noised(group, len(images), (seed,), noise, step)
+            texts = self.spread(self.encode_prompts([prompts[place] for place in group.places]))
+            with self.settings():
+                records = passes.attention(self.transformer, noised, texts, blocks=wanted, options=options)
+            for row, place in enumerate(group.places):
+                results[place] = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], records)
+        return results[0] if single else [results[place] for place in range(len(images))]
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -276,41 +307,41 @@ class Pipeline:
                 filled = new + new[:1] * ((rows or 2 ** (len(new) - 1).bit_length()) - len(new))
                 joint_dim = self.transformer.config.joint_attention_dim
                 encoded = passes.encode_prompts(self.encoders, tokenize(self.tokenizers, filled), joint_dim=joint_dim)
-                self._conditioning |= zip(new, _rows(encoded), strict=False)
-            stacked = _stacked([self._conditioning[prompt] for prompt in prompts])
+                self._conditioning |= zip(new, passes.each_prompt(encoded), strict=False)
+            stacked = passes.stacked_prompts([self._conditioning[prompt] for prompt in prompts])
         for prompt in prompts:  # the dictionary's order is that of last use
             self._conditioning[prompt] = self._conditioning.pop(prompt)
         for prompt in list(self._conditioning)[:-REMEMBERED]:
             del self._conditioning[prompt]
         return stacked
 
-    def empty_prompt_attention(
+    def _noised(
         self,
-        pixels: Float[np.ndarray, "images height width 3"],
-        noise: Float[Array, "images rows columns channels"],
-        *,
-        block: int | None = None,
-        step: int | None = None,
-        kernel: Kernel | None = None,
-    ) -> Float[Array, "images image_tokens text_tokens"]:
-        """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads; pixels in -1..1."""
-        options, blocks = ForwardOptions(passes.MEAN_PROBS, kernel), self._blocks(self._block(block))
-        pixels, noise, texts = self.spread((pixels, noise, self.encode_prompts([""] * len(pixels))))
+        group: SizeGroup,
+        images: int,
+        seeds: Sequence[int],
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None,
+        step: int | None,
+    ) -> list[passes.NoisedImages]:
+        """Images of a list of so many, encoded once, at a noise level: under the noise of each seed."""
+        size = group.pixels.shape[1], group.pixels.shape[2]
+        noises = [self.view.noise(noise, group.places, images, size, seed) for seed in seeds]
         with self.settings():
-            images = passes.NoisedImages(passes.encode_images(self.vae, pixels), noise, self._sigma(step))
-            records = passes.attention(self.transformer, images, texts, blocks=blocks, options=options)
-        (record,) = records.values()
+            latents = passes.encode_images(self.vae, self.spread(group.pixels))
+        return [passes.NoisedImages(latents, self.spread(each), self._sigma(step)) for each in noises]
+
+    def _empty_prompt_attention(
+        self, images: passes.NoisedImages, block: int, kernel: Kernel | None
+    ) -> Float[Array, "images image_tokens text_tokens"]:
+        """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads."""
+        texts, options = self.spread(self.encode_prompts([""] * len(images))), ForwardOptions(passes.MEAN_PROBS, kernel)
+        with self.settings():
+            record = passes.attention(self.transformer, images, texts, blocks=(block,), options=options)[block]
         assert record.probs is not None
         return record.probs
 
     def _scores(
-        self,
-        pixels: Float[np.ndarray, "images height width 3"],
-        prompts: list[ClassPrompts],
-        noise: Float[Array, "images rows columns channels"],
-        sigma: Float[Array, ""],
-        block: int,
-        kernel: Kernel | None,
+        self, images: passes.NoisedImages, prompts: list[ClassPrompts], block: int, kernel: Kernel | None
     ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
         """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
         most = padded_rows(max(len(item.classes) for item in prompts))
@@ -318,19 +349,14 @@ class Pipeline:
         image_of_prompt = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
         texts = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
         texts, image_of_prompt, averaging = self.spread((texts, image_of_prompt, averaging))
-        pixels, noise = self.spread((pixels, noise))
+        images = replace(images, image_of_prompt=image_of_prompt)
         with self.settings():
-            images = passes.NoisedImages(passes.encode_images(self.vae, pixels), noise, sigma, image_of_prompt)
             scores = passes.read_class_scores(self.transformer, images, texts, averaging, block=block, kernel=kernel)
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def spread(self, arrays: Any) -> Any:
-        """Split leading axes over the mesh's data axes, where they divide."""
-        if (mesh := self.mesh) is None:
-            return arrays
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        place = lambda array: NamedSharding(mesh, BATCH if len(array) % devices == 0 else PartitionSpec())
-        return jax.tree.map(lambda array: jax.device_put(array, place(array)), arrays)
+        """On the mesh's devices, leading axes split where they divide."""
+        return spread(arrays, self.mesh)
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -370,20 +396,3 @@ class Pipeline:
     def view(self) -> ModelView:
         """How the model sees images."""
         return ModelView.of(self.transformer.config, self.vae.config, self.trained_size)
-
-
-def _finite(maps: Float[np.ndarray, "*shape"], block: int) -> Float[np.ndarray, "*shape"]:
-    if not np.isfinite(maps).all():
-        raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
-    return maps
-
-
-@jax.jit
-def _rows(texts: TextConditioning) -> list[TextConditioning]:
-    """Each prompt's states by themselves."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], texts) for i in range(len(texts.pooled))]
-
-
-@jax.jit
-def _stacked(texts: list[TextConditioning]) -> TextConditioning:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, str] = {
     "text": "models",
     "class_names": "",
     "batching": "flow images models",
-    "pipeline": "batching class_names flow images models numerics parallel passes segmentation text",
+    "pipeline_options": "images models segmentation",
+    "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options segmentation text",
     "reporting": "pipeline",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums flow models numerics passes segmentation terminal text",
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, str] = {
     "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation flow "
     "images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
     "terminal text training versions",
-    "__init__": "checkpoints pipeline",
+    "__init__": "checkpoints class_names convert data image_files models parallel pipeline",
     "__main__": "command_line",
 }
 """Part to the parts that it may import besides itself."""

@@ -278,8 +278,45 @@ def test_class_names_that_have_no_place_of_their_own_are_refused(sd3, names, mes
 def test_images_and_lists_of_names_must_be_as_many(sd3):
     with pytest.raises(ValueError, match="2 images and 1 lists of class names; expected one for each"):
         sd3.segment([IMAGE, IMAGE], [NAMES], block=VARIED)
-    with pytest.raises(ValueError, match="1 images and 8 lists of class names; expected one for each"):
-        sd3.segment([IMAGE], NAMES, block=VARIED)
+    with pytest.raises(ValueError, match="2 images and 3 prompts; expected one for all, or one for each"):
+        sd3.attention([IMAGE, IMAGE], ["a", "b", "c"], blocks=VARIED)
+
+
+def test_one_list_of_names_is_for_all_images(sd3):
+    images = [IMAGE, an_image(84, 108)]
+    for found, expected in zip(
+        sd3.segment(images, NAMES, block=VARIED), sd3.segment(images, [NAMES, NAMES], block=VARIED), strict=True
+    ):
+        np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_of_several_seeds_scores_are_the_mean(sd3):
+    each = [sd3.segment(IMAGE, NAMES, block=VARIED, seed=seed).scores for seed in (3, 0, 7)]
+    found = sd3.segment(IMAGE, NAMES, block=VARIED, seed=(3, 0, 7))
+    assert np.abs(each[0] - each[1]).max() > 1e-4
+    np.testing.assert_allclose(found.scores, np.mean(each, axis=0), rtol=1e-5)
+    assert found.labels.shape == IMAGE.shape[:2]
+
+
+@pytest.mark.parametrize("seed", [(), (1, 1)])
+def test_seeds_that_make_no_mean_are_refused(sd3, seed):
+    with pytest.raises(ValueError, match="expected a whole number, or several, each once"):
+        sd3.segment(IMAGE, NAMES, block=VARIED, seed=seed)
+    with pytest.raises(ValueError, match="noise is given, of which no seed makes others"):
+        sd3.segment(IMAGE, NAMES, block=VARIED, seed=(0, 1), noise=a_noise(*SIZE), size=SIZE)
+
+
+def test_attention_of_a_list_of_images_is_that_of_each(sd3):
+    images, prompts = [IMAGE, an_image(84, 108), IMAGE], ["cat", "a dog", "sky"]
+    sizes = [sd3.view.size(image.shape[:2], None, "aspect") for image in images]
+    noises = [np.asarray(sd3.view.noise(None, [place], 3, size, 5)) for place, size in enumerate(sizes)]
+    found = sd3.attention(images, prompts, blocks=(1, VARIED), seed=5)
+    for image, prompt, noise, records in zip(images, prompts, noises, found, strict=True):
+        alone = sd3.attention(image, prompt, blocks=(1, VARIED), noise=noise[0])
+        assert records.keys() == alone.keys()
+        for block in records:
+            assert records[block].probs.shape == alone[block].probs.shape
+            assert relative_error(np.asarray(records[block].probs), np.asarray(alone[block].probs)) <= 1e-5
 
 
 def test_noise_that_is_not_finite_is_refused_as_such(sd3):

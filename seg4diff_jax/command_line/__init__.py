@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from seg4diff_jax.command_line import analyze, compare, generate, scenes, segment, segment_unsupervised
 from seg4diff_jax.convert.command_line import Command, run_command
@@ -19,10 +20,14 @@ COMMANDS: dict[str, Command] = {
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
     "compare": Command(compare.arguments, compare.run, "hold two evaluations against each other"),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
-    # Listed here; run by `main`, for their options are their own.
-    "plan": Command(lambda parser: None, lambda options: None, "what training needs of TPUs that are not here"),
-    "convert": Command(lambda parser: None, lambda options: None, "checkpoints from PyTorch and back"),
 }
+PROGRAMS = {
+    "evaluate": ("seg4diff_jax.command_line.evaluate", "score masks on labelled images: evaluate.py"),
+    "train": ("seg4diff_jax.command_line.train", "train MAGNET's adapters, or the miniature: train.py"),
+    "plan": ("seg4diff_jax.command_line.plan", "what training needs of TPUs that are not here"),
+    "convert": ("seg4diff_jax.convert.__main__", "checkpoints from PyTorch and back"),
+}
+"""Those with options of their own: the module whose `main` takes them, and what it is for."""
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are for the user; CheckpointError and ImageError are ValueErrors."""
 
@@ -31,12 +36,7 @@ AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["convert"]:
-        from seg4diff_jax.convert.__main__ import main as convert
-
-        return convert(arguments[1:])
-    if arguments[:1] == ["plan"]:
-        from seg4diff_jax.command_line.plan import main as plan
-
-        return plan(arguments[1:])
-    return run_command("seg4diff", DESCRIPTION, COMMANDS, arguments, at_fault=AT_FAULT)
+    if arguments and arguments[0] in PROGRAMS:
+        return import_module(PROGRAMS[arguments[0]][0]).main(arguments[1:])
+    listed = {name: Command(lambda parser: None, lambda options: None, help) for name, (_, help) in PROGRAMS.items()}
+    return run_command("seg4diff", DESCRIPTION, COMMANDS | listed, arguments, at_fault=AT_FAULT)
