@@ -125,7 +125,7 @@ def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, 
 
 
 def spread(arrays: Any, mesh: Mesh | None) -> Any:
-    """On the mesh's devices, leading axes split over `data` and `fsdp` where they divide; as they are without a mesh."""
+    """On the mesh, leading axes split over `data` and `fsdp` where they divide; without a mesh as they are."""
     if mesh is None:
         return arrays
     devices = mesh.shape["data"] * mesh.shape["fsdp"]

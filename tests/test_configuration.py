@@ -98,6 +98,11 @@ def test_null_is_refused_by_name_where_it_is_no_value(tmp_path, command, option)
         COMMANDS[command](file)
 
 
+def test_without_arguments_the_tasks_are_named():
+    with pytest.raises(ValueError, match="the task is not named; expected one of autoencoder, contrastive"):
+        parse([])
+
+
 @pytest.mark.parametrize("contents", ["", "{}", "# none", "task: null", "task: sewing"])
 def test_a_file_that_names_no_task_is_named_itself(tmp_path, contents):
     file = written(tmp_path, contents)

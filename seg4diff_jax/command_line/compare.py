@@ -103,7 +103,12 @@ def read_rows(directory: Path) -> Rows:
         raise ValueError(f"{path}: rows is {quoted(rows)}; expected a list of scores, as evaluate.py writes it")
     found: Rows = {}
     for number, row in enumerate(rows):
-        if wrong := _misread(row):
+        wrong = _misread(row)
+        if wrong is None and any(row.get(name) != rows[0].get(name) for name in SAME):
+            wrong = "images that are row 0's"
+        if wrong is None and list(row["iou"]) != list(rows[0]["iou"]):
+            wrong = "classes that are row 0's"
+        if wrong:
             raise ValueError(f"{path}: row {number} has no {wrong}, as evaluate.py writes it: the file is damaged")
         key = Key(*(row.get(name) for name in Key._fields))
         found.setdefault(key, []).append(row)
@@ -115,11 +120,14 @@ def _misread(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return "scores"
     kinds: dict[str, Any] = {"protocol": str, "prompts": str, "block": int, "head": int | None, "step": int}
-    kinds |= {"threshold": int | float | None, "seed": int, "images": int, "pixels": int, "dataset": str}
+    kinds |= {"threshold": int | float | None, "minmax": str | None, "match": str | None}
+    kinds |= {"seed": int, "images": int, "pixels": int, "dataset": str}
     kinds |= {"miou": int | float | None, "pixel_accuracy": int | float | None, "iou": dict}
     for name, kind in kinds.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             return f"usable {name}"
+    if not isinstance(row.get("absent_classes"), bool | None):
+        return "usable absent_classes"
     wrong = [name for name, value in row["iou"].items() if not isinstance(value, int | float | None)]
     return f"usable iou of {wrong[0]}" if wrong else None
 

@@ -61,7 +61,7 @@ def chosen_task(arguments: Sequence[str]) -> str:
     Raises ValueError when none or an unknown one is named, or the file cannot be read.
     """
     found, where = None, ""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         option, _, value = argument.partition("=")
         value = value or following
         if option == "--config" and value:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
+from jaxtyping import Integer
 from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.report.confusions import write_confusion
 from seg4diff_jax.evaluation.report.page import number, write_page
 from seg4diff_jax.evaluation.run import Evaluation
 from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, guesses
@@ -83,6 +84,14 @@ def write_classes(path: Path, rows: list[Row]) -> None:
         for row in rows:
             place = [row.get(name) for name in PLACE]
             lines.writerows([*place, name, iou, row["accuracy"][name]] for name, iou in row["iou"].items())
+
+
+def write_confusion(path: Path, confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]) -> None:
+    """As a table: a line for each class of the labels, a column for each class that its pixels are taken for."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(["", *classes])
+        lines.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
 
 
 def tell(console: Console, evaluation: Evaluation) -> None:

@@ -299,7 +299,8 @@ def test_results_have_a_row_for_each_block_step_and_seed(results):
 
 
 def test_the_page_has_the_best_the_worst_and_a_random_image_inside_it(results):
-    assert {path.name for path in results.iterdir()} == {"config.yaml", "report.html", "results.json", "per_class.csv"}
+    tables = {"per_class.csv", "confusion.csv"}
+    assert {path.name for path in results.iterdir()} == {"config.yaml", "report.html", "results.json", *tables}
     page = (results / "report.html").read_text()
     for what in ("image", "truth", "prediction"):
         assert len(re.findall(rf'src="data:image/\w+;base64,[^"]+"[^>]* alt="{what}"', page)) == 3

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,14 +61,6 @@ def confused(
             )
         )
     return found
-
-
-def write_confusion(path: Path, confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]) -> None:
-    """As a table: a line for each class of the labels, a column for each class that its pixels are taken for."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(["", *classes])
-        lines.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
 
 
 def _largest(pixels: np.ndarray, itself: int, count: int, total: float) -> list[tuple[int, float]]:

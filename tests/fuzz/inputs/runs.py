@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from seg4diff_jax.command_line import compare
 from seg4diff_jax.command_line.generate import RECORD, remove_former
 from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
@@ -140,6 +141,21 @@ def left_of_pictured(root: Path) -> Any:
     return sorted(path.name for path in root.iterdir() if path.is_file())
 
 
+def make_results(root: Path) -> None:
+    scores = {"miou": 50.5, "pixel_accuracy": 75.25, "iou": {"cat": 40.5, "sky": None}}
+    place = {"protocol": "open_vocabulary", "prompts": "present", "block": 9, "head": None, "step": 8}
+    images = {"dataset": "made-up", "split": "val", "images": 3, "pixels": 4096}
+    rows = [{**images, **place, "seed": seed, **scores} for seed in (0, 1)]
+    (root / "results.json").write_text(json.dumps({"rows": rows, "units": "percent"}))
+
+
+def compared_results(root: Path) -> Any:
+    rows = compare.read_rows(root)
+    compare.refuse_others(rows, rows, "one", "other")
+    classes = [compare.classes_compared(each, each) for each in rows.values()]
+    return rows, [(key.title, compare.compared(each, each, "miou", "mIoU")) for key, each in rows.items()], classes
+
+
 EVALUATION = """\
 model: miniature
 data:
@@ -245,6 +261,15 @@ READERS: dict[str, Reader] = {
         {"items.json": "json", "items.arrayrecord": "summed"},
         errors=(*OWN_ERRORS, ValueError),
         cases=24,
+    ),
+    "results": Reader(
+        make_results,
+        compared_results,
+        ("seg4diff_jax/command_line/compare.py",),
+        {"results.json": "json"},
+        {r"": "another number is another score: results are for people and tools, and have no checksums"},
+        errors=(*OWN_ERRORS, ValueError),
+        cases=16,
     ),
     "record of pictures": Reader(
         make_pictured,
