@@ -100,7 +100,7 @@ def test_null_is_refused_by_name_where_it_is_no_value(tmp_path, command, option)
 
 def test_without_arguments_the_tasks_are_named():
     with pytest.raises(ValueError, match="the task is not named; expected one of autoencoder, contrastive"):
-        parse([])
+        parse_training([])
 
 
 @pytest.mark.parametrize("contents", ["", "{}", "# none", "task: null", "task: sewing"])

@@ -56,10 +56,10 @@ def make_pair(config: dict, seed: int = 0) -> tuple[SD3Transformer2DModel, MMDiT
 
 def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, batch: int = 2, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32))
     return {
         "latents": draw(batch, *size, config["in_channels"]),
-        "timesteps": jnp.linspace(515.072, 900, batch, dtype=jnp.float32),
+        "timesteps": jnp.asarray(np.linspace(515.072, 900, batch, dtype=np.float32)),
         "conditioning": TextConditioning(
             draw(batch, text, config["joint_attention_dim"]),
             draw(batch, config["pooled_projection_dim"]),
@@ -71,7 +71,9 @@ def make_inputs(config: dict, size: tuple[int, int] = (16, 16), text: int = 9, b
 def equal_tail(inputs: dict, tokens: int) -> tuple[dict, dict]:
     """Inputs whose last tokens are zeros, all of them computed; and the same, one of them computed for all."""
     given = inputs["conditioning"]
-    context = given.context.at[:, -tokens:].set(0)
+    context = np.array(given.context)
+    context[:, -tokens:] = 0
+    context = jnp.asarray(context)
     both = (TextConditioning.from_full(context, given.pooled, equal, given.segments) for equal in (1, tokens))
     full, once = ({**inputs, "conditioning": conditioning} for conditioning in both)
     return full, once
