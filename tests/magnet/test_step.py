@@ -46,6 +46,13 @@ OBJECTIVES = {
 }
 
 
+def adapted_layers(base: MMDiT, config: LoRAConfig) -> list[str]:
+    """Names of the layers that get adapters, without numbers drawn for them."""
+    names: list[str] = []
+    jax.eval_shape(lambda: names.extend(lora_state(add_lora(base, config, nnx.Rngs(0)))))
+    return names
+
+
 def torch_losses(
     theirs: SD3Transformer2DModel, processors: list, batch: MagnetBatch, objective: MagnetObjective, head: Any
 ) -> dict[str, torch.Tensor]:
@@ -125,7 +132,7 @@ def step(request) -> Step:
     batch = make_batch(objective)
     theirs, base = make_pair(SMALL)
     config = LoRAConfig(rank=4, alpha=6.0)
-    layers = list(lora_state(add_lora(base, config, nnx.Rngs(0))))
+    layers = adapted_layers(base, config)
     add_peft_adapters(theirs, config, layers)
     head = release_head(seed=4) if objective.mask_head else None
     model = Trained(apply_lora(base, config, factors(theirs, layers, lambda w: w)), carried(head) if head else None)
@@ -151,8 +158,13 @@ def step(request) -> Step:
     (value, parts), gradients = gradient(trainable, frozen)
     options: Any = {"learning_rate": RATE, "schedule": "constant", "weight_decay": DECAY, "clip": CLIP_NORM}
     optimizer = make_optimizer(OptimizerConfig(**options), 10)
-    updates, _ = optimizer.update(gradients, optimizer.init(trainable), trainable)
-    after: Any = optax.apply_updates(trainable, updates)
+
+    @jax.jit
+    def updated(trainable, gradients):
+        updates, _ = optimizer.update(gradients, optimizer.init(trainable), trainable)
+        return optax.apply_updates(trainable, updates)
+
+    after = updated(trainable, gradients)
     by_name = lambda arrays: ours_named(structure.model(arrays, frozen))
     return Step(
         ({"loss": value, **parts}, expected),
@@ -195,7 +207,7 @@ def test_parameters_after_adamw_are_torchs(step):
 def adapted() -> MMDiT:
     theirs, base = make_pair(SMALL)
     config = LoRAConfig(rank=2)
-    layers = list(lora_state(add_lora(base, config, nnx.Rngs(0))))
+    layers = adapted_layers(base, config)
     add_peft_adapters(theirs, config, layers)
     return apply_lora(base, config, factors(theirs, layers, lambda weight: weight))
 

@@ -35,8 +35,10 @@ TRAINABLE = nnx.Any(LoRA, nnx.PathContains("head"))
 
 def make_batch(objective: MagnetObjective) -> MagnetBatch:
     rng = np.random.default_rng(7)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    context = draw(2, CLIP + TAIL, SMALL["joint_attention_dim"]).at[:, CLIP:].set(0)
+    drawn = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    draw = lambda *shape: jnp.asarray(drawn(*shape))
+    context = drawn(2, CLIP + TAIL, SMALL["joint_attention_dim"])
+    context[:, CLIP:] = 0
     averaging = None
     if objective.focal == "release":
         averaging, found = averaging_of_ids(jnp.asarray(PROMPT), jnp.asarray(NAMES))
@@ -45,7 +47,9 @@ def make_batch(objective: MagnetObjective) -> MagnetBatch:
         averaging = jnp.asarray([[[(t in span) / max(1, len(span)) for t in range(CLIP)] for span in x] for x in SPANS])
     return MagnetBatch(
         images=NoisedImages(draw(2, 16, 16, 16), draw(2, 16, 16, 16), jnp.array([0.35, 0.8])),
-        texts=TextConditioning.from_full(context, draw(2, SMALL["pooled_projection_dim"]), TAIL, segments(CLIP, TAIL)),
+        texts=TextConditioning.from_full(
+            jnp.asarray(context), draw(2, SMALL["pooled_projection_dim"]), TAIL, segments(CLIP, TAIL)
+        ),
         masks=jnp.asarray(random_masks((2, 3, 20, 24), seed=1)),
         real=jnp.asarray(REAL),
         averaging=None if objective.targets == "matching" else averaging,
