@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from seg4diff_jax.convert.__main__ import main as convert
 from seg4diff_jax.convert.lora.run import arrays_of
 from seg4diff_jax.training.checkpoints import Checkpoints
+from seg4diff_jax.training.command import main
 from tests.reference.magnet_runs import arguments, rows, small_run
 from tests.reference.processes import finish, start, together
 
@@ -41,14 +43,6 @@ def options(sd3_checkpoint, tmp_path_factory) -> dict:
 def compiled(tmp_path_factory) -> Path:
     """Programs, which are kept by what is compiled, with which options and for what: a run finds those of its like."""
     return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def whole(options, compiled, tmp_path_factory) -> Path:
-    """A run that nothing stopped."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    finish(start("magnet_runs", "train", "--", *arguments(options | {"run.out": str(out)}), compiled=compiled))
-    return out
 
 
 def checkpointed(run: Path) -> list[int]:
@@ -77,7 +71,7 @@ def named_bytes(file: Path) -> dict[str, bytes]:
 
 class Stopped(NamedTuple):
     """A run that something stopped after its checkpoint of step 4, with its exit status, its last words, and what of
-    checkpoints it left; and that another process has then resumed."""
+    checkpoints it left."""
 
     run: Path
     code: int
@@ -86,15 +80,30 @@ class Stopped(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def stopped(options, compiled, whole, tmp_path_factory) -> dict[str, Stopped]:
-    out = tmp_path_factory.mktemp("stopped")
-    begin = lambda how: start(
-        "magnet_runs", how, "4", "--", *arguments(options | {"run.out": str(out / how)}), compiled=compiled
-    )
-    found = {}
-    for how, process in [(how, begin(how)) for how in ("killed", "told", "full")]:
-        _, errors = process.communicate(timeout=600)
-        found[how] = Stopped(out / how, process.returncode, errors, checkpointed(out / how))
+def begun(options, compiled, tmp_path_factory) -> dict[str, Stopped]:
+    """Runs of one process, the first of which nothing stopped; the process is killed with the last."""
+    out = tmp_path_factory.mktemp("begun")
+    process = start("magnet_runs", "stopped", str(out), "4", "--", *arguments(options), compiled=compiled)
+    _, errors = process.communicate(timeout=900)
+    said = re.findall(r"^== (\w+)\n(.*?)(?:^== (\d+)\n|\Z)", errors, re.M | re.S)
+    assert [name for name, *_ in said] == ["whole", "told", "full", "killed"], errors[-6000:]
+    return {
+        name: Stopped(out / name, int(code) if code else process.returncode, words, checkpointed(out / name))
+        for name, words, code in said
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(begun) -> Path:
+    """A run that nothing stopped."""
+    assert begun["whole"].code == 0, begun["whole"].errors[-6000:]
+    return begun["whole"].run
+
+
+@pytest.fixture(scope="module")
+def stopped(options, compiled, begun) -> dict[str, Stopped]:
+    """Those of the runs that something stopped, which another process has resumed."""
+    found = {name: run for name, run in begun.items() if name != "whole"}
     runs = [str(each.run) for each in found.values()]
     finish(start("magnet_runs", "resume", *runs, "--", *arguments(options), compiled=compiled))
     return found
@@ -151,11 +160,11 @@ def test_a_full_disk_stops_the_run_and_leaves_its_last_checkpoint(stopped, whole
     assert_same(full.run, whole)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_pictures(options, compiled, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_pictures(options, tmp_path, capsys):
     endless = {"run.out": str(tmp_path), "run.checkpoint_every": 1, "optimizer.learning_rate": 1e38, "run.keep": 30}
-    process = start("magnet_runs", "train", "--", *arguments(options | endless), compiled=compiled)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 1, errors
+    code = main(arguments(options | endless))
+    errors = capsys.readouterr().err
+    assert code == 1, errors
     (said,) = [line for line in errors.splitlines() if line.startswith("error:")]
     step = int(said.split("step ")[1].split(":")[0])
     assert "not finite" in said

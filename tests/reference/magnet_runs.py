@@ -1,7 +1,8 @@
 """Runs of MAGNET in processes of their own: on many devices, in several processes, until they are killed.
 
 python -m tests.reference.magnet_runs layouts DIR [LAYOUT[,cached] ...] -- OPTION ...
-python -m tests.reference.magnet_runs {killed | told | full} STEP -- OPTION ...
+python -m tests.reference.magnet_runs killed STEP -- OPTION ...
+python -m tests.reference.magnet_runs stopped DIR STEP -- OPTION ...
 python -m tests.reference.magnet_runs train -- OPTION ...
 python -m tests.reference.magnet_runs resume RUN ... -- OPTION ...
 """
@@ -98,7 +99,23 @@ def after(step: str, options: list[str], befalls: Callable[[], None]) -> int:
             befalls()
 
     loop.Watch.add = struck
-    return main(options)
+    try:
+        return main(options)
+    finally:
+        loop.Watch.add = add
+
+
+def stopped(directory: str, step: str, options: list[str]) -> None:
+    """One run after the other in this process: one that nothing stops, one that is told to stop, one that fills the
+    disk, and last one that is killed, and the process with it.
+
+    Standard error has "== NAME" before what a run says, and "== STATUS" after it.
+    """
+    for name, befalls in {"whole": lambda: None, "told": tell, "full": fill, "killed": kill}.items():
+        print("==", name, file=sys.stderr, flush=True)
+        status = after(step, [*options, f"--run.out={directory}/{name}"], befalls)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print("==", status, file=sys.stderr, flush=True)
 
 
 def kill() -> None:
@@ -124,10 +141,8 @@ if __name__ == "__main__":
             layouts(words[0], words[1:], others)
         case "killed":
             after(words[0], others, kill)
-        case "told":
-            sys.exit(after(words[0], others, tell))
-        case "full":
-            sys.exit(after(words[0], others, fill))
+        case "stopped":
+            stopped(*words, others)
         case "train":
             from seg4diff_jax.command_line.train import main
 
