@@ -28,11 +28,27 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["seg4diff_jax"], "beartype.beartype")
 
+LONGEST = [
+    *("magnet_sharded", "mmdit", "readme", "miniature_training", "generation", "training_sharded"),
+    *("magnet_interrupted", "magnet_configurations", "evaluate_spread", "evaluate", "magnet_training", "vae"),
+    *("zero_shot", "magnet_step", "benchmark_scripts", "training_loop", "lora", "parallel_numbers", "pipeline"),
+]
+"""Files that take half a minute and more, the longest first: one that comes last leaves the other workers idle."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """PyTorch computes on one thread: of small models several take more time to wait for each other than they save."""
+    """PyTorch computes on one thread: of small models several take more time to wait for each other than they save.
+
+    Workers take files in the order of collection, not those with the most tests first.
+    """
     if config.option.markexpr != "slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish() -> None:
