@@ -29,9 +29,10 @@ from jaxtyping import install_import_hook
 install_import_hook(["seg4diff_jax"], "beartype.beartype")
 
 LONGEST = [
-    *("magnet_sharded", "mmdit", "readme", "miniature_training", "generation", "training_sharded"),
-    *("magnet_interrupted", "magnet_configurations", "evaluate_spread", "evaluate", "magnet_training", "vae"),
-    *("zero_shot", "magnet_step", "benchmark_scripts", "training_loop", "lora", "parallel_numbers", "pipeline"),
+    *("magnet/sharded", "models/mmdit", "readme", "miniature/training", "generation", "training/sharded"),
+    *("magnet/interrupted", "magnet/configurations", "evaluation/evaluate_spread", "evaluation/evaluate"),
+    *("magnet/training", "models/vae", "evaluation/zero_shot", "magnet/step", "benchmark_scripts", "training/loop"),
+    *("models/lora", "parallel_numbers", "pipeline"),
 ]
 """Files that take half a minute and more, the longest first: one that comes last leaves the other workers idle."""
 
@@ -47,8 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    tests = Path(__file__).parent
+    places = {tests / Path(name).with_name(f"test_{Path(name).name}.py"): place for place, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
