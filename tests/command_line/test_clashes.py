@@ -9,14 +9,14 @@ from typing import get_type_hints
 
 import pytest
 
+from seg4diff_jax.command_line import evaluate as evaluation
+from seg4diff_jax.command_line.tasks import TASKS
+from seg4diff_jax.command_line.train import main, parse
 from seg4diff_jax.configuration import problems, refuse, section, unchecked
-from seg4diff_jax.evaluation import command as evaluation
 from seg4diff_jax.evaluation.options import Options
-from seg4diff_jax.training.command import main, parse
-from seg4diff_jax.training.flow_matching import FlowMatchingConfig
-from seg4diff_jax.training.magnet import MagnetConfig
+from seg4diff_jax.magnet.task import MagnetConfig
+from seg4diff_jax.miniature.flow_matching import FlowMatchingConfig
 from seg4diff_jax.training.samples import Samples, asked_for
-from seg4diff_jax.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ["--config", str(ROOT / "configs" / "magnet" / "miniature.yaml")]

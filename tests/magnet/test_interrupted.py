@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from seg4diff_jax.command_line.train import main
 from seg4diff_jax.convert.__main__ import main as convert
 from seg4diff_jax.convert.lora.run import arrays_of
 from seg4diff_jax.training.checkpoints import Checkpoints
-from seg4diff_jax.training.command import main
 from tests.reference.magnet_runs import arguments, rows, small_run
 from tests.reference.processes import finish, start, together
 

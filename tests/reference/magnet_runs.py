@@ -142,7 +142,7 @@ if __name__ == "__main__":
         case "killed":
             after(words[0], others, kill)
         case "stopped":
-            stopped(*words, others)
+            stopped(words[0], words[1], others)
         case "train":
             from seg4diff_jax.command_line.train import main
 
