@@ -18,7 +18,7 @@ from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.miniature.flow_matching import FlowMatchingConfig
 from seg4diff_jax.training.samples import Samples, asked_for
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MINIATURE = ["--config", str(ROOT / "configs" / "magnet" / "miniature.yaml")]
 
 
