@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -143,6 +144,7 @@ def t5(
     for i in range(model.config.num_layers):
         states = _t5_layer(load_layer(component, names, dtype, f"blocks.{i}.", make), states, bias)
         states.block_until_ready()
+        gc.collect()  # modules hold cycles
     states = model.final_norm(states).astype(compute)
     check(f"{name}: states", _numpy(states))
     return states
@@ -227,6 +229,7 @@ def transformer(
             probs = _numpy(alone[-1:])
         state, record = _joint_block(block, state, vector, ForwardOptions(everything))
         del block
+        gc.collect()  # modules hold cycles
         assert record.scores is not None
         assert record.probs is not None
         check(f"block {i}: image-to-text scores", _numpy(record.scores[:1]))

@@ -276,7 +276,10 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_tries_thresholds_that_rise_evenly_and_the_table_has_them_all(sd3_checkpoint, root, tmp_path, capsys):
+def test_a_grid_tries_thresholds_that_rise_evenly_and_the_table_has_them_all(
+    sd3_checkpoint, root, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
     options = ["--model", str(sd3_checkpoint), "--data.root", str(root), "--blocks", str(VARIED), "--pictures", "0"]
     options += ["--seeds", str(SEED), "--batch-size", "2", "--protocol", "unsupervised"]
     assert main([*options, "--unsupervised.threshold", "grid", "--out", str(tmp_path / "out")]) == 0

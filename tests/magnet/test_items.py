@@ -18,7 +18,7 @@ from seg4diff_jax.data.views import View
 from seg4diff_jax.magnet.encoded_items import hash_of_files, sum_of_weights
 from seg4diff_jax.magnet.held_out import HeldOutData, open_both
 from seg4diff_jax.magnet.items import MaskData, Pictures, ViewItems, mirrored, open_pictures
-from seg4diff_jax.miniature.world.shapes import CLASSES, scene
+from seg4diff_jax.miniature.world.shapes import CLASSES, scene, write_folder
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import class_prompts, load_tokenizers, tokenize
 from tests.reference.nameless import write_nameless

@@ -54,7 +54,7 @@ def held(frozen: dict) -> dict[str, float]:
     """The largest part that a device holds of each frozen model's bytes."""
     whole, most = Counter(), Counter()
     for name, array in frozen.items():
-        model = name.split(".")[0]
+        model = name.removeprefix("encoders.").split(".")[0]
         whole[model] += array.nbytes
         most[model] += max(shard.data.nbytes for shard in array.addressable_shards)
     return {model: most[model] / whole[model] for model in whole}
