@@ -135,9 +135,17 @@ def installed(arguments: list[str]) -> None:
     assert set(named) <= extras.keys()
 
 
+def itself(name: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The program that a command of `seg4diff` is, where it is one by itself."""
+    others = {"evaluate": "evaluate.py", "train": "train.py", "convert": "convert"}
+    if name == "seg4diff" and arguments and arguments[0] in others:
+        return others[arguments[0]], arguments[1:]
+    return name, arguments
+
+
 def typed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a command as it would be read if it were typed. Raises or leaves where it would not be understood."""
-    name, arguments = program(command.words)
+    name, arguments = itself(*program(command.words))
     if name in ("seg4diff", "convert") and arguments[:1] != ["plan"]:
         with pytest.raises(Parsed):
             (command_line if name == "seg4diff" else convert_commands).main(arguments)
@@ -157,18 +165,17 @@ def typed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def named(command: Command) -> None:
     """Of a command that is told in part: there is one of that name, and it has each of the options."""
-    name, arguments = program(command.words)
-    if name == "seg4diff" and arguments[:1] == ["convert"]:
-        name, arguments = "convert", arguments[1:]
+    name, arguments = itself(*program(command.words))
     if not arguments or arguments == ["COMMAND"]:
         return
     if name in ("seg4diff", "convert"):
         commands = command_line.COMMANDS if name == "seg4diff" else convert_commands.COMMANDS
         parser = jsonargparse.ArgumentParser()
-        commands[arguments[0]].arguments(parser)
         if arguments[0] == "plan":
             parser = training.task_parser("magnet", "", "")
             parser.add_argument("--topology")
+        else:
+            commands[arguments[0]].arguments(parser)
     elif name == "evaluate.py":
         parser = make_parser()
     elif name == "train.py":
