@@ -287,7 +287,7 @@ def test_a_grid_tries_thresholds_that_rise_evenly_and_the_table_has_them_all(
     tried = np.array([row["threshold"] for row in rows])
     assert (len(tried), tried[0], tried[-1]) == (23, 0.0001, 0.2)
     np.testing.assert_allclose(tried[1:] / tried[:-1], 2**0.5, rtol=0.05)
-    printed = re.findall(r"threshold ([\d.]+) .*?([\d.]+) *│? *$", capsys.readouterr().out, re.MULTILINE)
+    printed = re.findall(r"threshold ([\d.]+),.*?([\d.]+) *│? *$", capsys.readouterr().out, re.MULTILINE)
     assert [(float(threshold), float(segments)) for threshold, segments in printed] == [
         (row["threshold"], pytest.approx(row["segments"], abs=0.051)) for row in rows
     ]
