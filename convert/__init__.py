@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to JAX and back, and the proof that the numbers stay the same."""
+"""PyTorch checkpoints to JAX and back, and what verifies that the numbers stay the same."""

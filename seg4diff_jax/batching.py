@@ -109,7 +109,7 @@ def listed_seeds(seed: int | Sequence[int], noise: Any = None) -> tuple[int, ...
 
     Raises ValueError when there are none, one is there twice, or there are several and the noise is given.
     """
-    seeds = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
+    seeds = tuple(seed) if isinstance(seed, Sequence | np.ndarray) else (seed,)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seed is {seed!r}; expected a whole number, or several, each once")
     if noise is not None and len(seeds) > 1:

@@ -64,11 +64,11 @@ def forgetful(sd3) -> s4d.Pipeline:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def test_a_converted_directory_gives_the_masks_of_the_original(sd3, sd3_checkpoint, tmp_path):
+def test_a_converted_directory_gives_the_masks_of_the_original(forgetful, sd3_checkpoint, tmp_path):
     convert_checkpoint(sd3_checkpoint, tmp_path / "native")
     converted = s4d.load(tmp_path / "native")
     before = len(COMPILATIONS)
-    expected = sd3.segment(IMAGE, NAMES, block=VARIED)
+    expected = forgetful.segment(IMAGE, NAMES, block=VARIED)
     programs = len(COMPILATIONS) - before
     found = converted.segment(IMAGE, NAMES, block=VARIED)
     np.testing.assert_array_equal(found.scores, expected.scores)
@@ -158,14 +158,14 @@ def test_no_images_have_no_masks(sd3):
 # ---- what is compiled and what is remembered ------------------------------------------------------------------------
 
 
-def test_other_names_images_seeds_and_noise_levels_compile_nothing(sd3):
-    sd3.segment(IMAGE, ["cat", "dog"], block=VARIED)
+def test_other_names_images_seeds_and_noise_levels_compile_nothing(forgetful):
+    forgetful.segment(IMAGE, ["cat", "dog"], block=VARIED)
     before = len(COMPILATIONS)
-    sd3.segment(an_image(*SIZE, 1), ["sofa", "zebra crossing"], block=VARIED, seed=3)
-    sd3.segment(an_image(*SIZE, 2), ["sky", "giraffe", "tree", "wall", "a", "of"], block=VARIED, step=4)
-    sd3.segment(an_image(84, 108), ["bus"], block=VARIED)
+    forgetful.segment(an_image(*SIZE, 1), ["sofa", "zebra crossing"], block=VARIED, seed=3)
+    forgetful.segment(an_image(*SIZE, 2), ["sky", "giraffe", "tree", "wall", "a", "of"], block=VARIED, step=4)
+    forgetful.segment(an_image(84, 108), ["bus"], block=VARIED)
     assert len(COMPILATIONS) == before
-    sd3.segment(IMAGE, WORDS[:9], block=VARIED)
+    forgetful.segment(IMAGE, WORDS[:9], block=VARIED)
     assert len(COMPILATIONS) > before
 
 
