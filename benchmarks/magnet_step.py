@@ -179,7 +179,7 @@ def ours(case: Case, *, cached: bool) -> dict[str, Any]:
     from seg4diff_jax.training.optimizers import OptimizerConfig
     from seg4diff_jax.training.state import take_apart
     from seg4diff_jax.training.step import make_step
-    from seg4diff_jax.training.work import measured_peak
+    from seg4diff_jax.training.throughput import measured_peak
 
     matmul = measured_peak(case.dtype)
     dtypes: dict[str, Any] = {"dtype": jnp.dtype(case.dtype), "param_dtype": jnp.dtype(case.dtype)}

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from seg4diff_jax.convert.errors import listed
 from seg4diff_jax.convert.names import Assignment, NameTableError, Rule, assign, parameter_shapes
-from seg4diff_jax.models.stack import Layered, layer_parameters
+from seg4diff_jax.models.stacked_layers import Layered, layer_parameters
 
 Model = TypeVar("Model", bound=Layered)
 

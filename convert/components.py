@@ -14,7 +14,7 @@ from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Architecture
 from seg4diff_jax.convert.files import quoted
 from seg4diff_jax.models.sd3.model import MMDiTConfig
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stacked_layers import Layered
 
 COMPONENTS = SD3.components
 """Of the one family that there is."""

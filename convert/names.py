@@ -19,7 +19,7 @@ from seg4diff_jax.convert.errors import listed
 from seg4diff_jax.convert.foreign_names import recognise, recognise_prefix
 from seg4diff_jax.convert.layout import is_weight
 from seg4diff_jax.convert.sources.quantised import INSTEAD
-from seg4diff_jax.models.stack import Layered, layer_parameters
+from seg4diff_jax.models.stacked_layers import Layered, layer_parameters
 
 Shape = tuple[int, ...]
 

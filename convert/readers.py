@@ -28,9 +28,9 @@ from seg4diff_jax.convert.families import SD3, Family, Naming
 from seg4diff_jax.convert.files import quoted
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stacked_layers import Layered
 
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 

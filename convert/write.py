@@ -15,7 +15,7 @@ from seg4diff_jax.convert.families import SD3
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.names import Rule, assign_back, parameters
 from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
-from seg4diff_jax.models.stack import Layered, layer_parameters
+from seg4diff_jax.models.stacked_layers import Layered, layer_parameters
 
 
 def layer_arrays(model: Layered) -> dict[str, np.ndarray]:

@@ -223,7 +223,7 @@ def test_every_number_of_every_task_has_a_bound_that_is_told_by_its_name(capsys,
 def module(tmp_path, monkeypatch):
     """A module that can be imported, with a class that would do for a section: importing it is seen in sys.modules."""
     name = "a_module_of_no_use"
-    source = "from seg4diff_jax.training.samples import Samples\nclass Other(Samples): pass\n"
+    source = "from seg4diff_jax.training.sample_pictures import Samples\nclass Other(Samples): pass\n"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     yield name

@@ -19,7 +19,7 @@ from PIL import Image
 
 import seg4diff_jax as s4d
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
-from seg4diff_jax.evaluation.counting import Settings
+from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.numerics import FIXED, LEFT, settled

@@ -32,7 +32,7 @@ from seg4diff_jax.convert.sources.open import MINIATURE, open_source
 from seg4diff_jax.flow import EULER, FlowSchedule
 from seg4diff_jax.magnet.task import MagnetConfig, open_checkpoint
 from seg4diff_jax.training.loop import RunConfig
-from seg4diff_jax.training.samples import Samples
+from seg4diff_jax.training.sample_pictures import Samples
 from tests.reference.random_weights import relative_error
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

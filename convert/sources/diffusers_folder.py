@@ -17,7 +17,7 @@ from seg4diff_jax.convert.sources.index import check_index, is_inside, named_com
 from seg4diff_jax.convert.sources.quantised import refuse_quantization_config
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo, read_header
 from seg4diff_jax.convert.sources.scaled_fp8 import with_scales
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 OF_TRANSFORMERS = "model"

@@ -18,7 +18,7 @@ import numpy as np
 
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.names import Shape
-from seg4diff_jax.convert.sources.stored import is_addressable, read_bytes
+from seg4diff_jax.convert.sources.stored_tensor import is_addressable, read_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from seg4diff_jax.convert.compatibility import check_fit
 from seg4diff_jax.convert.components import COMPONENTS, tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.families import SD3
 from seg4diff_jax.convert.files import read_json
-from seg4diff_jax.convert.fit import check_fit
 from seg4diff_jax.convert.readers import Source
 from seg4diff_jax.convert.sources import hub, native
 from seg4diff_jax.convert.sources.container import SUFFIXES

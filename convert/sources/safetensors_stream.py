@@ -23,7 +23,7 @@ from seg4diff_jax.convert.layout import contiguous, raw
 from seg4diff_jax.convert.names import Shape
 from seg4diff_jax.convert.sources.container import HEAD, NO_SAFETENSORS, container_of
 from seg4diff_jax.convert.sources.quantised import INSTEAD
-from seg4diff_jax.convert.sources.stored import is_addressable, read_bytes
+from seg4diff_jax.convert.sources.stored_tensor import is_addressable, read_bytes
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

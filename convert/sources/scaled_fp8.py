@@ -20,7 +20,7 @@ from seg4diff_jax.convert.layout import is_weight
 from seg4diff_jax.convert.names import Shape
 from seg4diff_jax.convert.sources.quantised import INSTEAD, refusal, refuse_foreign_forms
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 
 MARKER = re.compile(r"(.+\.)?scaled_fp8")
 """A tensor of no or two numbers whose dtype alone says something."""

@@ -16,7 +16,7 @@ from seg4diff_jax.convert.inferred_configs import infer_config
 from seg4diff_jax.convert.readers import Source, TorchComponent
 from seg4diff_jax.convert.sources.diffusers_folder import SHARD
 from seg4diff_jax.convert.sources.quantised import refuse_quantization_config
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 REDUNDANT = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.(logit_scale|transformer\.logit_scale)")

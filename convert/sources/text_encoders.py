@@ -7,13 +7,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from seg4diff_jax.convert.compatibility import check_fit
 from seg4diff_jax.convert.components import COMPONENTS, tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.fit import check_fit
 from seg4diff_jax.convert.readers import Source
 from seg4diff_jax.convert.sources.container import SUFFIXES
 from seg4diff_jax.convert.sources.single_file import of_tensors
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 FILES = {name: component.file for name, component in COMPONENTS.items() if component.file}

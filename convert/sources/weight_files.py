@@ -11,7 +11,7 @@ from seg4diff_jax.convert.sources.container import HEAD, NO_SAFETENSORS, SUFFIXE
 from seg4diff_jax.convert.sources.gguf import GGUFTensor, read_gguf
 from seg4diff_jax.convert.sources.safetensors_stream import read_header
 from seg4diff_jax.convert.sources.scaled_fp8 import with_scales
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 
 ARCHITECTURES = ("sd3", "t5", "t5encoder")
 """What GGUF files of SD3's transformer and of T5 call themselves, where they call themselves anything."""

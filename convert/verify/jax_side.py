@@ -40,7 +40,7 @@ from seg4diff_jax.models.encoders import join_states
 from seg4diff_jax.models.kernels import repeat_last
 from seg4diff_jax.models.sd3.block import JointBlock, StreamState
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.stacked_layers import LayerStack
 from seg4diff_jax.models.t5 import T5Block, T5Encoder
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.passes import encode_images

@@ -24,7 +24,7 @@ from seg4diff_jax.convert.components import COMPONENTS
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.readers import Source, TorchComponent
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
-from seg4diff_jax.convert.sources.stored import StoredTensor
+from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.verify.inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, T5, Conditioning, Inputs, Sample
 
 diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers

@@ -38,7 +38,7 @@ from seg4diff_jax.terminal import counted_pieces, stderr_console
 if TYPE_CHECKING:
     from seg4diff_jax.checkpoints import Checkpoint
     from seg4diff_jax.evaluation.benchmarks import Benchmark
-    from seg4diff_jax.evaluation.counting import Settings, Told
+    from seg4diff_jax.evaluation.measurement import Settings, Told
     from seg4diff_jax.pipeline import Pipeline
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -72,9 +72,9 @@ def run(options: Options) -> None:
         from seg4diff_jax.evaluation.expert import name_expert
         from seg4diff_jax.evaluation.report.page import PAGE
         from seg4diff_jax.evaluation.results import tell, write
+        from seg4diff_jax.evaluation.resumption import Progress
         from seg4diff_jax.evaluation.run import evaluate
         from seg4diff_jax.evaluation.scores import best_setting
-        from seg4diff_jax.evaluation.shards import Progress
         from seg4diff_jax.parallel import named_devices
         from seg4diff_jax.processes import in_step, join_processes
 
@@ -121,7 +121,7 @@ def results_directory(options: Options) -> Path:
     """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
     from seg4diff_jax.command_line.segment import check_writable, output_directory
     from seg4diff_jax.evaluation.results import RESULTS
-    from seg4diff_jax.evaluation.shards import DIRECTORY
+    from seg4diff_jax.evaluation.resumption import DIRECTORY
 
     out = Path(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     interrupted = (out / DIRECTORY).is_dir()
@@ -188,8 +188,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
     """What is measured. Raises ValueError with all options that do not fit the checkpoint or each other."""
     from seg4diff_jax.evaluation.benchmarks import misfits
-    from seg4diff_jax.evaluation.counting import Settings, check_batch_size
     from seg4diff_jax.evaluation.expert import configuration
+    from seg4diff_jax.evaluation.measurement import Settings, check_batch_size
 
     heads = lambda: chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
     block = lambda: checkpoint.block() if options.blocks == "expert" else options.blocks

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.batches import Example, assemble
-from seg4diff_jax.evaluation.counting import Measurement, of_one_size
 from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.measurement import Measurement, of_one_size
 from seg4diff_jax.evaluation.scores import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
 from seg4diff_jax.evaluation.zero_shot import Pass

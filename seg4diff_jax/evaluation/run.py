@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.counting import Measurement, Settings, Told
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import Shown, ShownSegments, shown_by_name, shown_segments
+from seg4diff_jax.evaluation.measurement import Measurement, Settings, Told
+from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.scores import (
     Row,
     Setting,
@@ -21,7 +22,6 @@ from seg4diff_jax.evaluation.scores import (
     unsupervised_baselines,
     unsupervised_rows,
 )
-from seg4diff_jax.evaluation.shards import Progress
 from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.counting import Measurement
 from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.measurement import Measurement
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
-from seg4diff_jax.evaluation.published import reported
+from seg4diff_jax.evaluation.paper_figures import reported
 from seg4diff_jax.evaluation.readouts import Readout
 from seg4diff_jax.evaluation.unsupervised import ONE_SEGMENT
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.loader import Batch, Item, evaluation_batches
-from seg4diff_jax.data.views import View
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.magnet.encoded_items import conditioning, encoded
 from seg4diff_jax.magnet.items import MaskData, Pictures, Subset, ViewItems, open_pictures, prompt_ids, subset

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from seg4diff_jax.data.crops import Crop, View
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
 from seg4diff_jax.data.labelled import LabelledImages
@@ -28,7 +29,6 @@ from seg4diff_jax.data.names import Spelling, spelled
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.subset import listed_places
-from seg4diff_jax.data.views import Crop, View
 from seg4diff_jax.magnet.matching import largest_first
 from seg4diff_jax.miniature.scenes import SceneItems, scene_name
 from seg4diff_jax.miniature.world.shapes import CLASSES

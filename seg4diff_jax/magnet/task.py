@@ -47,10 +47,10 @@ from seg4diff_jax.passes import NoisedImages, encode_images
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.samples import Denoiser, Samples, asked_for, sample_row
+from seg4diff_jax.training.sample_pictures import Denoiser, Samples, asked_for, sample_row
 from seg4diff_jax.training.stages import counted, stage
 from seg4diff_jax.training.state import name as dotted
-from seg4diff_jax.training.work import Work
+from seg4diff_jax.training.throughput import Work
 
 TRAINABLE = nnx.Any(LoRA, nnx.PathContains("head"))
 REMATERIALISED: dict[str, bool | Callable] = {

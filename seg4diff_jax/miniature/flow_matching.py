@@ -51,7 +51,7 @@ from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 from seg4diff_jax.training.loop import RunConfig, Task
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.precision import Dtype
-from seg4diff_jax.training.samples import Denoiser, Samples, asked_for, sample_row
+from seg4diff_jax.training.sample_pictures import Denoiser, Samples, asked_for, sample_row
 from seg4diff_jax.training.stages import counted
 from seg4diff_jax.training.state import fresh
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.self_attention import SelfAttention
-from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, stack_layers
 from seg4diff_jax.parallel import split_batch
 
 LEGACY_EOS = 2

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seg4diff_jax.models.clip import CLIPBlock, check_layers, layer_norm
-from seg4diff_jax.models.stack import LayerStack, scan_layers, stack_layers
+from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, stack_layers
 from seg4diff_jax.parallel import split_batch
 
 

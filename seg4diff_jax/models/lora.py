@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.stacked_layers import LayerStack
 
 IMAGE_ATTENTION = tuple(f"image.attention.{name}" for name in ("q", "k", "v", "out"))
 TEXT_ATTENTION = tuple(f"text.attention.{name}" for name in ("q", "k", "v", "out"))

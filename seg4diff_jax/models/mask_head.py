@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.stacked_layers import LayerStack
 
 WIDTH = 64
 

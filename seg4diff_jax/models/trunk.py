@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention, attention_record
 from seg4diff_jax.models.conditioning import TextConditioning
-from seg4diff_jax.models.stack import LayerStack, scan_layers, take_layer
+from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, take_layer
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from seg4diff_jax.models.kernels import Kernel, attend
-from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.stacked_layers import LayerStack
 
 EPSILON = 1e-6
 MOST_LEVELS = 8

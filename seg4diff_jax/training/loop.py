@@ -35,14 +35,14 @@ from seg4diff_jax.parallel import BATCH, batch_share, make_mesh, named_devices
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import METRICS, Logs, Throughput
+from seg4diff_jax.training.loss_watch import Watch
 from seg4diff_jax.training.optimizers import OptimizerConfig, make_schedule
 from seg4diff_jax.training.resumption import check_accumulation, found_nothing, remarks, to_go_on
 from seg4diff_jax.training.stages import say, stage
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, take_apart
 from seg4diff_jax.training.step import Loss, make_step
 from seg4diff_jax.training.termination import Interrupted, Terminated, Termination, termination
-from seg4diff_jax.training.watch import Watch
-from seg4diff_jax.training.work import Work, measured_peak
+from seg4diff_jax.training.throughput import Work, measured_peak
 
 CONFIG, EXPORT = "config.yaml", "export"
 

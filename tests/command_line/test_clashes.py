@@ -16,7 +16,7 @@ from seg4diff_jax.configuration import problems, refuse, section, unchecked
 from seg4diff_jax.evaluation.options import Options
 from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.miniature.flow_matching import FlowMatchingConfig
-from seg4diff_jax.training.samples import Samples, asked_for
+from seg4diff_jax.training.sample_pictures import Samples, asked_for
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ["--config", str(ROOT / "configs" / "magnet" / "miniature.yaml")]

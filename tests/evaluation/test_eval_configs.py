@@ -11,7 +11,7 @@ from benchmarks.convert_checkpoint import CONFIGS
 from benchmarks.real_shapes.flops import stages
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.evaluation.options import STEPS, kinds_of_prompts, numbers, parse, protocols, thresholds
-from seg4diff_jax.evaluation.published import BY_NAMES, FIGURES, METHOD, RESIZES, THRESHOLDS, WITHOUT_NAMES
+from seg4diff_jax.evaluation.paper_figures import BY_NAMES, FIGURES, METHOD, RESIZES, THRESHOLDS, WITHOUT_NAMES
 
 ROOT = Path(__file__).parents[2]
 OTHER_MEASURES = ("coco_object_background", "unsupervised_stuff27_listed")

@@ -22,7 +22,7 @@ from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.evaluation import zero_shot
 from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
-from seg4diff_jax.evaluation.counting import Settings
+from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.readouts import Forward, Readout
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import constant_choices, metrics

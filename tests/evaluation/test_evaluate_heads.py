@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
-from seg4diff_jax.evaluation.counting import Measurement, Settings
+from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.options import chosen_heads
 from seg4diff_jax.evaluation.readouts import Readout
 from seg4diff_jax.evaluation.report.page import Way, sweep

@@ -14,7 +14,7 @@ import seg4diff_jax as s4d
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.evaluation.batches import AllClasses, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
-from seg4diff_jax.evaluation.counting import Settings
+from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.options import kinds_of_prompts, numbers
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices

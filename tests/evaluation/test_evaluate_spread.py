@@ -17,8 +17,8 @@ import pytest
 from seg4diff_jax.checkpoints import load
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.evaluation.batches import LeftOut, Reader
-from seg4diff_jax.evaluation.counting import check_batch_size
 from seg4diff_jax.evaluation.counts import Counts, together
+from seg4diff_jax.evaluation.measurement import check_batch_size
 from seg4diff_jax.evaluation.report.page import PAGE
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts

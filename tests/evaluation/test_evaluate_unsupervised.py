@@ -20,9 +20,9 @@ from seg4diff_jax.command_line.evaluate import main, merging_protocols
 from seg4diff_jax.data.names import Background
 from seg4diff_jax.evaluation import readouts as forward
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, open_benchmark
-from seg4diff_jax.evaluation.counting import Measurement, Settings
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import UNMATCHED, owners_of, shown_segments
+from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols, thresholds
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import Setting

@@ -38,7 +38,7 @@ from seg4diff_jax.models.encoders import TokenIds
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.segmentation.metrics import mean_iou
 from seg4diff_jax.text import load_tokenizers
-from seg4diff_jax.training.samples import Denoiser
+from seg4diff_jax.training.sample_pictures import Denoiser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "miniature"

@@ -15,9 +15,9 @@ import numpy as np
 from seg4diff_jax.checkpoints import load
 from seg4diff_jax.evaluation.batches import assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
-from seg4diff_jax.evaluation.counting import Measurement, Settings
 from seg4diff_jax.evaluation.counts import Counts
-from seg4diff_jax.evaluation.shards import Progress
+from seg4diff_jax.evaluation.measurement import Measurement, Settings
+from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
 from seg4diff_jax.pipeline import Pipeline

@@ -28,7 +28,7 @@ from seg4diff_jax.processes import join_processes
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import MeshConfig, RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
-from seg4diff_jax.training.samples import Denoiser, Samples, sample_row
+from seg4diff_jax.training.sample_pictures import Denoiser, Samples, sample_row
 from seg4diff_jax.training.state import fresh, name
 from tests.reference.processes import one_of_several
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from seg4diff_jax.convert.assemble import assemble, translated
 from seg4diff_jax.convert.names import Rule, assign, parameter_shapes
-from seg4diff_jax.models.stack import Layered
+from seg4diff_jax.models.stacked_layers import Layered
 
 
 def load_saved(model: Layered, rules: Iterable[Rule], folder: Path) -> Layered:

@@ -24,7 +24,7 @@ from seg4diff_jax.models.lora import IMAGE_ATTENTION, TEXT_ATTENTION, LoRA, LoRA
 from seg4diff_jax.models.sd3.block import modulate
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.models.stack import take_layer
+from seg4diff_jax.models.stacked_layers import take_layer
 from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.parallel import BATCH, make_mesh, parameter_shardings
 from seg4diff_jax.training.state import take_apart

@@ -17,7 +17,7 @@ from seg4diff_jax.miniature.flow_matching import Evaluation
 from seg4diff_jax.miniature.flow_matching import Objective as FlowObjective
 from seg4diff_jax.models.lora import LoRAConfig
 from seg4diff_jax.training.optimizers import BOUNDS, OptimizerConfig, average_decay, make_optimizer, make_schedule
-from seg4diff_jax.training.samples import Samples
+from seg4diff_jax.training.sample_pictures import Samples
 
 STEPS = 40
 

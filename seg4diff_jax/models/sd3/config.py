@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from seg4diff_jax.models.stack import LayerStack
+from seg4diff_jax.models.stacked_layers import LayerStack
 
 
 def _is_integer(value: Any) -> bool:

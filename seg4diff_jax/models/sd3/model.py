@@ -22,7 +22,7 @@ from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, Joint
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.block import MLP, JointBlock, StreamState, modulate
 from seg4diff_jax.models.sd3.config import MMDiTConfig
-from seg4diff_jax.models.stack import LayerStack, stack_layers
+from seg4diff_jax.models.stacked_layers import LayerStack, stack_layers
 from seg4diff_jax.models.trunk import run_blocks
 from seg4diff_jax.parallel import split_batch
 

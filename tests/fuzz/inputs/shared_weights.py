@@ -67,7 +67,7 @@ READERS: dict[str, Reader] = {
     "gguf": Reader(
         make_gguf,
         reads("sd3.gguf"),
-        ("convert/sources/gguf.py", "convert/sources/weight_files.py", "convert/sources/stored.py"),
+        ("convert/sources/gguf.py", "convert/sources/weight_files.py", "convert/sources/stored_tensor.py"),
         {"*": "gguf"},
         cases=6,
     ),

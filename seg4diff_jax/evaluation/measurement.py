@@ -22,7 +22,7 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts, together
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.evaluation.readouts import Forward, Readout
-from seg4diff_jax.evaluation.shards import Progress
+from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
 from seg4diff_jax.evaluation.zero_shot import ZeroShot
 from seg4diff_jax.numerics import settled

@@ -11,7 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from seg4diff_jax.data.sets import SETS
-from seg4diff_jax.evaluation.published import BY_NAMES, FIGURES, IMAGES, MAGNET, WITHOUT_NAMES, reported
+from seg4diff_jax.evaluation.paper_figures import BY_NAMES, FIGURES, IMAGES, MAGNET, WITHOUT_NAMES, reported
 from seg4diff_jax.evaluation.results import tell
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig, add_lora, attached
 from seg4diff_jax.models.sd3.config import MMDiTConfig
