@@ -5,6 +5,7 @@ Whoever works with a model opens it once, asks what it says, and only then loads
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -253,13 +254,16 @@ class Checkpoint:
         models = {name: part.fill(shardings=shardings, read=read) for name, part in parts.items()}
         if lora is not None:
             models["transformer"] = _adapters_placed(adapted(models["transformer"]), shardings)
-        return Pipeline(
+        pipe = Pipeline(
             transformer=models["transformer"],
             encoders=Encoders(*(models[name] for name in self.encoder_names)),
             tokenizers=self.tokenizers,
             mesh=mesh,
             **about,
         )
+        # What nnx.merge leaves behind, in cycles, would hold the weights after the pipeline has gone.
+        gc.collect()
+        return pipe
 
     def _depth(self, blocks: int) -> int:
         most, whose = self.transformer.num_layers, self.source.origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -229,3 +230,19 @@ def test_a_copy_without_the_miniatures_weights_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("seg4diff_jax.convert.sources.open.MINIATURE", tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match=r"this copy of the package lacks the miniature's weights"):
         s4d.load("miniature")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_go_with_the_last_name_of_their_pipeline(sd3_checkpoint, adapters, adapted):
+    held = lambda: sum(array.nbytes for array in jax.live_arrays())
+    gc.collect()
+    before = held()
+    pipe = s4d.load(sd3_checkpoint, lora=adapters["release"] if adapted else None)
+    gc.disable()
+    try:
+        weights = held() - before
+        del pipe
+        assert weights > 1e6
+        assert held() - before < 0.01 * weights
+    finally:
+        gc.enable()
