@@ -2,7 +2,7 @@
 
 Maps are merged, upsampled and counted on the device, segments matched on the host (`segmentation.unsupervised_tally`):
 
-    passes.encode_images -> forward.attention_maps -> counted_segments -> matched_counts
+    passes.encode_images -> readouts.attention_maps -> counted_segments -> matched_counts
 """
 
 from __future__ import annotations

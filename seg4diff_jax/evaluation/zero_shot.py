@@ -2,7 +2,7 @@
 
 Scores are upsampled, compared and counted on the device:
 
-    passes.encode_images -> forward.attention_maps -> add_scores -> count
+    passes.encode_images -> readouts.attention_maps -> add_scores -> count
 """
 
 from __future__ import annotations
