@@ -16,7 +16,7 @@ from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_co
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign_back
-from seg4diff_jax.convert.progress import Told, counter
+from seg4diff_jax.convert.progress import OnBytes, counter
 from seg4diff_jax.convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
 from seg4diff_jax.convert.sources import native
 from seg4diff_jax.convert.sources.open import open_source, with_published_tokenizers
@@ -40,7 +40,7 @@ def convert_checkpoint(
     variant: str | None = None,
     text_encoders: str | Path | None = None,
     overwrite: bool = False,
-    progress: Told = lambda done, total: None,
+    on_progress: OnBytes = lambda done, total: None,
 ) -> list[str]:
     """Convert a checkpoint; everything is checked before anything is written, and `target` appears complete or not.
 
@@ -51,7 +51,7 @@ def convert_checkpoint(
       dtype: of every parameter; default: each tensor's own.
       components, tokenizers, variant, text_encoders: see `open_source`.
       overwrite: replace a `target` that is a checkpoint of the same format.
-      progress: told the bytes written so far and those in all.
+      on_progress: receives the bytes written so far and those in all.
 
     Returns the components that `target` has.
 
@@ -72,7 +72,7 @@ def convert_checkpoint(
     cast = None if dtype is None else np.dtype(dtype)
     total = sum(nbytes(reader, cast) for reader in readers)
     _check_space(target, total)
-    report = counter(progress, total)
+    report = counter(on_progress, total)
     with staged_directory(target) as work:
         if to == "native":
             _write_native(work, opened, readers, cast, report)

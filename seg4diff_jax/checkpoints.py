@@ -25,7 +25,7 @@ from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Family
 from seg4diff_jax.convert.load import Shardings, open_component
 from seg4diff_jax.convert.lora.adapters import attach_lora
-from seg4diff_jax.convert.progress import Told, counter
+from seg4diff_jax.convert.progress import OnBytes, counter
 from seg4diff_jax.convert.readers import Source
 from seg4diff_jax.convert.sources.open import open_source, with_published_tokenizers
 from seg4diff_jax.convert.tokenizers import open_tokenizers
@@ -85,7 +85,7 @@ def load(
     tokenizers: str | PathLike | None = None,
     variant: str | None = None,
     lora: str | PathLike | None = None,
-    progress: Told = lambda done, total: None,
+    on_progress: OnBytes = lambda done, total: None,
 ) -> Pipeline:
     """Open and load a checkpoint, converted on the way. `open` and `Checkpoint.load` say what the arguments mean.
 
@@ -96,7 +96,7 @@ def load(
     parameter_dtype(dtype)
     _check_mesh(mesh)
     opened = open(model, t5=t5, text_encoders=text_encoders, tokenizers=tokenizers, variant=variant)
-    return opened.load(dtype=dtype, mesh=mesh, blocks=blocks, lora=lora, progress=progress)
+    return opened.load(dtype=dtype, mesh=mesh, blocks=blocks, lora=lora, on_progress=on_progress)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Checkpoint:
         mesh: Mesh | None = None,
         blocks: int | None = None,
         lora: str | PathLike | None = None,
-        progress: Told = lambda done, total: None,
+        on_progress: OnBytes = lambda done, total: None,
     ) -> Pipeline:
         """Read the weights.
 
@@ -225,7 +225,7 @@ class Checkpoint:
           lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert
             lora` reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Those of blocks that
             are not loaded are left out; anything else that would go unused is an error.
-          progress: told the bytes of parameters loaded so far and those in all.
+          on_progress: receives the bytes of parameters loaded so far and those in all.
 
         Raises:
           CheckpointError: weights or adapters cannot be found, read or understood; the message says what to do.
@@ -250,7 +250,7 @@ class Checkpoint:
         if lora is not None:
             nnx.eval_shape(adapted, parts["transformer"].model)
         shardings = parameter_shardings(mesh) if mesh else None
-        read = counter(progress, sum(part.nbytes for part in parts.values()))
+        read = counter(on_progress, sum(part.nbytes for part in parts.values()))
         models = {name: part.fill(shardings=shardings, read=read) for name, part in parts.items()}
         if lora is not None:
             models["transformer"] = _adapters_placed(adapted(models["transformer"]), shardings)

@@ -216,7 +216,9 @@ def test_tokenizers_of_another_model_are_refused(sd3_checkpoint, tmp_path):
 @pytest.mark.parametrize(("dtype", "blocks"), [(jnp.float32, None), (jnp.bfloat16, 2)])
 def test_progress_counts_the_bytes_of_the_parameters_to_the_last(sd3_checkpoint, dtype, blocks):
     told = []
-    pipe = s4d.load(sd3_checkpoint, dtype=dtype, blocks=blocks, progress=lambda done, total: told.append((done, total)))
+    pipe = s4d.load(
+        sd3_checkpoint, dtype=dtype, blocks=blocks, on_progress=lambda done, total: told.append((done, total))
+    )
     models = (pipe.transformer, *pipe.encoders.parts)
     held = sum(leaf.nbytes for model in models for leaf in jax.tree.leaves(nnx.state(model)))
     assert {total for _, total in told} == {held}

@@ -49,7 +49,7 @@ def run(options: Any) -> None:
             variant=options.variant,
             text_encoders=options.text_encoders,
             overwrite=options.overwrite,
-            progress=progress,
+            on_progress=progress,
         )
     lacking = [name for name in COMPONENTS if name not in written]
     without = f"; it has no {', '.join(lacking)}" if lacking and options.components is None else ""

@@ -68,7 +68,7 @@ def run(options: Any) -> None:
             tokenizers=Path(options.tokenizers) if options.tokenizers else None,
             variant=options.variant,
             text_encoders=options.text_encoders,
-            progress=status.update,
+            on_progress=status.update,
         )
     out = Console()
     (out if out.is_terminal else Console(width=WIDTH)).print(table(options.source, report))

@@ -42,7 +42,7 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
 
     try:
         # Listing files tries six times, for half a minute, where there is no network; this asks once.
-        about = _told(repository, lambda: huggingface_hub.HfApi().model_info(repository))
+        about = _answer_or_reason(repository, lambda: huggingface_hub.HfApi().model_info(repository))
     except CheckpointError as error:
         return _cached(repository, components, variant, error)
     files = [file.rfilename for file in about.siblings or []]
@@ -56,7 +56,7 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
         if inside and not weight_files(inside, COMPONENTS[name].weights, variant):
             raise no_weights(f"{repository}/{name}", inside, COMPONENTS[name].weights)
     fetched = lambda names: Path(
-        _told(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=names))
+        _answer_or_reason(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=names))
     )
     wanted = needed_files(files, components, variant)
     folder = fetched([file for file in wanted if not re.search(SHARD, file)])
@@ -98,7 +98,7 @@ def fetch_tokenizers(components: list[str]) -> Path:
 
     names = tokenizers_of(components)
     folder = Path(
-        _told(
+        _answer_or_reason(
             TOKENIZER_REPOSITORY,
             lambda: huggingface_hub.snapshot_download(
                 TOKENIZER_REPOSITORY, allow_patterns=[f"{name}/*" for name in names]
@@ -132,7 +132,7 @@ def _inside(folder: str, files: list[str]) -> set[str]:
     return {file.split("/")[1] for file in files if file.startswith(f"{folder}/") and file.count("/") == 1}
 
 
-def _told(repository: str, request: Callable[[], Result]) -> Result:
+def _answer_or_reason(repository: str, request: Callable[[], Result]) -> Result:
     """The request's result, or one sentence about why there is none."""
     from huggingface_hub.errors import (
         GatedRepoError,

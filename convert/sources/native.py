@@ -64,7 +64,7 @@ def write_component(
     Args:
       part: every parameter's part.
       parameters: each once, C-ordered, best part by part: incomplete parts wait in memory.
-      written: told the number of bytes after each part.
+      written: receives the number of bytes after each part.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -20,6 +20,7 @@ from seg4diff_jax.convert.assemble import abstract, assemble
 from seg4diff_jax.convert.components import abstract_model
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.load import load_component
+from seg4diff_jax.convert.progress import OnStage
 from seg4diff_jax.convert.readers import ComponentReader, Source
 from seg4diff_jax.convert.verify.inputs import (
     CLIPS,
@@ -191,7 +192,7 @@ def transformer(
     given: TransformerInputs,
     tokens: int,
     check: Check,
-    progress: Callable[[str], None],
+    on_progress: OnStage,
 ) -> Float[np.ndarray, "1 image tokens"]:
     """MMDiT's forward pass, block by block, of all samples in one batch.
 
@@ -237,7 +238,7 @@ def transformer(
         check(f"block {i}: image stream", _numpy(state.image[:1]))
         if not last:
             check(f"block {i}: text stream", text(state))
-        progress(f"transformer, block {i + 1} of {config.num_layers}")
+        on_progress(f"transformer, block {i + 1} of {config.num_layers}")
     check("velocity", _numpy(_velocity(model, state.image[:1], vector[:1], (latents.shape[1], latents.shape[2]))))
     return probs
 
@@ -282,7 +283,7 @@ def masks(
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, progress: Callable[[str], None]) -> None:
+def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, on_progress: OnStage) -> None:
     """Every component in turn, each given what PyTorch's former made, and all together from the picture to the masks.
 
     `shared` is what PyTorch's run returned.
@@ -290,16 +291,16 @@ def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, p
     present, ids = source.configs, inputs.prompt.ids
     latents = None
     if "vae" in present:
-        progress("vae")
+        on_progress("vae")
         latents = vae(source, dtype, inputs.picture, shared.latents, check)
     clips = []
     for name in CLIPS:
         if name in present:
-            progress(name)
+            on_progress(name)
             clips.append(clip(source, name, dtype, ids[name], check))
     t5_states = None
     if T5 in present:
-        progress(T5)
+        on_progress(T5)
         t5_states = t5(source, dtype, ids[T5], check)
     conditioning = prompt(clips, t5_states, inputs.joint_dim, check) if len(clips) == len(CLIPS) else None
     if inputs.transformer is None:
@@ -308,5 +309,5 @@ def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, p
     clean = [given.latents] if latents is None else [shared.latents, latents]
     own = Sample(*noisy(source, clean, given.noise, given.step, check), conditioning or given.conditioning)
     samples = [shared.sample] if latents is None and conditioning is None else [shared.sample, own]
-    probs = transformer(source, dtype, samples, given, inputs.prompt.tokens, check, progress)
+    probs = transformer(source, dtype, samples, given, inputs.prompt.tokens, check, on_progress)
     masks(probs, inputs.prompt.averaging, inputs.size, check)

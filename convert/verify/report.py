@@ -10,7 +10,7 @@ prompt to the labels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
+from seg4diff_jax.convert.progress import OnStage
 from seg4diff_jax.convert.readers import Source, TorchComponent, usual_dtype
 from seg4diff_jax.convert.sources.open import NothingLacks, open_source
 from seg4diff_jax.convert.verify import jax_side
@@ -54,7 +55,7 @@ def verify(
     tokenizers: Path | None = None,
     variant: str | None = None,
     text_encoders: str | Path | None = None,
-    progress: Callable[[str], None] = lambda doing: None,
+    on_progress: OnStage = lambda doing: None,
 ) -> Report:
     """Compare every component of a checkpoint in both frameworks.
 
@@ -67,7 +68,7 @@ def verify(
         PyTorch's own distance from it excuses ours.
       components, tokenizers, variant: see `open_source`.
       text_encoders: see `open_source`; a second source for those that `source` or `against` lacks.
-      progress: told what is being done.
+      on_progress: receives what is being done.
 
     Raises:
       CheckpointError: a checkpoint is damaged, the two describe different models, there is no original, or PyTorch is
@@ -86,8 +87,8 @@ def verify(
 
         def run_torch(dtype: str) -> tuple[Recording, Any]:
             recording = Recording(Path(folder) / dtype)
-            told = lambda doing: progress(f"PyTorch, {dtype}: {doing}")
-            return recording, torch_side.run(original, inputs, dtype, recording.record, told)
+            on_stage = lambda doing: on_progress(f"PyTorch, {dtype}: {doing}")
+            return recording, torch_side.run(original, inputs, dtype, recording.record, on_stage)
 
         wider = "float64" if float64 else {"bfloat16": "float32"}.get(dtype)
         exact = run_torch(wider)[0] if wider else None
@@ -103,7 +104,7 @@ def verify(
                 decided.append(decided_labels(array, of_torch))
 
         with _exact_products(dtype):
-            jax_side.run(ours, inputs, shared, dtype, check, lambda doing: progress(f"JAX, {dtype}: {doing}"))
+            jax_side.run(ours, inputs, shared, dtype, check, lambda doing: on_progress(f"JAX, {dtype}: {doing}"))
         if theirs.left:
             raise AssertionError(f"never compared: {', '.join(theirs.left)}")
     title = f"{torch_side.VERSIONS} (cpu) beside JAX {jax.__version__} ({jax.default_backend()}), {dtype}, {size} px"

@@ -22,6 +22,7 @@ from torch import nn
 
 from seg4diff_jax.convert.components import COMPONENTS
 from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.progress import OnStage
 from seg4diff_jax.convert.readers import Source, TorchComponent
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
@@ -278,7 +279,7 @@ def transformer(
     block: int,
     tokens: int,
     record: Record,
-    progress: Callable[[str], None],
+    on_progress: OnStage,
 ) -> Float[np.ndarray, "1 image tokens"]:
     """diffusers' whole forward pass, one block in memory at a time.
 
@@ -313,7 +314,7 @@ def transformer(
     for number, layer in enumerate(module.transformer_blocks):
         record_own = partial(record_block, number=number)
         layer.attn.set_processor(MapRecorder(layer.attn.processor, tokens, record_own))
-        on_output(layer, partial(_record_streams, record_own, progress, f"block {number + 1} of {len(layers)}"))
+        on_output(layer, partial(_record_streams, record_own, on_progress, f"block {number + 1} of {len(layers)}"))
     velocity = module(
         hidden_states=torch.from_numpy(sample.latents).permute(0, 3, 1, 2).to(_dtype(dtype)),
         encoder_hidden_states=torch.from_numpy(sample.conditioning.context).to(_dtype(dtype)),
@@ -324,12 +325,12 @@ def transformer(
     return kept[0]
 
 
-def _record_streams(record: Record, progress: Callable[[str], None], done: str, output: Any) -> None:
+def _record_streams(record: Record, on_progress: OnStage, done: str, output: Any) -> None:
     text, image = output
     record("image stream", _numpy(image))
     if text is not None:  # the last block updates no text
         record("text stream", _numpy(text))
-    progress(f"transformer, {done}")
+    on_progress(f"transformer, {done}")
 
 
 def masks(
@@ -358,11 +359,11 @@ class Shared(NamedTuple):
     sample: Sample | None
 
 
-def run(source: Source, inputs: Inputs, dtype: str, record: Record, progress: Callable[[str], None]) -> Shared:
+def run(source: Source, inputs: Inputs, dtype: str, record: Record, on_progress: OnStage) -> Shared:
     """Every component in turn, each given what the former made; nothing but arrays is kept."""
 
     def part(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
-        progress(name)
+        on_progress(name)
         result = function(source.component(name), dtype, *arguments)
         gc.collect()  # modules hold cycles
         return result
@@ -379,6 +380,6 @@ def run(source: Source, inputs: Inputs, dtype: str, record: Record, progress: Ca
     sample = Sample(
         *noisy(source.schedule.shift, clean, given.noise, given.step, record), conditioning or given.conditioning
     )
-    probs = part(transformer, "transformer", sample, given.block, inputs.prompt.tokens, record, progress)
+    probs = part(transformer, "transformer", sample, given.block, inputs.prompt.tokens, record, on_progress)
     masks(probs, inputs.prompt.averaging, inputs.size, record)
     return Shared(latents, sample)

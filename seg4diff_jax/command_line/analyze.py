@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
-from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
+from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named
 from seg4diff_jax.flow import LARGEST_SEED, check_seed, image_noise
 from seg4diff_jax.images import read_image
@@ -50,7 +50,7 @@ def run(options: Any) -> None:
     if more:
         raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")
     pipe, _, _ = load_shown(console, checkpoint, options)
-    with console.status("compiling and measuring"), full_memory_told(TO_LOAD):
+    with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
         shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
     Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))
 

@@ -77,7 +77,7 @@ def run(options: Any) -> None:
     first, second = (read_rows(Path(each).expanduser()) for each in (options.first, options.second))
     refuse_others(first, second, options.first, options.second)
     common = [key for key in first if key in second]
-    console, told = Console(highlight=False), Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     console.print(f"A: {options.first}\nB: {options.second}", markup=False, soft_wrap=True)
     for key in common:
         pair = first[key], second[key]
@@ -89,9 +89,9 @@ def run(options: Any) -> None:
             console.print(f"and {left} classes that differ less: --classes={len(by_class)} shows all")
     for name, own, other in ((options.first, first, second), (options.second, second, first)):
         if lacking := [key.title for key in own if key not in other]:
-            told.print(f"only {name} has: {'; '.join(lacking)}")
+            notes.print(f"only {name} has: {'; '.join(lacking)}")
     for remark in remarks({"A": [first[key] for key in common], "B": [second[key] for key in common]}):
-        told.print(remark)
+        notes.print(remark)
 
 
 def read_rows(directory: Path) -> Rows:

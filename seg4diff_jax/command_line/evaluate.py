@@ -38,7 +38,7 @@ from seg4diff_jax.terminal import counted_pieces, stderr_console
 if TYPE_CHECKING:
     from seg4diff_jax.checkpoints import Checkpoint
     from seg4diff_jax.evaluation.benchmarks import Benchmark
-    from seg4diff_jax.evaluation.measurement import Settings, Told
+    from seg4diff_jax.evaluation.measurement import OnImages, Settings
     from seg4diff_jax.pipeline import Pipeline
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     with console.status("starting"):  # importing JAX takes seconds
         import jax
 
-        from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
+        from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
         from seg4diff_jax.evaluation.expert import name_expert
         from seg4diff_jax.evaluation.report.page import PAGE
         from seg4diff_jax.evaluation.results import tell, write
@@ -83,24 +83,24 @@ def run(options: Options) -> None:
     first = jax.process_index() == 0
     console.quiet = not first
     out = in_step(lambda: results_directory(options) if first else Path())
-    with console.status(f"loading {options.model}"), full_memory_told(TO_LOAD):
+    with console.status(f"loading {options.model}"), explaining_full_memory(TO_LOAD):
         pipe, benchmark, settings = prepare(options)
     loading = time.perf_counter() - started
     images, kinds = len(benchmark.source), len(settings.prompts) + bool(settings.unsupervised)
     passes = len(settings.steps) * len(settings.seeds) * kinds
     adapters = f" with adapters of {options.lora}" if options.lora else ""
     counts = {"block": settings.blocks, "noise level": settings.steps, "seed": settings.seeds}
-    told = ", ".join(counted(len(some), what) for what, some in counts.items())
+    described = ", ".join(counted(len(some), what) for what, some in counts.items())
     where = f"{images} images of {benchmark.where}"
     resolved = resolve(options, pipe, benchmark, settings, out)
-    console.print(f"{options.model}{adapters} on {where}: {told}{told_heads(settings.heads)}")
+    console.print(f"{options.model}{adapters} on {where}: {described}{heads_described(settings.heads)}")
     console.print(f"{resolved['dtype']} on {named_devices()}")
     kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
     if kept and not options.resume:
         kept.clear()
     remedy = "give a smaller --batch-size, or --dtype bfloat16"
-    with progress(console, images, passes) as advance, full_memory_told(remedy):
-        evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, progress=advance, kept=kept)
+    with progress(console, images, passes) as advance, explaining_full_memory(remedy):
+        evaluation = evaluate(pipe, benchmark, settings, shown=options.pictures, on_progress=advance, kept=kept)
     if not first:
         return
     seconds = {"loading": loading, **evaluation.seconds}
@@ -261,7 +261,7 @@ def unused(options: Options) -> list[str]:
     ]
 
 
-def told_heads(heads: Sequence[int | None]) -> str:
+def heads_described(heads: Sequence[int | None]) -> str:
     single = len(heads) - (None in heads)
     mean = " beside the mean" if None in heads else ""
     return f"; {counted(single, 'head')} of each block{mean}" if single else ""
@@ -272,7 +272,7 @@ def counted(number: int, what: str) -> str:
 
 
 @contextmanager
-def progress(console: Console, images: int, passes: int) -> Iterator[Told]:
+def progress(console: Console, images: int, passes: int) -> Iterator[OnImages]:
     """Shows images done, how many pass through the transformer in a second, and the mIoU."""
     start, first, score = time.perf_counter(), 0, ""
     with counted_pieces(console, "evaluating", images, pieces="images", remark="compiling") as show:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.checkpoints import Checkpoint
-from seg4diff_jax.command_line.memory import full_memory_told
+from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import (
     load_shown,
     model_arguments,
@@ -75,7 +75,11 @@ def run(options: Any) -> None:
     remove_former(out)
     names, pictures = file_names(options.prompts, options.count), []
     remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
-    with Bar(console, "generating", len(names)) as bar, CompilationClock() as compilation, full_memory_told(remedy):
+    with (
+        Bar(console, "generating", len(names)) as bar,
+        CompilationClock() as compilation,
+        explaining_full_memory(remedy),
+    ):
         start = time.perf_counter()
         for name, picture in zip(names, generated(pipe, options, size), strict=True):
             Image.fromarray(picture).save(out / name)

@@ -12,7 +12,7 @@ TO_LOAD = "give --dtype bfloat16, or use a device with more memory"
 
 
 @contextmanager
-def full_memory_told(remedy: str) -> Iterator[None]:
+def explaining_full_memory(remedy: str) -> Iterator[None]:
     """Raise MemoryError, with what to do, where JAX says that the device's memory is full."""
     try:
         yield

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = lambda batch: plan_magnet(replace(config, run=replace(config.run, batch_size=batch)), where)
         if options["largest_batch"]:
             unit = max(1, where.chips // max(1, config.run.mesh.tensor))
-            tried = list(_told(largest_batch(plan, unit)))
+            tried = list(_printing_each(largest_batch(plan, unit)))
             plans = [
                 max((each for each in tried if each.memory.fits), key=lambda each: each.batch_size, default=tried[0])
             ]
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     return configuration(task, parser, parsed, reads=False)[0], own
 
 
-def _told(plans: Any) -> Any:
+def _printing_each(plans: Any) -> Any:
     for plan in plans:
         verdict = "fits" if plan.memory.fits else "does not fit"
         print(f"batch {plan.batch_size}: {plan.memory.total / 2**30:.2f} GiB, {verdict}", file=sys.stderr)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from seg4diff_jax.checkpoints import DTYPES, Checkpoint, open
 from seg4diff_jax.class_names import OneClassWarning, one_class, with_commas
-from seg4diff_jax.command_line.memory import TO_LOAD, full_memory_told
+from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import Resize, read_image
@@ -111,7 +111,7 @@ def segment_to_files(
     pipe, dtype, loading = load_shown(console, checkpoint, options, blocks=block + 1)
 
     how = {"block": block, "step": step, "seed": options.seed, "size": size, "resize": options.resize}
-    remedy = full_memory_told("choose a smaller --size, or --dtype bfloat16")
+    remedy = explaining_full_memory("choose a smaller --size, or --dtype bfloat16")
     with console.status("compiling and segmenting"), CompilationClock() as compilation, remedy:
         start = time.perf_counter()
         segmentation = segment(pipe, pixels, **how)
@@ -158,9 +158,9 @@ def load_shown(
     console: Console, checkpoint: Checkpoint, options: Any, blocks: int | None = None
 ) -> tuple[Pipeline, str, float]:
     """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
-    with counted_bytes(console, f"loading {options.model}") as progress, full_memory_told(TO_LOAD):
+    with counted_bytes(console, f"loading {options.model}") as progress, explaining_full_memory(TO_LOAD):
         start = time.perf_counter()
-        pipe = checkpoint.load(dtype=options.dtype, blocks=blocks, lora=options.lora, progress=progress)
+        pipe = checkpoint.load(dtype=options.dtype, blocks=blocks, lora=options.lora, on_progress=progress)
         seconds = time.perf_counter() - start
     held, last = pipe.transformer.depth - 1, pipe.transformer.config.num_layers - 1
     dtype = str(jnp.dtype(pipe.transformer.context_embed.dtype))

@@ -90,12 +90,12 @@ class Writer:
         self._file, self._writer = file, ArrayRecordWriter(str(file), ONE_BY_ONE)
 
     def write(self, record: bytes) -> None:
-        self._told(self._writer.write, record)
+        self._naming_the_file(self._writer.write, record)
 
     def close(self) -> None:
-        self._told(self._writer.close)
+        self._naming_the_file(self._writer.close)
 
-    def _told(self, act: Callable[..., Any], *given: bytes) -> None:
+    def _naming_the_file(self, act: Callable[..., Any], *given: bytes) -> None:
         try:
             act(*given)
         except RuntimeError as error:

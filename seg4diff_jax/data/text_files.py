@@ -131,21 +131,21 @@ class Annotations:
 
     def whole(self, least: int, most: int) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value <= most:
-            raise self.refuse(f"{self._told()} where a whole number of {least} to {most} belongs")
+            raise self.refuse(f"{self._described()} where a whole number of {least} to {most} belongs")
         return self.value
 
     def number(self, least: int) -> int | float:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value >= least:
-            raise self.refuse(f"{self._told()} where a number from {least} belongs")
+            raise self.refuse(f"{self._described()} where a number from {least} belongs")
         return self.value
 
     def label(self) -> str | int:
         """What something is called by."""
         if isinstance(self.value, bool) or not isinstance(self.value, str | int):
-            raise self.refuse(f"{self._told()} where text or a whole number belongs")
+            raise self.refuse(f"{self._described()} where text or a whole number belongs")
         return self.value
 
-    def _told(self) -> str:
+    def _described(self) -> str:
         return str(self.value)[:20] if isinstance(self.value, int | float) else f"a {_kind(self.value)}"
 
     def _part(self, value: Any, place: str) -> Annotations:

@@ -115,7 +115,7 @@ def image_field(features: Mapping[str, Any], root: Path) -> str:
         return "image"
     if len(found) != 1:
         raise FolderError(
-            f"{root} has {len(found)} fields with an image of three channels; expected one: {_told(features)}"
+            f"{root} has {len(found)} fields with an image of three channels; expected one: {_described(features)}"
         )
     return found[0]
 
@@ -129,7 +129,9 @@ def label_field(features: Mapping[str, Any], root: Path, kind: str | None) -> st
     if kind := published_kind(kind, found, f"{root}"):
         return kind
     if len(found) != 1:
-        hint = f"choose one of {', '.join(found)} by --data.labels" if found else f"its fields are {_told(features)}"
+        hint = (
+            f"choose one of {', '.join(found)} by --data.labels" if found else f"its fields are {_described(features)}"
+        )
         raise FolderError(f"{root} has {len(found)} fields with a label map, one whole number a pixel: {hint}")
     return found[0]
 
@@ -170,5 +172,5 @@ def _names(feature: Any) -> tuple[str, ...]:
     return () if names == tuple(map(str, range(len(names)))) else names
 
 
-def _told(features: Mapping[str, Any]) -> str:
+def _described(features: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())

@@ -30,8 +30,8 @@ from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.processes import gathered, in_step
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
-Told = Callable[[int, float | None], None]
-"""Hears how many images are done and, now and then, their mean IoU in percent: the best block's of the first pass."""
+OnImages = Callable[[int, float | None], None]
+"""Receives how many images are done and, now and then, their mIoU in percent: the best block's of the first pass."""
 NO_PIXELS, NO_LABELS = np.zeros((0, 0, 3), np.float32), np.zeros((0, 0), np.uint8)
 """Of examples that have been counted: what is large is let go."""
 TELL_EVERY = 5.0
@@ -96,7 +96,7 @@ class Measurement:
         self._read = time.monotonic()
 
     @settled()
-    def outcome(self, *, told: Told = lambda done, miou: None, kept: Progress | None = None) -> Counts:
+    def outcome(self, *, on_progress: OnImages = lambda done, miou: None, kept: Progress | None = None) -> Counts:
         """Count all images, in all processes: each hears of all.
 
         Args:
@@ -121,7 +121,7 @@ class Measurement:
             for some, number in zip(rounds, mine, strict=True):
                 before = together(parts) if parts else None
                 own = range(0) if number is None else shards[number]
-                found = self._round(items, own, clock, before, told)
+                found = self._round(items, own, clock, before, on_progress)
                 if kept is not None:
                     for finished, part in zip(some, found, strict=True):
                         kept.save(finished, part)
@@ -134,17 +134,17 @@ class Measurement:
         shard: range,
         clock: CompilationClock,
         before: Counts | None,
-        told: Told,
+        on_progress: OnImages,
     ) -> list[Counts]:
         """What each process that has a shard in this round has counted."""
-        part = in_step(lambda: self._part(islice(items, len(shard)), clock, before, told) if shard else None)
+        part = in_step(lambda: self._part(islice(items, len(shard)), clock, before, on_progress) if shard else None)
         if jax.process_count() == 1:
             return [part] if part else []
         messages = gathered(part.to_bytes() if part else b"")
         return [Counts.from_bytes(message) for message in messages if message]
 
     def _part(
-        self, items: Iterable[Example | LeftOut], clock: CompilationClock, before: Counts | None, told: Told
+        self, items: Iterable[Example | LeftOut], clock: CompilationClock, before: Counts | None, on_progress: OnImages
     ) -> Counts:
         start, compiled, processes = time.perf_counter(), clock.seconds, jax.process_count()
         left_out: list[LeftOut] = []
@@ -159,7 +159,7 @@ class Measurement:
             self.unsupervised.add(latents, batch)
             forwards += [*(len(each.prompts) for each in batches), bool(self.settings.unsupervised)]
             seen += [example._replace(pixels=NO_PIXELS, labels=NO_LABELS) for example in group]
-            told(done + processes * (len(seen) + len(left_out)), self._running_miou(before))
+            on_progress(done + processes * (len(seen) + len(left_out)), self._running_miou(before))
         counted, matched = self.zero_shot.take(), self.unsupervised.take()
         compiling = clock.seconds - compiled
         running = time.perf_counter() - start - compiling

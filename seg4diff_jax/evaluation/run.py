@@ -11,7 +11,7 @@ from jaxtyping import Int
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import Shown, ShownSegments, shown_by_name, shown_segments
-from seg4diff_jax.evaluation.measurement import Measurement, Settings, Told
+from seg4diff_jax.evaluation.measurement import Measurement, OnImages, Settings
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.scores import (
     Row,
@@ -60,14 +60,14 @@ def evaluate(
     settings: Settings,
     *,
     shown: int = 0,
-    progress: Told = lambda done, miou: None,
+    on_progress: OnImages = lambda done, miou: None,
     kept: Progress | None = None,
 ) -> Evaluation:
     """Zero-shot scores of a model on a benchmark. All processes take part, and hear the same figures.
 
     Args:
       shown: how many images to segment once more, for people to look at: in the first process.
-      progress: told how many images are done.
+      on_progress: receives how many images are done.
       kept: where the first process keeps what is counted, and finds what an interrupted run has counted.
 
     Raises:
@@ -76,7 +76,7 @@ def evaluate(
       FloatingPointError: scores are not finite.
     """
     measurement = Measurement(pipe, benchmark, settings)
-    outcome = measurement.outcome(told=progress, kept=kept)
+    outcome = measurement.outcome(on_progress=on_progress, kept=kept)
     left = {why: [each.message for each in outcome.left_out if each.why == why] for why in ("skipped", "unlabelled")}
     if not len(outcome.indices):
         first = f"; the first: {left['skipped'][0]}" if left["skipped"] else ""

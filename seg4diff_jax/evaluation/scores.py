@@ -237,13 +237,13 @@ def _common(outcome: Counts, measurement: Measurement) -> Row:
 
 
 def _asked(outcome: Counts, measurement: Measurement, prompts: str) -> Row:
-    told = {"protocol": OPEN_VOCABULARY, "prompts": prompts, "names": measurement.benchmark.names}
-    return _common(outcome, measurement) | told
+    setting = {"protocol": OPEN_VOCABULARY, "prompts": prompts, "names": measurement.benchmark.names}
+    return _common(outcome, measurement) | setting
 
 
 def _merged(outcome: Counts, measurement: Measurement, protocol: UnsupervisedProtocol) -> Row:
-    told: Row = {"protocol": UNSUPERVISED, "prompts": EMPTY, "names": None}
-    return _common(outcome, measurement) | told | asdict(protocol)
+    setting: Row = {"protocol": UNSUPERVISED, "prompts": EMPTY, "names": None}
+    return _common(outcome, measurement) | setting | asdict(protocol)
 
 
 def _per_image(segments: np.int64, outcome: Counts) -> float:

@@ -97,7 +97,7 @@ class Checkpoints:
         if best is not None:
             kept.append(Best(best))
             for step in self._on_disk():  # which Orbax reads without saying of which file it speaks
-                self._told(step, lambda step=step: score(self.directory / str(step), best))
+                self._naming_the_step(step, lambda step=step: score(self.directory / str(step), best))
         if jax.process_index() == 0:
             # Halves left by a run that was cut off. What cannot be removed now is when its step is written again.
             for half in self.directory.glob("*.orbax-checkpoint-tmp"):
@@ -215,8 +215,8 @@ class Checkpoints:
           TrainingError: it cannot be read, is damaged, or holds other parameters.
         """
         place = self.directory / str(step)
-        config = self._told(step, lambda: read_record(place, CONFIG))
-        data = self._told(step, lambda: read_record(place, DATA))
+        config = self._naming_the_step(step, lambda: read_record(place, CONFIG))
+        data = self._naming_the_step(step, lambda: read_record(place, DATA))
         target = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
         )
@@ -234,7 +234,7 @@ class Checkpoints:
                 f"Use the configuration that it was written with, or another run.out; if it is damaged, "
                 f"{self._earlier(step)}"
             ) from error
-        checked = self._told(step, lambda: check_arrays(place, found[STATE]))
+        checked = self._naming_the_step(step, lambda: check_arrays(place, found[STATE]))
         # Earlier versions kept Grain's position, which depends on the number of workers. The state counts too.
         batches = data.get("batches", int(found[STATE].batches))
         return Restored(found[STATE], batches, config, checked)
@@ -242,7 +242,7 @@ class Checkpoints:
     def _on_disk(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit())
 
-    def _told(self, step: int, read: Callable[[], Any]) -> Any:
+    def _naming_the_step(self, step: int, read: Callable[[], Any]) -> Any:
         """What is read of a step; what is wrong with it, and what to do about it."""
         try:
             return read()

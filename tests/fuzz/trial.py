@@ -56,22 +56,22 @@ class Expired(BaseException):
 
 def fingerprint(value: Any) -> str:
     """Equal for equal readings: of arrays dtype, shape and bytes count."""
-    return hashlib.sha256("".join(_told(value)).encode()).hexdigest()
+    return hashlib.sha256("".join(_spelled_out(value)).encode()).hexdigest()
 
 
-def _told(value: Any) -> Iterator[str]:
+def _spelled_out(value: Any) -> Iterator[str]:
     if isinstance(value, np.ndarray):
         yield f"{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
     elif isinstance(value, Mapping):
         for key in sorted(value, key=repr):
             yield f"{key!r}:"
-            yield from _told(value[key])
+            yield from _spelled_out(value[key])
     elif isinstance(value, list | tuple):
         yield f"{len(value)}["
         for each in value:
-            yield from _told(each)
+            yield from _spelled_out(each)
     elif is_dataclass(value):
-        yield from _told({one.name: getattr(value, one.name) for one in fields(value)})
+        yield from _spelled_out({one.name: getattr(value, one.name) for one in fields(value)})
     else:
         yield f"{type(value).__name__} {value!r};"
 
