@@ -5,7 +5,7 @@ Without arguments: the miniature on 500 held-out synthetic scenes.
 
 import sys
 
-from seg4diff_jax.command_line.evaluate import main
+from seg4diff_jax.command_line import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

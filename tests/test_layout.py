@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, str] = {
     # What is around them, in memory.
     "terminal": "",
     "versions": "",
+    "extras": "",
     "image_files": "",
     "images": "bilinear image_files",
     "compilation": "",
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, str] = {
     "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options segmentation text",
     "reporting": "pipeline",
     # Checkpoints and data, and what reads or writes them.
-    "convert": "bilinear checksums flow models numerics passes segmentation terminal text",
+    "convert": "bilinear checksums extras flow models numerics passes segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
     "analysis": "convert models numerics passes text",
     "data": "convert image_files images segmentation",
@@ -55,8 +56,8 @@ MAY_IMPORT: dict[str, str] = {
     "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
     "passes pipeline processes reporting segmentation text versions",
     # What people start.
-    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation flow "
-    "images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
+    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation extras "
+    "flow images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
     "terminal text training versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline",
     "__main__": "command_line",

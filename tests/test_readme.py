@@ -40,7 +40,7 @@ def quickstart(tmp_path_factory) -> Path:
     """README's commands that need nothing but the package, run in an empty directory and without PyTorch."""
     directory = tmp_path_factory.mktemp("quickstart")
     (install, *main_job), _, picture, *_ = (block.splitlines() for block in blocks("README.md", "bash"))
-    assert install == "pip install -e ."
+    assert install == 'pip install -e ".[evaluate]"'
     places = {"XDG_CACHE_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
     environment = os.environ | as_users_compile() | places
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):

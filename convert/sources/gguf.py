@@ -96,8 +96,10 @@ class _Quantisation:
 
 @cache
 def _quantisations() -> dict[str, _Quantisation]:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ModuleNotFoundError:
+        raise CheckpointError("GGUF files need the package gguf: pip install gguf") from None
     return {kind.name: _Quantisation(kind, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
 
 

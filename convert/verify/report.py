@@ -26,6 +26,7 @@ from seg4diff_jax.convert.sources.open import NothingLacks, open_source
 from seg4diff_jax.convert.verify import jax_side
 from seg4diff_jax.convert.verify.comparison import BOUNDS, Comparison, Recording, compare, decided_labels
 from seg4diff_jax.convert.verify.inputs import SCORES_ROW, make_inputs
+from seg4diff_jax.extras import missing
 from seg4diff_jax.numerics import settled
 
 DType = Literal["float32", "bfloat16"]
@@ -152,13 +153,9 @@ def _torch_side() -> Any:
     try:
         from seg4diff_jax.convert.verify import torch_side
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in ("torch", "diffusers", "accelerate"):
+        if (message := missing(error)) is None:
             raise
-        raise CheckpointError(
-            f"verify runs PyTorch beside JAX, and {package} is not installed: in the clone of seg4diff_jax type "
-            "pip install -e '.[convert]'"
-        ) from None
+        raise CheckpointError(f"verify runs PyTorch beside JAX, and {message}") from None
     return torch_side
 
 

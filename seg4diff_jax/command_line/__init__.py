@@ -8,6 +8,7 @@ from importlib import import_module
 
 from seg4diff_jax.command_line import analyze, compare, generate, scenes, segment, segment_unsupervised
 from seg4diff_jax.convert.command_line import Command, run_command
+from seg4diff_jax.extras import missing
 from seg4diff_jax.numerics import settled
 
 DESCRIPTION = "Stable Diffusion 3's joint attention as a segmenter, in JAX."
@@ -34,8 +35,19 @@ AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
+    """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault or an
+    extra that it needs is not installed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except ModuleNotFoundError as error:
+        if (message := missing(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in PROGRAMS:
         return import_module(PROGRAMS[arguments[0]][0]).main(arguments[1:])
     listed = {name: Command(lambda parser: None, lambda options: None, help) for name, (_, help) in PROGRAMS.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -100,6 +101,19 @@ def test_t5_in_gguf_has_llamas_names_and_is_the_one_of_its_dequantised_numbers(t
     parsed = [parse_config("text_encoder_3", source.configs["text_encoder_3"]) for source in (found, expected)]
     assert parsed == [parse_config("text_encoder_3", CONFIGS["text_encoder_3"])] * 2
     assert_same_parameters(found.component("text_encoder_3"), expected.component("text_encoder_3"))
+
+
+def test_without_the_gguf_package_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch):
+    write_gguf = gguf.GGUFWriter(tmp_path / "a.gguf", "sd3")
+    write_gguf.add_tensor("w", np.zeros(32, np.float32))
+    for write in (write_gguf.write_header_to_file, write_gguf.write_kv_data_to_file, write_gguf.write_tensors_to_file):
+        write()
+    write_gguf.close()
+    for cached in (ours._quantisations, ours._type_names):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    with pytest.raises(CheckpointError, match="GGUF files need the package gguf: pip install gguf"):
+        read_gguf(tmp_path / "a.gguf")
 
 
 def test_a_gguf_of_another_architecture_is_named(tmp_path: Path, transformer: Arrays):
