@@ -30,8 +30,22 @@ from seg4diff_jax.evaluation.options import (
 )
 from seg4diff_jax.planning.chips import Slice
 from seg4diff_jax.training.loop import check
-from tests.reference.documents import DOCUMENTS, ROOT, Command, fenced, headers, inline, messages
+from tests.reference.documents import (
+    DOCUMENTS,
+    ROOT,
+    Command,
+    anchors,
+    blocks,
+    fenced,
+    headers,
+    inline,
+    links,
+    messages,
+    strings,
+)
 
+LINKED = [*DOCUMENTS, "CHANGELOG.md", "findings/README.md"]
+TROUBLES = "docs/troubleshooting.md"
 FOREIGN = {"cp", "gcloud", "hf", "mkdir", "pre-commit", "tar", "unzip", ".ci/run"}
 """Programs of others, and of our own that take nothing."""
 
@@ -215,6 +229,36 @@ def test_the_commands_that_help_and_errors_name_exist(monkeypatch):
     found = list(messages())
     assert len(found) > 10
     assert not misunderstood(found, monkeypatch)
+
+
+@pytest.mark.parametrize("document", LINKED)
+def test_links_lead_to_files_and_headings_that_exist(document):
+    for link in links(document):
+        name, _, heading = link.partition("#")
+        target = ROOT / document if not name else (ROOT / document).parent / name
+        assert target.exists(), f"{document} links to {link}"
+        if heading:
+            assert heading in anchors(str(target.resolve().relative_to(ROOT))), f"{document} links to {link}"
+
+
+def test_every_page_can_be_reached_from_readme():
+    reached, ahead = set(), ["README.md"]
+    while ahead:
+        if (document := ahead.pop()) in reached or not document.endswith(".md"):
+            continue
+        reached.add(document)
+        names = (link.partition("#")[0] for link in links(document))
+        ahead += [str(((ROOT / document).parent / name).resolve().relative_to(ROOT)) for name in names if name]
+    assert {*DOCUMENTS} <= reached
+
+
+def test_the_messages_that_troubleshooting_shows_are_in_the_sources():
+    said = "\n".join(" ".join(text.split()) for _, text in strings("…"))
+    shown = [" ".join(block.split()) for block in blocks(TROUBLES, "text")]
+    assert len(shown) > 30
+    for message in shown:
+        parts = [re.escape(part.strip()) for part in message.split("…")]
+        assert re.search(r"[^\n]*".join(parts), said), message
 
 
 @pytest.mark.parametrize(

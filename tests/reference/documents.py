@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
     "seg4diff_jax/miniature/README.md",
 ]
 OURS = ("python", "seg4diff", "pytest")
@@ -59,7 +59,7 @@ def fenced(document: str) -> list[Command]:
 
 def inline(document: str) -> Iterator[Command]:
     """Those in a document's text. Names that it says stand for options are replaced by them."""
-    text = re.sub(r"(?ms)^```.*?^```", "", (ROOT / document).read_text("utf-8"))
+    text = _text(document)
     code = [" ".join(each.split()) for each in re.findall(r"`([^`]+)`", text)]
     stands = re.findall(r"`(\w+)` stands\s+for\s+`([^`]+)`", text)
     for line in filter(_begins_ours, code):
@@ -84,16 +84,44 @@ def headers() -> Iterator[Command]:
 
 def messages() -> Iterator[Command]:
     """Those that strings of the sources name between backquotes, in help and in errors; X for what is filled in."""
+    for place, text in strings("X"):
+        for line in filter(_begins_ours, (" ".join(each.split()) for each in re.findall(r"`([^`]+)`", text))):
+            yield from (Command(place, words, whole=False) for words in shell(line))
+
+
+def strings(filled: str) -> Iterator[tuple[str, str]]:
+    """File and text of every string of the sources; `filled` stands for what is filled in."""
     for path in _sources():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else filled for part in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = node.value
             else:
                 continue
-            for line in filter(_begins_ours, (" ".join(each.split()) for each in re.findall(r"`([^`]+)`", text))):
-                yield from (Command(str(path.relative_to(ROOT)), words, whole=False) for words in shell(line))
+            yield str(path.relative_to(ROOT)), text
+
+
+def links(document: str) -> list[str]:
+    """Where links and pictures in a document's text lead, but for those that leave the project."""
+    found = re.findall(r"\]\(([^()\s]+)\)", _text(document))
+    return [each for each in found if not re.match(r"[a-z]+:", each)]
+
+
+def anchors(document: str) -> set[str]:
+    """What a link to a heading of a document may name, as GitHub makes it of the heading."""
+    found: set[str] = set()
+    for heading in re.findall(r"(?m)^#+ +(.+?) *$", _text(document)):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        again = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", each) is not None for each in found)
+        found.add(f"{slug}-{again}" if again else slug)
+    return found
+
+
+def _text(document: str) -> str:
+    """Without its blocks of code."""
+    return re.sub(r"(?ms)^```.*?^```", "", (ROOT / document).read_text("utf-8"))
 
 
 def _begins_ours(line: str) -> bool:
