@@ -95,7 +95,7 @@ class Slice:
         if importlib.util.find_spec("libtpu") is None:
             raise ModuleNotFoundError(
                 "libtpu, which holds the compiler for TPUs, is not installed: pip install libtpu, or in the "
-                "clone pip install -e '.[tpu]'; no TPU is needed"
+                "clone pip install -e '.[plan]'; no TPU is needed"
             )
         from jax.experimental import topologies
 
