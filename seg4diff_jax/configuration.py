@@ -13,11 +13,12 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
+Value = TypeVar("Value")
 LARGEST = 1 << 20
 """Bytes of a file."""
 VALUES = 20_000
@@ -198,15 +199,27 @@ def refuse(found: Sequence[str]) -> None:
         raise ValueError("".join([f"{len(said)} things do not fit:", *(f"\n  {each}" for each in said)]))
 
 
-def refusals(*checks: Callable[[], object]) -> list[str]:
-    """What each of the checks says that raises ValueError. All are tried."""
-    found = []
-    for check in checks:
+class Refusals:
+    """Collects what does not fit, so that one message names all of it.
+
+    Attributes:
+      found: a sentence for each thing that does not fit.
+    """
+
+    def __init__(self, found: Sequence[str] = ()):
+        self.found = list(found)
+
+    def parsed(self, parse: Callable[[], Value], instead: Value) -> Value:
+        """Returns what `parse` returns. When it raises ValueError its message is collected, and `instead` returned."""
         try:
-            check()
+            return parse()
         except ValueError as error:
-            found.append(str(error))
-    return found
+            self.found.append(str(error))
+            return instead
+
+    def check(self, check: Callable[[], object]) -> None:
+        """Collects the message of a check that raises ValueError."""
+        self.parsed(check, None)
 
 
 def unchecked(kind: type, values: Mapping[str, Any]) -> Any:

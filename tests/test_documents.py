@@ -90,8 +90,7 @@ def evaluated(arguments: list[str]) -> None:
     numbers(8 if options.steps == "expert" else options.steps, "--steps", STEPS)
     numbers(options.seeds, "--seeds", range(2**31), all_allowed=False)
     kinds_of_prompts(options.prompts)
-    protocols(options.protocol)
-    merging_protocols(options)
+    merging_protocols(options, protocols(options.protocol))
 
 
 def trained(arguments: list[str]) -> None:

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from seg4diff_jax.configuration import refusals, refuse
+from seg4diff_jax.configuration import Refusals, refuse
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
     GROUPS,
@@ -73,8 +73,8 @@ def run(options: Options) -> None:
         from seg4diff_jax.evaluation.report.page import PAGE
         from seg4diff_jax.evaluation.results import tell, write
         from seg4diff_jax.evaluation.resumption import Progress
+        from seg4diff_jax.evaluation.rows import best_setting
         from seg4diff_jax.evaluation.run import evaluate
-        from seg4diff_jax.evaluation.scores import best_setting
         from seg4diff_jax.parallel import named_devices
         from seg4diff_jax.processes import in_step, join_processes
 
@@ -84,7 +84,8 @@ def run(options: Options) -> None:
     console.quiet = not first
     out = in_step(lambda: results_directory(options) if first else Path())
     with console.status(f"loading {options.model}"), explaining_full_memory(TO_LOAD):
-        pipe, benchmark, settings = prepare(options)
+        pipe, benchmark, chosen = prepare(options)
+    settings = chosen.settings
     loading = time.perf_counter() - started
     images, kinds = len(benchmark.source), len(settings.prompts) + bool(settings.unsupervised)
     passes = len(settings.steps) * len(settings.seeds) * kinds
@@ -92,7 +93,7 @@ def run(options: Options) -> None:
     counts = {"block": settings.blocks, "noise level": settings.steps, "seed": settings.seeds}
     described = ", ".join(counted(len(some), what) for what, some in counts.items())
     where = f"{images} images of {benchmark.where}"
-    resolved = resolve(options, pipe, benchmark, settings, out)
+    resolved = resolve(options, pipe, benchmark, chosen, out)
     console.print(f"{options.model}{adapters} on {where}: {described}{heads_described(settings.heads)}")
     console.print(f"{resolved['dtype']} on {named_devices()}")
     kept = Progress(out, {"images": images, **measured(resolved)}) if first else None
@@ -110,7 +111,7 @@ def run(options: Options) -> None:
         kept.clear()
     tell(console, evaluation)
     if options.name_expert:
-        best = best_setting([row for row in evaluation.rows if row["head"] is None])
+        best = best_setting([row for row in evaluation.rows if row.head is None])
         name_expert(options.model, best.block, best.step)
         console.print(f"{options.model}: block {best.block} and noise level {best.step} are its own now")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
@@ -137,19 +138,20 @@ def results_directory(options: Options) -> Path:
     return output_directory(str(out), "", options.overwrite)
 
 
-def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, settings: Settings, out: Path) -> dict[str, Any]:
+def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chosen, out: Path) -> dict[str, Any]:
     """All options as plain values, those left open as they turned out. How a run was started is not among them."""
+    settings = chosen.settings
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
     known["heads"] = [MEAN if head is None else head for head in settings.heads]
-    known |= {"protocol": list(protocols(options.protocol)), "prompts": list(kinds_of_prompts(options.prompts))}
+    known |= {"protocol": list(chosen.protocols), "prompts": list(chosen.prompts)}
     if settings.unsupervised:
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
         known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
-    chosen: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
+    found: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
     if benchmark.background is not None:
-        chosen["background"] = benchmark.rule
-    data = replace(options.data, **{name: value for name, value in chosen.items() if value})
+        found["background"] = benchmark.rule
+    data = replace(options.data, **{name: value for name, value in found.items() if value})
     resolved = asdict(replace(options, data=data, out=str(out), **known))
     return {name: value for name, value in resolved.items() if name not in ("resume", "distributed")}
 
@@ -161,7 +163,7 @@ def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {name: resolved[name] for name in names} | grouped
 
 
-def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
+def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
     """The model, the images and what is measured. Options are looked at before gigabytes are read.
 
     Raises ValueError when one is not usable; the message says why.
@@ -172,34 +174,39 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Settings]:
 
     mesh = local_mesh()
     checkpoint = in_step(lambda: open(options.model))
-    settings = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
-    measured_by = protocols(options.protocol)
-    side = checkpoint.trained_size
-    benchmark = in_turn(lambda: open_benchmark(options.data, side, measured_by))  # scenes are written by one
+    chosen = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
+    settings, side = chosen.settings, checkpoint.trained_size
+    benchmark = in_turn(lambda: open_benchmark(options.data, side, chosen.protocols))  # scenes are written by one
     if options.batch_size is None:  # batches are filled up to their size: a small set is one small batch
         devices = mesh.size if mesh else 1
         most = devices * math.ceil(len(benchmark.source) / devices)
         settings = replace(settings, batch_size=min(settings.batch_size, most))
     blocks = max(settings.blocks) + 1
     pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
-    return pipe, benchmark, settings
+    return pipe, benchmark, chosen._replace(settings=settings)
 
 
-def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
-    """What is measured. Raises ValueError with all options that do not fit the checkpoint or each other."""
+class Chosen(NamedTuple):
+    """Options in their final types.
+
+    Attributes:
+      protocols, prompts: as they were asked for, in that order.
+      settings: what is measured. It has no prompts where the open-vocabulary protocol is not among `protocols`.
+    """
+
+    protocols: tuple[str, ...]
+    prompts: tuple[str, ...]
+    settings: Settings
+
+
+def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
+    """Parses the options once. Raises ValueError with all that do not fit the checkpoint or each other."""
     from seg4diff_jax.evaluation.benchmarks import misfits
     from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.measurement import Settings, check_batch_size
 
-    heads = lambda: chosen_heads(options.heads, checkpoint.transformer.num_attention_heads)
-    block = lambda: checkpoint.block() if options.blocks == "expert" else options.blocks
-    blocks = lambda: numbers(block(), "--blocks", range(checkpoint.transformer.num_layers))
-    step = lambda: checkpoint.step() if options.steps == "expert" else options.steps
-    steps = lambda: numbers(step(), "--steps", STEPS)
-    seeds = lambda: numbers(options.seeds, "--seeds", range(2**31), all_allowed=False)
-    asked = lambda: kinds_of_prompts(options.prompts)
-    merged = lambda: merging_protocols(options)
-    found = misfits(options.data) + [
+    refusals = Refusals(misfits(options.data))
+    refusals.found += [
         f"--{name} is {value}: expected at least {least}"
         for name, value, least in (
             ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
@@ -208,51 +215,63 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Settings:
         )
         if value < least
     ]
-    found += refusals(heads, blocks, steps, seeds, asked)
-    known = refusals(lambda: protocols(options.protocol))
-    found += known or unused(options) or refusals(merged)
+    block = lambda: checkpoint.block() if options.blocks == "expert" else options.blocks
+    step = lambda: checkpoint.step() if options.steps == "expert" else options.steps
+    model = checkpoint.transformer
+    heads = refusals.parsed(lambda: chosen_heads(options.heads, model.num_attention_heads), ())
+    blocks = refusals.parsed(lambda: numbers(block(), "--blocks", range(model.num_layers)), ())
+    steps = refusals.parsed(lambda: numbers(step(), "--steps", STEPS), ())
+    seeds = refusals.parsed(lambda: numbers(options.seeds, "--seeds", range(2**31), all_allowed=False), ())
+    prompts = refusals.parsed(lambda: kinds_of_prompts(options.prompts), ())
+    chosen = refusals.parsed(lambda: protocols(options.protocol), ())
+    merged = ()
+    if UNSUPERVISED in chosen:
+        merged = refusals.parsed(lambda: merging_protocols(options, chosen), merged)
+    elif chosen:
+        refusals.found += unused(options)
     if options.name_expert:
-        found += refusals(lambda: configuration(options.model))
-        if not refusals(heads) and None not in heads():
-            found.append(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
-    refuse(found)
+        refusals.check(lambda: configuration(options.model))
+        if heads and None not in heads:
+            refusals.found.append(f"--name-expert names a block by the mean of its heads: add {MEAN} to --heads")
+    refuse(refusals.found)
 
     tokens = (checkpoint.trained_size // checkpoint.view.multiple) ** 2
     settings = Settings(
-        heads=heads(),
-        blocks=blocks(),
-        steps=steps(),
-        seeds=seeds(),
+        heads=heads,
+        blocks=blocks,
+        steps=steps,
+        seeds=seeds,
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
-        prompts=asked() if OPEN_VOCABULARY in protocols(options.protocol) else (),
-        unsupervised=merged(),
+        prompts=prompts if OPEN_VOCABULARY in chosen else (),
+        unsupervised=merged,
         resize=options.data.resize,
         lora=options.lora,
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
     )
     check_batch_size(settings.batch_size, devices)
-    return settings
+    return Chosen(chosen, prompts, settings)
 
 
-def merging_protocols(options: Options) -> tuple[UnsupervisedProtocol, ...]:
-    """One for each threshold, or none. Raises ValueError for options that are not usable, or would go unused."""
+def merging_protocols(options: Options, chosen: Sequence[str]) -> tuple[UnsupervisedProtocol, ...]:
+    """How segments without names are made: one way for each threshold, none where `chosen` protocols make none.
+
+    Raises ValueError for options that are not usable, or would go unused.
+    """
     from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
-    refuse(unused(options))
-    if UNSUPERVISED not in protocols(options.protocol):
+    if UNSUPERVISED not in chosen:
+        refuse(unused(options))
         return ()
-    given = asdict(options.unsupervised)
-    threshold = given.pop("threshold")
-    chosen = MERGE_THRESHOLDS[given["minmax"]] if threshold is None else threshold
-    return tuple(UnsupervisedProtocol(each, **given) for each in thresholds(chosen, "--unsupervised.threshold"))
+    given = options.unsupervised
+    threshold = MERGE_THRESHOLDS[given.minmax] if given.threshold is None else given.threshold
+    below = thresholds(threshold, "--unsupervised.threshold")
+    return tuple(UnsupervisedProtocol(each, given.minmax, given.match, given.absent_classes) for each in below)
 
 
 def unused(options: Options) -> list[str]:
-    """What is to be said of options of segments without names where none are made. Raises as `protocols` does."""
-    if UNSUPERVISED in protocols(options.protocol):
-        return []
+    """What is to be said of options of segments without names where none are made."""
     return [
         f"--unsupervised.{name.replace('_', '-')} is {value!r}, but --protocol is {options.protocol!r}: add "
         "unsupervised to it"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from seg4diff_jax.configuration import refusals, refuse
+from seg4diff_jax.configuration import Refusals, refuse
 from seg4diff_jax.convert.staging import staged_directory
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.labelled import published_kind, published_split
@@ -97,7 +97,8 @@ def named(data: Data) -> str:
 
 def misfits(data: Data) -> list[str]:
     """What of the options does not fit, a sentence each; found without a look at the disk."""
-    name, found = named(data), []
+    name, refusals = named(data), Refusals()
+    found = refusals.found
     if name not in (*SETS, *OTHERS):
         return [f"data.name is {name!r}: expected one of {', '.join((*SETS, *OTHERS))}"]
     if name == "scenes":
@@ -105,14 +106,14 @@ def misfits(data: Data) -> list[str]:
             found.append(f"data.root is {data.root!r}, but scenes lie in the user's cache: leave it out")
         if data.scenes < 1:
             found.append(f"--data.scenes is {data.scenes}: expected at least 1")
-        found += refusals(lambda: published_split(data.split, SCENE_SPLITS, "the synthetic world"))
+        refusals.check(lambda: published_split(data.split, SCENE_SPLITS, "the synthetic world"))
     elif not data.root:
         layout = SETS[name].layout if name in SETS else "images/, labels/ and classes.txt, or a prepared set"
         found.append(f"data.name is {name!r}, but there is no data.root: give the directory with {layout}")
     if name == "folder" and data.split:
         found.append(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
     if name in ("scenes", "folder"):
-        found += refusals(lambda: published_kind(data.labels, (), name))
+        refusals.check(lambda: published_kind(data.labels, (), name))
     for option, has, what in (
         ("background", [each for each, one in SETS.items() if one.background is not None], "background class"),
         ("unlabelled", [each for each, one in SETS.items() if one.unlabelled is not None], "such pixels"),

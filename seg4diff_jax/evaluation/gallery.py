@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Integer
 from seg4diff_jax.evaluation.batches import Example, assemble
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, of_one_size
-from seg4diff_jax.evaluation.scores import Setting
+from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
 from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels

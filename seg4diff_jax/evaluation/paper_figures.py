@@ -5,12 +5,16 @@ That is what it reports of the same model, measured in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig
 from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
+
+if TYPE_CHECKING:
+    from seg4diff_jax.evaluation.rows import Row
 
 
 class Figure(NamedTuple):
@@ -109,7 +113,7 @@ THRESHOLDS = (0.1, 0.035)
 
 
 def reported(
-    row: Mapping[str, Any], config: MMDiTConfig, trained_size: int, adapters: LoRAConfig | None = None
+    row: Row, config: MMDiTConfig, trained_size: int, adapters: LoRAConfig | None = None
 ) -> tuple[Figure, ...]:
     """The paper's figures for a row of scores; none where it has none for this model, set and way of measuring.
 
@@ -127,7 +131,7 @@ def reported(
         figure
         for figure in FIGURES
         if (figure.method, figure.model) == (METHOD, model)
-        and (figure.dataset, figure.protocol) == (row["dataset"], row["protocol"])
+        and (figure.dataset, figure.protocol) == (row.images.dataset, row.protocol)
         and (figure.magnet is None) == (adapters is None)
     )
 
@@ -139,20 +143,21 @@ def _model(config: MMDiTConfig, trained_size: int) -> str | None:
     return next((name for name, marks in MODELS.items() if alike(marks)), None)
 
 
-def _measured_alike(row: Mapping[str, Any]) -> bool:
-    whole = not row["skipped"] and row["list"] is None
-    whole = whole and row["images"] + row["unlabelled_images"] == IMAGES.get(row["dataset"])
-    expert = (row["block"], row["head"], row["step"]) == (BLOCK, None, STEP)
-    alike = _released_match(row) if row["protocol"] == UNSUPERVISED else _asked_alike(row)
-    labelled = row["split"] in SPLITS and row["unlabelled"] in (None, "background")
-    return whole and expert and alike and labelled and row["resize"] in RESIZES
+def _measured_alike(row: Row) -> bool:
+    images = row.images
+    whole = not images.skipped and images.list is None
+    whole = whole and images.images + images.unlabelled_images == IMAGES.get(images.dataset)
+    expert = (row.block, row.head, row.step) == (BLOCK, None, STEP)
+    alike = _asked_alike(row) if row.merging is None else _released_match(row, row.merging)
+    labelled = images.split in SPLITS and images.unlabelled in (None, "background")
+    return whole and expert and alike and labelled and images.resize in RESIZES
 
 
-def _asked_alike(row: Mapping[str, Any]) -> bool:
+def _asked_alike(row: Row) -> bool:
     # The release asks for the background and does not score it.
-    return row["prompts"] == "present" and row["names"] != "readable" and row["background"] in (None, "asked")
+    return row.prompts == "present" and row.names != "readable" and row.images.background in (None, "asked")
 
 
-def _released_match(row: Mapping[str, Any]) -> bool:
-    made = row["minmax"] == "token" and row["threshold"] in THRESHOLDS
-    return made and row["match"] == "row" and row["absent_classes"] and row["background"] in (None, "scored")
+def _released_match(row: Row, merging: UnsupervisedProtocol) -> bool:
+    made = merging.minmax == "token" and merging.threshold in THRESHOLDS
+    return made and merging.match == "row" and merging.absent_classes and row.images.background in (None, "scored")

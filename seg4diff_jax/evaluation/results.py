@@ -17,8 +17,8 @@ from rich.table import Table
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.report.page import number, write_page
+from seg4diff_jax.evaluation.rows import BASELINES, Row, best_setting, by_setting, guesses, mean_figures
 from seg4diff_jax.evaluation.run import Evaluation
-from seg4diff_jax.evaluation.scores import BASELINES, Row, averaged, best_setting, by_setting, guesses
 from seg4diff_jax.versions import versions
 
 RESULTS, CONFIG, CLASSES, CONFUSION = "results.json", "config.yaml", "per_class.csv", "confusion.csv"
@@ -59,8 +59,8 @@ def write(
     if evaluation.confusion is not None:
         write_confusion(out / CONFUSION, evaluation.confusion, benchmark.classes)
     contents = {
-        "rows": evaluation.rows,
-        "baselines": evaluation.baselines,
+        "rows": [row.plain() for row in evaluation.rows],
+        "baselines": [row.plain() for row in evaluation.baselines],
         "best": {name: value for name, value in evaluation.best._asdict().items() if value is not None},
         "units": "percent",
         "skipped": evaluation.skipped,
@@ -82,8 +82,9 @@ def write_classes(path: Path, rows: list[Row]) -> None:
         lines = csv.writer(file)
         lines.writerow([*PLACE, "class", "iou", "accuracy"])
         for row in rows:
-            place = [row.get(name) for name in PLACE]
-            lines.writerows([*place, name, iou, row["accuracy"][name]] for name, iou in row["iou"].items())
+            plain, metrics = row.plain(), row.metrics
+            place = [plain.get(name) for name in PLACE]
+            lines.writerows([*place, name, iou, metrics.accuracy[name]] for name, iou in metrics.iou.items())
 
 
 def write_confusion(path: Path, confusion: Integer[np.ndarray, "classes classes"], classes: Sequence[str]) -> None:
@@ -97,34 +98,34 @@ def write_confusion(path: Path, confusion: Integer[np.ndarray, "classes classes"
 def tell(console: Console, evaluation: Evaluation) -> None:
     """The table of scores on stdout, and on stderr what was left out."""
     rows = evaluation.rows
-    shown = [name for name in SCORES if any(row.get(name) is not None for row in rows)]
-    images, seeds = rows[0]["images"], len({row["seed"] for row in rows})
+    shown = [name for name in SCORES if any(row.figures.get(name) is not None for row in rows)]
+    images, seeds = rows[0].images, len({row.seed for row in rows})
     over = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"{rows[0]['dataset']}, {images} images, %{over}", title_justify="left", title_style="bold")
+    table = Table(title=f"{images.dataset}, {images.images} images, %{over}", title_justify="left", title_style="bold")
     table.add_column("")
     for name in shown:
         table.add_column(SCORES[name], justify="right")
-    cells = lambda some: [number(averaged(some, shown)[name]) for name in shown]
-    kinds = list(dict.fromkeys(row["prompts"] for row in rows))
+    cells = lambda some: [number(mean_figures(some, shown)[name]) for name in shown]
+    kinds = list(dict.fromkeys(row.prompts for row in rows))
     for kind in kinds:
-        own = [row for row in rows if row["prompts"] == kind]
+        own = [row for row in rows if row.prompts == kind]
         asked = f", {ASKED[kind]}" if len(kinds) > 1 or kind != "present" else ""
         for setting, some in by_setting(own).items():
             best = "bold" if setting == evaluation.best else ""
             table.add_row(f"{setting.title}{asked}", *cells(some), style=best)
-            for figure in some[0]["reported"]:
-                said = f"{figure['name']}, as reported"
-                table.add_row(said, f"{figure['miou']:.1f}", *[""] * (len(shown) - 1))
+            for figure in some[0].reported:
+                said = f"{figure.title}, as reported"
+                table.add_row(said, f"{figure.miou:.1f}", *[""] * (len(shown) - 1))
         table.add_section()
         for name, some in guesses(evaluation.baselines, best_setting(own)).items():
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
         table.add_section()
     Console(highlight=False).print(table)
-    if rows[0]["cut_off"]:
-        share = 100 * rows[0]["cut_off"] / (rows[0]["cut_off"] + rows[0]["pixels"])
-        console.print(f"cut off, without a prediction and not scored: {rows[0]['cut_off']} pixels, {share:.1f} %")
+    if images.cut_off:
+        share = 100 * images.cut_off / (images.cut_off + images.pixels)
+        console.print(f"cut off, without a prediction and not scored: {images.cut_off} pixels, {share:.1f} %")
     for names, what in ((evaluation.skipped, "skipped"), (evaluation.unlabelled, "without a labelled pixel")):
         if names:
             listing = "".join(f"\n  {name}" for name in names[:MOST_NAMED])
-            images = f"{len(names)} image{'s' * (len(names) != 1)}"
-            console.print(f"{images} {what}:{listing}" + "\n  ..." * (len(names) > MOST_NAMED))
+            counted = f"{len(names)} image{'s' * (len(names) != 1)}"
+            console.print(f"{counted} {what}:{listing}" + "\n  ..." * (len(names) > MOST_NAMED))

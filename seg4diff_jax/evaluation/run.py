@@ -13,15 +13,8 @@ from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import Shown, ShownSegments, shown_by_name, shown_segments
 from seg4diff_jax.evaluation.measurement import Measurement, OnImages, Settings
 from seg4diff_jax.evaluation.resumption import Progress
-from seg4diff_jax.evaluation.scores import (
-    Row,
-    Setting,
-    baseline_rows,
-    best_setting,
-    score_rows,
-    unsupervised_baselines,
-    unsupervised_rows,
-)
+from seg4diff_jax.evaluation.rows import Row, Setting, best_setting
+from seg4diff_jax.evaluation.scores import baseline_rows, score_rows, unsupervised_baselines, unsupervised_rows
 from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
@@ -29,12 +22,12 @@ from seg4diff_jax.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out. Rows are plain values, scores in percent; `seconds` are compiling and running.
+    """What came out. Scores are in percent; `seconds` are compiling and running.
 
     Attributes:
       rows: one for each kind of prompts, block, head, step and seed; after them those of segments without names, one
         for each threshold, block, head, step and seed.
-      baselines: guessers on the same images, `baseline` says which: see `rows`.
+      baselines: guessers on the same images; `baseline` says which.
       best: what has the highest mIoU, of segments without names only where nothing was asked for.
       shown: the best images, some at random and the worst, segmented at `best`; none without names.
       divided: the same of segments without names, at what has the highest mIoU of them.

@@ -17,11 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.readouts import Forward, Latents
+from seg4diff_jax.evaluation.rows import ONE_SEGMENT
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, guess_keys
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
 from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTally, counted_segments
-
-ONE_SEGMENT = "one_segment"
 
 
 class Look(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from seg4diff_jax.configuration import refusals
+from seg4diff_jax.configuration import Refusals
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.model import MMDiT
@@ -49,12 +49,14 @@ class Samples:
 
     def problems(self) -> list[str]:
         """What does not fit, a sentence each."""
-        found = []
+        refusals = Refusals()
+        found = refusals.found
         if self.count < 0:
             found.append(f"samples.count is {self.count}; expected at least 1, or 0 for no pictures")
         if self.steps < 1:
             found.append(f"samples.steps is {self.steps}; expected at least 1")
-        return found + refusals(lambda: check_guidance(self.guidance))
+        refusals.check(lambda: check_guidance(self.guidance))
+        return found
 
 
 def asked_for(samples: Samples | None) -> TypeGuard[Samples]:

@@ -138,7 +138,7 @@ def test_all_that_does_not_fit_in_an_evaluation_comes_in_one_message(tmp_path, c
 def test_an_evaluation_of_what_fits_is_not_refused():
     from seg4diff_jax import open as open_checkpoint
 
-    settings = evaluation.settle(Options(heads="mean,all", seeds=1), open_checkpoint("miniature"), 1)
+    settings = evaluation.settle(Options(heads="mean,all", seeds=1), open_checkpoint("miniature"), 1).settings
     assert (settings.heads, settings.seeds) == ((None, 0, 1, 2, 3), (1,))
 
 

@@ -101,11 +101,11 @@ def one_batch(pipe: s4d.Pipeline, benchmark: Benchmark, images: int) -> tuple[Pr
 @pytest.mark.parametrize("step", SETTINGS.steps)
 def test_scores_are_those_of_images_segmented_one_by_one_and_counted_by_hand(alone, benchmark, evaluation, block, step):
     miou, accuracy = scored(pairs_of(benchmark, alone[block, step, SQUARES]), len(NAMES))
-    (row,) = [row for row in evaluation.rows if (row["block"], row["step"]) == (block, step)]
-    assert row["pixel_accuracy"] == pytest.approx(accuracy, abs=DIGITS)
-    assert row["miou"] == pytest.approx(miou, abs=DIGITS)
-    assert (row["images"], row["seed"], row["prompts"]) == (len(SIZES), 5, "present")
-    assert set(row["iou"]) == set(NAMES)
+    (row,) = [row for row in evaluation.rows if (row.block, row.step) == (block, step)]
+    assert row.metrics.pixel_accuracy == pytest.approx(accuracy, abs=DIGITS)
+    assert row.metrics.miou == pytest.approx(miou, abs=DIGITS)
+    assert (row.images.images, row.seed, row.prompts) == (len(SIZES), 5, "present")
+    assert set(row.metrics.iou) == set(NAMES)
 
 
 def test_scores_in_bfloat16_are_near_those_in_fp32(sd3, sd3_checkpoint, benchmark):
@@ -121,8 +121,8 @@ def test_images_are_seen_in_the_nearest_of_a_few_aspects_and_batched_by_it(sd3, 
     one = Settings(blocks=(3,), steps=(8,), seeds=(5,), batch_size=3, resize="aspect")
     found = evaluate(sd3, benchmark, one, shown=6)
     miou, accuracy = scored(pairs_of(benchmark, alone[3, 8, ASPECTS]), len(NAMES))
-    assert found.rows[0]["pixel_accuracy"] == pytest.approx(accuracy, abs=DIGITS)
-    assert found.rows[0]["miou"] == pytest.approx(miou, abs=DIGITS)
+    assert found.rows[0].metrics.pixel_accuracy == pytest.approx(accuracy, abs=DIGITS)
+    assert found.rows[0].metrics.miou == pytest.approx(miou, abs=DIGITS)
     assert [one.why for one in found.shown] == ["best"] * 2 + ["random"] * 2 + ["worst"] * 2
     for shown in found.shown:
         assert shown.scores.shape[1:] == tuple(side // 16 for side in ASPECTS[shown.example.index])
@@ -147,17 +147,19 @@ def test_class_scores_of_a_batch_are_those_of_each_image_alone_also_over_several
 def test_one_block_is_scored_as_in_a_pass_that_records_several(sd3_checkpoint, benchmark, evaluation):
     pipe = s4d.load(sd3_checkpoint, blocks=4)
     alone = evaluate(pipe, benchmark, Settings(blocks=(3,), steps=(8,), seeds=(5,), batch_size=3))
-    (expected,) = [row for row in evaluation.rows if (row["block"], row["step"]) == (3, 8)]
-    assert alone.rows[0]["pixel_accuracy"] == pytest.approx(expected["pixel_accuracy"], abs=DIGITS)
+    (expected,) = [row for row in evaluation.rows if (row.block, row.step) == (3, 8)]
+    assert alone.rows[0].metrics.pixel_accuracy == pytest.approx(expected.metrics.pixel_accuracy, abs=DIGITS)
 
 
 def test_neither_batch_size_nor_images_left_out_before_it_change_an_images_noise(
     sd3, evaluation, root, benchmark, tmp_path
 ):
     other = evaluate(sd3, benchmark, Settings(blocks=(0,), steps=(8,), seeds=(5,), batch_size=4))
-    expected = [row["pixel_accuracy"] for row in evaluation.rows if (row["block"], row["step"]) == (0, 8)]
-    assert [row["pixel_accuracy"] for row in other.rows] == pytest.approx(expected, abs=DIGITS)
-    assert other.baselines[1]["pixel_accuracy"] == pytest.approx(evaluation.baselines[1]["pixel_accuracy"], abs=0.01)
+    expected = [row.metrics.pixel_accuracy for row in evaluation.rows if (row.block, row.step) == (0, 8)]
+    assert [row.metrics.pixel_accuracy for row in other.rows] == pytest.approx(expected, abs=DIGITS)
+    assert other.baselines[1].metrics.pixel_accuracy == pytest.approx(
+        evaluation.baselines[1].metrics.pixel_accuracy, abs=0.01
+    )
     write_images(tmp_path / "set", SIZES, CROWDED)
     (tmp_path / "set" / "images" / "0.png").write_bytes(b"")
     reader = Reader(folder_benchmark(tmp_path / "set"), sd3.view, skip_unreadable=True)
@@ -243,12 +245,12 @@ def test_a_constant_choice_is_counted_as_if_every_image_were_of_one_class():
 
 
 def test_every_baseline_is_measured_on_the_same_pixels(evaluation, benchmark):
-    names = [row["baseline"] for row in evaluation.baselines]
+    names = [row.baseline for row in evaluation.baselines]
     assert names == ["constant", "random", "permuted", "permuted"]
     for row in evaluation.baselines:
-        assert row["images"] == len(SIZES)
-        scored = {name for name, score in row["iou"].items() if score is not None}
-        assert scored == {name for name, score in evaluation.rows[0]["iou"].items() if score is not None}
+        assert row.images.images == len(SIZES)
+        scored = {name for name, score in row.metrics.iou.items() if score is not None}
+        assert scored == {name for name, score in evaluation.rows[0].metrics.iou.items() if score is not None}
 
 
 # ---- scenes, and the command ----------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def test_synthetic_scenes_are_written_once_and_tell_things_from_stuffs(tmp_path)
     confusion[len(THINGS) :, 0] = 1
     row = metrics(confusion, benchmark)
     things = (len(THINGS) - 1 + 1 / (1 + len(STUFFS))) / len(THINGS)
-    assert (row["things"], row["stuffs"]) == pytest.approx((100 * things, 0), abs=1e-3)
+    assert (row.groups["things"], row.groups["stuffs"]) == pytest.approx((100 * things, 0), abs=1e-3)
 
 
 @pytest.fixture(scope="module")

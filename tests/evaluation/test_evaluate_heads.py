@@ -84,23 +84,23 @@ def head_by_head(pipe, benchmark: Benchmark) -> np.ndarray:
 
 def test_each_head_scores_what_its_own_maps_score_by_themselves(sd3, benchmark, evaluation):
     expected = head_by_head(sd3, benchmark)
-    scores = {row["head"]: row for row in evaluation.rows}
+    scores = {row.head: row.metrics for row in evaluation.rows}
     assert list(scores) == [*HEADS]
     for head in (2, 0):
-        assert scores[head]["miou"] == pytest.approx(100 * mean_iou(expected[head]), abs=1e-4)
-    assert abs(scores[2]["miou"] - scores[0]["miou"]) > 0.1, "heads that score alike would tell nothing"
+        assert scores[head].miou == pytest.approx(100 * mean_iou(expected[head]), abs=1e-4)
+    assert abs(scores[2].miou - scores[0].miou) > 0.1, "heads that score alike would tell nothing"
 
 
 def test_the_mean_over_heads_scores_what_it_does_alone(sd3, benchmark, evaluation):
     alone = evaluate(sd3, benchmark, Settings((2,), (8,), (5,), batch_size=4))
-    assert [row["head"] for row in alone.rows] == [None]
-    assert evaluation.rows[0]["miou"] == pytest.approx(alone.rows[0]["miou"], abs=1e-4)
+    assert [row.head for row in alone.rows] == [None]
+    assert evaluation.rows[0].metrics.miou == pytest.approx(alone.rows[0].metrics.miou, abs=1e-4)
 
 
 def test_permuted_maps_are_those_of_the_same_head(sd3, benchmark, evaluation):
     alone = evaluate(sd3, benchmark, replace(SETTINGS, heads=(2,)))
-    (expected,) = [row["miou"] for row in alone.baselines if row["baseline"] == "permuted"]
-    permuted = {row["head"]: row["miou"] for row in evaluation.baselines if row["baseline"] == "permuted"}
+    (expected,) = [row.metrics.miou for row in alone.baselines if row.baseline == "permuted"]
+    permuted = {row.head: row.metrics.miou for row in evaluation.baselines if row.baseline == "permuted"}
     assert list(permuted) == [*HEADS]
     assert permuted[2] == pytest.approx(expected, abs=1e-4)
     assert abs(permuted[0] - expected) > 0.1

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.gallery import UNMATCHED, owners_of, shown_segments
 from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, protocols, thresholds
+from seg4diff_jax.evaluation.rows import Row, Setting
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
-from seg4diff_jax.evaluation.scores import Setting
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS, UnsupervisedProtocol
@@ -100,15 +101,9 @@ def evaluation(sd3, root) -> Evaluation:
     return evaluate(sd3, folder_benchmark(root), settings, shown=2)
 
 
-def row_of(rows: list[dict], protocol: UnsupervisedProtocol, block: int, step: int) -> dict:
-    found = [
-        row
-        for row in rows
-        if UnsupervisedProtocol(row["threshold"], row["minmax"], row["match"], row["absent_classes"]) == protocol
-        and (row["block"], row["step"]) == (block, step)
-    ]
-    assert len(found) == 1
-    return found[0]
+def row_of(rows: list[Row], protocol: UnsupervisedProtocol, block: int, step: int) -> Row:
+    (found,) = [row for row in rows if (row.merging, row.block, row.step) == (protocol, block, step)]
+    return found
 
 
 def attention_of(pipe: s4d.Pipeline, benchmark: Benchmark, index: int, block: int, step: int) -> np.ndarray:
@@ -134,20 +129,20 @@ def test_figures_are_those_of_the_procedure_in_plain_loops(attention, root, eval
             numbers.append(len(segments))
         hits, union = counts[0], counts.sum(axis=0)
         row = row_of(evaluation.rows, protocol, block, step)
-        iou = {name: row["iou"][name] for name in CLASSES}
+        iou = row.metrics.iou
         assert [name for name in CLASSES if iou[name] is None] == [CLASSES[i] for i in np.flatnonzero(union == 0)]
-        assert row["miou"] == pytest.approx(100 * (hits / np.maximum(union, 1))[union > 0].mean(), abs=1e-3)
-        assert row["pixel_accuracy"] == pytest.approx(100 * hits.sum() / (counts[0] + counts[2]).sum(), abs=1e-3)
-        assert row["segments"] == pytest.approx(np.mean(numbers), abs=0.01)
-        assert (row["images"], row["protocol"], row["prompts"]) == (len(SIZES), "unsupervised", "empty")
+        assert row.metrics.miou == pytest.approx(100 * (hits / np.maximum(union, 1))[union > 0].mean(), abs=1e-3)
+        assert row.metrics.pixel_accuracy == pytest.approx(100 * hits.sum() / (counts[0] + counts[2]).sum(), abs=1e-3)
+        assert row.segments == pytest.approx(np.mean(numbers), abs=0.01)
+        assert (row.images.images, row.protocol, row.prompts) == (len(SIZES), "unsupervised", "empty")
 
 
 def test_one_pass_serves_all_blocks_and_protocols_and_makes_a_row_for_each(evaluation):
     assert len(evaluation.rows) == 2 * len(BLOCKS) * len(HERE)
-    assert len({row["seconds"] for row in evaluation.rows}) == 1
+    assert len({row.seconds for row in evaluation.rows}) == 1
     assert evaluation.best.prompts == "empty"
-    best = max(evaluation.rows, key=lambda row: row["miou"])
-    assert (evaluation.best.block, evaluation.best.step) == (best["block"], best["step"])
+    best = max(evaluation.rows, key=lambda row: row.metrics.miou)
+    assert (evaluation.best.block, evaluation.best.step) == (best.block, best.step)
     assert not evaluation.shown, "nothing was asked for by its name"
     assert [one.why for one in evaluation.divided] == ["best", "worst"]
 
@@ -163,9 +158,8 @@ def test_the_transformer_runs_once_for_each_batch_and_look_whatever_is_tried(sd3
 def test_batches_of_any_size_score_alike(sd3, root, evaluation):
     settings = Settings((VARIED,), (8,), (SEED,), batch_size=3, prompts=(), unsupervised=HERE)
     for row in evaluate(sd3, folder_benchmark(root), settings).rows:
-        protocol = UnsupervisedProtocol(row["threshold"], row["minmax"], row["match"], row["absent_classes"])
-        expected = row_of(evaluation.rows, protocol, VARIED, 8)
-        assert all(row[name] == expected[name] for name in ("iou", "accuracy", "segments"))
+        expected = row_of(evaluation.rows, row.merging, VARIED, 8)
+        assert (row.metrics, row.segments) == (expected.metrics, expected.segments)
 
 
 def test_attention_that_is_not_finite_is_told(sd3, root, monkeypatch):
@@ -215,17 +209,17 @@ def test_segments_that_no_class_is_left_for_have_none(absent_classes):
 
 
 def test_guessers_are_matched_as_segments_are(evaluation, root):
-    (whole,) = [row for row in evaluation.baselines if row["baseline"] == "one_segment"]
+    (whole,) = [row for row in evaluation.baselines if row.baseline == "one_segment"]
     labels = [folder_benchmark(root).source[index]["labels"] for index in range(len(SIZES))]
     commonest = [np.bincount(each[each != IGNORED], minlength=len(CLASSES)) for each in labels]
     right, labelled = sum(each.max() for each in commonest), sum(each.sum() for each in commonest)
-    assert whole["pixel_accuracy"] == pytest.approx(100 * right / labelled, abs=1e-3)
+    assert whole.metrics.pixel_accuracy == pytest.approx(100 * right / labelled, abs=1e-3)
     for protocol in HERE:
-        permuted = [row for row in evaluation.baselines if row["baseline"] == "permuted"]
+        permuted = [row for row in evaluation.baselines if row.baseline == "permuted"]
         permuted = row_of(permuted, protocol, VARIED, 8)
         own = row_of(evaluation.rows, protocol, VARIED, 8)
-        assert permuted["segments"] == own["segments"], "as many segments, in random places"
-        assert permuted["iou"] != own["iou"] or own["segments"] < 2
+        assert permuted.segments == own.segments, "as many segments, in random places"
+        assert permuted.metrics.iou != own.metrics.iou or own.segments < 2
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +242,9 @@ def test_both_protocols_from_one_command_are_reported_apart_with_the_figures_of_
     for protocol in HERE[:2]:
         for block in BLOCKS:
             for step in (8, 2):
-                ours, theirs = (row_of(rows, protocol, block, step) for rows in (without, evaluation.rows))
+                theirs = row_of(evaluation.rows, protocol, block, step).plain()
+                place = asdict(protocol) | {"block": block, "step": step}
+                (ours,) = [row for row in without if place.items() <= row.items()]
                 assert all(ours[name] == theirs[name] for name in ("miou", "pixel_accuracy", "segments", "iou"))
     guesses = {(row["protocol"], row["baseline"]) for row in contents["baselines"]}
     assert guesses >= {("unsupervised", "one_segment"), ("unsupervised", "permuted"), ("open_vocabulary", "random")}
@@ -270,7 +266,7 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
     expected = {"threshold": [0.004, 0.0204], "minmax": "pixel", "match": "image", "absent_classes": False}
     assert config["unsupervised"] == expected
     again = parse(["--config", str(out / "config.yaml")])
-    assert merging_protocols(again) == HERE[:2]
+    assert merging_protocols(again, protocols(again.protocol)) == HERE[:2]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -301,8 +297,8 @@ def test_lists_of_thresholds_are_read_as_they_are_written():
 
 
 def test_options_make_ours_and_the_releases_protocols():
-    assert merging_protocols(Options()) == ()
-    chosen = lambda **options: merging_protocols(Options(protocol="unsupervised", unsupervised=Unsupervised(**options)))
+    assert merging_protocols(Options(), ("open_vocabulary",)) == ()
+    chosen = lambda **options: merging_protocols(Options(unsupervised=Unsupervised(**options)), ("unsupervised",))
     assert chosen() == (UNSUPERVISED_PROTOCOLS["ours"],)
     assert chosen(minmax="token")[0].threshold == MERGE_THRESHOLDS["token"]
     release = {"minmax": "token", "match": "row", "absent_classes": True}
@@ -410,7 +406,7 @@ def test_adapters_change_scores_into_those_of_a_checkpoint_that_they_are_merged_
     settings = Settings((2,), (8,), (SEED,), batch_size=2, unsupervised=HERE[1:2])
     found = [evaluate(pipe, folder_benchmark(root), settings) for pipe in (pipe, sd3)]
     assert not any(one.shown or one.divided for one in found), "pictures are made when they are asked for"
-    expected, plain = (one.rows for one in found)
+    expected, plain = ([row.plain() for row in one.rows] for one in found)
     accuracy = lambda rows: [row["pixel_accuracy"] for row in rows]
     assert accuracy(contents["rows"]) == pytest.approx(accuracy(expected), abs=1e-3)
     for ours, without in zip(contents["rows"], plain, strict=True):

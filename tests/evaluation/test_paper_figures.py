@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flax import nnx
@@ -13,8 +14,10 @@ from rich.console import Console
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.evaluation.paper_figures import BY_NAMES, FIGURES, IMAGES, MAGNET, WITHOUT_NAMES, reported
 from seg4diff_jax.evaluation.results import tell
+from seg4diff_jax.evaluation.rows import Metrics, Row, ScoredImages
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig, add_lora, attached
 from seg4diff_jax.models.sd3.config import MMDiTConfig
+from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS, UnsupervisedProtocol
 from tests.reference.evaluations import made_up_benchmark, made_up_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -77,36 +80,42 @@ SET_OF_COLUMN = {
 MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 SD3 = MMDiTConfig.from_json(MEDIUM)
 SD35 = MMDiTConfig.from_json(MEDIUM | {"qk_norm": "rms_norm", "dual_attention_layers": list(range(13))})
-ASKED = {
-    "protocol": "open_vocabulary",
-    "dataset": "voc20",
-    "split": "val",
-    "prompts": "present",
-    "names": "own",
-    "background": None,
-    "block": 9,
-    "head": None,
-    "resize": "release",
-    "step": 8,
-    "images": 1449,
-    "skipped": 0,
-    "unlabelled_images": 0,
-    "unlabelled": None,
-    "list": None,
-}
-DIVIDED = ASKED | {
-    "protocol": "unsupervised",
-    "dataset": "voc21",
-    "prompts": "empty",
-    "names": None,
-    "background": "scored",
-    "threshold": 0.1,
-    "minmax": "token",
-    "match": "row",
-    "absent_classes": True,
-}
+IMAGES_OF_VOC = ScoredImages(
+    dataset="voc20",
+    split="val",
+    labels=None,
+    background=None,
+    unlabelled=None,
+    list=None,
+    resize="release",
+    lora=None,
+    images=1449,
+    pixels=10**6,
+    cut_off=0,
+    skipped=0,
+    unlabelled_images=0,
+)
+SCORES = Metrics(50.0, 60.0, 70.0, {}, {}, {})
+ASKED = Row(IMAGES_OF_VOC, "open_vocabulary", "present", "own", SCORES, block=9, step=8, seed=0)
+DIVIDED = replace(
+    ASKED,
+    images=replace(IMAGES_OF_VOC, dataset="voc21", background="scored"),
+    protocol="unsupervised",
+    prompts="empty",
+    names=None,
+    merging=UNSUPERVISED_PROTOCOLS["release"],
+)
 CITY = {"dataset": "cityscapes19", "images": 500, "background": None}
 OBJECT = {"dataset": "coco-object", "images": 4952, "unlabelled_images": 48, "unlabelled": "background"}
+
+
+def changed(row: Row, **changes: Any) -> Row:
+    """With other values of the row's own fields, or of its images' or its merging's."""
+    take = lambda kind: {each.name: changes.pop(each.name) for each in fields(kind) if each.name in changes}
+    images, merging = take(ScoredImages), take(UnsupervisedProtocol)
+    return replace(
+        row, images=replace(row.images, **images), merging=row.merging and replace(row.merging, **merging), **changes
+    )
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -177,15 +186,15 @@ def test_the_noise_of_the_protocol_is_said_once():
     ("row", "expected"),
     [
         (ASKED, [89.2]),
-        (ASKED | {"resize": "paper"}, [89.2]),
-        (ASKED | {"dataset": "ade20k150", "images": 2000, "split": "validation", "names": "release"}, [34.2]),
-        (ASKED | OBJECT | {"background": "asked"}, [62.0]),
-        (ASKED | CITY, [26.5]),
+        (changed(ASKED, resize="paper"), [89.2]),
+        (changed(ASKED, dataset="ade20k150", images=2000, split="validation", names="release"), [34.2]),
+        (changed(ASKED, **OBJECT, background="asked"), [62.0]),
+        (changed(ASKED, **CITY), [26.5]),
         (DIVIDED, [54.9]),
-        (DIVIDED | {"threshold": 0.035, "dataset": "coco-object", "images": 5000}, [38.5]),
-        (DIVIDED | {"dataset": "context60", "images": 5104}, [52.6]),
-        (DIVIDED | {"dataset": "coco-stuff27", "images": 5000, "background": None}, [49.7]),
-        (DIVIDED | CITY, [24.2]),
+        (changed(DIVIDED, threshold=0.035, dataset="coco-object", images=5000), [38.5]),
+        (changed(DIVIDED, dataset="context60", images=5104), [52.6]),
+        (changed(DIVIDED, dataset="coco-stuff27", images=5000, background=None), [49.7]),
+        (changed(DIVIDED, **CITY), [24.2]),
     ],
 )
 def test_a_reported_figure_stands_beside_what_was_measured_in_its_way(row, expected):
@@ -200,7 +209,7 @@ def test_a_reported_figure_stands_beside_what_was_measured_in_its_way(row, expec
         *((ASKED, {name: value}) for name, value in [("block", 8), ("head", 3), ("step", 7), ("skipped", 1)]),
         (ASKED, {"images": 1448}),
         (ASKED, {"list": "mine.txt"}),
-        (ASKED | OBJECT | {"background": "asked"}, {"unlabelled": "ignored"}),
+        (changed(ASKED, **OBJECT, background="asked"), {"unlabelled": "ignored"}),
         (ASKED, OBJECT | {"background": "ignored"}),
         (ASKED, OBJECT | {"background": "scored"}),
         *((DIVIDED, {name: value}) for name, value in [("threshold", 0.01), ("resize", "square"), ("minmax", "pixel")]),
@@ -212,7 +221,7 @@ def test_a_reported_figure_stands_beside_what_was_measured_in_its_way(row, expec
 )
 def test_no_figure_stands_beside_what_was_resized_asked_or_scored_otherwise(row, change):
     assert reported(row, SD3, 1024)
-    assert reported(row | change, SD3, 1024) == ()
+    assert reported(changed(row, **change), SD3, 1024) == ()
 
 
 def test_the_model_and_its_adapters_decide_which_figures_they_are():
@@ -262,10 +271,12 @@ def test_adapters_are_told_from_the_model_that_has_them(sd3):
 
 
 def test_the_terminal_names_reported_figures_under_what_was_measured(capsys):
-    shown = [{"name": name, "miou": miou, "source": "Table 1"} for name, miou in (("One", 49.1), ("Another", 51.2))]
-    evaluation = made_up_evaluation(made_up_benchmark(("cat", "sky")), changes={"reported": shown})
-    evaluation.rows[0] |= {"dataset": "context59"}
+    shown = tuple(figure for figure in FIGURES if (figure.dataset, figure.magnet) == ("context59", "COCO"))
+    assert len(shown) == 1
+    shown += tuple(figure for figure in FIGURES if figure.dataset == "voc20")[:1]
+    change = lambda row: replace(row, reported=shown)
+    evaluation = made_up_evaluation(made_up_benchmark(("cat", "sky")), change=change)
     tell(Console(), evaluation)
     lines = [line for line in capsys.readouterr().out.splitlines() if "as reported" in line]
-    assert [line.split("as reported")[0].strip(" │,") for line in lines] == [one["name"] for one in shown]
-    assert [str(one["miou"]) in line for one, line in zip(shown, lines, strict=True)] == [True, True]
+    assert [line.split("as reported")[0].strip(" │,") for line in lines] == [one.title for one in shown]
+    assert [str(one.miou) in line for one, line in zip(shown, lines, strict=True)] == [True, True]

@@ -16,12 +16,14 @@ from playwright.sync_api import Browser, Page
 
 from seg4diff_jax.data.coco_categories import CATEGORIES
 from seg4diff_jax.evaluation.gallery import pictured
+from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.report.confusions import confused
 from seg4diff_jax.evaluation.report.images import HEAT_LONGEST, LONGEST, card, segments_card
 from seg4diff_jax.evaluation.report.page import PAGE, write_page
-from seg4diff_jax.evaluation.scores import by_setting
+from seg4diff_jax.evaluation.rows import by_setting
 from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, ink_on, neutral_colors, oklab, palette, tint
 from seg4diff_jax.reporting.svg_plots import LINE_COLORS
+from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS
 from tests.reference.browser import BROWSER, browser, visit
 from tests.reference.evaluations import (
     CONFIG,
@@ -34,10 +36,11 @@ from tests.reference.evaluations import (
 
 MARKUP = '<script>console.error("let in")</script> & "sofa"'
 """The name of a class."""
-REPORTED = [
-    {"name": "Seg4Diff, SD3 + MAGNET on SA-1B", "miou": 49.1, "source": "Table 1"},
-    {"name": "Seg4Diff, SD3 + MAGNET on COCO", "miou": 51.2, "source": "Table 1"},
-]
+REPORTED = tuple(
+    Figure("context59", "open_vocabulary", "Seg4Diff", "SD3", magnet, miou, "Table 1")
+    for magnet, miou in (("SA-1B", 49.1), ("COCO", 51.2))
+)
+RELEASED = UNSUPERVISED_PROTOCOLS["release"]
 A4_BETWEEN_MARGINS = 703
 """CSS pixels."""
 
@@ -78,7 +81,9 @@ def large(tmp_path_factory) -> Path:
     names = [one.name for one in CATEGORIES]
     benchmark = made_up_benchmark(names, things=sum(one.thing for one in CATEGORIES))
     evaluation = made_up_evaluation(
-        benchmark, shown=made_up_images(benchmark, 12, (240, 320), present=20), changes={"reported": REPORTED}
+        benchmark,
+        shown=made_up_images(benchmark, 12, (240, 320), present=20),
+        change=lambda row: replace(row, reported=REPORTED),
     )
     return written(tmp_path_factory.mktemp("large"), evaluation, benchmark)
 
@@ -92,7 +97,7 @@ def divided(tmp_path_factory) -> Path:
         prompts=("present", None),
         shown=made_up_images(benchmark, 6, (48, 64), present=20),
         divided=made_up_segments(benchmark, 6, (150, 100), present=20),
-        changes={"match": "row", "absent_classes": True},
+        change=lambda row: replace(row, merging=row.merging and RELEASED),
     )
     return written(tmp_path_factory.mktemp("divided"), evaluation, benchmark)
 
@@ -195,8 +200,8 @@ def test_reported_figures_stand_beside_what_was_measured(large):
     text = " ".join(re.sub(r"<[^>]*>", " ", large.read_text()).split())
     assert "mIoU reported" in text
     for one in REPORTED:
-        assert f"mIoU that the paper reports {one['miou']} {one['name']}, Table 1" in text
-        assert re.search(rf"{one['miou']} {re.escape(one['name'])}; [+-]\d+\.\d here", text)
+        assert f"mIoU that the paper reports {one.miou} {one.title}, Table 1" in text
+        assert re.search(rf"{one.miou} {re.escape(one.title)}; [+-]\d+\.\d here", text)
 
 
 def test_there_are_plots_by_block_and_noise_level_and_of_both_where_both_are_swept(sweep, large):
@@ -211,8 +216,8 @@ def test_there_are_plots_by_block_and_noise_level_and_of_both_where_both_are_swe
 
 def test_segments_without_names_have_a_page_too(tmp_path):
     benchmark = made_up_benchmark(("cat", "sky"))
-    changes = {"segments": 4.2, "pixel_accuracy": None}
-    evaluation = made_up_evaluation(benchmark, blocks=(3, 9), prompts=(None,), changes=changes)
+    change = lambda row: replace(row, segments=4.2, metrics=replace(row.metrics, pixel_accuracy=None))
+    evaluation = made_up_evaluation(benchmark, blocks=(3, 9), prompts=(None,), change=change)
     assert evaluation.confusion is None
     text = written(tmp_path, evaluation, benchmark).read_text()
     for part in (
@@ -245,9 +250,9 @@ def test_images_of_both_protocols_are_shown_one_after_the_other_as_they_were_mat
 
 def test_nothing_to_score_is_no_error(tmp_path):
     benchmark = made_up_benchmark(("cat", "sky"))
-    evaluation = made_up_evaluation(benchmark, blocks=(3, 9))
     nothing = {"miou": None, "pixel_accuracy": None, "iou": {"cat": None, "sky": None}}
-    evaluation = replace(evaluation, rows=[row | nothing for row in evaluation.rows], baselines=[])
+    change = lambda row: replace(row, metrics=replace(row.metrics, **nothing))
+    evaluation = replace(made_up_evaluation(benchmark, blocks=(3, 9), change=change), baselines=[])
     assert by_setting(evaluation.rows)[evaluation.best]
     assert "Not in these images: cat, sky." in written(tmp_path, evaluation, benchmark).read_text()
 

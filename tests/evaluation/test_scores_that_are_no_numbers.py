@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from flax import nnx
 from benchmarks.learning_curves import curves, drawn
 from benchmarks.magnet_gain import last_scores
 from seg4diff_jax.evaluation.gallery import pictured
-from seg4diff_jax.evaluation.scores import best_setting
+from seg4diff_jax.evaluation.rows import best_setting
 from seg4diff_jax.magnet import held_out
 from seg4diff_jax.magnet.held_out import HeldOut, HeldOutData
 from seg4diff_jax.magnet.noise_levels import NoiseLevels
@@ -21,6 +22,7 @@ from seg4diff_jax.magnet.objective import MagnetObjective
 from seg4diff_jax.miniature import contrastive, grounding
 from seg4diff_jax.miniature.world.shapes import CLASSES
 from seg4diff_jax.models.sd3.model import MMDiT
+from tests.reference.evaluations import made_up_benchmark, made_up_evaluation
 
 NAN, INF = math.nan, math.inf
 BATCH = {
@@ -33,10 +35,10 @@ BATCH = {
 @pytest.mark.parametrize("worthless", [None, NAN, INF, -INF])
 def test_the_best_setting_has_a_score_at_each_of_its_seeds(worthless):
     scores = {0: [80.0, worthless], 1: [worthless, worthless], 2: [30.0, 31.0], 3: [20.0, 25.0]}
+    evaluation = made_up_evaluation(made_up_benchmark(("cat", "sky")), blocks=[*scores], seeds=(0, 1))
     rows = [
-        {"block": block, "step": 8, "prompts": "present", "miou": score}
-        for block, some in scores.items()
-        for score in some
+        replace(row, metrics=replace(row.metrics, miou=scores[row.block][row.seed]))
+        for row in sorted(evaluation.rows, key=lambda row: row.block)
     ]
     assert best_setting(rows).block == 2
     assert best_setting(rows[:4]).block == 0, "the first where there is none"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from seg4diff_jax.evaluation.batches import Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.gallery import UNMATCHED, Shown, ShownSegments, pictured
+from seg4diff_jax.evaluation.rows import Metrics, Row, ScoredImages, best_setting
 from seg4diff_jax.evaluation.run import Evaluation
-from seg4diff_jax.evaluation.scores import best_setting, metrics
+from seg4diff_jax.evaluation.scores import metrics
+from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 MADE = {
     "seconds": {"loading": 3.2, "compiling": 10.0, "running": 61.5},
@@ -43,12 +45,13 @@ def made_up_evaluation(
     prompts: Sequence[str | None] = ("present",),
     shown: Sequence[Shown] = (),
     divided: Sequence[ShownSegments] = (),
-    changes: dict[str, Any] | None = None,
+    change: Callable[[Row], Row] = lambda row: row,
 ) -> Evaluation:
-    """Scores that are highest at the middle block and noise level; `changes` go into each row.
+    """Scores that are highest at the middle block and noise level.
 
     Args:
       prompts: None for segments without names.
+      change: what each row becomes.
     """
     draw = np.random.default_rng(0)
     rows, confusions = [], {}
@@ -59,28 +62,42 @@ def made_up_evaluation(
                     far = abs(block - blocks[len(blocks) // 2]) + abs(step - steps[len(steps) // 2]) / 4
                     matrix = confusion_of(len(benchmark.classes), draw, np.exp(-far / 3) * (1 if kind else 0.6))
                     confusions[block, step, kind] = matrix
-                    row = {**_common(benchmark, kind), "block": block, "step": step, "seed": seed, "reported": []}
-                    rows.append(row | {"images_per_second": 4.0, "seconds": 15.0} | metrics(matrix, benchmark))
-                    rows[-1] |= changes or {}
+                    scores = metrics(matrix, benchmark)
+                    row = replace(_row(benchmark, kind, scores), block=block, step=step, seed=seed)
+                    rows.append(change(replace(row, images_per_second=4.0, seconds=15.0)))
     baselines = []
     for kind in prompts:
         for name in ("constant", "random", "permuted") if kind else ("one_segment", "permuted"):
-            place = {"baseline": name, "choice": "commonest", "step": None, "seed": 0}
             for block in blocks if name == "permuted" else (None,):
-                guess = metrics(confusion_of(len(benchmark.classes), draw, 0.05), benchmark)
-                baselines.append({**_common(benchmark, kind), **place, "block": block} | guess)
+                scores = metrics(confusion_of(len(benchmark.classes), draw, 0.05), benchmark)
+                guess = replace(_row(benchmark, kind, scores), baseline=name, choice="commonest", seed=0)
+                baselines.append(replace(guess, block=block))
     best = best_setting(rows)
-    confusion = confusions[best.block, best.step, best.prompts] if best.prompts else None
+    confusion = confusions.get((best.block, best.step, best.prompts))
     return Evaluation(
         rows, baselines, best, [*shown], [], [], {"compiling": 1.0, "running": 2.0}, confusion, [*divided]
     )
 
 
-def _common(benchmark: Benchmark, prompts: str | None) -> dict[str, Any]:
-    protocol = "unsupervised" if prompts is None else "open_vocabulary"
-    told = {"protocol": protocol, "prompts": prompts, "threshold": None if prompts else 0.1, "lora": None}
-    told |= {} if prompts else {"match": "image", "absent_classes": False}
-    return told | {"dataset": benchmark.name, "split": "val", "pixels": 10**6, "cut_off": 0, "images": 500}
+def _row(benchmark: Benchmark, prompts: str | None, scores: Metrics) -> Row:
+    images = ScoredImages(
+        dataset=benchmark.name,
+        split="val",
+        labels=None,
+        background=None,
+        unlabelled=None,
+        list=None,
+        resize="square",
+        lora=None,
+        images=500,
+        pixels=10**6,
+        cut_off=0,
+        skipped=0,
+        unlabelled_images=0,
+    )
+    if prompts is None:
+        return Row(images, "unsupervised", "empty", None, scores, merging=UnsupervisedProtocol(0.1))
+    return Row(images, "open_vocabulary", prompts, "own", scores)
 
 
 def made_up_images(

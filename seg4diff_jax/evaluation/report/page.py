@@ -17,19 +17,21 @@ from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.report.confusions import confused
 from seg4diff_jax.evaluation.report.images import Card, card, segments_card
 from seg4diff_jax.evaluation.report.plots import Sweep, plots
-from seg4diff_jax.evaluation.scores import (
+from seg4diff_jax.evaluation.rows import (
     BASELINES,
     Row,
     Setting,
     averaged,
     best_setting,
     by_setting,
-    class_groups,
     guesses,
+    mean_figures,
 )
+from seg4diff_jax.evaluation.scores import class_groups
 from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, hexadecimal, ink_on, tint
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Line:
 
     title: str
     scores: dict[str, Score]
-    reported: Sequence[Row] = ()
+    reported: Sequence[Figure] = ()
     remark: str = ""
     best: bool = False
     guess: bool = False
@@ -102,38 +104,39 @@ def contents(
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
     names = ["miou", "mean_accuracy", "pixel_accuracy", *class_groups(benchmark), "segments"]
-    names = [name for name in names if name == "miou" or any(row.get(name) is not None for row in rows)]
-    ways = by_way(rows)
-    seeds = len({row["seed"] for row in rows})
+    known = {name for row in rows for name, figure in row.figures.items() if figure is not None}
+    names = [name for name in names if name == "miou" or name in known]
+    ways, images, best_iou = by_way(rows), rows[0].images, mean_iou(best, benchmark.classes)
+    seeds = len({row.seed for row in rows})
     protocols = list(dict.fromkeys(PROTOCOL_NAMES.get(way.protocol, way.protocol) for way in ways))
     tables = [(way.title, summary(evaluation, some, names)) for way, some in ways.items()]
     return {
         "title": f"Zero-shot {' and '.join(protocols)} segmentation",
         "model": config["model"] + (f" with {config['lora']}" if config.get("lora") else ""),
         "benchmark": benchmark,
-        "images": best[0]["images"],
+        "images": images.images,
         "ways": [way.title for way in ways],
         "metrics": {name: TITLES.get(name, name) for name in names},
         "seeds": seeds,
         "best": evaluation.best,
-        "best_way": Way(best[0]["protocol"], best[0]["prompts"]).title,
-        "scores": mean(best, names),
-        "reported": best[0]["reported"],
-        "speed": mean(best, ["images_per_second"])["images_per_second"],
+        "best_way": Way(best[0].protocol, best[0].prompts).title,
+        "scores": mean_figures(best, names),
+        "reported": best[0].reported,
+        "speed": mean_figures(best, ["images_per_second"])["images_per_second"],
         "tables": tables,
         "any_reported": any(line.reported for _, lines in tables for line in lines),
         "plots": plots([sweep(way, some) for way, some in ways.items()], best_guess(evaluation)),
         "settings": settings(ways, names),
         "unlisted": len(by_setting(rows)) if len(by_setting(rows)) > MOST_SETTINGS else 0,
         "classes": class_bars(evaluation, benchmark, ways),
-        "absent": [name for name in benchmark.classes if mean(iou_of(best), [name])[name] is None],
+        "absent": [name for name in benchmark.classes if best_iou[name] is None],
         "others": [way.title for way in ways][1:2],
         "confused": worst_classes(evaluation, benchmark),
         "page_colors": PAGE_COLORS,
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
         "grids": grids(evaluation, benchmark, ways),
-        "cut_off": best[0]["cut_off"],
-        "cut_off_share": 100 * best[0]["cut_off"] / max(1, best[0]["cut_off"] + best[0]["pixels"]),
+        "cut_off": images.cut_off,
+        "cut_off_share": 100 * images.cut_off / max(1, images.cut_off + images.pixels),
         "left_out": {"skipped": evaluation.skipped, "without a labelled pixel": evaluation.unlabelled},
         "most_named": MOST_NAMED,
         "config": flat(config),
@@ -163,20 +166,16 @@ def shade(percent: float) -> Markup:
     return Markup("background:{};color:{}").format(hexadecimal(color), hexadecimal(ink_on(color)))
 
 
-def mean(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Score]:
-    """`averaged`, where rows may lack what others have."""
-    return averaged([{name: row.get(name) for name in names} for row in rows], names)
-
-
-def iou_of(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    return [row["iou"] for row in rows]
+def mean_iou(rows: Sequence[Row], classes: Sequence[str]) -> dict[str, Score]:
+    """The IoU of each class over seeds."""
+    return averaged([row.metrics.iou for row in rows], classes)
 
 
 def by_way(rows: Sequence[Row]) -> dict[Way, list[Row]]:
     """Rows of one protocol and kind of prompts together, in the order in which they come."""
     ways: dict[Way, list[Row]] = {}
     for row in rows:
-        ways.setdefault(Way(row["protocol"], row.get("prompts")), []).append(row)
+        ways.setdefault(Way(row.protocol, row.prompts), []).append(row)
     return ways
 
 
@@ -186,15 +185,15 @@ def by_way(rows: Sequence[Row]) -> dict[Way, list[Row]]:
 def summary(evaluation: Evaluation, rows: list[Row], names: list[str]) -> list[Line]:
     """The best setting of a way of asking, the best by the mean of heads, the paper's, and what guessing scores."""
     best = best_setting(rows)
-    of_all_heads = best_setting(means) if (means := [row for row in rows if row.get("head") is None]) else best
+    of_all_heads = best_setting(means) if (means := [row for row in rows if row.head is None]) else best
     lines = []
     for setting, some in by_setting(rows).items():
-        reported = some[0]["reported"]
+        reported = some[0].reported
         if setting in (best, of_all_heads) or reported:
-            lines.append(Line(setting.title, mean(some, names), reported, best=setting == best))
+            lines.append(Line(setting.title, mean_figures(some, names), reported, best=setting == best))
     lines.sort(key=lambda line: not line.best)
     for name, some in guesses(evaluation.baselines, best).items():
-        lines.append(Line(guess_title(name), mean(some, names), remark=_remark(some[0]), guess=True))
+        lines.append(Line(guess_title(name), mean_figures(some, names), remark=_remark(some[0]), guess=True))
     return lines
 
 
@@ -203,12 +202,12 @@ def guess_title(name: str) -> str:
 
 
 def _remark(row: Row) -> str:
-    of = "present" if row.get("prompts") == "present" else "in the vocabulary"
+    of = "present" if row.prompts == "present" else "in the vocabulary"
     return {
         "random": f"for each image token one of the classes {of}",
-        "constant": f"the {row.get('choice')} of those {of}",
-        "permuted": f"block {row.get('block')}'s own maps{_of_head(row.get('head'))} in random places",
-    }.get(row["baseline"], "")
+        "constant": f"the {row.choice} of those {of}",
+        "permuted": f"block {row.block}'s own maps{_of_head(row.head)} in random places",
+    }.get(row.baseline or "", "")
 
 
 def _of_head(head: int | None) -> str:
@@ -221,7 +220,7 @@ def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str,
     for way, rows in ways.items():
         best, lines = best_setting(rows), []
         for setting, some in by_setting(rows).items():
-            lines.append(Line(setting.title, mean(some, names), some[0]["reported"], best=setting == best))
+            lines.append(Line(setting.title, mean_figures(some, names), some[0].reported, best=setting == best))
         tables.append((way.title, lines))
     count = sum(len(lines) for _, lines in tables)
     return tables if len(tables) < count <= MOST_SETTINGS else []
@@ -230,8 +229,8 @@ def settings(ways: Mapping[Way, list[Row]], names: list[str]) -> list[tuple[str,
 def sweep(way: Way, rows: Sequence[Row]) -> Sweep:
     """Mean IoU of a way of asking by block, noise level and head, at the threshold of its best."""
     best = best_setting(rows)
-    settings = by_setting([row for row in rows if row.get("threshold") == best.threshold])
-    scores = {at: mean(some, ["miou"])["miou"] for at, some in settings.items()}
+    settings = by_setting([row for row in rows if row.threshold == best.threshold])
+    scores = {at: mean_figures(some, ["miou"])["miou"] for at, some in settings.items()}
     # The same number means another head in another block: lines over blocks are of the mean, where it was measured.
     read = None if any(at.head is None for at in scores) else best.head
     levels = {(at.block, at.step): score for at, score in scores.items() if at.head == read}
@@ -242,7 +241,7 @@ def sweep(way: Way, rows: Sequence[Row]) -> Sweep:
 def best_guess(evaluation: Evaluation) -> tuple[str, float] | None:
     """What guessing scores at best beside the best setting."""
     scores = {
-        guess_title(name): mean(some, ["miou"])["miou"]
+        guess_title(name): mean_figures(some, ["miou"])["miou"]
         for name, some in guesses(evaluation.baselines, evaluation.best).items()
     }
     known = [(name, score[0]) for name, score in scores.items() if score]
@@ -267,9 +266,9 @@ def class_bars(
 ) -> list[tuple[str, Score, list[Bar]]]:
     """Groups of classes, their mean IoU, and their classes from the highest IoU to the lowest."""
     rows = by_setting(evaluation.rows)[evaluation.best]
-    scores = mean(iou_of(rows), benchmark.classes)
+    scores = mean_iou(rows, benchmark.classes)
     second = [by_setting(some)[best_setting(some)] for some in ways.values()][1:2]
-    others = mean(iou_of(second[0]), benchmark.classes) if second else {}
+    others = mean_iou(second[0], benchmark.classes) if second else {}
     colors = class_colors(len(benchmark.classes))
     grouped = {name: list(classes) for name, classes in class_groups(benchmark).items() if classes}
     found = []
@@ -280,8 +279,8 @@ def class_bars(
             if (score := scores[name := benchmark.classes[index]]) is not None
         ]
         bars.sort(key=lambda bar: -bar.score[0])
-        whole = "miou" if title not in rows[0] else title
-        found.append((title, mean(rows, [whole])[whole], bars))
+        whole = title if title in rows[0].metrics.groups else "miou"
+        found.append((title, mean_figures(rows, [whole])[whole], bars))
     return found
 
 
@@ -289,7 +288,7 @@ def worst_classes(evaluation: Evaluation, benchmark: Benchmark) -> list[dict[str
     """The classes with the lowest IoU at the best setting, and what they are confused with."""
     if evaluation.confusion is None:
         return []
-    scores = mean(iou_of(by_setting(evaluation.rows)[evaluation.best]), benchmark.classes)
+    scores = mean_iou(by_setting(evaluation.rows)[evaluation.best], benchmark.classes)
     known = [(score[0], index) for index, name in enumerate(benchmark.classes) if (score := scores[name])]
     worst = [index for _, index in sorted(known)[:WORST_CLASSES]]
     return [
@@ -322,8 +321,8 @@ def grids(evaluation: Evaluation, benchmark: Benchmark, ways: Mapping[Way, list[
     for way, rows in ways.items():
         best, match, absent_classes = best_setting(rows), None, False
         cards: list[Card] = []
-        if way.protocol == UNSUPERVISED:
-            match, absent_classes = rows[0]["match"], rows[0]["absent_classes"]
+        if merging := rows[0].merging:
+            match, absent_classes = merging.match, merging.absent_classes
             cards = [segments_card(one, benchmark.classes, by_rows=match == "row") for one in evaluation.divided]
         elif best == evaluation.best:
             cards = [card(one, benchmark.classes) for one in evaluation.shown]
