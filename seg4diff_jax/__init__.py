@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.models.attention import AttentionRequest, JointAttention
     from seg4diff_jax.models.kernels import Kernel
     from seg4diff_jax.parallel import make_mesh
-    from seg4diff_jax.pipeline import Pipeline, Segmentation, UnsupervisedSegmentation
+    from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
 
 __all__ = [
     "AttentionRequest",
@@ -27,6 +27,7 @@ __all__ = [
     "Kernel",
     "OneClassWarning",
     "Pipeline",
+    "PromptAttention",
     "Segmentation",
     "UnsupervisedSegmentation",
     "__version__",
@@ -50,7 +51,7 @@ _HOMES = {
     "models.attention": ("AttentionRequest", "JointAttention"),
     "models.kernels": ("Kernel",),
     "parallel": ("make_mesh",),
-    "pipeline": ("Pipeline", "Segmentation", "UnsupervisedSegmentation"),
+    "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
 }
 
 

@@ -19,7 +19,7 @@ from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seed
 from seg4diff_jax.class_names import OneClassWarning, one_class
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
-from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, JointAttention
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.kernels import Kernel
@@ -28,6 +28,7 @@ from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import spread
 from seg4diff_jax.pipeline_options import AttentionOptions, SegmentOptions, UnsupervisedOptions
+from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
@@ -185,11 +186,11 @@ class Pipeline:
     @overload
     def attention(
         self, image: ImageInput, prompt: str, **options: Unpack[AttentionOptions]
-    ) -> dict[int, JointAttention]: ...
+    ) -> dict[int, PromptAttention]: ...
     @overload
     def attention(
         self, image: Sequence[ImageInput], prompt: str | Sequence[str], **options: Unpack[AttentionOptions]
-    ) -> list[dict[int, JointAttention]]: ...
+    ) -> list[dict[int, PromptAttention]]: ...
     @settled()
     def attention(
         self,
@@ -204,31 +205,30 @@ class Pipeline:
         resize: Resize = "aspect",
         request: AttentionRequest | None = None,
         kernel: Kernel | None = None,
-    ) -> dict[int, JointAttention] | list[dict[int, JointAttention]]:
+    ) -> dict[int, PromptAttention] | list[dict[int, PromptAttention]]:
         """Joint attention of any blocks on a noised image under a prompt; arguments as for `segment`.
 
         Args:
           prompt: one for all images; or one for each image.
-          blocks: one number or several, all read in one pass that ends in the last of them. Default: all that are
-            loaded.
-          request: which maps, scores or probabilities, heads kept or averaged. Default: image-to-text scores and
-            probabilities of CLIP's tokens, heads kept.
+          blocks: one number or several, all read in one pass that ends in the last. Default: all that are loaded.
+          request: which maps. Default: image-to-text scores and probabilities of CLIP's tokens, heads kept.
 
-        Returns each block's record, whose arrays keep a leading axis of 1; of a list of images a list of these.
+        Returns each block's record, whose arrays keep a leading axis of 1; of a list of images a list of these. A
+        word's map is `record.of(word)`.
         """
         images, single = listed(image)
         prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; expected one for all, or one for each")
         options, wanted = ForwardOptions(request or AttentionRequest(), kernel), self._blocks(blocks)
-        results: dict[int, dict[int, JointAttention]] = {}
+        results: dict[int, dict[int, PromptAttention]] = {}
         for group in self.view.by_size(images, size, resize):
             (noised,) = self._noised(group, len(images), (seed,), noise, step)
-            texts = self.spread(self.encode_prompts([prompts[place] for place in group.places]))
+            asked = {place: prompts[place] for place in group.places}
+            texts = self.spread(self.encode_prompts([*asked.values()]))
             with self.settings():
                 records = passes.attention(self.transformer, noised, texts, blocks=wanted, options=options)
-            for row, place in enumerate(group.places):
-                results[place] = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], records)
+            results |= prompt_attention(records, asked, texts, self.tokenizers, group.grid, options)
         return results[0] if single else [results[place] for place in range(len(images))]
 
     # ---- pictures ---------------------------------------------------------------------------------------------------

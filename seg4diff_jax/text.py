@@ -26,6 +26,10 @@ class Tokenizers(NamedTuple):
     clip_g: Tokenizer
     t5: Tokenizer | None = None
 
+    def of(self, segment: str) -> tuple[Tokenizer, ...]:
+        """Those whose tokens make up a part of the text, `clip` or `t5`; none where zeros stand in its place."""
+        return {"clip": self[:2], "t5": () if self.t5 is None else (self.t5,)}[segment]
+
 
 class TokenSpan(NamedTuple):
     """Tokens `start` to `stop` (not included) of a prompt; the start token is token 0."""

@@ -40,7 +40,9 @@ MAY_IMPORT: dict[str, str] = {
     "class_names": "",
     "batching": "flow images models",
     "pipeline_options": "images models segmentation",
-    "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options segmentation text",
+    "prompt_attention": "models text",
+    "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options prompt_attention "
+    "segmentation text",
     "reporting": "pipeline",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes segmentation terminal text",

@@ -88,8 +88,8 @@ DEFAULT_OPTIONS, UNRECORDED = ForwardOptions(), ForwardOptions(request=None)
 class AttentionMap:
     """One quadrant of a block's joint attention, fp32 [batch, heads, queries, keys], or without heads if averaged."""
 
-    scores: Float[Array, "*shape"] | None
-    probs: Float[Array, "*shape"] | None
+    scores: Float[Array, "*shape"] | Any | None  # JAX rebuilds pytrees with stand-ins for arrays
+    probs: Float[Array, "*shape"] | Any | None
 
 
 @jax.tree_util.register_dataclass
@@ -104,16 +104,16 @@ class JointAttention:
     text_to_image: AttentionMap | None = None
     image_to_image: AttentionMap | None = None
     text_to_text: AttentionMap | None = None
-    q: Float[Array, "*shape"] | None = None
-    k: Float[Array, "*shape"] | None = None
-    v: Float[Array, "*shape"] | None = None
+    q: Float[Array, "*shape"] | Any | None = None
+    k: Float[Array, "*shape"] | Any | None = None
+    v: Float[Array, "*shape"] | Any | None = None
 
     @property
-    def scores(self) -> Float[Array, "*shape"] | None:
+    def scores(self) -> Float[Array, "*shape"] | Any | None:
         return self.image_to_text and self.image_to_text.scores
 
     @property
-    def probs(self) -> Float[Array, "*shape"] | None:
+    def probs(self) -> Float[Array, "*shape"] | Any | None:
         return self.image_to_text and self.image_to_text.probs
 
 
