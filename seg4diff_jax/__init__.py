@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.models.kernels import Kernel
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
+    from seg4diff_jax.reporting.word_maps import draw_words
 
 __all__ = [
     "AttentionRequest",
@@ -31,6 +32,7 @@ __all__ = [
     "Segmentation",
     "UnsupervisedSegmentation",
     "__version__",
+    "draw_words",
     "load",
     "make_mesh",
     "open",
@@ -52,6 +54,7 @@ _HOMES = {
     "models.kernels": ("Kernel",),
     "parallel": ("make_mesh",),
     "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
+    "reporting.word_maps": ("draw_words",),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -64,16 +64,20 @@ class TextColumns:
             )
         return found[occurrence]
 
+    @property
+    def spoken(self) -> list[str]:
+        """The words and numbers among the columns, each once."""
+        return _each_once(word.text for words in self.segments for word in words)
+
     def _absent(self, phrase: str, wanted: list[str]) -> str:
         said = WORD.findall(self.prompt)
         everything = [Word(text, place, place + 1) for place, text in enumerate(said)]
         if not _places(everything, wanted):
             return f"the prompt {self.prompt!r} has no {phrase!r}: {_listed('its words are', said)}"
-        shown = [word.text for words in self.segments for word in words]
         if len(self.pads) == self.count:
             shown_instead = "they are pads, or zeros in the place of a T5 that is not loaded"
         else:
-            shown_instead = _listed("their words are", shown)
+            shown_instead = _listed("their words are", self.spoken)
         return f"{phrase!r} of the prompt {self.prompt!r} has no columns among those that are shown: {shown_instead}"
 
 
@@ -92,8 +96,12 @@ def _places(words: Sequence[Word], wanted: list[str]) -> list[Int[np.ndarray, " 
     return found
 
 
-def _listed(beginning: str, words: Sequence[str]) -> str:
-    named = list(dict.fromkeys(word for word in words if word[-1].isalnum()))
+def _each_once(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(word for word in words if word[-1].isalnum()))
+
+
+def _listed(beginning: str, words: Iterable[str]) -> str:
+    named = _each_once(words)
     return f"{beginning} {', '.join(named)}" if named else "there are no words"
 
 

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, str] = {
     "prompt_attention": "models text",
     "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options prompt_attention "
     "segmentation text",
-    "reporting": "pipeline",
+    "reporting": "images pipeline prompt_attention",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, str] = {
     "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation extras "
     "flow images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
     "terminal text training versions",
-    "__init__": "checkpoints class_names convert data image_files models parallel pipeline",
+    "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",
 }
 """Part to the parts that it may import besides itself."""

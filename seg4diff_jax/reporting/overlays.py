@@ -18,6 +18,8 @@ LONGEST, SHORTEST_LONG_SIDE = 2048, 896
 """Pixels along the longer side of the image within a picture: larger ones are shrunk, smaller ones magnified."""
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (150, 150, 150)
 MASK_OPACITY = 0.5
+CELL_LONGEST = 448
+"""Pixels along the longer side of a heat map on a sheet."""
 
 
 def save_labels(path, labels: Int[np.ndarray, "height width"], classes: int) -> None:
@@ -197,6 +199,22 @@ def heat_picture(
     opacity = 0.45 + 0.4 * heat
     blended = (1 - opacity) * 0.8 * grey[..., None] + opacity * heat_colors(heat[..., 0])
     return Image.fromarray(np.round(blended).clip(0, 255).astype(np.uint8))
+
+
+def heat_sheet(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    maps: Sequence[tuple[str, Float[np.ndarray, "rows columns"], Image.Image]],
+) -> Image.Image:
+    """The image and heat maps of it, each under its name with its least and its greatest score in percent.
+
+    Args:
+      maps: name, scores and `heat_picture` of each, all of one size.
+    """
+    cells = [
+        (name, f"{100 * scores.min():.2g} to {100 * scores.max():.2g} %", picture) for name, scores, picture in maps
+    ]
+    image = Image.fromarray(pixels).resize(cells[0][2].size, Image.Resampling.LANCZOS)
+    return contact_sheet([("image", "least to greatest:", image), *cells])
 
 
 def contact_sheet(cells: Sequence[tuple[str, str, Image.Image]], longest: int = 4096) -> Image.Image:

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from seg4diff_jax.reporting.colors import class_colors
-from seg4diff_jax.reporting.overlays import contact_sheet, heat_picture, overlay, save_labels, shares, tidy
+from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_sheet, overlay, save_labels, shares, tidy
 
 if TYPE_CHECKING:
     from seg4diff_jax.pipeline import Segmentation
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RECORD = "segmentation.json"
 """Written last: a directory that has it is complete."""
 FILES = ("overlay.png", "labels.png", "heatmaps.png", "heatmaps/", "scores.npz", RECORD)
-HEAT_LONGEST, CELL_LONGEST = 1024, 448
+HEAT_LONGEST = 1024
 
 
 def write_segmentation(
@@ -70,14 +70,13 @@ def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"]
     digits = max(2, len(str(len(segmentation.classes) - 1)))
     image = Image.fromarray(pixels)
     image.thumbnail((HEAT_LONGEST, HEAT_LONGEST), Image.Resampling.LANCZOS)
-    small, cells = np.asarray(image), []
+    small, maps = np.asarray(image), []
     for index, (name, score) in enumerate(zip(segmentation.classes, segmentation.scores, strict=True)):
         picture = heat_picture(small, score, HEAT_LONGEST)
         picture.save(folder / f"{index:0{digits}}_{file_name(name)}.png", compress_level=2)
         picture.thumbnail((CELL_LONGEST, CELL_LONGEST), Image.Resampling.BOX)
-        cells.append((name, f"{100 * score.min():.2g} to {100 * score.max():.2g} %", picture))
-    image = image.resize(cells[0][2].size, Image.Resampling.LANCZOS)
-    contact_sheet([("image", "least to greatest:", image), *cells]).save(directory / "heatmaps.png")
+        maps.append((name, score, picture))
+    heat_sheet(small, maps).save(directory / "heatmaps.png")
 
 
 def file_name(name: str) -> str:

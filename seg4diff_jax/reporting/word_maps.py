@@ -1,0 +1,33 @@
+"""Attention to the words of a prompt as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from seg4diff_jax.images import ImageInput, read_image
+from seg4diff_jax.prompt_attention import PromptAttention
+from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_sheet
+
+
+def draw_words(image: ImageInput, attention: PromptAttention, words: str | Sequence[str] | None = None) -> Image.Image:
+    """The image, and over it in grey the map of each word (`PromptAttention.of`): `.save("words.png")` keeps it.
+
+    Each map is drawn from its least to its greatest value, which its title names in percent.
+
+    Args:
+      image: that the attention is of, at any size: what `Pipeline.attention` takes.
+      words: one or several, each a word of the prompt or several that follow one another. Default: all its words.
+
+    Raises:
+      ImageError: the image cannot be read.
+      ValueError: as `PromptAttention.of`; or there is no word.
+    """
+    wanted = attention.text.spoken if words is None else [words] if isinstance(words, str) else words
+    if not wanted:
+        raise ValueError(f"no word to draw of the prompt {attention.prompt!r}")
+    maps = {word: np.asarray(attention.of(word)) for word in wanted}
+    pixels = read_image(image)
+    return heat_sheet(pixels, [(word, each, heat_picture(pixels, each, CELL_LONGEST)) for word, each in maps.items()])
