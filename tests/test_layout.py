@@ -59,8 +59,8 @@ MAY_IMPORT: dict[str, str] = {
     "passes pipeline processes reporting segmentation text versions",
     # What people start.
     "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation extras "
-    "flow images magnet miniature models numerics parallel passes pipeline planning processes reporting segmentation "
-    "terminal text training versions",
+    "flow images magnet miniature models numerics parallel passes pipeline planning processes prompt_attention "
+    "reporting segmentation terminal text training versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",
 }

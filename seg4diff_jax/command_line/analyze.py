@@ -1,10 +1,16 @@
-"""`seg4diff analyze IMAGE CLASS... --find-expert --model MODEL`."""
+"""What a model's attention says of an image: which block attends to text most, and where words are.
+
+seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
+seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
+from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
-from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named
+from seg4diff_jax.command_line.segment import check_writable, load_shown, model_arguments, open_named
 from seg4diff_jax.flow import LARGEST_SEED, check_seed, image_noise
 from seg4diff_jax.images import read_image
-from seg4diff_jax.passes import NoisedImages
+from seg4diff_jax.passes import MEAN_PROBS, NoisedImages
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.prompt_attention import text_columns
+from seg4diff_jax.reporting.word_maps import draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
 
@@ -30,8 +39,12 @@ BAR = 40
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
-    add("classes", type=str, nargs="+", metavar="CLASS", help="what is in it: the words of the prompt")
+    add("classes", type=str, nargs="*", metavar="CLASS", help="what is in it: the words of the prompt")
+    add("--prompt", type=str, help="what is in it, in a sentence instead of CLASS")
     add("--find-expert", action="store_true", help="show how much attention each block's image tokens give to the text")
+    add("--words", type=str, nargs="*", metavar="WORD", help="draw where attention to WORD lies; default: to each word")
+    add("--out", type=str, metavar="FILE", help="PNG that --words draws; default: runs/analyze/<image name>-<time>.png")
+    add("--block", type=int, help="transformer block that --words reads; default: the checkpoint's own expert block")
     add("--step", type=int, help="noise level: 1 (nearly clean) to 28 (pure noise); default: the checkpoint's own")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     model_arguments(parser)
@@ -40,19 +53,75 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
     console = stderr_console()
-    if not options.find_expert:
-        raise ValueError("say what to analyze: --find-expert")
+    if not options.find_expert and options.words is None:
+        raise ValueError("say what to analyze: --find-expert, or --words")
+    if options.words is None and (options.out is not None or options.block is not None):
+        raise ValueError("--out and --block are of --words, which is not given")
     check_seed(options.seed)
     pixels = read_image(options.image)
     checkpoint = open_named(options)
-    step = checkpoint.step(options.step)
+    step, prompt = checkpoint.step(options.step), said(checkpoint, options)
+    drawing = None if options.words is None else asked_drawing(checkpoint, prompt, options)
+    blocks = None if options.find_expert or drawing is None else drawing.block + 1
+    pipe, _, _ = load_shown(console, checkpoint, options, blocks)
+    if options.find_expert:
+        with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
+            shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
+        Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))
+    if drawing is not None:
+        file, words, block = drawing
+        with console.status("compiling and drawing"), explaining_full_memory(TO_LOAD):
+            record = pipe.attention(pixels, prompt, blocks=block, step=step, seed=options.seed, request=MEAN_PROBS)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draw_words(pixels, record[block], words).save(file)
+        console.print(f"wrote {file}: block {block}, noise level {step}")
+
+
+def said(checkpoint: Checkpoint, options: Any) -> str:
+    """The prompt. Raises ValueError when there is none, two, or class names that do not fit in one."""
+    if bool(options.classes) == (options.prompt is not None):
+        found = "both" if options.classes else "neither"
+        raise ValueError(f"say what is in the image, CLASS... or --prompt: found {found}")
+    if options.prompt is not None:
+        return options.prompt
     prompt, *more = class_prompts(checkpoint.tokenizers, options.classes).prompts
     if more:
         raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")
-    pipe, _, _ = load_shown(console, checkpoint, options)
-    with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
-        shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
-    Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))
+    return prompt
+
+
+class Drawing(NamedTuple):
+    """What `--words` asks for: a PNG file, words of the prompt, and the block whose attention to them it shows."""
+
+    file: Path
+    words: list[str]
+    block: int
+
+
+def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
+    """By default of each class or each word of the prompt.
+
+    Raises ValueError for words that the prompt lacks, a block that there is not, and a file that cannot be written.
+    """
+    length = checkpoint.tokenizers.clip_l.model_max_length
+    text = text_columns(checkpoint.tokenizers, prompt, (("clip", length),), (0, length))
+    words = options.words or options.classes or text.spoken
+    for word in words:
+        text.named(word)
+    return Drawing(picture_file(options.out, options.image), words, checkpoint.block(options.block))
+
+
+def picture_file(out: str | None, image: str) -> Path:
+    """Where the picture of words goes. Raises ValueError for a name that is no PNG's or the image's own."""
+    file = Path("runs") / "analyze" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}.png"
+    if out is not None:
+        file = Path(out).expanduser()
+        if file.suffix.lower() != ".png":
+            raise ValueError(f"--out is {out}: expected a name that ends in .png")
+        if file.resolve() == Path(image).expanduser().resolve():
+            raise ValueError(f"--out {out} is the image itself: name another file")
+    check_writable(file.parent)
+    return file
 
 
 def text_attention(

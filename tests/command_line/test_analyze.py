@@ -1,4 +1,4 @@
-"""`seg4diff analyze`: which block gives the text most."""
+"""`seg4diff analyze`: which block gives the text most, and where words are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg4diff_jax.command_line import main
+from seg4diff_jax.command_line import analyze, main
 from seg4diff_jax.command_line.analyze import text_attention
 from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.reporting.word_maps import draw_words
 from tests.reference.inputs import SQUARE, an_image
 
 
@@ -51,3 +52,48 @@ def test_the_uniform_share_counts_the_zeros_of_an_absent_t5(sd3, picture):
 def test_what_cannot_be_analyzed_is_told(sd3_checkpoint, picture, options, message, capsys):
     assert main(["analyze", picture, "house", "--model", str(sd3_checkpoint), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+# ---- where words are ------------------------------------------------------------------------------------------------
+
+
+def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, capsys):
+    prompt, out = "a cat by the sea", tmp_path / "new" / "words.png"
+    command = ["analyze", picture, "--prompt", prompt, "--model", str(sd3_checkpoint), "--block", "2", "--step", "5"]
+    assert main([*command, "--words", "cat", "the sea", "--out", str(out)]) == 0
+    assert f"wrote {out}: block 2, noise level 5" in capsys.readouterr().err.replace("\n", "")
+    record = sd3.attention(picture, prompt, blocks=2, step=5)[2]
+    expected = np.asarray(draw_words(picture, record, ["cat", "the sea"]), int)
+    assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
+
+
+def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkpoint, picture, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        analyze, "draw_words", lambda _, record, words: drawn.append(words) or draw_words(picture, record, words)
+    )
+    command = ["analyze", picture, "--model", str(sd3_checkpoint), "--block", "0", "--words"]
+    assert main([*command[:2], "traffic light", "sky", *command[2:]]) == 0
+    assert main([*command, "--prompt", "the sky, and the sea", "--find-expert"]) == 0
+    assert drawn == [["traffic light", "sky"], ["the", "sky", "and", "sea"]]
+    assert list((tmp_path / "runs" / "analyze").glob("picture-*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cat", "--words", "dog"], "error: the prompt 'cat' has no 'dog': its words are cat"),
+        (["cat", "--words", "cat", "--block", "6"], "error: block is 6; {checkpoint} has blocks 0..5"),
+        (["cat", "--words", "cat", "--out", "words.jpg"], "error: --out is words.jpg: expected a name that ends in"),
+        (["cat", "--words", "--out", "{picture}"], "error: --out {picture} is the image itself: name another file"),
+        (["cat", "--find-expert", "--block", "2"], "error: --out and --block are of --words, which is not given"),
+        (["--words"], "error: say what is in the image, CLASS... or --prompt: found neither"),
+        (["cat", "--prompt", "a cat", "--words"], "error: say what is in the image, CLASS... or --prompt: found both"),
+    ],
+)
+def test_words_that_cannot_be_drawn_are_told(sd3_checkpoint, picture, options, message, capsys):
+    places = {"picture": picture, "checkpoint": sd3_checkpoint}
+    given = [option.format(**places) for option in options]
+    assert main(["analyze", picture, *given, "--model", str(sd3_checkpoint)]) == 1
+    assert message.format(**places) in capsys.readouterr().err.replace("\n", " ").replace("  ", " ")
