@@ -32,6 +32,7 @@ from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.training.optimizers import make_optimizer
 from seg4diff_jax.training.state import initial_state, take_apart
 from seg4diff_jax.training.step import training_step
+from tests.reference import diffusers_pictures
 from tests.reference.adapters import RANK, factors, mask_head, release_names, write_release
 from tests.reference.checkpoints import JOINT_WIDTH, POOLED_WIDTH
 from tests.reference.mmdit import forward, make_inputs, run_torch
@@ -164,6 +165,17 @@ def test_diffusers_loads_the_export_and_computes_the_same_velocity(run, sd3_chec
         expected = run_torch(pipeline.transformer, inputs)
     assert relative_error(plain.numpy(), expected) > 1e-2
     assert relative_error(ours, expected) <= 1e-5
+
+
+def test_diffusers_makes_our_picture_with_a_runs_adapters(run, sd3_checkpoint, tmp_path):
+    target = tmp_path / "mine.safetensors"
+    assert convert(["lora", str(run), str(target)]) == 0
+    pipeline = diffusers_pictures.loaded(sd3_checkpoint)
+    plain = diffusers_pictures.theirs(pipeline)
+    pipeline.load_lora_weights(target)
+    expected = diffusers_pictures.theirs(pipeline)
+    assert np.abs(expected - plain).max() > 10
+    assert np.abs(diffusers_pictures.ours(s4d.load(sd3_checkpoint, lora=run)) - expected).max() <= 1
 
 
 # ---- what a step holds ----------------------------------------------------------------------------------------------
