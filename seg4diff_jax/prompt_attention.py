@@ -97,7 +97,7 @@ def _places(words: Sequence[Word], wanted: list[str]) -> list[Int[np.ndarray, " 
 
 
 def _each_once(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(word for word in words if word[-1].isalnum()))
+    return list(dict.fromkeys(word for word in words if word[0].isalnum()))
 
 
 def _listed(beginning: str, words: Iterable[str]) -> str:

@@ -81,6 +81,7 @@ def test_a_word_is_whole_and_neither_case_nor_commas_hide_it(sd3):
     assert record.columns("cat").tolist() == record.columns("CAT").tolist() == [record.words[4].start]
     assert len(record.columns("traffic light")) == 2
     assert record.columns("traffic light")[0] > record.columns("and")[0]
+    assert asked(sd3, "a giraffe's fore\u0301t, no. 12").text.spoken == ["a", "giraffe", "fore\u0301t", "no", "12"]
     accented = [asked(sd3, prompt) for prompt in ("une fo\u0301ret", "une f\u00f3ret")]
     assert accented[0].columns("f\u00f3ret").tolist() == accented[1].columns("fo\u0301ret").tolist()
     with refusal(
