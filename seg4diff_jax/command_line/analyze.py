@@ -1,7 +1,9 @@
-"""What a model's attention says of an image: which block attends to text most, and where words are.
+"""What a model's attention says of an image.
 
-seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
-seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
+    seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
+    seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
+
+The first shows which block attends to text most, the second draws where the attention to words lies.
 """
 
 from __future__ import annotations
