@@ -7,24 +7,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import seg4diff_jax as s4d
 from seg4diff_jax.convert.__main__ import main
 from tests.reference.adapters import factors, release_names, write_release
 from tests.reference.diffusers_pictures import loaded, ours, theirs
 from tests.reference.documents import DOCUMENTS, ROOT
+from tests.reference.single_file import make_both
 
-LOADING = re.compile(r"from_pretrained|from_single_file|\bload_lora\w+|--to diffusers|\bdiffusers loads\b")
-"""Calls of diffusers that load, and options of ours that write for it."""
+LOADING = re.compile(r"from_pretrained|from_single_file|\bload_lora\w+|to diffusers\b|\bdiffusers loads\b")
+"""Calls of diffusers that load, and what is said to be written for it."""
 HERE = "tests/convert/test_pictures_in_diffusers.py"
 CHECKPOINT = f"{HERE}::test_a_checkpoint_that_is_converted_back_makes_our_picture"
+SINGLE_FILE = f"{HERE}::test_a_single_file_makes_the_picture_of_its_folder"
 ADAPTERS = f"{HERE}::test_adapters_that_are_converted_make_our_picture"
 RUN = "tests/magnet/test_training.py::test_diffusers_makes_our_picture_with_a_runs_adapters"
 EXAMPLE = "tests/test_readme.py::test_the_python_examples_run"
 LINES = {
     ("docs/convert.md", "| diffusers | yes | `--to diffusers` |"): CHECKPOINT,
     ("docs/convert.md", "seg4diff convert checkpoint sd3 sd3-diffusers --to diffusers"): CHECKPOINT,
-    ("docs/convert.md", "seg4diff convert lora adapters.safetensors sd3-lora.safetensors --to diffusers"): ADAPTERS,
+    ("docs/convert.md", "seg4diff convert lora adapters.safetensors sd3-lora.safetensors"): ADAPTERS,
+    ("docs/from_diffusers.md", "sd3 = StableDiffusion3Pipeline.from_pretrained("): EXAMPLE,
+    ("docs/from_diffusers.md", 'pipe = s4d.load("miniature")'): EXAMPLE,
+    ("docs/from_diffusers.md", "| `StableDiffusion3Pipeline.from_pretrained(model)` |"): CHECKPOINT,
+    ("docs/from_diffusers.md", "| `from_single_file(file)` |"): SINGLE_FILE,
+    ("docs/from_diffusers.md", "| `load_lora_weights(file)` |"): ADAPTERS,
+    ("docs/from_diffusers.md", "seg4diff convert checkpoint sd3 sd3-diffusers --to diffusers"): CHECKPOINT,
+    ("docs/from_diffusers.md", "seg4diff convert lora runs/mine mine.safetensors"): RUN,
+    (
+        "docs/from_diffusers.md",
+        "seg4diff convert lora adapters.safetensors sd3-lora.safetensors --to diffusers",
+    ): ADAPTERS,
+    ("docs/from_diffusers.md", 'In diffusers, `sd3.load_lora_weights("mine.safetensors")`'): RUN,
     ("docs/magnet.md", "python -m convert lora runs/mine mine.safetensors"): RUN,
     ("docs/miniature.md", "sd3 = StableDiffusion3Pipeline.from_pretrained("): EXAMPLE,
 }
@@ -56,7 +71,15 @@ def test_a_checkpoint_that_is_converted_back_makes_our_picture(sd3_checkpoint: P
     expected = theirs(loaded(back))
     assert expected.std() > 10
     np.testing.assert_array_equal(expected, theirs(loaded(sd3_checkpoint)))
-    assert np.abs(ours(s4d.load(native)) - expected).max() <= 1
+    for directory in (native, sd3_checkpoint, back):
+        assert np.abs(ours(s4d.load(directory)) - expected).max() <= 1
+
+
+def test_a_single_file_makes_the_picture_of_its_folder(tmp_path: Path):
+    folder, file = make_both(tmp_path, dual=False, dtype=torch.float32)
+    expected = theirs(loaded(folder))
+    assert expected.std() > 10
+    assert np.abs(ours(s4d.load(file, tokenizers=folder)) - expected).max() <= 1
 
 
 def test_adapters_that_are_converted_make_our_picture(sd3_checkpoint: Path, tmp_path: Path):
@@ -69,4 +92,5 @@ def test_adapters_that_are_converted_make_our_picture(sd3_checkpoint: Path, tmp_
     pipeline.load_lora_weights(exported)
     expected = theirs(pipeline)
     assert np.abs(expected - plain).max() > 10
-    assert np.abs(ours(s4d.load(sd3_checkpoint, lora=adapters)) - expected).max() <= 1
+    for file in (adapters, exported):
+        assert np.abs(ours(s4d.load(sd3_checkpoint, lora=file)) - expected).max() <= 1
