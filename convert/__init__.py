@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to JAX and back, and what verifies that the numbers stay the same."""
+"""Converts checkpoints from PyTorch to JAX and back, and verifies that the numbers stay the same."""

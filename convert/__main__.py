@@ -1,4 +1,4 @@
-"""`python -m convert COMMAND ...`: one file per command."""
+"""The program `python -m convert COMMAND ...`. Each command has a file of its own in `command_line/`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 1, after one message on stderr, when its input is at fault."""
+    """Runs one command. Returns the exit status: 1, after one message on stderr, if the command's input is at fault."""
     description = "PyTorch checkpoints to JAX and back."
     return run_command("python -m convert", description, COMMANDS, arguments, at_fault=(CheckpointError, OSError))
 

@@ -1,4 +1,4 @@
-"""A stream of named tensors becomes a model: layers are stacked as they arrive, one tensor at a time."""
+"""Builds a model from a stream of named tensors. Each tensor goes to its place in a stack of layers as it arrives."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Model = TypeVar("Model", bound=Layered)
 
 
 def abstract(make: Callable[[nnx.Rngs], Model]) -> Model:
-    """The model without its numbers: shapes and dtypes only."""
+    """Returns an abstract model: its parameters have shapes and dtypes, and no values."""
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
 def translated(
     assignments: Iterable[Assignment], read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Read each source tensor once and yield (our name, our array) for each parameter it fills."""
+    """Reads each source tensor once and yields (our name, our array) for each parameter that the tensor fills."""
     for assignment in assignments:
         yield from zip(assignment.targets, assignment.transform.to_jax(read(assignment.source)), strict=True)
 
@@ -38,13 +38,13 @@ def assemble(
     dtype: DTypeLike | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Model:
-    """Fill an abstract model from (per-layer name, array) pairs, each parameter exactly once.
+    """Fills an abstract model from (per-layer name, array) pairs, each parameter exactly once.
 
     Args:
-      model: from `abstract`; not changed.
+      model: an abstract model, as `abstract` returns it; it is not changed.
       tensors: pairs under our per-layer names, in any order.
-      dtype: what parameters are cast to; default: each tensor's own.
-      shardings: parameter path and stacked shape to its sharding; default: the default device.
+      dtype: dtype of the parameters; default: each tensor's own.
+      shardings: returns a parameter's sharding from its path and stacked shape; default: the default device.
 
     Raises:
       NameTableError: a name is unknown or repeated, or a parameter is left unfilled.
@@ -71,7 +71,7 @@ def assemble(
 def from_state_dict(
     model: Model, rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], *, dtype: DTypeLike | None = None
 ) -> Model:
-    """Fill an abstract model from a PyTorch state dict whose values are numpy arrays."""
+    """Fills an abstract model from a PyTorch state dict whose values are numpy arrays."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assignments = assign(rules, shapes, parameter_shapes(model), what="state dict")
     return assemble(model, translated(assignments, tensors.__getitem__), dtype=dtype)

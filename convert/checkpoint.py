@@ -1,4 +1,4 @@
-"""Whole checkpoints converted: to our format, layer by layer, and back to diffusers' layout."""
+"""Converts whole checkpoints to our format, layer by layer, and back to diffusers' layout."""
 
 from __future__ import annotations
 
@@ -42,21 +42,22 @@ def convert_checkpoint(
     overwrite: bool = False,
     on_progress: OnBytes = lambda done, total: None,
 ) -> list[str]:
-    """Convert a checkpoint; everything is checked before anything is written, and `target` appears complete or not.
+    """Converts a checkpoint. Everything is checked before anything is written; `target` appears complete or not at all.
 
     Args:
       source: whatever `open_source` opens.
       target: a directory that does not exist.
       to: our format, or diffusers' layout, which StableDiffusion3Pipeline.from_pretrained loads.
-      dtype: of every parameter; default: each tensor's own.
+      dtype: dtype of every parameter; default: each tensor's own.
       components, tokenizers, variant, text_encoders: see `open_source`.
       overwrite: replace a `target` that is a checkpoint of the same format.
-      on_progress: receives the bytes written so far and those in all.
+      on_progress: receives the number of bytes written so far, and the number in all.
 
-    Returns the components that `target` has.
+    Returns the names of the components that `target` has.
 
     Raises:
-      CheckpointError: everything that is wrong with the source, in all its components, or the target is taken.
+      CheckpointError: the source is at fault (the message lists the problems of all components), or `target` exists
+        already, overlaps the source or does not fit on the disk.
     """
     target = Path(target)
     check_target(target, overwrite=overwrite, marker=MARKERS[to])
@@ -68,7 +69,7 @@ def convert_checkpoint(
     opened = with_published_tokenizers(opened)
     check_tokenizers(opened)
     readers = _open_all(opened)
-    _ = opened.expert_block  # goes into the manifest, the last file: what is wrong with it is said first
+    _ = opened.expert_block  # the manifest, written last, needs it: a wrong one is refused before anything is written
     cast = None if dtype is None else np.dtype(dtype)
     total = sum(nbytes(reader, cast) for reader in readers)
     _check_space(target, total)
@@ -94,7 +95,7 @@ def _check_apart(source: str | Path, target: Path) -> None:
 
 
 def _open_all(source: Source) -> list[ComponentReader]:
-    """Every component, checked. Raises CheckpointError listing what is wrong with any of them."""
+    """Opens and checks every component. Raises a CheckpointError that lists the problems of all of them."""
     readers, problems = [], []
     for name in source.configs:
         try:
@@ -142,7 +143,7 @@ def _write_diffusers(
 
 
 def _write_torch(path: Path, reader: ComponentReader, dtype: np.dtype | None, report: Callable[[int], None]) -> None:
-    """Write one component under diffusers' names, part by part; wide numbers first, so that all lie aligned."""
+    """Writes one component under diffusers' names, part by part. Wide dtypes come first, so that all lie aligned."""
     layout = {name: (shape, dtype or own) for name, (shape, own) in reader.layout().items()}
     rules = COMPONENTS[reader.name].rules["diffusers"](parse_config(reader.name, reader.config))
     try:
@@ -170,7 +171,10 @@ def _torch_tensors(
     dtype: np.dtype | None,
     report: Callable[[int], None],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors in the order of `rows`. Parameters arrive in the layout's order; those of a row not yet complete wait."""
+    """Yields tensors in the order of `rows`.
+
+    Parameters arrive in the layout's order. They wait in memory until their row is complete.
+    """
     waiting: dict[str, np.ndarray] = {}
     for _, group in groupby(rows, key=lambda row: layout[row.targets[0]][1].itemsize):
         group = list(group)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's components fit each other: each may be sound by itself, and of another model."""
+"""Checks that a checkpoint's components fit each other: a sound component may belong to another model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from seg4diff_jax.convert.families import SD3
 
 
 def check_fit(configs: Mapping[str, dict[str, Any]], origins: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless pictures, latents and encoders' states are as wide as who takes them expects.
+    """Raises CheckpointError unless the outputs of each component are as wide as the inputs that take them.
+
+    The check compares the channels of pictures and latents, and the widths of the CLIPs' and T5's states.
 
     Args:
-      configs: by component.
-      origins: where each component comes from, in messages.
+      configs: configurations by component.
+      origins: for each component the place that it comes from, for messages.
     """
     parsed = {name: _parsed(name, config, origins[name]) for name, config in configs.items()}
     problems = [

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint: their configurations, their models without numbers, and the block to read."""
+"""The components of a checkpoint: their configurations, their abstract models, and the expert block and noise level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stacked_layers import Layered
 
 COMPONENTS = SD3.components
-"""Of the one family that there is."""
+"""The components of SD3, the only family so far."""
 
 
 def tokenizers_of(components: list[str]) -> list[str]:
@@ -25,7 +25,7 @@ def tokenizers_of(components: list[str]) -> list[str]:
 
 
 def parse_config(name: str, config: dict[str, Any]) -> Any:
-    """The component's typed configuration. Raises CheckpointError naming the component and the key."""
+    """Returns a component's typed configuration. Raises CheckpointError, which names the component and the key."""
     kind = COMPONENTS[name].config
     try:
         check_values(kind, config, PUBLISHED if kind is MMDiTConfig else {})
@@ -35,22 +35,22 @@ def parse_config(name: str, config: dict[str, Any]) -> Any:
 
 
 def abstract_model(name: str, config: dict[str, Any], dtype: Any = jnp.float32, depth: int | None = None) -> Layered:
-    """The component's model without its numbers. `depth`: of the transformer, only the first that many blocks."""
+    """Returns a component's abstract model. With `depth` the transformer has only this many blocks, from the first."""
     return nnx.clone(_abstract_model(name, parse_config(name, config), jnp.dtype(dtype), depth))
 
 
 @lru_cache
 def _abstract_model(name: str, config: Any, dtype: jnp.dtype, depth: int | None) -> Layered:
-    """Kept: each step of opening, checking and loading a checkpoint asks for it, and tracing takes up to a second."""
+    """Makes each model once: opening, checking and loading a checkpoint all need it, and tracing takes up to 1 s."""
     options = {} if depth is None else {"depth": depth}
     make = COMPONENTS[name].model
     return abstract(lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
 
 
 def expert_block(transformer_config: dict[str, Any]) -> int | None:
-    """The block whose attention segments best: what the configuration says, or what is known of its architecture.
+    """Returns the block whose attention segments best: the configuration's, or the one published for its architecture.
 
-    Raises CheckpointError when the configuration says something that is no block of it.
+    Returns None if no block is known. Raises CheckpointError when the configuration names a block that does not exist.
     """
     config = parse_config("transformer", transformer_config)
     if "expert_block" in transformer_config:
@@ -61,7 +61,7 @@ def expert_block(transformer_config: dict[str, Any]) -> int | None:
 
 
 def checked_block(block: Any, num_layers: int, where: str) -> int | None:
-    """The block that a file calls the expert. Raises CheckpointError, naming the file, when there is no such block."""
+    """Returns the expert block of a file. Raises CheckpointError, which names the file, when there is no such block."""
     if block is None or (type(block) is int and 0 <= block < num_layers):
         return block
     raise CheckpointError(
@@ -70,9 +70,9 @@ def checked_block(block: Any, num_layers: int, where: str) -> int | None:
 
 
 def expert_step(transformer_config: dict[str, Any]) -> int:
-    """The noise level at which the expert block segments best: what the configuration says, or the paper's.
+    """Returns the noise level at which the expert block segments best: the configuration's, or else the paper's.
 
-    Raises CheckpointError when the configuration says something that is no step.
+    Raises CheckpointError when the configuration's noise level is not an integer from 1 to 28.
     """
     step = transformer_config.get("expert_step", SD3.expert_step)
     if type(step) is not int or not 1 <= step <= 28:
@@ -83,6 +83,6 @@ def expert_step(transformer_config: dict[str, Any]) -> int:
 
 
 def trained_size(transformer_config: dict[str, Any], vae_config: dict[str, Any] | None) -> int:
-    """Side, in pixels, of the square images that the transformer was trained for."""
+    """Returns the side, in pixels, of the square images that the transformer was trained for."""
     halvings = len(parse_config("vae", vae_config).block_out_channels) - 1 if vae_config else 3
     return parse_config("transformer", transformer_config).sample_size * 2**halvings

@@ -1,4 +1,4 @@
-"""What a component's configuration may say: types and bounds of its values, told before a model is made of them."""
+"""Checks the types and bounds of a configuration's values before a model is made from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seg4diff_jax.convert.files import quoted
 
 
 class Bounds(NamedTuple):
-    """From `least` to `most`, both included unless `open`."""
+    """A range from `least` to `most`, both included; `open` excludes `least`."""
 
     least: float
     most: float
@@ -52,8 +52,10 @@ BOUNDS: dict[str, Bounds] = {
     "scaling_factor": POSITIVE,
     "shift_factor": Bounds(-1000, 1000),
 }
-"""By a field's name; every other number is a SIZE. They are far beyond any model there is, and near enough that a
-damaged number is told before anything of its size is made."""
+"""Bounds by the field's name; for every other number the bounds are SIZE.
+
+They are far wider than any model needs, but refuse a damaged number before anything of its size is made.
+"""
 
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
@@ -63,22 +65,22 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: type(value) is str,
     "tuple[int, ...]": lambda value: type(value) in (list, tuple) and all(type(each) is int for each in value),
 }
-"""The types of configurations' fields, and what JSON may hold for them: `true` is no integer here."""
+"""For each type of a field, whether a JSON value has this type. `true` is not an integer here."""
 PUBLISHED: dict[str, Callable[[Any], bool]] = {
     "qk_norm": lambda value: value is None or type(value) is str,
     "dual_attention_layers": lambda value: value is None or TYPES["tuple[int, ...]"](value),
     "out_channels": lambda value: value is None or type(value) is int,
     "pos_embed_max_size": lambda value: value is None or type(value) is int,
 }
-"""The transformer's keys that are of other types in its file than in the dataclass."""
+"""Checks of the transformer's keys whose types in its file differ from the types in the dataclass."""
 
 
 def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, Callable[[Any], bool]] = {}) -> None:
-    """Raise ValueError naming a key whose value is of another type than the model computes with, or out of bounds.
+    """Raises ValueError, which names the key, when a value has a wrong type or is out of bounds.
 
     Args:
       kind: the configuration's dataclass.
-      published: keys that are of other types in files.
+      published: checks of the keys whose types in files differ from the types in the dataclass.
     """
     for wrong in wrong_values(kind, config, published):
         raise ValueError(wrong)
@@ -87,7 +89,7 @@ def check_values(kind: type, config: Mapping[str, Any], published: Mapping[str, 
 def wrong_values(
     kind: type, config: Mapping[str, Any], published: Mapping[str, Callable[[Any], bool]] = {}
 ) -> Iterator[str]:
-    """What is to be said of all such keys; arguments as above."""
+    """Yields a message for each value of a wrong type or out of bounds. Arguments are as for `check_values`."""
     for field in fields(kind):
         if field.name not in config:
             continue
@@ -104,16 +106,16 @@ def wrong_values(
 LAYER = re.compile(
     r"(?:transformer_blocks|joint_blocks|text_model\.encoder\.layers|encoder\.block|blocks)\.(\d{1,9})\."
 )
-"""How names of a layer's tensors begin: diffusers' and transformers', Stability's, and ours."""
+"""Matches the beginning of a layer's tensor name: diffusers' and transformers', Stability's, or ours."""
 
 
 def check_depth(name: str, config: Any, tensors: Iterable[str], where: str) -> None:
-    """Raise CheckpointError when a configuration names more layers than there are among the tensors' names.
+    """Raises CheckpointError when a configuration has more layers than the tensors' names show.
 
-    It takes no model, whose making would take as long as the configuration claims that it is deep.
+    The check makes no model: to make one takes longer the deeper the configuration claims to be.
 
     Args:
-      config: of the component, typed.
+      config: the component's typed configuration.
     """
     key = SD3.components[name].depth
     if key is None:

@@ -1,13 +1,13 @@
-"""What conversion raises when its input is at fault."""
+"""The error that conversion raises for faulty input, and functions that keep its messages short."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 LONGEST_REASON = 300
-"""Characters."""
+"""Most characters that `reason` returns."""
 LISTED = 20
-"""Problems or names that one message lists; a file can have as many as it has tensors."""
+"""Most problems or names that one message lists. A file can have as many problems as tensors."""
 
 
 class CheckpointError(ValueError):
@@ -15,18 +15,18 @@ class CheckpointError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What a library or the system says went wrong, on one line and cut: some echo all of a damaged file."""
+    """Returns an error's message on one line and cut: some libraries repeat all of a damaged file."""
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
 
 
 def listed(lines: Sequence[str]) -> list[str]:
-    """The first of them and, in one more line, how many others there are."""
+    """Returns the first LISTED lines and, in one more line, the number of the others."""
     others = len(lines) - LISTED
     return [*lines[:LISTED], f"and {others} more"] if others > 0 else [*lines]
 
 
 def raise_all(problems: list[str], heading: str) -> None:
-    """Raise one CheckpointError that lists the problems, a bounded number; nothing when there is none."""
+    """Raises one CheckpointError that lists the problems, a bounded number of them. Does nothing without problems."""
     if len(problems) == 1:
         raise CheckpointError(problems[0])
     if problems:

@@ -1,6 +1,6 @@
-"""What tells one family of models from another, as values: parts, names of tensors, schedule, expert block.
+"""What differs between families of models, as values: components, name tables, schedule, expert block.
 
-SD3 is the first. Whatever is not told here is the same for all: how files are read, layers stacked, attention recorded.
+SD3 is the first family. All else is the same for every family: how files are read, layers stacked, attention recorded.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from seg4diff_jax.models.t5 import T5Config, T5Encoder
 from seg4diff_jax.models.vae import VAE, VAEConfig
 
 Naming = Literal["diffusers", "stability", "gguf"]
-"""Whose names tensors have: diffusers' and transformers', Stability's, or, for T5, llama.cpp's."""
+"""Who named the tensors: diffusers and transformers, Stability, or, for T5, llama.cpp."""
 
 
 class Component(NamedTuple):
-    """One part of a checkpoint.
+    """One component of a checkpoint.
 
     Attributes:
-      config: its typed configuration, with `from_json`.
-      model: makes it of the configuration.
-      rules: its name table in each naming.
+      config: class of the typed configuration, with `from_json`.
+      model: makes the model from the configuration.
+      rules: the name table for each naming.
       published: library and class that `model_index.json` names.
-      weights: its file of weights in diffusers' layout, without variant, shard and suffix.
-      prefix: what single files put before its tensors.
-      depth: the configuration's key for its number of layers; None where layers are not counted.
-      file: what a file of its own is called, without `_fp16` and the suffix; None where there is no such.
-      file_pattern: the same as a regular expression, with what else it goes by. Case does not matter.
-      tokenizer: the folder of the tokenizer it needs, and the class that `model_index.json` names for that.
+      weights: name of the weight file in diffusers' layout, without variant, shard and suffix.
+      prefix: prefix of the tensors' names in single files.
+      depth: the configuration's key for the number of layers; None if layers are not counted.
+      file: name of a file that holds this component alone, without `_fp16` and the suffix; None if there is no such
+        file.
+      file_pattern: regular expression for `file` and the other names of such a file. Case does not matter.
+      tokenizer: folder of the tokenizer that the component needs, and the class that `model_index.json` names for it.
     """
 
     config: Any
@@ -51,7 +52,7 @@ class Component(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What tells a family's published transformers apart."""
+    """The values that tell a family's published transformers apart."""
 
     num_layers: int
     width: int
@@ -63,14 +64,14 @@ class Family(NamedTuple):
     """A family of models.
 
     Attributes:
-      title: as messages call it.
-      pipeline: diffusers' class of the whole.
-      components: by diffusers' names, in the order in which they are converted.
-      clips: the components that are CLIPs, in the order of their states.
-      t5: the component that is T5, which may be absent.
-      scheduler: `scheduler_config.json` of checkpoints that come without.
-      expert_blocks: the block whose attention segments best, of the architectures of which one is published.
-      expert_step: the noise level at which it does, counted from the clean end of 28.
+      title: the family's name in messages.
+      pipeline: diffusers' class of the pipeline.
+      components: components by diffusers' names, in the order in which they are converted.
+      clips: names of the CLIPs, in the order in which their states are joined.
+      t5: name of the T5, which a checkpoint may lack.
+      scheduler: `scheduler_config.json` for checkpoints that have none.
+      expert_blocks: the block whose attention segments best, for each architecture with a published one.
+      expert_step: the noise level at which the expert block segments best, counted from the clean end of 28.
     """
 
     title: str
@@ -84,7 +85,7 @@ class Family(NamedTuple):
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The VAE and the text encoders, in the order in which they encode."""
+        """Names of the VAE and the text encoders, in the order in which they encode."""
         return ("vae", *self.clips, self.t5)
 
     @property

@@ -1,7 +1,7 @@
-"""JSON as checkpoints, runs and tools write it: read in one place, and never trusted further than its type.
+"""Reads JSON files of checkpoints, runs and tools, and checks them.
 
-Python's own reader takes NaN and Infinity, keeps the last of two equal keys, and answers depth and long numbers with
-errors of its own; here each is one sentence that names the file.
+Python's own reader takes NaN and Infinity, and keeps the last of two equal keys. For deep nesting and long numbers it
+raises errors of its own. Here each of these raises a CheckpointError: one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any, NoReturn
 from seg4diff_jax.convert.errors import CheckpointError
 
 LARGEST = 64 << 20
-"""Bytes of a file of JSON: vocabularies and indices of shards take a few million."""
+"""Most bytes of a JSON file; vocabularies and indices of shards take a few million."""
 DEPTH = 64
-"""Objects and lists inside each other; configurations have five or so."""
+"""Most levels of objects and lists inside each other; configurations have five or so."""
 CONTAINERS = dict, list
 DIGITS = 32
-"""Of a whole number; the largest that is meant, a size in bytes, has 20."""
+"""Most digits of an integer; the largest that occurs, a size in bytes, has 20."""
 SHOWN = 80
-"""Characters of a wrong value in a message."""
+"""Most characters of a wrong value in a message."""
 TOLD = 300
-"""Characters of a library's reason in a message."""
+"""Most characters of a library's reason in a message."""
 
 
 def read_json(path: Path, why: str = "", *, finite: bool = True) -> dict[str, Any]:
-    """A file's JSON object. Raises CheckpointError naming the file.
+    """Returns a file's JSON object. Raises CheckpointError, which names the file, if the file is absent or damaged.
 
     Args:
-      why: what an absent one was needed for.
-      finite: its numbers must be; False for measurements, which may be NaN.
+      why: what the file is needed for, for the message about an absent file.
+      finite: refuse numbers that are not finite. False is for measurements, which may be NaN.
     """
     try:
         with path.open("rb") as file:
@@ -48,7 +48,7 @@ def read_json(path: Path, why: str = "", *, finite: bool = True) -> dict[str, An
 
 
 def parse_object(contents: bytes | str, where: str, *, finite: bool = True) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError, which begins with `where`: a file, or a part of one."""
+    """Returns a JSON object. Raises CheckpointError, which begins with `where`: a file, or a part of a file."""
     found = parse_json(contents, where, finite=finite)
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found a {type(found).__name__}")
@@ -56,10 +56,10 @@ def parse_object(contents: bytes | str, where: str, *, finite: bool = True) -> d
 
 
 def parse_json(contents: bytes | str, where: str, *, finite: bool = True, keep: Collection[str] = ()) -> Any:
-    """JSON of unique keys, moderate depth and, unless `finite` is False, finite numbers.
+    """Returns a JSON value with unique keys, at most DEPTH levels and, unless `finite` is False, finite numbers.
 
     Args:
-      keep: keys that are read; others are let go at once, which a large file needs. Default: all.
+      keep: keys to keep. The others are dropped at once, which saves memory for a large file. Default: all.
 
     Raises CheckpointError, which begins with `where`.
     """
@@ -79,12 +79,12 @@ def parse_json(contents: bytes | str, where: str, *, finite: bool = True, keep: 
 
 
 def quoted(value: Any) -> str:
-    """A wrong value as messages show it, cut where it is long."""
+    """Returns a wrong value as messages show it, cut to SHOWN characters."""
     return cut(repr(value), SHOWN)
 
 
 def cut(text: str, most: int = TOLD) -> str:
-    """What a library says, or a file, as messages give it: cut where it is long."""
+    """Returns the text of a library or a file as messages show it, cut to `most` characters."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -115,7 +115,10 @@ def _refused(name: str) -> NoReturn:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    """Level by level: a call for each part of a large file would take a third of the time of reading it."""
+    """Whether objects and lists are nested in more than `levels` levels.
+
+    The search goes level by level: a call for each part of a large file would take a third of the time of reading it.
+    """
     parts = [value] if isinstance(value, CONTAINERS) else []
     while parts and levels:
         within = (each for part in parts for each in (part.values() if isinstance(part, dict) else part))

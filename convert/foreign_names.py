@@ -1,4 +1,4 @@
-"""Names that tell where tensors come from when they are no model's own, and what to do about it."""
+"""Recognises, by their names, tensors that are not parameters of SD3's models, and says what to do about them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRAPPERS = {
     ),
     r"(?:^|\.)module\.": "`module.` is of DistributedDataParallel: save the state of `model.module`",
 }
-"""What stands before a whole model's names or within them, as a regular expression, and the remedy."""
+"""Patterns of names that wrappers of a model write, and for each what to do."""
 EXPECTED = "expected Stable Diffusion 3 or 3.5"
 OTHER_MODELS = {
     r"(?:^|[._])controlnet_(?:blocks|x_embedder|cond)|^control_model\.": (
@@ -45,7 +45,7 @@ OTHER_MODELS = {
         f"another diffusion transformer: {EXPECTED}"
     ),
 }
-"""Names that models of other families have, and what those are."""
+"""Patterns of names in models of other families, and for each what the model is."""
 OF_OWN = WRAPPERS | {
     r"^(?:model_ema|ema_model|ema)\.": (
         "names like `model_ema.` are of a moving average (EMA) of the weights: save it or them alone, under the "
@@ -61,9 +61,9 @@ OF_OWN = WRAPPERS | {
         "projections of attention were fused: call `unfuse_qkv_projections()` before saving"
     ),
 }
-"""The same of everything that a model's state may hold and the model itself does not."""
+"""Patterns of names that a saved model's state may hold beside the model's own, and for each what to do."""
 OF_MODELS = OF_OWN | OTHER_MODELS
-"""The same of files that may be another model's."""
+"""The patterns for files that may hold a model of another family."""
 OF_ADAPTERS = (
     WRAPPERS
     | {
@@ -79,11 +79,11 @@ OF_ADAPTERS = (
         ),
     }
 )
-"""The same of what lies in files of adapters."""
+"""The patterns for files of adapters."""
 
 
 def recognise(names: Iterable[str], rows: Mapping[str, str] = OF_MODELS) -> str | None:
-    """What is to be said, in one sentence, of tensors that have no place; None where their names tell nothing."""
+    """Returns one sentence about tensors that the model has no place for; None if no pattern matches their names."""
     names = list(names)
     for pattern, remedy in rows.items():
         found = [name for name in names if re.search(pattern, name)]
@@ -94,7 +94,10 @@ def recognise(names: Iterable[str], rows: Mapping[str, str] = OF_MODELS) -> str 
 
 
 def recognise_prefix(names: Iterable[str]) -> str | None:
-    """The same of a model that has no tensor of its own name, when all of `names` begin alike; otherwise None."""
+    """Returns one sentence about the prefix that all of `names` share; None if they share none.
+
+    For a file in which no tensor has a name of the model.
+    """
     names = sorted(names)
     if len(names) < 2:
         return None

@@ -1,8 +1,8 @@
-"""Files that hold tensors only: what each component's configuration must have been.
+"""Infers each component's configuration from the tensors' shapes, for files that hold tensors only.
 
-Widths and depths follow from shapes, and the size of attention heads from the norms of queries where there are some.
-What shapes do not tell (otherwise that size, activations, the VAE's groups and scaling, the size of images) is the same
-in every published SD3 and SD3.5 and is taken from there. Shapes that cannot have come from those numbers are refused.
+Widths and depths follow from shapes. The size of attention heads follows from the norms of q, if there are any. Shapes
+do not show the head size of other models, activations, the VAE's groups and scaling, or the size of images. These
+values are the same in every published SD3 and SD3.5, and are taken from there. Shapes that contradict them are refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from seg4diff_jax.convert.families import Naming
 from seg4diff_jax.convert.names import Shape
 
 HEAD_DIM = 64
-"""Of both CLIPs, and of a transformer that does not norm its queries."""
+"""Size of attention heads in both CLIPs, and in a transformer without norms on q."""
 GROUPS = 32
-"""Of the VAE's norms."""
+"""Groups of the VAE's norms."""
 UNSAID = "which all published ones have, and no tensor says otherwise"
 GIVE_CONFIG = "give the model in diffusers' layout, whose config.json says more"
 
@@ -33,7 +33,7 @@ class _Missing(KeyError):
 
 
 class _Known(dict[str, Shape]):
-    """Shapes by name, and the name that was asked for last."""
+    """Shapes by name; `asked` is the name that was looked up last."""
 
     asked = ""
 
@@ -49,16 +49,16 @@ class _Known(dict[str, Shape]):
 
 
 def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "stability") -> dict[str, Any]:
-    """The `config.json` of a component.
+    """Returns the `config.json` of a component.
 
     Args:
-      name: as in diffusers' layout.
-      shapes: of the component's tensors, without their common prefix.
-      prefix: that prefix, for messages.
-      naming: whose names they have.
+      name: the component's name in diffusers' layout.
+      shapes: shapes of the component's tensors, by name without the common prefix.
+      prefix: the common prefix, for messages.
+      naming: who named the tensors.
 
-    Raises CheckpointError naming a tensor that is needed and absent, or whose shape cannot be, or saying which of the
-    numbers that are assumed does not fit.
+    Raises CheckpointError when a tensor that is needed is absent or has an impossible shape, which the message names,
+    or when one of the assumed numbers does not fit.
     """
     known = _Known(shapes)
     if (name, naming) not in _INFER:
@@ -69,7 +69,7 @@ def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "
         raise CheckpointError(
             f"{name}: missing tensor {prefix}{error.args[0]}, from which its configuration follows"
         ) from None
-    except CheckpointError:  # which is a ValueError, and says more
+    except CheckpointError:  # a ValueError too, whose message says more than the one below
         raise
     except (ValueError, IndexError, ZeroDivisionError):
         raise CheckpointError(
@@ -78,7 +78,7 @@ def infer_config(name: str, shapes: Shapes, prefix: str = "", naming: Naming = "
 
 
 def _heads(name: str, width: int, size: int = HEAD_DIM, told_by: str | None = None) -> int:
-    """How many attention heads of `size` there are. Raises CheckpointError when that is no whole number."""
+    """Returns the number of attention heads of `size`. Raises CheckpointError when it is not a whole number."""
     if width % size:
         why = f"as {told_by} says" if told_by else UNSAID
         raise CheckpointError(
@@ -88,19 +88,19 @@ def _heads(name: str, width: int, size: int = HEAD_DIM, told_by: str | None = No
 
 
 def _numbers(shapes: Shapes, pattern: str) -> set[int]:
-    """The numbers in place of `{i}` among the names that begin with `pattern`."""
+    """Returns the numbers that stand for `{i}` in the names that begin with `pattern`."""
     regex = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d{1,9})"))
     return {int(found[1]) for name in shapes if (found := regex.match(name))}
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many layers there are, numbered from 0. A number far beyond the others is not counted: it is surplus."""
+    """Returns the number of layers, numbered from 0. A number far beyond the others is surplus and is not counted."""
     numbers = _numbers(shapes, pattern)
     return max((number for number in numbers if number < 2 * len(numbers)), default=-1) + 1
 
 
 class _TransformerNames(NamedTuple):
-    """Where a transformer's sizes are read."""
+    """Names of the tensors whose shapes give a transformer's sizes."""
 
     patches: str
     pooled: str
@@ -163,7 +163,7 @@ def _transformer(naming: Naming) -> Callable[[Shapes], dict[str, Any]]:
 
 
 class _VAENames(NamedTuple):
-    """Where an autoencoder's sizes are read."""
+    """Names of the tensors whose shapes give an autoencoder's sizes."""
 
     level: str
     convolution: str
@@ -218,7 +218,10 @@ def _infer_vae(names: _VAENames, shapes: Shapes) -> dict[str, Any]:
 
 
 def _clip(encoder: str, activation: str, projected: bool) -> Callable[[Shapes], dict[str, Any]]:
-    """`projected`: False for CLIP-L, whose pooled state single files leave as it is."""
+    """Returns the function that infers a CLIP's configuration.
+
+    `projected` is False for CLIP-L, whose pooled output is not projected in single files.
+    """
 
     def infer(shapes: Shapes) -> dict[str, Any]:
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
@@ -243,7 +246,7 @@ def _clip(encoder: str, activation: str, projected: bool) -> Callable[[Shapes], 
 
 
 class _T5Names(NamedTuple):
-    """Where T5's sizes are read. `embedding`: the first that is there."""
+    """Names of the tensors whose shapes give T5's sizes. Of `embedding` the first name that is present counts."""
 
     embedding: tuple[str, ...]
     position_bias: str

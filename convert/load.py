@@ -1,4 +1,4 @@
-"""One component of any checkpoint as a model in memory, converted on the way."""
+"""Loads one component of any checkpoint as a model in memory, and converts it on the way."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from seg4diff_jax.convert.readers import ComponentReader, Source, usual_dtype
 from seg4diff_jax.convert.sources.open import open_source
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""Parameter path and shape to its sharding."""
+"""Returns a parameter's sharding from its path and shape."""
 
 
 @dataclass(frozen=True)
 class Unfilled:
-    """A component that has been found sound, and the model without numbers that it fills; no weights have been read."""
+    """A checked component, and the abstract model that it fills. No weights have been read."""
 
     component: ComponentReader
     model: Any
@@ -33,11 +33,11 @@ class Unfilled:
 
     @property
     def nbytes(self) -> int:
-        """Size of the parameters in memory."""
+        """Bytes that the parameters take in memory."""
         return self.dtype.itemsize * sum(math.prod(shape) for shape in parameter_shapes(self.model).values())
 
     def fill(self, *, shardings: Shardings | None = None, read: Callable[[int], None] = lambda count: None) -> Any:
-        """The model with its parameters. `read`: told the bytes, as in `nbytes`, of each one."""
+        """Returns the model with its parameters. `read` receives each parameter's bytes, counted as in `nbytes`."""
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name, array in self.component.parameters(parameter_shapes(self.model)):
@@ -48,7 +48,7 @@ class Unfilled:
 
 
 def open_component(source: Source, name: str, *, dtype: Any = None, depth: int | None = None) -> Unfilled:
-    """A component, checked. Arguments and errors as for `load_component`."""
+    """Opens and checks a component. Arguments and errors are as for `load_component`."""
     component = source.component(name)
     component.check()
     kind = jnp.dtype(usual_dtype(component) if dtype is None else dtype)
@@ -63,15 +63,15 @@ def load_component(
     depth: int | None = None,
     shardings: Shardings | None = None,
 ) -> Any:
-    """A component with its parameters.
+    """Returns a component's model with its parameters.
 
     Args:
-      source: opened, or whatever `open_source` opens.
+      source: an opened checkpoint, or whatever `open_source` opens.
       name: `transformer`, `vae`, `text_encoder`, `text_encoder_2` or `text_encoder_3`.
       dtype: of the parameters and of the computation; default: what the checkpoint holds.
-      depth: of the transformer, load only the first that many blocks: the bytes of the others are not read, their
-        names and shapes are checked all the same.
-      shardings: parameter path and shape to its sharding; default: the default device.
+      depth: load only this many of the transformer's blocks, from the first. The others are not read, but their names
+        and shapes are checked.
+      shardings: returns a parameter's sharding from its path and shape; default: the default device.
 
     Raises:
       CheckpointError: the checkpoint is damaged, lacks the component or does not match its own configuration.

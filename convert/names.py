@@ -1,8 +1,8 @@
 """Name tables: rows of (PyTorch's name, our name or names, change of layout), checked for completeness both ways.
 
-Our names are per layer (`blocks.7.image.mlp.up.kernel`), whether or not the model stacks its layers.
-`{i}` and `{j}` in a pattern stand for a number, `{rest}` for anything, in rows that are left out. A fused PyTorch
-tensor may fill several of our parameters.
+Our names are per layer (`blocks.7.image.mlp.up.kernel`), whether or not the model stacks its layers. In a pattern `{i}`
+and `{j}` stand for a number. `{rest}` stands for anything, in rows whose tensors are left out. A fused PyTorch tensor
+may fill several of our parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 class NameTableError(ValueError):
-    """A checkpoint and a model do not match; the message lists what does not, a bounded number."""
+    """A checkpoint and a model do not match; the message lists the differences, a bounded number of them."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Transform:
     to_torch: Callable[[Sequence[np.ndarray]], np.ndarray]
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Shapes after `to_jax`, without touching memory of that size."""
+        """Returns the shapes after `to_jax`, without allocating arrays of these sizes."""
         return tuple(array.shape for array in self.to_jax(np.broadcast_to(np.float32(0), shape)))
 
     def split(self, parts: int) -> Transform:
-        """The tensor is `parts` equal tensors fused along PyTorch's first axis, each with this layout."""
+        """Returns the transform of a tensor that fuses `parts` tensors of this layout along PyTorch's first axis."""
 
         def to_jax(tensor: np.ndarray) -> tuple[np.ndarray, ...]:
             if tensor.shape[0] % parts:
@@ -62,7 +62,7 @@ def _swap_halves(tensor: np.ndarray) -> np.ndarray:
 
 
 COPY = _one(lambda x: x, lambda x: x)
-"""Biases, norm scales, embeddings."""
+"""No change: biases, norm scales, embeddings."""
 LINEAR = _one(lambda x: x.T, lambda x: x.T)
 """[out, in] to [in, out]."""
 CONV = _one(
@@ -73,16 +73,17 @@ CONV = _one(
 CONV_AS_LINEAR = _one(lambda x: x.reshape(x.shape[:2]).T if x.ndim == 4 else x.T, lambda x: x.T[:, :, None, None])
 """A 1 x 1 convolution that we hold as a linear layer."""
 SWAPPED_LINEAR = _one(lambda x: _swap_halves(x).T, lambda x: _swap_halves(x.T))
-"""A modulation whose shift and scale come in the other order."""
+"""The weight of a modulation whose shift and scale come in the other order."""
 SWAPPED = _one(_swap_halves, _swap_halves)
-"""The bias of such a modulation."""
+"""The bias of a modulation whose shift and scale come in the other order."""
 
 
 class Rule(NamedTuple):
-    """One row. `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out.
+    """One row of a name table.
 
-    `source` is one pattern, or several by which the same tensor may go: the first that a checkpoint has is read, and
-    the others, if it has them too, have to hold the same numbers. The first is the one written back.
+    `targets` is one pattern or a tuple of patterns; an empty tuple marks a redundant tensor to leave out. `source` is
+    one pattern, or several patterns for names of the same tensor. Of these the first that a checkpoint has is read. If
+    the checkpoint has others too, their tensors must hold the same numbers. The first pattern is used for writing.
     """
 
     source: str | tuple[str, ...]
@@ -99,9 +100,9 @@ class Rule(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """One tensor of a particular checkpoint: where it goes and how.
+    """One tensor of a particular checkpoint, the parameters that it fills, and the change of layout.
 
-    `again` are other names under which the checkpoint has the same tensor.
+    `again` holds other names under which the checkpoint has the same tensor.
     """
 
     source: str
@@ -116,14 +117,17 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def parameter_shapes(model: Layered) -> dict[str, Shape]:
-    """Our per-layer name of every parameter of `model` (which may be abstract), with one layer's shape."""
+    """Returns the shape of every parameter of `model`, which may be abstract, by our per-layer name.
+
+    The shape of a stacked parameter is that of one layer.
+    """
     shapes = {path: tuple(variable.get_value().shape) for path, variable in parameters(model).items()}
     places = layer_parameters(model).items()
     return {name: shapes[path] if row is None else shapes[path][1:] for name, (path, row) in places}
 
 
 def parameters(model: Layered) -> dict[str, nnx.Variable]:
-    """The variables of a model by their dotted path; layers lie stacked."""
+    """Returns the variables of a model by their dotted paths; layers are stacked."""
     return {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(nnx.state(model))}
 
 
@@ -135,16 +139,16 @@ def assign(
     prefix: str = "",
     dtypes: Mapping[str, np.dtype] | None = None,
 ) -> list[Assignment]:
-    """Match every tensor of a checkpoint with the parameters it fills, in the checkpoint's order.
+    """Matches every tensor of a checkpoint with the parameters that it fills, in the checkpoint's order.
 
     Args:
-      what: the checkpoint, in messages.
-      prefix: what stands before every tensor's name in the checkpoint's files: messages have it, `sources` do not.
-      dtypes: of the checkpoint's tensors, if they are to be checked: what fills a parameter is a floating-point number.
+      what: the checkpoint's name in messages.
+      prefix: prefix of every tensor's name in the checkpoint's files. Messages show it; `sources` do not have it.
+      dtypes: dtypes of the checkpoint's tensors. If given, tensors that fill parameters must be floating-point.
 
-    Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all,
-    or when a shape or a dtype is wrong: in one sentence if the surplus names tell why, otherwise with a bounded listing
-    of everything wrong, under the checkpoint's own names.
+    Raises NameTableError when a tensor matches no row or several, when a parameter is filled twice or not at all, or
+    when a shape or a dtype is wrong. The message is one sentence if the surplus names show the cause. Otherwise it
+    lists what is wrong, a bounded number of lines, under the checkpoint's own names.
     """
     rules = list(rules)
     compiled = [(_regex(name), rank, rule) for rule in rules for rank, name in enumerate(rule.source_names)]
@@ -176,7 +180,7 @@ def assign(
         if dtypes is not None and not is_weight(dtypes[source]):
             integers.append(f"{prefix}{source} {list(shape)} {dtypes[source]}")
         ranked.append((rank, Assignment(source, targets, rule.transform)))
-    # Of several names for one tensor the lowest rank present wins: it comes last here.
+    # Of several names for one tensor the lowest rank wins: it comes last here and overwrites the others.
     best = {a.targets: rank for rank, a in sorted(ranked, key=lambda pair: -pair[0])}
     again: dict[tuple[str, ...], tuple[str, ...]] = {}
     for rank, assignment in ranked:
@@ -202,9 +206,9 @@ def assign(
 
 
 def _missing(rules: Iterable[Rule], unfilled: Mapping[str, Shape], prefix: str) -> list[str]:
-    """What is to be said of parameters that no tensor fills: the tensors that would, or ours where no row has one."""
+    """Returns a message for each parameter that no tensor fills, with PyTorch's name, or ours if no row has one."""
     rows, uncovered = _rows_back(rules, unfilled)
-    # Of parameters that share a tensor with one that is filled, only our own names can be told.
+    # A parameter can share its tensor with one that is filled. Then no row is left for it, and only our name is known.
     lines = [
         f"missing tensor {prefix}{row.source} {_torch_shape(row.transform, [unfilled[name] for name in row.targets])}"
         for row in rows
@@ -217,9 +221,9 @@ def _torch_shape(transform: Transform, shapes: Iterable[Shape]) -> list[int]:
 
 
 def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]:
-    """The same the other way: which PyTorch tensors hold our parameters `names`, each exactly once.
+    """Returns the PyTorch tensors that hold our parameters `names`, each parameter exactly once.
 
-    Raises NameTableError listing every name that no row covers.
+    Raises a NameTableError that lists the names that no row covers.
     """
     assignments, left = _rows_back(rules, names)
     if left:
@@ -228,7 +232,7 @@ def assign_back(rules: Iterable[Rule], names: Iterable[str]) -> list[Assignment]
 
 
 def _rows_back(rules: Iterable[Rule], names: Iterable[str]) -> tuple[list[Assignment], list[str]]:
-    """The PyTorch tensors that hold our parameters `names`, each in one, and the names that no row covers."""
+    """Returns the PyTorch tensors that hold our parameters `names`, each once, and the names that no row covers."""
     left = dict.fromkeys(names)
     assignments: list[Assignment] = []
     for rule in rules:

@@ -1,17 +1,17 @@
-"""How far a long job is: the callbacks that hear of it."""
+"""Callbacks that report the progress of a long job."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 OnBytes = Callable[[int, int], None]
-"""Receives the number of bytes that are done, and how many there are."""
+"""Receives the number of bytes that are done, and the number in all."""
 OnStage = Callable[[str], None]
-"""Receives what is being done now."""
+"""Receives a description of the current stage."""
 
 
 def counter(on_progress: OnBytes, total: int) -> Callable[[int], None]:
-    """Adds up pieces: what it returns takes the bytes of each, and `on_progress` receives their sum, from 0 on."""
+    """Returns a function that takes the bytes of each piece and passes their sum, from 0 on, to `on_progress`."""
     done = 0
 
     def advance(count: int) -> None:

@@ -1,4 +1,4 @@
-"""What reading a checkpoint gives, whatever its format: configurations, and parameters under our names."""
+"""An opened checkpoint of any format: configurations, and parameters under our names."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 
 
 PART_SIZE = 1 << 26
-"""Numbers in one part of a checkpoint: 128 MB of 16-bit ones, so that a few parts in memory do not matter."""
+"""Most numbers in one part of a checkpoint: 128 MB in 16 bits, so that a few parts in memory do not matter."""
 
 Layout = dict[str, tuple[Shape, np.dtype]]
-"""Our per-layer name of each parameter: its shape and dtype."""
+"""Shape and dtype of each parameter, by our per-layer name."""
 
 
 @runtime_checkable
 class ComponentReader(Protocol):
-    """The parameters of one component under our per-layer names, one at a time."""
+    """Reads the parameters of one component under our per-layer names, one at a time."""
 
     name: str
     config: dict[str, Any]
 
     def layout(self) -> Layout:
-        """Every parameter, in the order in which `parameters` yields them."""
+        """Returns shape and dtype of every parameter, in the order in which `parameters` yields them."""
         ...
 
     def check(self) -> None:
-        """Raise CheckpointError listing whatever is missing, surplus or of a wrong shape; no numbers are read."""
+        """Raises a CheckpointError that lists what is missing, surplus or of a wrong shape; no numbers are read."""
         ...
 
     def parameters(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Each wanted parameter (default: all) once, layer by layer; what is not wanted is not read."""
+        """Yields each wanted parameter (default: all) once, layer by layer. The other parameters are not read."""
         ...
 
 
@@ -77,24 +77,27 @@ class Source:
 
     @cached_property
     def parsed(self) -> dict[str, Any]:
-        """Typed configurations, such as a `CLIPTextConfig`. Raises CheckpointError for a damaged one."""
+        """Typed configurations by component, such as a `CLIPTextConfig`. Raises CheckpointError if one is damaged."""
         return {name: parse_config(name, config) for name, config in self.configs.items()}
 
     @property
     def expert_block(self) -> int | None:
-        """The block whose attention segments best, or None if nobody has said."""
+        """The block whose attention segments best, or None if it is not known."""
         if self.recorded_expert is not None or "transformer" not in self.configs:
             return self.recorded_expert
         return expert_block(self.configs["transformer"])
 
     @property
     def expert_step(self) -> int:
-        """The noise level at which that block segments best, counted from the clean end of 28."""
+        """The noise level at which the expert block segments best, counted from the clean end of 28."""
         return expert_step(self.configs.get("transformer", {}))
 
     @property
     def schedule(self) -> FlowSchedule:
-        """Raises CheckpointError for a scheduler that is not SD3's kind, or whose class the two files disagree on."""
+        """The noise schedule.
+
+        Raises CheckpointError for a scheduler that is not SD3's kind, or if the two files name different classes of it.
+        """
         named, indexed = self.scheduler.get("_class_name"), self.model_index.get("scheduler", [None])[-1]
         if named is not None and indexed is not None and named != indexed:
             raise CheckpointError(
@@ -113,12 +116,12 @@ class Source:
 
     def copy_tokenizers_and_scheduler(self, directory: Path) -> None:
         for name, folder in self.tokenizers.items():
-            shutil.copytree(folder, directory / name)  # the Hub's cache holds links: what they point to is copied
+            shutil.copytree(folder, directory / name)  # the Hub's cache holds links: copies what they point to
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler, indent=2))
 
     def component(self, name: str) -> ComponentReader:
-        """Raises CheckpointError when the checkpoint has no such component or its files are damaged."""
+        """Opens a component. Raises CheckpointError when the checkpoint does not have it or its files are damaged."""
         if name not in self.configs:
             raise CheckpointError(f"{self.origin} has no {name}; it has {', '.join(self.configs)}")
         return self.open(name)
@@ -128,8 +131,8 @@ class Source:
 class TorchComponent:
     """A component whose tensors lie in safetensors or GGUF files, under PyTorch's names or llama.cpp's.
 
-    `where` names the files in messages, and `prefix` is what stands in them before each tensor's name; `once` says that
-    they will not be read again soon.
+    `where` names the files in messages. `prefix` stands before each tensor's name in the files. `once` says that the
+    files will not be read again soon.
     """
 
     name: str
@@ -142,7 +145,10 @@ class TorchComponent:
     _assignments: list[Assignment] | None = None
 
     def check(self) -> None:
-        """Of a parameter that is there twice, and of no other, the numbers are read."""
+        """Raises CheckpointError as `ComponentReader.check` does, and when two copies of one parameter differ.
+
+        Numbers are read only of parameters that are there twice.
+        """
         for assignment in self.assignments():
             for name in assignment.again:
                 first, second = (self.tensors[each].read() for each in (assignment.source, name))
@@ -154,7 +160,7 @@ class TorchComponent:
                     )
 
     def assignments(self) -> list[Assignment]:
-        """What goes where, layer by layer in the order of the model."""
+        """Returns the parameters that each tensor fills, layer by layer in the order of the model."""
         if self._assignments is None:
             config = parse_config(self.name, self.config)
             check_depth(self.name, config, self.tensors, self.where)
@@ -193,17 +199,20 @@ class TorchComponent:
 
 
 def _widened(dtype: np.dtype) -> np.dtype:
-    """bfloat16 for 8-bit floats, which nothing here computes in and which it holds exactly; else `dtype`."""
+    """Returns bfloat16 for an 8-bit float dtype, otherwise `dtype`.
+
+    Nothing here computes in 8-bit floats, and bfloat16 holds them exactly.
+    """
     return np.dtype("bfloat16") if dtype in FLOAT8 else dtype
 
 
 def nbytes(component: ComponentReader, dtype: np.dtype | None = None) -> int:
-    """Size of a component's parameters, once in `dtype` (default: each in its own)."""
+    """Returns the bytes of a component's parameters in `dtype` (default: each in its own)."""
     return sum(math.prod(shape) * (dtype or own).itemsize for shape, own in component.layout().values())
 
 
 def usual_dtype(component: ComponentReader) -> np.dtype:
-    """The dtype of most of a component's numbers."""
+    """Returns the dtype of most of a component's numbers."""
     count: Counter[np.dtype] = Counter()
     for shape, dtype in component.layout().values():
         count[dtype] += math.prod(shape)
@@ -211,9 +220,10 @@ def usual_dtype(component: ComponentReader) -> np.dtype:
 
 
 def part_of(model: Layered) -> dict[str, str]:
-    """Every parameter's part of the checkpoint, of at most PART_SIZE numbers if it is not a single parameter.
+    """Returns the part of the checkpoint that each parameter belongs to.
 
-    A part is a layer, as in `blocks.7`, or `base`; of a large one the further pieces are `blocks.7-1`, `blocks.7-2`.
+    A part is a layer, as in `blocks.7`, or `base`, which holds all else. Each part has at most PART_SIZE numbers,
+    unless it is a single parameter. The further pieces of a large layer are `blocks.7-1`, `blocks.7-2`.
     """
     layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}
     parts: dict[str, str] = {}

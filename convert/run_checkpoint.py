@@ -1,10 +1,10 @@
-"""What a training run's checkpoint says beside its arrays, and whether all of it is what was written.
+"""Reads and checks the records of a training run's checkpoint, and checks its arrays by their checksums.
 
-<step>/state       arrays (Orbax, whose own checks cover their index and not their numbers)
-<step>/checksums   of every array, and of each record below
-<step>/data        how many batches came before
+<step>/state       the arrays, written by Orbax, whose own checks cover their index and not their numbers
+<step>/checksums   checksums of every array, and of each record below
+<step>/data        the number of batches before this checkpoint
 <step>/config      the resolved configuration
-<step>/metrics     of the evaluation after that step, if there was one
+<step>/metrics     the metrics of the evaluation at this checkpoint, if there was one
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seg4diff_jax.convert.files import cut, quoted, read_json
 
 STATE, CHECKSUMS, DATA, CONFIG, METRICS = "state", "checksums", "data", "config", "metrics"
 NOTES = "_CHECKPOINT_METADATA"
-"""Orbax's own, of versions and times; it reads checkpoints that have none."""
+"""Orbax's own file of versions and times. Orbax also reads checkpoints without it."""
 NOTED: dict[str, type | tuple[type, ...]] = {
     "item_handlers": (dict, str),
     "metrics": dict,
@@ -32,16 +32,16 @@ NOTED: dict[str, type | tuple[type, ...]] = {
     "commit_timestamp_nsecs": int,
     "custom_metadata": dict,
 }
-"""What Orbax wants each of them to be, or null."""
+"""Types that Orbax expects of the values in NOTES; each may also be null."""
 
 
 def checksums_to_keep(state: Any, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """What `CHECKSUMS` holds. Of arrays that lie with several processes all of these must ask for it together."""
+    """Returns what `CHECKSUMS` holds. If several processes hold the arrays, all of them must call this together."""
     return {"arrays": checksums(state), "records": {name: _checksum(values) for name, values in records.items()}}
 
 
 def read_record(checkpoint: Path, name: str) -> dict[str, Any]:
-    """`DATA`, `CONFIG` or `METRICS` of a checkpoint. Raises CheckpointError when it is absent or damaged."""
+    """Returns `DATA`, `CONFIG` or `METRICS` of a checkpoint. Raises CheckpointError if it is absent or damaged."""
     file = _file(checkpoint, name)
     found = read_json(file, finite=name != METRICS)
     kept = _kept(checkpoint)
@@ -51,12 +51,12 @@ def read_record(checkpoint: Path, name: str) -> dict[str, Any]:
 
 
 def has_record(checkpoint: Path, name: str) -> bool:
-    """Whether there is one, sound or not."""
+    """Whether a checkpoint has this record, sound or damaged."""
     return os.path.lexists(checkpoint / name)
 
 
 def check_notes(checkpoint: Path) -> None:
-    """Raise CheckpointError when a checkpoint's `NOTES` are there and damaged."""
+    """Raises CheckpointError when a checkpoint has `NOTES` and they are damaged."""
     file = checkpoint / NOTES
     if not os.path.lexists(file):
         return
@@ -66,13 +66,13 @@ def check_notes(checkpoint: Path) -> None:
 
 
 def check_arrays(checkpoint: Path, arrays: Any, *, below: str = "") -> bool:
-    """Whether the checkpoint has checksums, which are then those of the arrays.
+    """Compares arrays with the checkpoint's checksums. Returns False if the checkpoint has none.
 
     Args:
-      arrays: the whole state, or what is `below` a name of it.
+      arrays: the whole state, or the arrays whose names begin with `below`, without that beginning.
 
     Raises:
-      CheckpointError: arrays are not what was written; all are named.
+      CheckpointError: arrays are not what was written; the message names the first five.
     """
     kept = _kept(checkpoint)
     if kept is None:
@@ -89,7 +89,7 @@ def check_arrays(checkpoint: Path, arrays: Any, *, below: str = "") -> bool:
 
 
 def add_metrics(checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    """Those of an evaluation that came later. Whatever stops this, the checkpoint has all of them or none."""
+    """Adds the metrics of a later evaluation. Whatever interrupts this, the checkpoint has all of them or none."""
     kept = _kept(checkpoint)
     if kept is not None:
         kept["records"][METRICS] = _checksum(metrics)
@@ -101,15 +101,16 @@ def add_metrics(checkpoint: Path, metrics: Mapping[str, float]) -> None:
 
 
 def score(checkpoint: Path, metric: str) -> float | None:
-    """Of its evaluation; None where it was not evaluated, or the score is no finite number: such a one is never best.
+    """Returns one metric of a checkpoint's evaluation.
 
-    Raises CheckpointError when what is recorded of it is damaged.
+    Returns None if there was no evaluation or the metric is not finite; such a checkpoint is never the best. Raises
+    CheckpointError when the record is damaged.
     """
     return finite(read_record(checkpoint, METRICS), metric) if has_record(checkpoint, METRICS) else None
 
 
 def finite(metrics: Mapping[str, Any] | None, metric: str) -> float | None:
-    """A metric where there is one and it is a finite number."""
+    """Returns a metric if it is there and is a finite number; otherwise None."""
     value = (metrics or {}).get(metric)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return None
@@ -127,7 +128,7 @@ def _file(checkpoint: Path, name: str) -> Path:
 
 
 def _kept(checkpoint: Path) -> dict[str, dict[str, str]] | None:
-    """None of a checkpoint of before there were any."""
+    """Returns a checkpoint's checksums; None for a checkpoint from before there were any."""
     file = _file(checkpoint, CHECKSUMS)
     if not file.parent.is_dir():
         return None
@@ -140,6 +141,9 @@ def _kept(checkpoint: Path) -> dict[str, dict[str, str]] | None:
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    """The same of what is written and of what is read back: tuples come back as lists, names of numbers as text."""
+    """Returns a checksum that is the same before writing and after reading.
+
+    JSON turns tuples into lists, and keys that are numbers into text.
+    """
     plain = json.loads(json.dumps(values))
     return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"

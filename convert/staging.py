@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Writes a directory that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from seg4diff_jax.convert.errors import CheckpointError
 
 
 def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
-    """Raise CheckpointError unless `target` may be written.
+    """Raises CheckpointError unless `target` may be written.
 
     Args:
       overwrite: an existing directory may be replaced.
-      marker: a file that says a directory is of the kind that may be: nothing else is ever deleted.
+      marker: a file that shows that a directory may be replaced. Nothing without it is ever deleted.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -28,21 +28,21 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a new target grows and where the one that it replaces waits to be deleted."""
+    """Returns the path at which a new target is written, and the path of the replaced one until it is deleted."""
     return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a directory is what an interrupted run has left, by its name."""
+    """Whether a directory, by its name, was left by an interrupted run."""
     return path.name.startswith(".") and path.name.endswith((".partial", ".replaced"))
 
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `target` that takes its name and place when the block ends without an error.
+    """Yields an empty directory beside `target` that becomes `target` when the block ends without an error.
 
-    Whatever happens, kill -9 and loss of power included, `target` is as it was, or absent, or complete. What an
-    interrupted run has left is removed by the next one.
+    Whatever happens, kill -9 and loss of power included, `target` is as it was, or absent, or complete. The next run
+    removes what an interrupted run has left.
 
     Raises CheckpointError when another process is writing the same target.
     """
@@ -60,7 +60,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _remove(leftover)
         try:
             yield work
-            os.sync()  # one call for thousands of small files, each of whose own would be a disk transaction
+            os.sync()  # one call for thousands of small files: syncing each would cost a disk transaction per file
             if target.exists():
                 target.rename(former)
             work.rename(target)

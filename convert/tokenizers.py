@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizers, held against the text encoders that take their ids."""
+"""Checks a checkpoint's tokenizers against the text encoders that take their ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def check_tokenizers(source: Source) -> None:
-    """Raise CheckpointError when tokenizers of `source`, which need not be all, are damaged or do not fit."""
+    """Raises CheckpointError when tokenizers of `source` are damaged or do not fit. Some may be absent."""
     if {"tokenizer", "tokenizer_2"} <= source.tokenizers.keys():
         open_tokenizers(source, t5="tokenizer_3" in source.tokenizers)
         return
@@ -30,10 +30,10 @@ def check_tokenizers(source: Source) -> None:
 
 
 def open_tokenizers(source: Source, *, t5: bool) -> Tokenizers:
-    """The tokenizers of `source`; `t5`: T5's too.
+    """Returns the tokenizers of `source`, with T5's if `t5` is True.
 
-    Raises CheckpointError when they are damaged or do not fit the text encoders: JAX would read past the end of an
-    embedding without a word.
+    Raises CheckpointError when they are damaged or do not fit the text encoders. Without this check JAX would read past
+    the end of an embedding without an error.
     """
     _check_json(source)
     try:
@@ -69,7 +69,10 @@ def _check_json(source: Source) -> None:
 
 
 def _unmerged(folder: Path, special: Collection[str]) -> str | None:
-    """What is wrong with `merges.txt`: without the merge that makes a word, the word is spelt, and nothing is said."""
+    """Returns what is wrong with `merges.txt`, or None.
+
+    A word without the merge that makes it would be split into smaller tokens, without an error.
+    """
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocabulary.is_file() or not merges.is_file():
         return None

@@ -1,4 +1,4 @@
-"""A model in memory becomes a component of a diffusers checkpoint: `config.json` and safetensors, PyTorch's names."""
+"""Writes a model in memory as a component of a diffusers checkpoint: `config.json` and safetensors, PyTorch's names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seg4diff_jax.models.stacked_layers import Layered, layer_parameters
 
 
 def layer_arrays(model: Layered) -> dict[str, np.ndarray]:
-    """Every parameter under our per-layer name, on the host: what `convert.assemble.assemble` takes."""
+    """Returns every parameter by our per-layer name, on the host, as `convert.assemble.assemble` takes them."""
     arrays = {path: jax.device_get(variable.get_value()) for path, variable in parameters(model).items()}
     return {
         name: arrays[path] if row is None else arrays[path][row]
@@ -30,7 +30,7 @@ def layer_arrays(model: Layered) -> dict[str, np.ndarray]:
 def write_model(
     folder: Path, weights: str, config: Mapping[str, Any], model: Layered, rules: Iterable[Rule], dtype: Any
 ) -> None:
-    """Write `config.json` and `<weights>.safetensors` into a new folder.
+    """Writes `config.json` and `<weights>.safetensors` into a new folder.
 
     Raises NameTableError when a parameter has no name in PyTorch.
     """
@@ -46,10 +46,10 @@ def write_model(
 
 
 def write_component(directory: Path, name: str, config: Mapping[str, Any], model: Layered, dtype: Any) -> None:
-    """Write one of `convert.components.COMPONENTS` into a checkpoint's directory.
+    """Writes one of `convert.components.COMPONENTS` into a checkpoint's directory.
 
     Args:
-      config: as diffusers or transformers write it.
+      config: the configuration as diffusers or transformers write it.
     """
     component = COMPONENTS[name]
     rules = component.rules["diffusers"](parse_config(name, dict(config)))
@@ -57,7 +57,7 @@ def write_component(directory: Path, name: str, config: Mapping[str, Any], model
 
 
 def write_index(directory: Path, scheduler: Mapping[str, Any] | None = None) -> None:
-    """Finish a checkpoint's directory: the scheduler, if given, and the index of the components that are there."""
+    """Finishes a checkpoint's directory: writes the scheduler, if given, and the index of its components."""
     if scheduler is not None:
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(
