@@ -1,1 +1,1 @@
-"""Which PyTorch tensor is which of ours: one file per model, read in both directions."""
+"""Name tables between PyTorch's tensors and our parameters: one file per model, used in both directions."""

@@ -1,6 +1,7 @@
-"""CLIP's text tower: transformers' CLIPTextModelWithProjection, and Stability's single files.
+"""Name tables of CLIP's text tower: transformers' CLIPTextModelWithProjection, and Stability's single files.
 
-Their `text_encoders.clip_l.transformer.` and `text_encoders.clip_g.transformer.` parts keep transformers' names.
+The parts `text_encoders.clip_l.transformer.` and `text_encoders.clip_g.transformer.` of single files keep transformers'
+names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def _with_identity(scale: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _without_identity(arrays: Sequence[np.ndarray]) -> np.ndarray:
     scale, projection = arrays
-    # All zeros is no projection: then only the shape is asked for.
+    # All zeros is no projection: the caller asks for the shape only.
     if projection.any() and not np.array_equal(projection, np.eye(*projection.shape)):
         raise NameTableError(
             "text_projection.weight of CLIP-L is not the identity, and single files have no place for another: "
@@ -29,7 +30,7 @@ def _without_identity(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 SCALE_AND_IDENTITY = Transform(_with_identity, _without_identity)
-"""A norm's scale, from whose length an identity projection is made beside it."""
+"""Copies a norm's scale, and makes an identity projection of the same width beside it."""
 
 
 def linear(source: str, target: str) -> list[Rule]:
@@ -41,7 +42,7 @@ def norm(source: str, target: str) -> list[Rule]:
 
 
 def encoder(tower: str) -> list[Rule]:
-    """The layers of either tower, `text_model` or `vision_model`."""
+    """Returns the rows of the layers of either tower, `text_model` or `vision_model`."""
     layer, block = f"{tower}.encoder.layers.{{i}}", "blocks.{i}"
     return [
         *norm(f"{layer}.layer_norm1", f"{block}.attention_norm"),
@@ -56,14 +57,14 @@ def encoder(tower: str) -> list[Rule]:
 
 
 def _tower() -> list[Rule]:
-    """All but the final norm's scale and the projection."""
+    """Returns the rows of the text tower, without the final norm's scale and the projection."""
     return [
         Rule("text_model.embeddings.token_embedding.weight", "token_embedding.embedding"),
         Rule("text_model.embeddings.position_embedding.weight", "position_embedding.embedding"),
         Rule("text_model.embeddings.position_ids", ()),
         *encoder("text_model"),
         Rule("text_model.final_layer_norm.bias", "final_norm.bias"),
-        Rule("vision_model.{rest}", ()),  # of the whole CLIP, of which transformers takes the text tower
+        Rule("vision_model.{rest}", ()),  # in files of a whole CLIP, of which only the text tower is read
         Rule("visual_projection.weight", ()),
         Rule("logit_scale", ()),
     ]
@@ -78,9 +79,10 @@ def diffusers(config: CLIPTextConfig) -> list[Rule]:
 
 
 def stability(config: CLIPTextConfig) -> list[Rule]:
-    """In a single file OpenAI's tower (the one with quick_gelu) is not projected, even if it brings a projection.
+    """Returns the rows for single files, in which OpenAI's tower (the one with quick_gelu) is not projected.
 
-    Stability's own code reads its pooled state before the projection, and diffusers puts the identity in its place.
+    Its projection is the identity, even if the file holds another one. Stability's own code reads the pooled state
+    before the projection, and diffusers puts the identity in the projection's place.
     """
     if config.hidden_act != "quick_gelu":
         return diffusers(config)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower: transformers' CLIPVisionModelWithProjection."""
+"""Name table of CLIP's vision tower: transformers' CLIPVisionModelWithProjection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MM-DiT: diffusers' SD3Transformer2DModel, and the `model.diffusion_model.` part of Stability's single files."""
+"""Name tables of MM-DiT: diffusers' SD3Transformer2DModel, and `model.diffusion_model.` in Stability's single files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from seg4diff_jax.models.sd3.model import MMDiTConfig
 
 
 def _table(size: int) -> Transform:
-    """The positional table: [1, rows * columns, width] to [rows, columns, width]."""
+    """Returns the transform of the positional table: [1, rows * columns, width] to [rows, columns, width]."""
     return Transform(
         lambda tensor: (tensor.reshape(size, size, -1) if tensor.ndim == 3 and tensor.shape[1] == size**2 else tensor,),
         lambda arrays: np.reshape(arrays[0], (1, size**2, -1)),
@@ -17,7 +17,7 @@ def _table(size: int) -> Transform:
 
 
 def _linear(source: str, target: str | tuple[str, ...], swapped: bool = False) -> list[Rule]:
-    """A linear layer's weight and bias, fused along the outputs if there are several targets."""
+    """Returns the rows of a linear layer's weight and bias; several targets are fused along the outputs."""
     names = (target,) if isinstance(target, str) else target
     parts = len(names)
     kernel, bias = (SWAPPED_LINEAR, SWAPPED) if swapped else (LINEAR, COPY)

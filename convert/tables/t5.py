@@ -1,4 +1,4 @@
-"""T5's encoder: transformers' T5EncoderModel, Stability's single files, and llama.cpp's GGUF files.
+"""Name tables of T5's encoder: transformers' T5EncoderModel, Stability's single files, and llama.cpp's GGUF files.
 
 The `text_encoders.t5xxl.transformer.` part of single files keeps transformers' names.
 """
@@ -12,8 +12,8 @@ from seg4diff_jax.models.t5 import T5Config
 def diffusers(config: T5Config) -> list[Rule]:
     layer, block = "encoder.block.{i}.layer", "blocks.{i}"
     return [
-        # One matrix under two names. transformers saves the first alone; single files carry both, or either. Where they
-        # differ transformers 5.24 computes with the second: they are refused.
+        # One matrix has two names. transformers saves the first alone; single files have both, or either. If the two
+        # differ, transformers 5.24 computes with the second. Such files are refused.
         Rule(("shared.weight", "encoder.embed_tokens.weight"), "token_embedding.embedding"),
         Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "position_bias.embedding"),
         Rule(f"{layer}.0.layer_norm.weight", f"{block}.attention_norm.scale"),
@@ -24,7 +24,7 @@ def diffusers(config: T5Config) -> list[Rule]:
         Rule(f"{layer}.1.DenseReluDense.wi_1.weight", f"{block}.up.kernel", LINEAR),
         Rule(f"{layer}.1.DenseReluDense.wo.weight", f"{block}.down.kernel", LINEAR),
         Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
-        Rule("decoder.{rest}", ()),  # of the whole T5, of which transformers takes the encoder
+        Rule("decoder.{rest}", ()),  # in files of a whole T5, of which only the encoder is read
         Rule("lm_head.weight", ()),
     ]
 

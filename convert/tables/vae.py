@@ -1,4 +1,4 @@
-"""AutoencoderKL: diffusers' names and those of Stability's single file (without its `first_stage_model.`).
+"""Name tables of AutoencoderKL: diffusers' names, and those after `first_stage_model.` in Stability's single files.
 
 Stability numbers the decoder's levels from fine to coarse; diffusers and we number them in the order in which they run.
 """
@@ -10,7 +10,7 @@ from seg4diff_jax.models.vae import VAEConfig
 
 
 def diffusers(config: VAEConfig) -> list[Rule]:
-    """Names in diffusers' `vae/diffusion_pytorch_model.safetensors`."""
+    """Returns the rows for diffusers' `vae/diffusion_pytorch_model.safetensors`."""
     return [
         *_layer("encoder.conv_in", "encoder.conv_in", CONV),
         *_block("encoder.down_blocks.{i}.resnets.{j}", "encoder.levels.{i}.blocks.{j}", shortcut="conv_shortcut"),
@@ -30,7 +30,7 @@ def diffusers(config: VAEConfig) -> list[Rule]:
 
 
 def stability(config: VAEConfig) -> list[Rule]:
-    """Names in Stability's `sd3_medium.safetensors` and its like, after `first_stage_model.`."""
+    """Returns the rows for Stability's `sd3_medium.safetensors` and similar files, after `first_stage_model.`."""
     rows = [
         *_layer("encoder.conv_in", "encoder.conv_in", CONV),
         *_block("encoder.down.{i}.block.{j}", "encoder.levels.{i}.blocks.{j}", shortcut="nin_shortcut"),
