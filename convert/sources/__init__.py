@@ -1,1 +1,1 @@
-"""Checkpoints in all their forms, opened."""
+"""Opens checkpoints of every format."""

@@ -1,21 +1,25 @@
-"""What a file is by its first bytes, since suffixes say anything: `.sft`, none, or another format's."""
+"""Recognises the format of a weight file by its first bytes: its suffix may be `.sft`, absent, or another format's."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Container = Literal["safetensors", "gguf", "torch", "zip", "pointer"]
-"""`torch`: of torch.save, a zip with a pickle in it, formerly a bare pickle. `zip`: any other. `pointer`: git-lfs'."""
+"""The kinds of files that are recognised.
+
+`torch` is a file of torch.save: a zip with a pickle in it, formerly a bare pickle. `zip` is any other zip. `pointer` is
+git-lfs's pointer to a file.
+"""
 
 HEAD = 512
-"""Bytes from which containers are told: a zip of torch.save begins with its pickle, whose name lies here."""
+"""Bytes that show the container: a zip of torch.save begins with its pickle, whose name lies in these bytes."""
 
 SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".sft": "safetensors", ".gguf": "gguf"}
-"""By which files of weights are found in directories, and what damaged ones were meant to be."""
+"""Suffixes by which weight files are found in directories, and the container that a damaged file was meant to be."""
 
 
 def container_of(head: bytes) -> Container | None:
-    """The container of a file with these first `HEAD` bytes; None for all others."""
+    """Returns the container of a file from its first `HEAD` bytes; None if it is not known."""
     if head[8:9] == b"{":  # after the header's length, which may begin with any byte
         return "safetensors"
     if head.startswith(b"GGUF"):
@@ -35,4 +39,4 @@ NO_SAFETENSORS: dict[Container | None, str] = {
     "`hf download`",
     "gguf": "a GGUF file, and only safetensors is read here: fetch the weights as safetensors",
 }
-"""What a file is that is no safetensors file, and what to do."""
+"""For each container that is not read as safetensors: what the file is, and what to do."""

@@ -1,4 +1,4 @@
-"""A checkpoint in diffusers' layout: `model_index.json` and one folder per component."""
+"""Opens a checkpoint in diffusers' layout: `model_index.json` and one folder per component."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 OF_TRANSFORMERS = "model"
-"""What transformers calls its files of weights."""
+"""Stem of transformers' weight files."""
 SHARD = r"-\d{5}-of-\d{5}"
 
 
 def open_diffusers(
     directory: Path, variant: str | None, origin: str | None = None, components: Collection[str] | None = None
 ) -> Source:
-    """Open a directory in diffusers' layout.
+    """Opens a directory in diffusers' layout.
 
     Args:
-      origin: where it comes from, if it is a download: then what was not fetched may be absent.
-      components: what will be read. Others may be absent though the index names them: many copies lack T5's folder.
-        Default: all that the index names.
+      origin: the place that a download comes from; components that were not fetched may then be absent. Default: none.
+      components: the components that will be read. Others may be absent although the index names them: many copies lack
+        T5's folder. Default: all that the index names.
     """
     index = read_json(directory / "model_index.json", "it marks a diffusers checkpoint")
     check_index(index, str(directory / "model_index.json"))
@@ -56,13 +56,13 @@ def open_diffusers(
 
 
 def _of_text(config: dict[str, Any]) -> dict[str, Any]:
-    """The text tower's part of a whole CLIP's configuration, as transformers takes it; any other as it is."""
+    """Returns the text tower's part of a whole CLIP's configuration, as transformers does; returns others unchanged."""
     text = config.get("text_config")
     return text if config.get("model_type") == "clip" and isinstance(text, dict) else config
 
 
 def component_in(folder: Path) -> str | None:
-    """The component that `save_pretrained` wrote into a folder of its own, as its `config.json` says; None for none."""
+    """Returns the component that `save_pretrained` wrote into a folder, by the folder's `config.json`, or None."""
     if not (folder / "config.json").is_file():
         return None
     kind = read_json(folder / "config.json").get("_class_name")
@@ -70,7 +70,7 @@ def component_in(folder: Path) -> str | None:
 
 
 def open_component_folder(folder: Path, variant: str | None) -> Source:
-    """One component alone, in the folder that `save_pretrained` wrote."""
+    """Opens one component alone, in the folder that `save_pretrained` wrote."""
     name, config = str(component_in(folder)), read_json(folder / "config.json")
     return Source(str(folder), {name: config}, lambda name: _component(name, folder, config, variant))
 
@@ -81,7 +81,7 @@ def _component(name: str, folder: Path, config: dict[str, Any], variant: str | N
 
 
 def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder says of its scheduler, or SD3's where the index names none and there is none."""
+    """Returns the directory's scheduler configuration; SD3's if the index names no scheduler and there is no file."""
     named = index.get("scheduler", [None])[0] is not None
     if named or os.path.lexists(directory / "scheduler" / "scheduler_config.json"):
         return read_scheduler(directory, "model_index.json names a scheduler")
@@ -89,17 +89,18 @@ def _scheduler(directory: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weight_files(names: Collection[str], stem: str, variant: str | None) -> list[str]:
-    """Which of a component's files hold its weights: an index and its shards' pattern is left to the reader.
+    """Chooses the files of a component that hold its weights: one whole file, or shards and their index.
 
-    Where a whole file and shards lie side by side, as after saving twice, the library that loads the component decides:
-    transformers 5.24 takes the whole file, diffusers 0.42 the shards if their index is there.
+    An index is not read here. A whole file and shards can lie side by side, as after saving twice. Then the library
+    that loads the component decides: transformers 5.24 takes the whole file, diffusers 0.42 the shards if their index
+    is there.
 
     Args:
       names: the folder's files.
       stem: `model` (transformers') or `diffusion_pytorch_model` (diffusers').
-      variant: preferred; then the plain files; then whatever single variant there is.
+      variant: the preferred variant. If it is absent, the plain files are taken, or else the only variant there is.
 
-    Returns the names of all shards (or the one file) and, first, of the index if there is one; empty if none fit.
+    Returns the index, if there is one, and the names of all shards; or the one whole file; or nothing if none fits.
     """
     kinds = _variants(names, stem)
     choice = next((key for key in (variant, None) if key in kinds), None)
@@ -114,7 +115,7 @@ def weight_files(names: Collection[str], stem: str, variant: str | None) -> list
 
 
 def _variants(names: Collection[str], stem: str) -> dict[str | None, list[str]]:
-    """A component's files of weights by their variant; None, the plain ones."""
+    """Returns a component's weight files by variant; plain files are under None."""
     kinds: dict[str | None, list[str]] = {}
     for name in sorted(names):
         for pattern in (
@@ -143,7 +144,7 @@ def _read_folder(folder: Path, name: str, variant: str | None) -> dict[str, Stor
 
 
 def no_weights(where: str, present: Collection[str], stem: str) -> CheckpointError:
-    """What is to be said of a component none of whose files can be chosen."""
+    """Returns the error about a component for which no weight file can be chosen."""
     if pickled := sorted(file for file in present if file.endswith((".bin", ".pt", ".pth", ".ckpt"))):
         return CheckpointError(
             f"{where}: {', '.join(pickled)}: pickled weights can run code and are not read; save the model with "
@@ -159,7 +160,7 @@ def no_weights(where: str, present: Collection[str], stem: str) -> CheckpointErr
 
 
 def weight_map_of(index: Path) -> dict[str, str]:
-    """Tensors and the files beside the index that hold them. Raises CheckpointError for a damaged index."""
+    """Returns the file beside the index that holds each tensor. Raises CheckpointError for a damaged index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: expected a weight_map from tensors to files")

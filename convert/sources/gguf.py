@@ -1,6 +1,6 @@
-"""GGUF files: their header is read here, by offset and within bounds; the `gguf` package turns blocks into numbers.
+"""Reads GGUF files. The header is read here, within bounds; the `gguf` package turns blocks into numbers.
 
-That package's own reader maps the whole file and trusts what the file says about itself.
+The package's own reader maps the whole file and trusts what the file says about itself.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md describes the format.
 """
 
@@ -32,30 +32,30 @@ PLAIN: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
-"""Types whose bytes are numbers."""
+"""Types that are stored as plain numbers."""
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-"""Types whose bytes are blocks of small integers with scales: float32 once read."""
+"""Types that are stored as blocks of small integers with scales; they are read as float32."""
 ALIGNMENT = 32
-"""Bytes, unless the file says otherwise."""
+"""Alignment of tensors in bytes, unless the file says otherwise."""
 LARGEST_COUNT = 1 << 16
-"""Tensors, and keys of the metadata."""
+"""Most tensors, and most keys of the metadata."""
 LARGEST_ARRAY = 1 << 20
-"""Entries of an array of the metadata: vocabularies of tokens lie in such."""
+"""Most entries of an array in the metadata; vocabularies of tokens are such arrays."""
 LARGEST_HEADER = 1 << 25
-"""Bytes before the first tensor's."""
+"""Most bytes before the first tensor."""
 LONGEST_NAME = 1 << 16
 LARGEST_RANK = 4
 STRIP = 1 << 22
-"""Numbers that are made of blocks at a time."""
+"""Numbers that are dequantised at a time."""
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-"""Types of the metadata's values."""
+"""Types of metadata values that are no scalars."""
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies, and as what: `type` is ggml's name, `offset` counts bytes from the start of `file`."""
+    """The place and the type of one tensor: `type` is ggml's name, `offset` counts bytes from the start of `file`."""
 
     file: Path
     shape: Shape
@@ -67,7 +67,7 @@ class GGUFTensor:
         return PLAIN.get(self.type, np.dtype(np.float32))
 
     def read(self, *, once: bool = False) -> np.ndarray:
-        """As `convert.sources.stored.StoredTensor` says. Blocks are read and made numbers of a few rows at a time."""
+        """Returns the numbers, as `StoredTensor.read` does. Blocks are read and dequantised a few rows at a time."""
         if self.type in PLAIN:
             count = math.prod(self.shape) * self.dtype.itemsize
             return read_bytes(self.file, self.offset, count, once=once).view(self.dtype).reshape(self.shape)
@@ -87,7 +87,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class _Quantisation:
-    """`block` numbers take `size` bytes; `kind` is what the `gguf` package knows the type as."""
+    """A type of the format: `block` numbers take `size` bytes; `kind` is the type in the `gguf` package."""
 
     kind: Any
     block: int
@@ -109,11 +109,12 @@ def _type_names() -> dict[int, str]:
 
 
 def read_gguf(path: Path) -> tuple[str | None, dict[str, GGUFTensor]]:
-    """What a file calls its architecture (as in `sd3`), and every tensor in the order of its data.
+    """Returns the architecture that a file names (as in `sd3`), and every tensor in the order of the data.
 
     Shapes are PyTorch's: the format has them the other way round.
 
-    Raises CheckpointError naming the file when it is absent, truncated, damaged, or has a type that is not read.
+    Raises CheckpointError, which names the file, when the file is absent, truncated or damaged, or has a type that is
+    not read.
     """
     try:
         with path.open("rb") as file:
@@ -152,7 +153,7 @@ def _read(cursor: _Cursor) -> tuple[str | None, dict[str, GGUFTensor]]:
 
 @dataclass(frozen=True)
 class _Described:
-    """A tensor as the header has it; `offset` counts from the start of the data."""
+    """A tensor as the header describes it; `offset` counts bytes from the start of the data."""
 
     name: str
     shape: Shape
@@ -168,7 +169,7 @@ def _described(cursor: _Cursor) -> _Described:
 
 
 def _placed(cursor: _Cursor, described: list[_Described], alignment: int) -> dict[str, GGUFTensor]:
-    """Tensors with their place in the file. They follow each other without gaps, each aligned, as the format asks."""
+    """Returns tensors with their place in the file. The format asks that they lie aligned and without gaps."""
     path, last, end = cursor.path, 0, 0
     begin = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
@@ -207,7 +208,7 @@ def _placed(cursor: _Cursor, described: list[_Described], alignment: int) -> dic
 
 @dataclass
 class _Cursor:
-    """A place in a file that is read in order, never past its end."""
+    """Reads a file in order, and never past its end."""
 
     path: Path
     file: BinaryIO
@@ -243,7 +244,7 @@ class _Cursor:
             raise CheckpointError(f"{self.path}: corrupt header: {data[:40]!r} is no text; fetch it again") from None
 
     def value(self, kind: int) -> Any:
-        """A value of the metadata; None for an array, which is passed over."""
+        """Returns a value of the metadata; None for an array, which is skipped."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:

@@ -1,4 +1,4 @@
-"""Fetching from the Hugging Face Hub just the files that a job needs."""
+"""Downloads from the Hugging Face Hub only the files that a job needs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".json")
 
 
 def is_repository_id(text: str) -> bool:
-    """Whether a path that is not there may be a Hub id: not if it is a file's, or begins with a directory that is."""
+    """Whether a path that does not exist may be a Hub id.
+
+    A path with a file's suffix, or whose first part is an existing directory, is none.
+    """
     written = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith(".")
     return written and not text.endswith(FILES) and not Path(text.split("/")[0]).exists()
 
 
 def fetch(repository: str, components: list[str], variant: str) -> Path:
-    """Download what `components` need of a diffusers repository and return the folder.
+    """Downloads the files that `components` need from a diffusers repository, and returns the folder.
 
-    Without a network the files of an earlier download are used. Raises CheckpointError.
+    Without a network the files of an earlier download are used. Raises CheckpointError when there are none.
     """
     try:
         return _fetched(repository, components, variant)
@@ -41,7 +44,7 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
     import huggingface_hub
 
     try:
-        # Listing files tries six times, for half a minute, where there is no network; this asks once.
+        # Without a network, listing files tries six times, for half a minute; `model_info` asks once.
         about = _answer_or_reason(repository, lambda: huggingface_hub.HfApi().model_info(repository))
     except CheckpointError as error:
         return _cached(repository, components, variant, error)
@@ -66,7 +69,10 @@ def _fetched(repository: str, components: list[str], variant: str) -> Path:
 
 
 def _cached(repository: str, components: list[str], variant: str, error: CheckpointError) -> Path:
-    """An earlier download that holds what `components` need. Raises `error`, saying what there is, if none does."""
+    """Returns the folder of an earlier download that holds what `components` need.
+
+    Raises `error` if there is no earlier download, and an error that also says what is absent if one is incomplete.
+    """
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -87,13 +93,13 @@ def _cached(repository: str, components: list[str], variant: str, error: Checkpo
 
 
 def _is_complete(folder: Path, weights: str, variant: str) -> bool:
-    """Whether a component's configuration and weights are there; missing shards are named by whoever reads them."""
+    """Whether a component's configuration and weights are there. Absent shards are found later, when they are read."""
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return "config.json" in files and bool(weight_files(files, weights, variant))
 
 
 def fetch_tokenizers(components: list[str]) -> Path:
-    """The published tokenizers, for checkpoints that come without. Raises CheckpointError."""
+    """Downloads the published tokenizers and returns the folder. Raises CheckpointError when this fails."""
     import huggingface_hub
 
     names = tokenizers_of(components)
@@ -115,9 +121,9 @@ def fetch_tokenizers(components: list[str]) -> Path:
 
 
 def needed_files(files: list[str], components: list[str], variant: str) -> list[str]:
-    """Of a repository's files: the index, and each component's configuration, weights (one variant) and tokenizer.
+    """Chooses a repository's index, scheduler, and each component's configuration, weights (one variant) and tokenizer.
 
-    Of a component in shards its index says which they are; those that are named as usual are listed.
+    Of a component in shards only the shards with usual names are chosen; the index says which shards there are.
     """
     whole = {"scheduler", *tokenizers_of(components)}
     needed = [file for file in files if file == "model_index.json" or file.split("/")[0] in whole]
@@ -133,7 +139,7 @@ def _inside(folder: str, files: list[str]) -> set[str]:
 
 
 def _answer_or_reason(repository: str, request: Callable[[], Result]) -> Result:
-    """The request's result, or one sentence about why there is none."""
+    """Returns the request's result. Raises CheckpointError, which says in one sentence why there is none."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

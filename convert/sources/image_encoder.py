@@ -1,4 +1,4 @@
-"""CLIP's vision tower from a folder as transformers writes it. It is no part of SD3: it judges pictures."""
+"""Loads CLIP's vision tower from a folder of transformers. The tower judges pictures, and is no part of SD3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seg4diff_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 
 
 def load_image_encoder(folder: Path, *, dtype: Any) -> CLIPVision:
-    """Read `config.json` and `model.safetensors` of a CLIPVisionModelWithProjection.
+    """Reads `config.json` and `model.safetensors` of a CLIPVisionModelWithProjection.
 
     Raises:
       CheckpointError: a file is absent or damaged, or does not match the configuration.

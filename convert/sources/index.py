@@ -1,4 +1,4 @@
-"""What a checkpoint's index names: its parts in `model_index.json`, and files that stay where they belong."""
+"""Checks what a checkpoint's index names: parts in `model_index.json`, and paths that must stay in the directory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from seg4diff_jax.convert.families import SD3
 from seg4diff_jax.convert.files import quoted, read_json
 
 LONGEST_NAME = 255
-"""Bytes of a file's name that file systems take."""
+"""Most bytes of a file's name that file systems take."""
 MOST_FOLDERS = 8
-"""Parts of a path; files of a checkpoint have four."""
+"""Most parts of a path; files of a checkpoint have four."""
 PARTS = (*COMPONENTS, *tokenizers_of(list(COMPONENTS)), "scheduler")
 
 
 def check_index(index: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for another model's index, or a part not described as a library and a class, or absent."""
+    """Raises CheckpointError for another model's index, or a part that is not [library, class] or [null, null]."""
     unet = index.get("unet")
     if isinstance(unet, list) and any(unet):
         raise CheckpointError(f"{where} names a unet, as of SDXL: expected {SD3.title}")
@@ -36,19 +36,19 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
 
 
 def named_components(index: Mapping[str, Any]) -> list[str]:
-    """The components that a checked index says are there."""
+    """Returns the components that a checked index says are there."""
     return [name for name in COMPONENTS if index.get(name, [None])[0]]
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path can be one of a file, and stays in the directory that it is relative to."""
+    """Whether a path can be a file's, and stays in the directory that it is relative to."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     short = len(parts) <= MOST_FOLDERS and all(len(part.encode("utf-8", "replace")) <= LONGEST_NAME for part in parts)
     return bool(parts) and short and not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
 def read_scheduler(directory: Path, why: str = "") -> dict[str, Any]:
-    """A checkpoint's scheduler as diffusers writes it: DPM-Solver's has an infinite number.
+    """Returns a checkpoint's scheduler configuration. Numbers may be infinite, as diffusers' DPM-Solver has one.
 
     Raises CheckpointError as `read_json` does.
     """

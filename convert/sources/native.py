@@ -1,13 +1,13 @@
-"""The converted format: a folder per component with its `config.json` and its parameters, and a manifest over all.
+"""The converted format: a folder per component with its `config.json` and its parameters, and one manifest.
 
-    DST/manifest.json                     written last; what every other file must hold
-    DST/transformer/config.json           the published form
-    DST/transformer/params/base           an Orbax checkpoint of what belongs to no layer
-    DST/transformer/params/blocks.7       an Orbax checkpoint of one layer; of a large one, more: `blocks.7-1`
+    DST/manifest.json                     written last; names all other files and all parameters, with checksums
+    DST/transformer/config.json           the configuration as published
+    DST/transformer/params/base           an Orbax checkpoint of the parameters that belong to no layer
+    DST/transformer/params/blocks.7       an Orbax checkpoint of one layer; a large one has more: `blocks.7-1`
     DST/tokenizer/...  DST/scheduler/scheduler_config.json
 
-A few layers at a time are in memory in writing, as some wait for the disk while the next is read; in reading it is one.
-Arrays lie uncompressed, one per file: weights hardly compress, and compression would be slower than the disk.
+Writing holds a few layers in memory: some wait for the disk while the next is read. Reading holds one layer. Arrays lie
+uncompressed, one per file: weights hardly compress, and compression would be slower than the disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 FORMAT = "seg4diff-jax checkpoint"
 VERSION = 1
 WRITERS = 2
-"""Parts written at a time: one is copied while another waits for the disk."""
+"""Parts that are written at a time: one is copied while another waits for the disk."""
 LIBRARIES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 Parameters = dict[str, np.ndarray]
@@ -59,12 +59,12 @@ def write_component(
     parameters: Iterable[tuple[str, np.ndarray]],
     written: Callable[[int], None],
 ) -> Records:
-    """Write a component's configuration and parameters; each part as soon as it is complete.
+    """Writes a component's configuration and parameters; each part as soon as it is complete.
 
     Args:
-      part: every parameter's part.
-      parameters: each once, C-ordered, best part by part: incomplete parts wait in memory.
-      written: receives the number of bytes after each part.
+      part: the part that each parameter belongs to.
+      parameters: each parameter once, C-ordered, best part by part: incomplete parts wait in memory.
+      written: receives the number of bytes of each part after it is written.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -90,14 +90,14 @@ def write_component(
 
 
 def _save(folder: Path, waiting: dict[str, Parameters], records: Records) -> int:
-    """Move the part called `folder.name` from memory to the disk. Returns the number of bytes."""
+    """Moves the part called `folder.name` from memory to the disk. Returns the number of bytes."""
     arrays = waiting.pop(folder.name)
     records[folder.name] = {name: _record(array) for name, array in arrays.items()}
     size = sum(array.nbytes for array in arrays.values())
     try:
         with _checkpointer() as checkpointer:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
-    except ValueError as error:  # what TensorStore makes of a full disk
+    except ValueError as error:  # TensorStore's error for a full disk
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return size
 
@@ -107,7 +107,7 @@ def _record(array: np.ndarray) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, source: Source, records: Mapping[str, Records]) -> None:
-    """Copy tokenizers and scheduler, and finish a directory whose components have been written."""
+    """Copies tokenizers and scheduler, and finishes a directory whose components have been written."""
     files: dict[str, str] = {}
     source.copy_tokenizers_and_scheduler(directory)
     for path in sorted(directory.rglob("*")):
@@ -132,9 +132,9 @@ def _digest(path: Path) -> str:
 
 
 def open_native(directory: Path) -> Source:
-    """A converted directory, after checking that every file of its manifest is there and every small file unchanged.
+    """Opens a converted directory, after checking that it has every file of its manifest and no small file has changed.
 
-    Raises CheckpointError listing what is not.
+    Raises a CheckpointError that lists the absent and the changed files.
     """
     manifest = read_json(directory / MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
@@ -171,7 +171,7 @@ def open_native(directory: Path) -> Source:
 
 
 def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing what a manifest of this version lacks or has of another type than it writes."""
+    """Raises a CheckpointError that lists the entries of a manifest that are absent or of a wrong type."""
     objects, again = ("files", "components", "model_index"), "it is damaged: convert the original again"
     problems = [f"{path}: missing {key}; {again}" for key in (*objects, "expert_block") if key not in manifest]
     problems += [
@@ -256,7 +256,7 @@ class NativeComponent:
                         yield name, array
 
     def read_part(self, part: str) -> Parameters:
-        """One part's parameters. Raises CheckpointError when they are not the bytes that were written."""
+        """Returns one part's parameters. Raises CheckpointError when they are not the bytes that were written."""
         folder, records = self.folder / part, self.records[part]
         restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in records}
         try:

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a diffusers directory, a single file, a converted directory or a Hub repository."""
+"""Opens a checkpoint: a diffusers directory, a single file, a converted directory or a Hub repository."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from seg4diff_jax.convert.staging import is_leftover
 
 T5 = SD3.t5
 MINIATURE = Path(str(files("seg4diff_jax.miniature"))) / "checkpoint"
-"""What "miniature" stands for: the small SD3 that comes with this package."""
+"""The directory that "miniature" stands for: the small SD3 that comes with this package."""
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
     f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
@@ -40,7 +40,7 @@ FORMS = (
 
 
 class NothingLacks(CheckpointError):
-    """A second source was given for text encoders, and the first has them all."""
+    """A second source was given for text encoders, but the first source has all of them."""
 
 
 def open_source(
@@ -51,23 +51,23 @@ def open_source(
     variant: str | None = None,
     text_encoders: str | Path | None = None,
 ) -> Source:
-    """Open a checkpoint for reading.
+    """Opens a checkpoint for reading.
 
     Args:
       source: a directory that `python -m convert checkpoint` wrote, a diffusers directory, a single safetensors or GGUF
         file with a transformer in it, a Hub id `organisation/name` of a diffusers repository, or "miniature".
-      components: what will be read, so that nothing else is fetched. Default: all there is; from the Hub all but
+      components: the components that will be read; nothing else is fetched. Default: all there is; from the Hub all but
         `text_encoder_3`, whose T5-XXL is two thirds of the bytes.
       tokenizers: a directory with folders `tokenizer`, `tokenizer_2` and, for T5, `tokenizer_3`; needed for single
         files, which hold none.
-      variant: of the weight files, as in `fp16`; default: the plain files, or else the only variant there is; from
-        the Hub `fp16` where there is one, so that "" asks for the plain files.
-      text_encoders: a second source, for what the first lacks of text encoders, their tokenizers and the VAE: of any of
-        these forms, or a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
-        `t5xxl_fp16.safetensors`, or T5's encoder as GGUF], or one of those files.
+      variant: variant of the weight files, as in `fp16`. Default: the plain files, or else the only variant there is;
+        from the Hub `fp16` if there is one. There "" asks for the plain files.
+      text_encoders: a second source, for the text encoders, tokenizers and VAE that the first source lacks. It has any
+        of the forms of `source`, or is a directory with Stability's `clip_l.safetensors`, `clip_g.safetensors` [,
+        `t5xxl_fp16.safetensors`, or T5's encoder as GGUF], or is one of those files.
 
-    Raises CheckpointError with what was expected, what was found and what to do; NothingLacks, which is one, when
-    `text_encoders` would go unused.
+    Raises CheckpointError, which says what was expected, what was found and what to do. Raises NothingLacks, a kind of
+    CheckpointError, when `text_encoders` would go unused.
     """
     unknown = [name for name in components or () if name not in COMPONENTS]
     if unknown:
@@ -93,7 +93,7 @@ def open_source(
 
 
 def _open(source: str | Path, components: Sequence[str] | None, variant: str | None) -> Source:
-    """All there is of `components` or, of what is here, more. From the Hub nothing else."""
+    """Opens a source. A local one may hold more than `components`; from the Hub nothing else is fetched."""
     path = Path(source).expanduser()
     if str(source) == "miniature":
         path = MINIATURE
@@ -121,7 +121,7 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
 
 
 def _open_text_encoders(source: str | Path, names: list[str], everything: bool, variant: str | None) -> Source:
-    """A second source. `everything`: nobody has named `names`, so that T5 is not worth a download."""
+    """Opens a second source. `everything` means that the user chose no components; then T5 is not downloaded."""
     path = Path(source).expanduser()
     if path.is_dir() and not _is_marked(path) and holds_files(path):
         return open_files(path, names, variant)
@@ -139,7 +139,7 @@ def _check_complete(source: str | Path, opened: Source, wanted: list[str]) -> No
 
 
 def _check_form(path: Path) -> None:
-    """Raise CheckpointError, naming what to give instead, for what is plainly beside or inside a checkpoint."""
+    """Raises CheckpointError, which says what to give instead, for a path that is no checkpoint, or a part of one."""
     if is_leftover(path):
         raise CheckpointError(f"{path} was left by an interrupted conversion; convert the original again")
     above = path.absolute().parent
@@ -161,7 +161,7 @@ def _is_marked(directory: Path) -> bool:
 
 
 def _candidates(directory: Path) -> str:
-    """What a directory that is no checkpoint holds that may be one, or part of one."""
+    """Returns a hint, in parentheses, at what in a directory may be a checkpoint or part of one; "" without any."""
     if kind := _class_in(directory):
         return f" (it is the folder of a {kind})"
     parts = [name for name in COMPONENTS if any((directory / name).glob("*.safetensors"))]
@@ -174,7 +174,7 @@ def _candidates(directory: Path) -> str:
 
 
 def _class_in(folder: Path) -> str | None:
-    """Of what class of diffusers' a folder is, as its configuration says."""
+    """Returns the diffusers class that a folder's configuration names, or None."""
     kind = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
     return kind if isinstance(kind, str) else None
 
@@ -191,9 +191,9 @@ def _only(source: Source, components: Sequence[str]) -> Source:
 
 
 def with_published_tokenizers(source: Source) -> Source:
-    """The source with the tokenizers that its text encoders need and it lacks, as SD3 was published with on the Hub.
+    """Returns the source with all tokenizers that its text encoders need: those that it lacks are SD3's from the Hub.
 
-    Raises CheckpointError when some are lacking and cannot be fetched.
+    Raises CheckpointError when tokenizers are absent and cannot be fetched.
     """
     missing = [name for name in tokenizers_of(list(source.configs)) if name not in source.tokenizers]
     if not missing:

@@ -1,4 +1,4 @@
-"""Quantised weights that are not read: what they are, and what to fetch instead, in one sentence."""
+"""Refuses quantised weights that are not read: one sentence says what they are, and what to fetch instead."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ FORMS: dict[str, re.Pattern[str]] = {
     "quanto's weights": re.compile(r".+\.weight\._(data|scale|shift)"),
     "torchao's weights": re.compile(r".+\._weight_\w+"),
 }
-"""What to call a form, and the names of tensors that it has and no other."""
+"""Names of the forms that are not read, and for each a pattern of tensors' names that no other form has."""
 
 
 def refuse_foreign_forms(names: Collection[str], where: str) -> None:
-    """Raise CheckpointError when a file's tensors are those of quantised weights that are not read."""
+    """Raises CheckpointError when a file's tensors are those of quantised weights that are not read."""
     for form, pattern in FORMS.items():
         if found := [name for name in names if pattern.fullmatch(name)]:
             raise refusal(where, f"{form} ({len(found)} tensors such as {found[0]})")
 
 
 def refuse_quantization_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError when a `config.json` says that the weights beside it are quantised."""
+    """Raises CheckpointError when a `config.json` says that the weights beside it are quantised."""
     if not (described := config.get("quantization_config")):
         return
     method = described.get("quant_method") if isinstance(described, dict) else None

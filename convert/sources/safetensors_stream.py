@@ -1,6 +1,6 @@
-"""Safetensors files read and written tensor by tensor with plain file calls.
+"""Reads and writes safetensors files tensor by tensor with plain file calls.
 
-A mapped file's pages count as resident memory, and the `safetensors` package maps or holds the whole; here one
+The `safetensors` package maps or holds the whole file, and a mapped file's pages count as resident memory. Here one
 tensor at a time is in memory. The format: 8 bytes of header length (little endian), the header in JSON, the data.
 """
 
@@ -50,15 +50,15 @@ UNREAD = {
     "F8_E5M2FNUZ": "8-bit floats of AMD's kind",
     "C64": "complex numbers",
 }
-"""Other dtypes of the format, and what they are."""
+"""Dtypes of the format that are not read, and what they are."""
 LARGEST_HEADER = 10_000_000
-"""Bytes: thirty times what SD3.5-large with all its text encoders needs. A tenth of the format's own limit."""
+"""Most bytes of a header: thirty times what SD3.5-large with all text encoders needs, a tenth of the format's limit."""
 LARGEST_RANK = 8
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` counts bytes from the start of `file`."""
+    """The place of one tensor: `offset` counts bytes from the start of `file`."""
 
     file: Path
     shape: Shape
@@ -70,21 +70,21 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, *, once: bool = False) -> np.ndarray:
-        """As `StoredTensor` says."""
+        """Returns the numbers, as `StoredTensor.read` does."""
         return read_bytes(self.file, self.offset, self.nbytes, once=once).view(self.dtype).reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a file, in the order of its data.
+    """Returns every tensor of a file, in the order of the data.
 
-    Raises CheckpointError naming the file when it is absent, truncated, of another format, or when its header does not
-    describe it.
+    Raises CheckpointError, which names the file, when the file is absent, truncated or of another format, or when its
+    header does not describe its data.
     """
     return read_annotated(path)[0]
 
 
 def read_annotated(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The same, and what else the header says: its metadata."""
+    """Returns every tensor of a file as `read_header` does, and the header's metadata."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -113,7 +113,7 @@ def read_annotated(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _placed(path: Path, size: int, begin: int, header: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Tensors with their place in a file of `size` bytes, whose data, from `begin` on, they have to fill."""
+    """Returns tensors with their place in a file of `size` bytes. They must fill its data, which begins at `begin`."""
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     tensors: dict[str, TensorInfo] = {}
     end = 0
@@ -155,14 +155,14 @@ def _span(path: Path, name: str, entry: Any) -> tuple[Shape, np.dtype, int, int]
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
-    """One tensor's numbers. Raises CheckpointError when the file ends early."""
+    """Returns one tensor's numbers. Raises CheckpointError when the file ends early."""
     return info.read()
 
 
 def write_safetensors(
     path: Path, layout: Mapping[str, tuple[Shape, np.dtype]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write a file whose contents are known by shape before they are known by value.
+    """Writes a file whose shapes are known before its numbers are.
 
     Args:
       layout: every tensor's shape and dtype, in the order of the data.

@@ -1,8 +1,8 @@
-"""Scaled fp8, as ComfyUI's files have it: beside each 8-bit weight lies the number by which it is to be multiplied.
+"""Reads scaled fp8 as ComfyUI's files have it: beside each 8-bit weight lies the scale that multiplies it.
 
 A layer has `weight` and `scale_weight`, or `weight` and `weight_scale`. A tensor `scaled_fp8` marks a file of the first
-form, a `comfy_quant` in each layer one of the second. `scale_input` and `input_scale` are for 8-bit activations: they
-are no part of the weights.
+form; a tensor `comfy_quant` in each layer marks one of the second. `scale_input` and `input_scale` are for 8-bit
+activations. They are no part of the weights.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 
 MARKER = re.compile(r"(.+\.)?scaled_fp8")
-"""A tensor of no or two numbers whose dtype alone says something."""
+"""Matches the name of a tensor of at most two numbers, of which only the dtype has a meaning."""
 SCALE = re.compile(r"(?P<layer>.+\.)(scale_weight|weight_scale)")
 OF_ACTIVATIONS = re.compile(r".+\.(scale_input|input_scale)")
 DESCRIPTION = re.compile(r"(?P<layer>.+\.)comfy_quant")
-"""A layer's format: JSON as uint8."""
+"""Matches the name of a tensor that describes a layer's format: JSON as uint8."""
 LONGEST_DESCRIPTION = 4096
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 HARMLESS = {"format", "full_precision_matrix_mult"}
-"""What a description may hold that changes no weight."""
+"""Keys of a description that change no weight."""
 
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """`value` x `scale`, in float32. `scale` is one number, or one per row in the shape [rows, 1, ...]."""
+    """A weight, `value` x `scale`, in float32. `scale` is one number, or one per row in the shape [rows, 1, ...]."""
 
     value: TensorInfo
     scale: np.ndarray
@@ -50,20 +50,20 @@ class ScaledTensor:
         return np.dtype(np.float32)
 
     def read(self, *, once: bool = False) -> np.ndarray:
-        """As `convert.sources.stored.StoredTensor` says."""
+        """Returns the numbers, as `StoredTensor.read` does."""
         product = self.value.read(once=once).astype(np.float32)
         np.multiply(product, self.scale, out=product)
         return product
 
 
 def with_scales(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, StoredTensor]:
-    """The weights of safetensors files: those that have a scale multiplied by it, the others as they are.
+    """Returns the weights of safetensors files: those with a scale multiplied by it, the others as they are.
 
     Args:
-      tensors: all of one file or of the shards of one component.
+      tensors: all tensors of one file, or of the shards of one component.
       where: the file, in messages.
 
-    Raises CheckpointError for quantised weights of another form, and listing every scale that is not usable.
+    Raises CheckpointError for quantised weights of another form, and one that lists every scale that cannot be used.
     """
     refuse_foreign_forms(tensors.keys(), where)
     problems = _problems_of_descriptions(tensors, where)
@@ -91,13 +91,16 @@ def with_scales(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, Stor
 
 
 def _is_beside(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor says something about weights and is none."""
+    """Whether a tensor describes weights and is no weight itself."""
     marks = MARKER.fullmatch(name) is not None and math.prod(info.shape) <= 2
     return marks or any(pattern.fullmatch(name) for pattern in (SCALE, OF_ACTIVATIONS, DESCRIPTION))
 
 
 def _check_form(name: str, scale: TensorInfo, weight: TensorInfo, where: str) -> None:
-    """Raise CheckpointError, once for all layers, unless `scale` is one number or one per row of a floating weight."""
+    """Raises CheckpointError unless `scale` is one number or one per row of a floating-point weight.
+
+    One such error stands for all layers.
+    """
     if not is_weight(weight.dtype):
         raise refusal(where, f"{weight.dtype} weights with scales such as {name}")
     if not is_weight(scale.dtype) or _broadcast(scale.shape, weight.shape) is None:
@@ -109,7 +112,7 @@ def _check_form(name: str, scale: TensorInfo, weight: TensorInfo, where: str) ->
 
 
 def _broadcast(scale: Shape, weight: Shape) -> Shape | None:
-    """The shape in which a scale multiplies its weight: one number, or [rows, 1, ...]. None for one per block."""
+    """Returns the shape in which a scale multiplies its weight: () or [rows, 1, ...]. None for a scale per block."""
     if math.prod(scale) == 1:
         return ()
     column = (*weight[:1], *[1] * (len(weight) - 1))
@@ -117,7 +120,7 @@ def _broadcast(scale: Shape, weight: Shape) -> Shape | None:
 
 
 def _problems_of_descriptions(tensors: Mapping[str, TensorInfo], where: str) -> list[str]:
-    """What is wrong with layers' descriptions. Raises CheckpointError, once for all, where one names another form."""
+    """Returns what is wrong with layers' descriptions. Raises CheckpointError for a format that is not read."""
     problems: list[str] = []
     for name, info in tensors.items():
         if not (found := DESCRIPTION.fullmatch(name)):

@@ -1,4 +1,4 @@
-"""One file, safetensors or GGUF, with a transformer in it and, as Stability publishes them, VAE and text encoders."""
+"""Opens one safetensors or GGUF file: a transformer and, as Stability publishes them, VAE and text encoders."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 REDUNDANT = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.(logit_scale|transformer\.logit_scale)")
-"""Tensors outside every component, left from the text encoders' own training."""
+"""Matches tensors outside every component, which are left from the text encoders' own training."""
 BLOCKS = ("joint_blocks.", "transformer_blocks.")
-"""What the names of a transformer's blocks begin with."""
+"""Beginnings of the names of a transformer's blocks."""
 NAMINGS: dict[str, Naming] = {
     "transformer_blocks.": "diffusers",
     "encoder.down_blocks.": "diffusers",
     "enc.blk.": "gguf",
 }
-"""Beginnings of names by which others than Stability's are known."""
+"""Beginnings of names that show another naming than Stability's."""
 
 
 def open_single_file(path: Path) -> Source:
@@ -44,7 +44,8 @@ def open_single_file(path: Path) -> Source:
             tensors.setdefault(owner, {})[name.removeprefix(prefixes[owner])] = tensor
         elif not REDUNDANT.fullmatch(name):
             surplus.append(name)
-    sound = any(name.startswith(BLOCKS) for name in tensors.get("transformer", ()))  # then leftovers tell no family
+    # A file with SD3's blocks is not of another family, whatever its surplus tensors are called.
+    sound = any(name.startswith(BLOCKS) for name in tensors.get("transformer", ()))
     known = recognise(surplus, OF_OWN if sound else OF_MODELS) or (None if tensors else recognise_prefix(surplus))
     if known:
         raise CheckpointError(f"{path}: {known}")
@@ -63,7 +64,7 @@ def open_single_file(path: Path) -> Source:
 
 
 def _prefixes(names: Mapping[str, object]) -> dict[str, str]:
-    """What stands before the tensors of each component. A transformer that is alone in its file may do without."""
+    """Returns the prefix of each component's tensors. A transformer that is alone in its file may have none."""
     prefixes = {name: component.prefix for name, component in COMPONENTS.items()}
     if any(name.startswith(BLOCKS) for name in names) and not any(
         name.startswith(tuple(prefixes.values())) for name in names
@@ -73,7 +74,7 @@ def _prefixes(names: Mapping[str, object]) -> dict[str, str]:
 
 
 def naming_of(names: Mapping[str, object]) -> Naming:
-    """Whose names the tensors of a component have that came without a configuration."""
+    """Returns the naming of a component's tensors, for files without a configuration."""
     for begin, naming in NAMINGS.items():
         if any(name.startswith(begin) for name in names):
             return naming
@@ -81,7 +82,10 @@ def naming_of(names: Mapping[str, object]) -> Naming:
 
 
 def _config_beside(name: str, path: Path) -> dict[str, Any] | None:
-    """The configuration that `save_pretrained` wrote beside a component's file, which says more than shapes do."""
+    """Returns the configuration that `save_pretrained` wrote beside a component's file, or None.
+
+    Such a configuration says more than shapes do.
+    """
     file = path.with_name("config.json")
     if not file.is_file():
         return None
@@ -97,10 +101,10 @@ def _config_beside(name: str, path: Path) -> dict[str, Any] | None:
 
 
 def of_tensors(origin: str, found: Mapping[str, tuple[Path, str, Mapping[str, StoredTensor]]]) -> Source:
-    """Components that lie in files without configurations.
+    """Returns the source of components that lie in files without configurations.
 
     Args:
-      found: by component, its file, what stands before its tensors' names there, and its tensors without that.
+      found: for each component its file, the prefix of the tensors' names there, and the tensors without that prefix.
 
     Raises CheckpointError when a configuration neither lies beside a component's file nor follows from its tensors.
     """

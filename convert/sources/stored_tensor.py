@@ -1,4 +1,4 @@
-"""A tensor of a file, described before it is read: what every reader of weights gives and every component takes."""
+"""A tensor of a file, described before its numbers are read. Every reader of weights returns such tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.names import Shape
 
 LARGEST_TENSOR = 1 << 62
-"""Numbers, those of an empty tensor counted without its zeros: shapes of more cannot be computed with."""
+"""Most numbers of a tensor, counted without zeros in its shape. Nothing can be computed with larger shapes."""
 
 
 @runtime_checkable
 class StoredTensor(Protocol):
-    """One tensor of a file. `dtype` is what `read` gives; what lies in the file may be packed otherwise."""
+    """One tensor of a file. `dtype` is the dtype that `read` returns; the file may hold the numbers in another form."""
 
     @property
     def shape(self) -> Shape: ...
@@ -27,7 +27,10 @@ class StoredTensor(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, *, once: bool = False) -> np.ndarray:
-        """The numbers. `once`: they will not be read again soon. Raises CheckpointError when the file ends early."""
+        """Returns the numbers. Raises CheckpointError when the file ends early.
+
+        `once` says that the numbers will not be read again soon.
+        """
         ...
 
 
@@ -36,10 +39,10 @@ def is_addressable(shape: Shape) -> bool:
 
 
 def read_bytes(file: Path, offset: int, count: int, *, once: bool = False) -> np.ndarray:
-    """`count` bytes of a file from `offset` on, as uint8 [count]. Raises CheckpointError when the file ends early.
+    """Returns `count` bytes of a file, from `offset`, as uint8 [count]. Raises CheckpointError if the file ends early.
 
-    With `once` their pages leave the system's cache. A conversion reads and writes more than most memories hold; taking
-    pages that were just freed is several times cheaper for the kernel than taking ever new ones.
+    With `once` the pages of these bytes leave the system's cache. A conversion reads and writes more than most memories
+    hold. For the kernel it is several times cheaper to reuse pages that were just freed than to find new ones.
     """
     buffer = np.empty(count, np.uint8)
     view, filled = buffer.data, 0

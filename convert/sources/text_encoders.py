@@ -1,4 +1,7 @@
-"""Text encoders, and a VAE, from elsewhere: most single files hold a transformer and a VAE, or a transformer alone."""
+"""Opens text encoders and a VAE from a second source.
+
+Most single files hold a transformer and a VAE, or a transformer alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
 
 FILES = {name: component.file for name, component in COMPONENTS.items() if component.file}
-"""What a component's own file is called, a text encoder's as Stability does, without `_fp16` and the suffix."""
+"""Name of a component's own file without `_fp16` and the suffix; for text encoders it is Stability's name."""
 FORMS = (
     "a diffusers directory, a converted directory, a single file that has text encoders, or a directory with "
     "clip_l.safetensors, clip_g.safetensors [, t5xxl_fp16.safetensors, or T5's encoder as GGUF] [and vae.safetensors]"
@@ -25,7 +28,7 @@ FORMS = (
 
 
 def remedy(source: str | Path) -> str:
-    """What to do about a checkpoint that lacks text encoders."""
+    """Returns what to do about a checkpoint that lacks text encoders."""
     return (
         "Stability's sd3_medium.safetensors and sd3.5_*.safetensors come without text encoders, files of a transformer "
         "alone, such as GGUF, without a VAE too. Give them as "
@@ -40,9 +43,9 @@ def holds_files(directory: Path) -> bool:
 
 
 def open_files(directory: Path, names: Collection[str], variant: str | None) -> Source:
-    """Those of the components `names` that lie in separate files.
+    """Opens those of the components `names` that lie in separate files.
 
-    Their tensors are named as in a single file, with its prefix or without, as diffusers does, or as in GGUF.
+    The tensors' names may be those of a single file, with its prefix or without, those of diffusers, or those of GGUF.
     """
     found = {}
     for name in names:
@@ -53,23 +56,26 @@ def open_files(directory: Path, names: Collection[str], variant: str | None) -> 
 
 
 def _folders(directory: Path, name: str) -> tuple[Path, ...]:
-    """Where a component's file may lie: ComfyUI has `models/vae` and `models/text_encoders`, formerly `models/clip`."""
+    """Returns the folders where a component's file may lie.
+
+    ComfyUI has `models/vae` and `models/text_encoders`, formerly `models/clip`.
+    """
     return (directory, *(directory / below for below in (("vae",) if name == "vae" else ("text_encoders", "clip"))))
 
 
 def encoder_of_file(path: Path) -> str | None:
-    """The text encoder, or VAE, whose file this is, by its name."""
+    """Returns the text encoder, or the VAE, that a file holds, by the file's name; None for another file."""
     return next((name for name in FILES if _variant(path.name, name) is not None), None)
 
 
 def open_file(path: Path) -> Source:
-    """One text encoder, or VAE, in a file of its own."""
+    """Opens one text encoder, or the VAE, in a file of its own."""
     name = str(encoder_of_file(path))
     return of_tensors(str(path), {name: _alone(name, path)})
 
 
 def _alone(name: str, path: Path) -> tuple[Path, str, dict[str, StoredTensor]]:
-    """A component's own file, what stands before its tensors' names in it, and its tensors without that."""
+    """Returns a component's own file, the prefix of the tensors' names in it, and the tensors without that prefix."""
     tensors, prefix = read_weights(path), COMPONENTS[name].prefix
     if not all(key.startswith(prefix) for key in tensors):
         return path, "", tensors
@@ -77,7 +83,7 @@ def _alone(name: str, path: Path) -> tuple[Path, str, dict[str, StoredTensor]]:
 
 
 def _variant(file: str, name: str) -> str | None:
-    """What follows the name of a component's file, as in `fp16`; "" for nothing, None for another file."""
+    """Returns the variant in the name of a component's file, as in `fp16`; "" without one, None for another file."""
     suffixes = "|".join(map(re.escape, SUFFIXES))
     found = re.fullmatch(
         rf"(?:{COMPONENTS[name].file_pattern})(?:[-_.](?P<variant>.+))?(?:{suffixes})", file, re.IGNORECASE
@@ -86,7 +92,7 @@ def _variant(file: str, name: str) -> str | None:
 
 
 def _files(folder: Path, name: str) -> dict[str, list[Path]]:
-    """By variant, the files in which a component lies."""
+    """Returns the files in which a component lies, by variant."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (variant := _variant(path.name, name)) is not None:
@@ -95,7 +101,7 @@ def _files(folder: Path, name: str) -> dict[str, list[Path]]:
 
 
 def _choose(folder: Path, name: str, variant: str | None) -> Path:
-    """Of `t5xxl_fp16`, `t5xxl_fp8_e4m3fn` ... the one of the variant, the plain or only one, or the fp16 one."""
+    """Chooses a file such as `t5xxl_fp16` or `t5xxl_fp8_e4m3fn`: the variant's, the plain, the only or the fp16 one."""
     found = _files(folder, name)
     for choice in (variant, "", *(found if len(found) == 1 else ()), "fp16"):
         if len(paths := found.get(choice or "", [])) == 1:
@@ -106,14 +112,14 @@ def _choose(folder: Path, name: str, variant: str | None) -> Path:
 
 
 def missing(source: Source, wanted: list[str] | None) -> list[str]:
-    """The VAE and text encoders that a checkpoint lacks, of those wanted (default: all)."""
+    """Returns the names of the VAE and text encoders that a checkpoint lacks, of those wanted (default: all)."""
     return [name for name in FILES if name not in source.configs and (wanted is None or name in wanted)]
 
 
 def completed(source: Source, second: Source, names: list[str]) -> Source:
-    """`source` with what `second` has of the components `names`, and with the tokenizers of those.
+    """Returns `source` with those of the components `names` that `second` has, and with the tokenizers of those.
 
-    Raises CheckpointError when it has none of them, or when they do not fit the transformer.
+    Raises CheckpointError when `second` has none of them, or when they do not fit the transformer.
     """
     supplied = [name for name in names if name in second.configs]
     if not supplied:

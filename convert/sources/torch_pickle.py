@@ -1,4 +1,7 @@
-"""PyTorch's pickled files, read without running what they say, and written. Needs PyTorch, and says so."""
+"""Reads PyTorch's pickled files without running code from them, and writes such files.
+
+Without PyTorch a CheckpointError says that it is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ SAME_BITS = {
     "float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
     "float8_e5m2": ("uint8", np.dtype(ml_dtypes.float8_e5m2)),
 }
-"""PyTorch's dtypes that its arrays do not have: one of both with the same bits, and ours."""
+"""PyTorch's dtypes that NumPy lacks: for each an integer dtype with the same bits, and the dtype of ml_dtypes."""
 PLAIN = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16", "U1", "S1")
-"""NumPy's kinds of numbers and texts."""
+"""NumPy's dtypes of numbers and text."""
 CHUNK = 1 << 20
 
 
@@ -39,14 +42,14 @@ def _torch(path: Path) -> Any:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """What pickle's second protocol calls to make bytes of text; only in the encoding that it uses."""
+    """Returns text as bytes, for pickle's second protocol. Only the encoding that this protocol uses is accepted."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
     return text.encode(encoding)
 
 
 def _numpy_makers() -> list[Any]:
-    """What NumPy's arrays and scalars refer to when pickled: none of it runs anything that the file brings."""
+    """Returns the globals that pickled NumPy arrays and scalars refer to. None of them runs code from the file."""
     functions = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
     makers: list[Any] = [(made, f"{module}.{name}") for module in modules for name, made in functions.items()]
@@ -60,21 +63,21 @@ def is_pickle(path: Path) -> bool:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare a zip's contents with their CRC-32, which torch.load does not; PyTorch can be told to write none."""
+    """Compares a zip's contents with their CRC-32, which torch.load does not. PyTorch can be told to write none."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         for entry in entries if any(entry.CRC for entry in entries) else ():
-            with archive.open(entry) as file:  # raises at the end of what does not have its sum
+            with archive.open(entry) as file:  # raises at the end of an entry whose sum is wrong
                 while file.read(CHUNK):
                     pass
 
 
 def load_pickle(path: Path) -> Any:
-    """What a file of `torch.save` holds, if that is tensors, NumPy arrays, numbers, text, and lists and dicts of them.
+    """Returns the content of a file of `torch.save`: tensors, NumPy arrays, numbers, text, and lists and dicts of them.
 
-    Raises CheckpointError: PyTorch is not installed, the file holds anything else, or it is damaged.
+    Raises CheckpointError if PyTorch is not installed, or if the file is damaged or holds anything else.
     """
     torch = _torch(path)
     try:
@@ -92,13 +95,15 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged: {reason(error)}; fetch the file again") from None
     except MemoryError:
         raise
-    except Exception as error:  # of whatever class: PyTorch asserts what it expects, and unpacks what it finds
+    except Exception as error:  # of any class: PyTorch asserts what it expects, and unpacks what it finds
         raise CheckpointError(f"{path}: truncated, or not a file of torch.save: {reason(error)}") from None
 
 
 def to_numpy(value: Any) -> np.ndarray | None:
-    """The numbers of a tensor or array, bfloat16 and the like kept; None if `value` is neither, or holds fewer numbers
-    than its shape says, as sparse and repeated ones do."""
+    """Returns a tensor or array as a NumPy array of the same dtype, also of bfloat16 and the like.
+
+    Returns None if `value` is neither, or holds fewer numbers than its shape says, as sparse and repeated tensors do.
+    """
     if isinstance(value, np.ndarray):
         return value if value.dtype.kind in "biuf" else None
     if not hasattr(value, "detach"):
@@ -117,7 +122,7 @@ def to_numpy(value: Any) -> np.ndarray | None:
 
 
 def save_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write `{"model": tensors}`, as detectron2 does."""
+    """Writes `{"model": tensors}`, as detectron2 does."""
     torch = _torch(path)
 
     def tensor(array: np.ndarray) -> Any:

@@ -1,4 +1,4 @@
-"""A file of weights, whatever its format, as the tensors that it stands for."""
+"""Reads a weight file of any format, and returns its tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from seg4diff_jax.convert.sources.scaled_fp8 import with_scales
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 
 ARCHITECTURES = ("sd3", "t5", "t5encoder")
-"""What GGUF files of SD3's transformer and of T5 call themselves, where they call themselves anything."""
+"""Architectures that GGUF files of SD3's transformer and of T5 name, if they name one."""
 UNNAMED = (None, "pig", "cow")
-"""What converters write that know no architectures: names of tensors decide."""
+"""Names that converters write when they know no architecture. Then the tensors' names show what the file is."""
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every weight of a file by its name. Raises CheckpointError naming the file and what it is or has wrong.
+    """Returns every weight of a file by name. Raises CheckpointError, which names the file and what it is or has wrong.
 
-    Its first bytes say what it is; its suffix only what a damaged one was meant to be.
+    The first bytes show the format. The suffix counts only for a damaged file.
     """
     try:
         with path.open("rb") as file:
@@ -50,7 +50,7 @@ def _gguf(path: Path) -> dict[str, StoredTensor]:
 
 
 def _with_batch(table: GGUFTensor) -> GGUFTensor:
-    """The positional table [1, positions, width], whose first dimension some writers drop, as ggml does with ones."""
+    """Returns the positional table as [1, positions, width]. Some writers drop the 1 in front, as ggml does."""
     return replace(table, shape=(1, *table.shape)) if len(table.shape) == 2 else table
 
 
