@@ -1,4 +1,4 @@
-"""The frame of `python -m convert` and of `seg4diff`: subcommands, and errors told in one message."""
+"""Runs the subcommands of `python -m convert` and of `seg4diff`, and prints an error as one message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 
 class Command(NamedTuple):
-    """`arguments` adds a command's options to its parser; `run` takes what was parsed."""
+    """A subcommand: `arguments` adds its options to its parser; `run` takes the parsed options."""
 
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Any], None]
@@ -24,10 +24,11 @@ def run_command(
     arguments: Sequence[str] | None,
     at_fault: tuple[type[Exception], ...],
 ) -> int:
-    """Run the command that the arguments name (default: the process's own).
+    """Runs the command that the arguments name (default: the process's own arguments).
 
-    Returns the exit status: 1, after one message on stderr, when the command raises an error of `at_fault`, whose
-    messages say what is wrong with its input; 130 when it is interrupted. Exits with 2 on arguments that it lacks.
+    Returns the exit status. It is 1, after one message on stderr, when the command raises an error of `at_fault`, whose
+    messages say what is wrong with the command's input. It is 130 when the command is interrupted. Exits with 2 on
+    unknown arguments.
     """
     name, options = _parsed(prog, description, commands, list(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -42,13 +43,13 @@ def run_command(
 
 
 def _parsed(prog: str, description: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[str, Any]:
-    """The command's name and its options."""
+    """Returns the command's name and its options."""
     whole = ArgumentParser(prog=prog, description=description)
     subcommands = whole.add_subcommands()
     for name, command in commands.items():
         own = ArgumentParser(prog=f"{prog} {name}", description=command.help)
         command.arguments(own)
-        if arguments[:1] == [name]:  # by its own parser, which tells of `source` and not of `checkpoint.source`
+        if arguments[:1] == [name]:  # the command's own parser writes `source` in messages, not `checkpoint.source`
             return name, own.parse_args(arguments[1:])
         subcommands.add_subcommand(name, own, help=command.help)
     parsed = whole.parse_args(arguments)

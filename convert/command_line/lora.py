@@ -56,7 +56,7 @@ def run(options: Any) -> None:
 
 
 def _ranges(blocks: tuple[int, ...] | None) -> str:
-    """As in 0..9, 12."""
+    """Returns block numbers as text, as in 0..9, 12."""
     runs: list[list[int]] = []
     for block in blocks or ():
         if runs and block == runs[-1][-1] + 1:

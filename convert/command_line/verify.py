@@ -27,7 +27,7 @@ most {factor:g} times that of PyTorch in bfloat16 plus {rounding:.1e} ({labels:g
 pixels for masks). With --float64 a float32 row out of its bound passes if the same holds of the
 distances from PyTorch in float64."""
 WIDTH = 200
-"""Of the console where there is no terminal: more than the table needs."""
+"""Columns of the console without a terminal: more than the table needs."""
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    """Raises CheckpointError when a row is out of bounds, after the table has been printed."""
+    """Compares both frameworks and prints the table. Raises CheckpointError after that if a row is out of bounds."""
     if options.json:
         _check_writable(Path(options.json))
     console = Console(stderr=True)
@@ -83,7 +83,7 @@ def run(options: Any) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    """Raise CheckpointError unless the file can be written; it is left as it was, there or not."""
+    """Raises CheckpointError unless the file can be written. Creates no file, and changes no existing one."""
     there = file.exists()
     try:
         with file.open("a"):
@@ -115,7 +115,7 @@ def _numbers(row: Comparison) -> tuple[str, str, str]:
 
 
 def to_json(options: Any, report: Report) -> str:
-    """The report; numbers that are not finite become null."""
+    """Returns the report as JSON; numbers that are not finite become null."""
     rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in report.rows]
     about = {name: getattr(options, name) for name in ("source", "against", "text_encoders", "size", "dtype")}
     return json.dumps({**about, "notes": report.notes, "passed": not report.failures, "rows": rows}, indent=2)
