@@ -1,1 +1,1 @@
-"""Low-rank adapters of every tool, read and written."""
+"""Reads low-rank adapters of many tools, and writes them."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters read from any format, converted to any other, and put on a loaded model."""
+"""Reads low-rank adapters of any format, converts them to another, and puts them on a loaded model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from seg4diff_jax.models.sd3.model import MMDiT
 
 
 class FileFormat(NamedTuple):
-    """`write`: none for what is only read. `suffix`: of the file; none for a directory."""
+    """A file format of adapters.
+
+    `write` is None for a format that is only read. `suffix` is the file's suffix; None for a directory.
+    """
 
     read: Callable[[Opened, float | None], LoRACheckpoint]
     write: Callable[[Path, LoRACheckpoint], None] | None = None
@@ -46,20 +49,20 @@ WRITTEN = tuple(name for name, form in FORMATS.items() if form.write)
 def load_lora(
     path: str | Path, *, alpha: float | None = None, adapters_only: bool = False
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
-    """Adapters of a file in any format, for `seg4diff_jax.models.lora.apply_lora`.
+    """Returns the adapters of a file in any format, for `seg4diff_jax.models.lora.apply_lora`.
 
     Args:
       path: a file, or a directory that PEFT, diffusers or a training run wrote.
-      alpha: for files that do not say. Default: 16 for the Seg4Diff release's, the rank for diffusers'.
+      alpha: alpha for files that do not state it. Default: 16 for the Seg4Diff release's, the rank for diffusers'.
       adapters_only: accept a file that holds other tensors too, such as the mask head of MAGNET's training, and leave
         them out.
 
     Returns:
-      configuration, and (A [in, rank], B [rank, out]) as NumPy arrays by per-layer name.
+      the configuration, and (A [in, rank], B [rank, out]) as NumPy arrays by per-layer name.
 
     Raises:
-      CheckpointError: the file is absent, damaged, or of no known format; or all its tensors that are unknown,
-        incomplete, of a wrong rank or shape, or (see `adapters_only`) no adapters.
+      CheckpointError: the file is absent, damaged, or of no known format; or tensors are unknown, incomplete, of a
+        wrong rank or shape, or (see `adapters_only`) no adapters. The message lists these tensors.
     """
     checkpoint = read_lora(path, alpha=alpha)
     if checkpoint.others and not adapters_only:
@@ -79,15 +82,15 @@ def attach_lora(
     adapters_only: bool = False,
     drop_absent_blocks: bool = False,
 ) -> MMDiT:
-    """The model with a file's adapters, unmerged.
+    """Returns the model with a file's adapters, unmerged.
 
     Args:
-      mmdit: without adapters; not changed.
+      mmdit: a model without adapters; it is not changed.
       alpha, adapters_only: see `load_lora`.
       drop_absent_blocks: leave out the adapters of blocks that the model does not hold.
 
     Raises:
-      CheckpointError: as `load_lora`; or the adapters that do not fit the model, all of them.
+      CheckpointError: as `load_lora`; or adapters do not fit the model: the message lists all of these.
     """
     config, adapters = load_lora(path, alpha=alpha, adapters_only=adapters_only)
     try:
@@ -99,7 +102,7 @@ def attach_lora(
 def save_lora(
     path: str | Path, config: LoRAConfig, adapters: Mapping[str, tuple[Any, Any]], *, overwrite: bool = False
 ) -> None:
-    """Write adapters, as `lora_state` returns them, to a file in our format.
+    """Writes adapters, as `lora_state` returns them, to a file in our format.
 
     Raises CheckpointError when they are not whole or not of the configuration's rank, or the file exists.
     """
@@ -122,24 +125,25 @@ def convert_lora(
     overwrite: bool = False,
     checkpoint: str | None = None,
 ) -> LoRACheckpoint:
-    """Convert adapters; returns what was read. No bit of a number is changed, unless `unite` has to.
+    """Converts adapters, and returns what was read. No bit of a number is changed, unless `unite` has to.
 
     Args:
       source: see `load_lora`.
       target: a file that ends in .safetensors (native, diffusers) or .pth (release), or a directory (peft).
-      adapters_only: leave out the source's other tensors. Otherwise native and release keep them, and diffusers and
-        peft, which cannot hold them, are refused.
+      adapters_only: leave out the source's other tensors. Otherwise native and release keep them. diffusers and peft
+        cannot hold them, and an error is raised.
       overwrite: replace `target`.
-      checkpoint: of a training run, instead of its export; see `lora_run.read_run`.
+      checkpoint: a checkpoint of a training run, to be read instead of the run's export; see
+        `convert.lora.run.read_run`.
 
     Raises:
-      CheckpointError: as `load_lora` and `read_run`; or the target is taken, ill-named, or cannot hold what the source
-        does.
+      CheckpointError: as `load_lora` and `read_run`; or `target` exists already, has a wrong suffix, or cannot hold
+        what the source holds.
     """
     if checkpoint is None:
         read = read_lora(source, alpha=alpha)
     else:
-        from seg4diff_jax.convert.lora.run import read_run  # with Orbax, which nothing else here needs
+        from seg4diff_jax.convert.lora.run import read_run  # imports Orbax, which nothing else here needs
 
         if alpha is not None or adapters_only:
             raise CheckpointError("a checkpoint says its alpha and gives nothing but adapters: leave the options out")
@@ -152,13 +156,13 @@ def convert_lora(
 
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRACheckpoint:
-    """Everything in a file of adapters, its format told from its content. Arguments and errors as for `load_lora`."""
+    """Reads all of a file of adapters. The content shows its format. Arguments and errors are as for `load_lora`."""
     opened = open_file(find_adapters(Path(path).expanduser()))
     return FORMATS[opened.format].read(opened, alpha)
 
 
 def write_lora(checkpoint: LoRACheckpoint, target: str | Path, *, to: Format, overwrite: bool = False) -> None:
-    """Write `target`, complete or not at all. Raises CheckpointError as `convert_lora`."""
+    """Writes `target`, complete or not at all. Raises CheckpointError as `convert_lora` does."""
     target, form = Path(target).expanduser(), FORMATS[to]
     if form.write is None:
         raise CheckpointError(f"adapters are not written as {to}: choose {', '.join(WRITTEN)}")
@@ -177,7 +181,7 @@ def write_lora(checkpoint: LoRACheckpoint, target: str | Path, *, to: Format, ov
 
 @contextmanager
 def _staged_file(target: Path) -> Iterator[Path]:
-    """Yield a name beside `target` for the file that takes its place when the block ends without an error."""
+    """Yields a path beside `target` for the file that takes its place when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

@@ -1,4 +1,4 @@
-"""Files of adapters found and opened: which file a path names, its tensors, and whose names they have."""
+"""Finds and opens files of adapters: the file that a path names, its tensors, and the format that their names show."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from seg4diff_jax.convert.sources.torch_pickle import is_pickle, load_pickle, to
 
 Format = Literal["native", "diffusers", "peft", "release", "kohya", "onetrainer", "lycoris", "comfyui"]
 NATIVE_FILE = "adapters.safetensors"
-"""Of a directory: what a training run exports."""
+"""Name of the file that a training run exports into a directory."""
 EXPORT, CHECKPOINTS = "export", "checkpoints"
-"""Where in a training run's directory."""
+"""Folders of a training run's directory."""
 NATIVE_FORMAT = "seg4diff-jax lora"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,12 +43,12 @@ OF_CHECKPOINTS = (
     "encoder.",
     "shared.",
 )
-"""How names begin in files of whole components."""
+"""Beginnings of names in files of whole components."""
 PEFT_PREFIX, DIFFUSERS_PREFIX, RELEASE_PREFIX = "base_model.model.", "transformer.", "backbone.transformer."
 
 
 def find_adapters(path: Path) -> Path:
-    """The file of adapters that a path names, itself or by its directory."""
+    """Returns the file of adapters that a path names: the path itself, or a file in its directory."""
     if path.is_dir():
         found = [path / name for name in IN_DIRECTORIES if (path / name).is_file()]
         if len(found) > 1:
@@ -80,11 +80,11 @@ def find_adapters(path: Path) -> Path:
 
 
 class Opened(NamedTuple):
-    """What lies in a file, before anything is made of it.
+    """The content of a file, before adapters are made of it.
 
     Attributes:
-      prefix: what stands before the names of the transformer's layers.
-      left_out: what a file of torch.save holds beside its tensors.
+      prefix: the prefix of the names of the transformer's layers.
+      left_out: names of what a file of torch.save holds beside its tensors.
     """
 
     path: Path
@@ -96,7 +96,7 @@ class Opened(NamedTuple):
 
 
 def open_file(path: Path) -> Opened:
-    """All of a file, and the format that its names tell. Raises CheckpointError when it is damaged or none is known."""
+    """Reads all of a file and finds its format by its names. Raises CheckpointError for damage or an unknown format."""
     if is_pickle(path):
         tensors, left_out = _unpickled(path)
         metadata: dict[str, str] = {}
@@ -110,7 +110,7 @@ def open_file(path: Path) -> Opened:
 
 
 def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
-    """The format, and what stands before a layer's name in it."""
+    """Returns the format that the names show, and the prefix of the names of layers."""
     adapters = [name for name in names if is_adapter(name) and not TEXT_ENCODER.match(name)]
     wrapped = {name.split(f"{DIFFUSERS}.")[0] for name in adapters if f"{RELEASE_PREFIX}{DIFFUSERS}." in name}
     if wrapped:
@@ -134,7 +134,7 @@ def _told_from(path: Path, names: Sequence[str]) -> tuple[Format, str]:
 
 
 def _unpickled(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The named tensors of a file of torch.save, however it wraps them, and what else lies beside them."""
+    """Returns the named tensors of a file of torch.save, however it wraps them, and the names of all else."""
     loaded = load_pickle(path)
     places = [(None, loaded)] + (list(loaded.items()) if isinstance(loaded, Mapping) else [])
     holding = lambda value: isinstance(value, Mapping) and any(is_adapter(str(name)) for name in value)

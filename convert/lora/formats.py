@@ -1,14 +1,14 @@
-"""The files that adapters come in.
+"""The file formats of adapters.
 
-native      one safetensors file under our names; rank, alpha, targets and blocks in its header, as JSON
+native      one safetensors file under our names; its header has rank, alpha, targets and blocks, as JSON
 diffusers   one safetensors file, as StableDiffusion3Pipeline.save_lora_weights writes it, or with the names of
             SD3Transformer2DModel.save_lora_adapter, which lack `transformer.`
 peft        a file with adapter_config.json beside it
 release     a detectron2 checkpoint (`lora_weights.pth`); it says neither rank nor alpha: the rank is that of the
             tensors, alpha is 16
-kohya, onetrainer, lycoris, comfyui   one file with the names of these, and alpha among its tensors: only read
+kohya, onetrainer, lycoris, comfyui   one file with these tools' names, and alpha among its tensors: only read
 
-But for the release's and ours, each may be safetensors or a file of torch.save.
+Except release and native, each may be safetensors or a file of torch.save.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from seg4diff_jax.models.lora import Adapter, LoRAConfig
 RELEASE_ALPHA = 16.0
 NATIVE_VERSION = 1
 NATIVE_KEY, DIFFUSERS_KEY, KOHYA_KEY = "lora", "lora_adapter_metadata", "ss_network_alpha"
-"""What a header's entries with settings are called."""
+"""Names of a header's entries that hold settings."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ class LoRACheckpoint:
     """A file of adapters.
 
     Attributes:
-      config: with the blocks that have adapters spelt out.
-      adapters: by per-layer name, in our layout and the file's dtypes. In some of the blocks a layer may have none.
+      config: the configuration, in which the blocks that have adapters are listed.
+      adapters: adapters by per-layer name, in our layout and the file's dtypes. In some of the blocks a layer may have
+        none.
       others: tensors of the file that are no adapters of the transformer, under their own names, such as the mask head
         of the release, or adapters of text encoders.
-      format: what it was read from.
+      format: the format that was read.
       left_out: parts of the source that are not read, such as the state of an optimizer.
     """
 
@@ -127,7 +128,7 @@ NATIVE_ADDED: dict[str, Callable[[Any], bool]] = {
     "absent": _is_list_of(str),
     "shapes": lambda value: isinstance(value, dict) and all(map(_is_list_of(int), value.values())),
 }
-"""What the first files of this version lack: layers without adapters in some blocks, and the shapes of others."""
+"""Entries that the first files of this version lack: layers without adapters in some blocks, and shapes of `others`."""
 
 
 def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
@@ -147,7 +148,7 @@ def write_native(path: Path, checkpoint: LoRACheckpoint) -> None:
 
 
 def read_named(opened: Opened, alpha: float | None) -> LoRACheckpoint:
-    """Formats whose names say all: diffusers', with PEFT's settings in its header or without, and those with alphas."""
+    """Reads formats that names describe: diffusers', with or without PEFT's settings, and those with alphas."""
     parsed = parse(opened.tensors, opened.prefix)
     others = {name: opened.tensors[name] for name in parsed.rest if TEXT_ENCODER.match(name)}
     parsed = parsed._replace(rest=[name for name in parsed.rest if name not in others])
@@ -157,7 +158,7 @@ def read_named(opened: Opened, alpha: float | None) -> LoRACheckpoint:
 
 def read_peft(opened: Opened, alpha: float | None) -> LoRACheckpoint:
     path, parsed = opened.path.parent / PEFT_CONFIG, parse(opened.tensors, opened.prefix)
-    _surplus(opened.path, parsed)  # what the names tell goes before what settings say
+    _surplus(opened.path, parsed)  # a message about the names goes before one about the settings
     settings = read_json(path, f"it has to lie beside {opened.path.name}, whose rank and alpha it says")
     config, adapters = _configured(opened, parsed, (PEFT_CONFIG, settings), alpha)
     return LoRACheckpoint(config, adapters, {}, opened.format, opened.left_out)
@@ -177,7 +178,7 @@ def read_release(opened: Opened, alpha: float | None) -> LoRACheckpoint:
 
 
 def write_diffusers(path: Path, checkpoint: LoRACheckpoint) -> None:
-    """Alpha goes into the header: diffusers 0.42 refuses an SD3 file that has it among its tensors."""
+    """Writes diffusers' format, with alpha in the header: diffusers 0.42 refuses an SD3 file with alpha as a tensor."""
     _refuse_others(checkpoint, "diffusers")
     settings = {
         f"transformer.{key}": value for key, value in settings_of(checkpoint.config, checkpoint.adapters).items()
@@ -207,7 +208,7 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[st
 
 
 def _whole(path: Path, parsed: Parsed, problems: list[str], rank: Callable[[str], int] | None) -> dict[str, Adapter]:
-    """Whole adapters. Raises CheckpointError with all that stands in the way."""
+    """Returns whole adapters. Raises a CheckpointError that lists all problems."""
     problems = [*problems, *parsed.problems, *_surplus(path, parsed)]
     adapters = pair(parsed.factors, rank, problems)
     refuse(path, problems)
@@ -215,7 +216,7 @@ def _whole(path: Path, parsed: Parsed, problems: list[str], rank: Callable[[str]
 
 
 def _surplus(path: Path, parsed: Parsed) -> list[str]:
-    """A line for each tensor that is not used. Raises CheckpointError when their names tell what happened."""
+    """Returns a message for each tensor that is not used. Raises CheckpointError when their names show the cause."""
     if known := recognise(parsed.rest, OF_ADAPTERS):
         raise CheckpointError(f"{path}: {known}")
     return [*map(surplus, parsed.rest)]
@@ -224,9 +225,9 @@ def _surplus(path: Path, parsed: Parsed) -> list[str]:
 def _configured(
     opened: Opened, parsed: Parsed, settings: tuple[str, dict[str, Any]] | None, alpha: float | None
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
-    """Adapters whose ranks and alphas are the file's own, layer by layer, brought to one of each."""
+    """Returns adapters of one rank and one alpha, made from those of a file in which each layer may have its own."""
     path, layers = opened.path, _layers(parsed)
-    _surplus(path, parsed)  # what the names tell goes before what settings say
+    _surplus(path, parsed)  # a message about the names goes before one about the settings
     own, problems = _alphas(parsed, layers)
     if settings is None:
         adapters = _whole(path, parsed, problems, None)
@@ -247,7 +248,10 @@ def _layers(parsed: Parsed) -> list[str]:
 
 
 def _alphas(parsed: Parsed, layers: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """Every layer's alpha, of the tensors that say it, none if there are none; and what is wrong with them."""
+    """Returns every layer's alpha, from the tensors that hold them; and what is wrong with these tensors.
+
+    There are no alphas if there are no such tensors.
+    """
     found: dict[str, float] = {}
     problems: list[str] = []
     for key, of, tensor in parsed.alphas:
@@ -265,9 +269,10 @@ def _alphas(parsed: Parsed, layers: Sequence[str]) -> tuple[dict[str, float], li
 
 
 def _kohyas_alpha(opened: Opened) -> float | None:
-    """All layers' alpha as kohya's header says it; None, each layer's rank, without one or, as kohya has it, for 0.
+    """Returns the alpha of all layers from kohya's header; None if the header has none, or 0.
 
-    Under other tools' names the header is left over from before the scale was multiplied into the factors.
+    None stands for each layer's rank, as 0 does for kohya. Under other tools' names the header is ignored: it is left
+    over from before the scale was multiplied into the factors.
     """
     text = opened.metadata.get(KOHYA_KEY) if opened.format == "kohya" else None
     try:
@@ -283,7 +288,7 @@ def _kohyas_alpha(opened: Opened) -> float | None:
 
 
 def _agreed(path: Path, stated: float | None, asked: float | None) -> float | None:
-    """Alpha as the file or else the user says it; None if neither does."""
+    """Returns the file's alpha or else the user's; None if neither is given. Raises CheckpointError if they differ."""
     if asked is not None and not is_alpha(asked):
         raise CheckpointError(f"alpha is {asked}; expected a finite positive number")
     if stated is not None and asked not in (None, stated):
@@ -292,7 +297,10 @@ def _agreed(path: Path, stated: float | None, asked: float | None) -> float | No
 
 
 def _settings_in(opened: Opened) -> tuple[str, dict[str, Any]] | None:
-    """PEFT's settings of the transformer's adapters in a header: alone, or with `transformer.` beside others'."""
+    """Returns PEFT's settings of the transformer's adapters from a header, and their name there, or None.
+
+    The settings stand alone, or with the prefix `transformer.` beside the settings of others.
+    """
     stated = _stated(opened, DIFFUSERS_KEY)
     ours = {key.removeprefix(DIFFUSERS_PREFIX): v for key, v in stated.items() if key.startswith(DIFFUSERS_PREFIX)}
     ours = ours or {key: value for key, value in stated.items() if "." not in key}
@@ -300,7 +308,10 @@ def _settings_in(opened: Opened) -> tuple[str, dict[str, Any]] | None:
 
 
 def _settings_beside(opened: Opened) -> tuple[str, dict[str, Any]] | None:
-    """PEFT's settings beside a file of PEFT's name: `get_peft_model_state_dict` leaves its prefix out of the names."""
+    """Returns PEFT's settings from beside a file of PEFT's name, and the settings' name; otherwise None.
+
+    The names in such a file may lack PEFT's prefix: `get_peft_model_state_dict` leaves it out.
+    """
     path = opened.path.parent / PEFT_CONFIG
     if opened.path.stem != Path(PEFT_WEIGHTS).stem or not path.is_file():
         return None
@@ -308,7 +319,10 @@ def _settings_beside(opened: Opened) -> tuple[str, dict[str, Any]] | None:
 
 
 def _stated(opened: Opened, key: str) -> dict[str, Any]:
-    """What the metadata says under a key; nothing where that is absent. Who reads a number refuses it by name."""
+    """Returns what the metadata says under a key; an empty dict if the key is absent.
+
+    Numbers may be infinite or NaN here: the code that uses a number refuses it by name.
+    """
     return parse_object(opened.metadata.get(key, "{}"), f"{opened.path}: {key} in its header", finite=False)
 
 
@@ -321,7 +335,7 @@ def _refuse_others(checkpoint: LoRACheckpoint, to: Format) -> None:
 
 
 def in_short(others: Iterable[str]) -> str:
-    """Names of tensors, those of text encoders counted by their beginnings."""
+    """Returns names of tensors in short: those of text encoders are counted by their beginnings."""
     found = [(name, TEXT_ENCODER.match(name)) for name in others]
     counts = Counter(f"{begin[0]}*" for _, begin in found if begin)
     return ", ".join(

@@ -1,4 +1,4 @@
-"""Whole adapters of a file's factors: what stands in the way, and one rank and one alpha for all of them.
+"""Makes whole adapters of a file's factors, and gives all of them one rank and one alpha.
 
 A layer's adapter is two tensors. PyTorch's A is [rank, in] and its B [out, rank]; ours are [in, rank] and [rank, out].
 """
@@ -20,12 +20,12 @@ from seg4diff_jax.models.lora import Adapter, LoRAConfig
 Value = TypeVar("Value")
 FLOATS = {np.dtype(name) for name in ("float16", "float32", "float64", ml_dtypes.bfloat16)}
 FLOATS_OF_8_BITS = {np.dtype(name) for name in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)}
-"""Held as float16, which has all their values."""
+"""8-bit dtypes. Their factors are held as float16, which has all their values."""
 LARGEST_ALPHA = 1e9
 
 
 def refuse(where: object, problems: list[str]) -> None:
-    """Raise one CheckpointError that names the file and lists problems, a bounded number; nothing for none."""
+    """Raises one CheckpointError that names the file and lists the problems, a bounded number; nothing without any."""
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         listing = "\n  ".join(listed(problems))
@@ -33,15 +33,15 @@ def refuse(where: object, problems: list[str]) -> None:
 
 
 def is_alpha(value: object) -> bool:
-    """Whether a number can be an alpha: finite and positive, and no truth value."""
+    """Whether a value can be an alpha: a finite positive number, up to LARGEST_ALPHA, that is not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST_ALPHA
 
 
 def pair(factors: Iterable[Factor], rank: Callable[[str], int] | None, problems: list[str]) -> dict[str, Adapter]:
-    """Whole adapters, in the order of blocks and of their layers; what stands in the way is added to `problems`.
+    """Returns whole adapters, in the order of blocks and of their layers. Adds what is wrong to `problems`.
 
     Args:
-      rank: what the file says it is, by per-layer name; None: it does not say.
+      rank: the rank that the file states, by per-layer name; None: the file does not state it.
     """
     by_layer: dict[str, dict[Side, Factor]] = {}
     twice: list[str] = []
@@ -78,7 +78,7 @@ def in_order(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def _adapter(sides: dict[Side, Factor], problems: list[str]) -> Adapter | None:
-    """A layer's adapter, or None and what is wrong with it."""
+    """Returns a layer's adapter. If there is a problem, adds it to `problems` and returns None."""
     before = len(problems)
     for factor in sides.values():
         array = factor.array
@@ -104,21 +104,24 @@ def _adapter(sides: dict[Side, Factor], problems: list[str]) -> Adapter | None:
 
 
 def _size(layer: str, adapter: Adapter) -> tuple[int, int]:
-    """Inputs and outputs; of a modulation, whose parts blocks differ in, the outputs of one part."""
+    """Returns a layer's numbers of inputs and outputs.
+
+    For a modulation the outputs are those of one part, since the number of parts differs between blocks.
+    """
     inputs, outputs = adapter.a.shape[0], adapter.b.shape[1]
     whole_parts = target_of(layer).endswith(".modulation") and outputs % inputs == 0
     return inputs, inputs if whole_parts else outputs
 
 
 def gaps(layers: Iterable[str], targets: Iterable[str] | None = None, *, every_block: bool = False) -> list[str]:
-    """Layers that could have an adapter, since their block has one, and have none.
+    """Returns layers that could have an adapter, since their block has one, but have none.
 
-    How many blocks the model has is not known here: its last block updates no text, and some may lack the second
-    attention; whether their layers are really absent shows when the adapters meet the model.
+    This function does not know how many blocks the model has. The model's last block updates no text, and some blocks
+    may lack the second attention. Whether these layers are really absent shows when the adapters are put on the model.
 
     Args:
-      targets: kinds of layers to look for; None: those that some block's adapters are of.
-      every_block: look in all blocks before the last that has an adapter.
+      targets: kinds of layers to look for; None: the kinds that have an adapter in some block.
+      every_block: look in all blocks up to the last one that has an adapter.
     """
     present = set(layers)
     adapted = {target_of(layer) for layer in present} if targets is None else set(targets)
@@ -135,14 +138,14 @@ def gaps(layers: Iterable[str], targets: Iterable[str] | None = None, *, every_b
 
 
 def unite(adapters: Mapping[str, Adapter], alphas: Mapping[str, float]) -> tuple[LoRAConfig, dict[str, Adapter]]:
-    """One rank and one alpha, as our layers have: the same products of A, B and alpha / rank.
+    """Returns adapters of one rank and one alpha, as our layers have, with the same products of A, B and alpha / rank.
 
-    Smaller ranks are filled up with zeros. Where alpha / rank is another than most layers', B is multiplied by the
-    quotient of the two: in its own dtype if that holds the products exactly, otherwise in fp32. Adapters of one rank
-    and one alpha are not touched.
+    Smaller ranks are filled up with zeros. Where alpha / rank differs from most layers', B is multiplied by the
+    quotient of the two: in B's own dtype if that holds the products exactly, otherwise in fp32. Adapters of one rank
+    and one alpha are not changed.
 
     Args:
-      alphas: by per-layer name.
+      alphas: alpha by per-layer name.
     """
     ranks = {layer: a.shape[1] for layer, (a, _) in adapters.items()}
     scales = {layer: alphas[layer] / ranks[layer] for layer in adapters}
@@ -172,7 +175,7 @@ def _padded(adapter: Adapter, rank: int) -> Adapter:
 
 
 def config_of(adapters: Mapping[str, Adapter], rank: int, alpha: float) -> LoRAConfig:
-    """The configuration that has these adapters."""
+    """Returns the configuration that has these adapters."""
     targets = {target_of(layer) for layer in adapters}
     return LoRAConfig(
         rank,

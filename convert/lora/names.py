@@ -1,8 +1,8 @@
-"""The names of adapters' tensors in every form that SD3's adapters come in.
+"""The names of adapters' tensors in every format of SD3's adapters.
 
-A name is a prefix, a layer of a block, and which tensor of the layer's adapter it is. The layer goes by diffusers' name
-(`transformer_blocks.3.attn.to_q`) or Stability's (`joint_blocks.3.x_block.attn.qkv`, where q, k and v are one), dots
-or, after some prefixes, underscores between the parts.
+A name consists of a prefix, a layer of a block, and the tensor of the layer's adapter. The layer has diffusers' name
+(`transformer_blocks.3.attn.to_q`) or Stability's (`joint_blocks.3.x_block.attn.qkv`, where q, k and v are one). The
+parts of the layer's name are joined by dots or, after some prefixes, by underscores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from seg4diff_jax.models.sd3.model import MMDiTConfig
 
 Side = Literal["a", "b"]
 Layers = dict[str, tuple[str, ...]]
-"""A form's name of each linear layer of a block, and ours: three where q, k and v are one."""
+"""Our names of each linear layer of a block, by another naming's name: three names where q, k and v are one layer."""
 
 
 def _layers(rules: list[Rule], blocks: str) -> Layers:
@@ -43,10 +43,10 @@ LAYERS: dict[str, Layers] = {
 }
 FLAT = {blocks: {name.replace(".", "_"): ours for name, ours in names.items()} for blocks, names in LAYERS.items()}
 MODULES = {targets[0]: name for name, targets in LAYERS[DIFFUSERS].items()}
-"""Our name of each linear layer of a block, and diffusers'."""
+"""diffusers' name of each linear layer of a block, by our name."""
 
 FLAT_PREFIXES = {"lora_unet_": "kohya", "lora_transformer_": "onetrainer", "lycoris_": "lycoris"}
-"""With underscores between all parts of a layer's name."""
+"""Prefixes of names with underscores between all parts of the layer's name."""
 DOTTED_PREFIXES = {
     "base_model.model.": "peft",
     "transformer.": "diffusers",
@@ -66,10 +66,10 @@ PARTS = {
 TENSOR = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[^.]+)?\.weight")
 ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
 PROCESSOR = re.compile(r"(attn2?)\.(?:processor\.)?(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
-"""Of diffusers' former attention processors."""
+"""Matches names of diffusers' former attention processors."""
 
 TEXT_ENCODER = re.compile(r"text_encoder(_[23])?\.|text_encoders\.|lora_te[123]?_|bundle_emb\.|clip_[lg]\.|t5(xxl)?\.")
-"""How tensors begin that stand beside the transformer's: adapters of text encoders, and embeddings."""
+"""Matches the beginning of tensors' names beside the transformer's: adapters of text encoders, and embeddings."""
 OTHER_KINDS = {
     "DoRA": re.compile(r"\.dora_scale$|lora_magnitude_vector|\.magnitude$"),
     "LoKr": re.compile(r"\.lokr_"),
@@ -87,18 +87,18 @@ OUTSIDE = re.compile(
     r"(^|[._])(context_embedder|proj_out|norm_out|pos_embed|time_text_embed|x_embedder|t_embedder|y_embedder|final_layer)"
     r"[._]"
 )
-"""Layers of SD3's transformer that belong to no block, under diffusers' names and Stability's."""
+"""Matches layers of SD3's transformer that belong to no block, under diffusers' names and Stability's."""
 
 
 class Factor(NamedTuple):
     """One tensor of a layer's adapter, in our layout.
 
     Attributes:
-      key: its name in the file.
-      shape: as it lies in the file.
+      key: the tensor's name in the file.
+      shape: the tensor's shape in the file.
       layer: our per-layer name.
-      scale_first: B of a modulation under diffusers' name, which puts the scale before the shift where there is no
-        gate.
+      scale_first: True for B of a modulation under diffusers' name. diffusers puts the scale before the shift where
+        there is no gate.
     """
 
     key: str
@@ -110,12 +110,12 @@ class Factor(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A file's tensors by what they are.
+    """A file's tensors by their kinds.
 
     Attributes:
-      alphas: of each, its name in the file, our per-layer names of the layers that it is for, and the tensor.
-      rest: names of the others.
-      problems: what is wrong with tensors that are in neither.
+      alphas: for each alpha its name in the file, our per-layer names of the layers that it is for, and the tensor.
+      rest: names of the other tensors.
+      problems: what is wrong with tensors that are in none of these.
     """
 
     factors: list[Factor]
@@ -125,7 +125,10 @@ class Parsed(NamedTuple):
 
 
 def parse(tensors: Mapping[str, np.ndarray], prefix: str) -> Parsed:
-    """Factors in PyTorch's layout under any form's names; of a layer that is q, k and v in one, each third of B."""
+    """Sorts a file's tensors, which have PyTorch's layout and the names of any tool.
+
+    A layer that is q, k and v in one becomes three layers, each with a third of B.
+    """
     factors: list[Factor] = []
     alphas: list[tuple[str, list[str], np.ndarray]] = []
     rest: list[str] = []
@@ -155,7 +158,7 @@ def _former(found: re.Match[str]) -> str:
 
 
 def _place(name: str, *, flat: bool) -> tuple[list[str], bool]:
-    """Our per-layer names of a layer, none if it is not one of a block's; and whether its scale comes first."""
+    """Returns our per-layer names of a layer, none for one outside the blocks; and whether its scale comes first."""
     dot, known = ("_", FLAT) if flat else (r"\.", LAYERS)
     found = re.fullmatch(rf"({DIFFUSERS}|{STABILITY}){dot}(0|[1-9]\d{{0,5}}){dot}(.+)", name)
     targets = known[found[1]].get(found[3], ()) if found else ()
@@ -164,7 +167,7 @@ def _place(name: str, *, flat: bool) -> tuple[list[str], bool]:
 
 
 def parse_native(tensors: Mapping[str, np.ndarray]) -> Parsed:
-    """Factors under our own names, in our own layout."""
+    """Sorts a file's tensors, which have our own names and our own layout."""
     pattern = re.compile(r"(?P<layer>blocks\.(?:0|[1-9]\d{0,5})\.(?P<target>.+))\.lora_(?P<side>[ab])")
     factors: list[Factor] = []
     for key, tensor in tensors.items():
@@ -182,7 +185,7 @@ def native_names(adapters: Mapping[str, Adapter]) -> dict[str, np.ndarray]:
 
 
 def torch_names(adapters: Mapping[str, Adapter], prefix: str, suffix: str = ".weight") -> dict[str, np.ndarray]:
-    """Factors in PyTorch's layout, under diffusers' names of layers."""
+    """Returns factors in PyTorch's layout, under diffusers' names of layers."""
     tensors = {}
     for layer, (a, b) in adapters.items():
         if scale_first(layer, a, b):
@@ -193,22 +196,25 @@ def torch_names(adapters: Mapping[str, Adapter], prefix: str, suffix: str = ".we
 
 
 def scale_first(layer: str, a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether diffusers' modulation of this size has its scale before its shift: that of text in the last block."""
+    """Whether diffusers puts the scale before the shift in this layer: only in the last block's modulation of text.
+
+    That modulation has no gate: B has twice as many outputs as A has inputs.
+    """
     return target_of(layer) == "text.modulation" and b.shape[1] == 2 * a.shape[0]
 
 
 def swap_halves(b: np.ndarray) -> np.ndarray:
-    """[rank, out] with the halves of the outputs exchanged."""
+    """Returns B [rank, out] with the halves of the outputs exchanged."""
     return np.concatenate(np.split(b, 2, axis=1)[::-1], axis=1)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor is of an adapter of any kind, as far as its name tells."""
+    """Whether a tensor, by its name, belongs to an adapter of any kind."""
     return ".lora" in name or "_lora." in name or any(kind.search(name) for kind in OTHER_KINDS.values())
 
 
 def surplus(name: str) -> str:
-    """What is to be said of a tensor that no adapter can use."""
+    """Returns a message about a tensor that no adapter can use."""
     merge = "merge it into a model with the tool that trained it"
     for kind, pattern in OTHER_KINDS.items():
         if pattern.search(name):
@@ -219,7 +225,7 @@ def surplus(name: str) -> str:
 
 
 def module_of(layer: str) -> str:
-    """diffusers' name of the layer that we call `layer`."""
+    """Returns diffusers' name of the layer that we call `layer`."""
     return f"{DIFFUSERS}.{block_of(layer)}.{MODULES[target_of(layer)]}"
 
 

@@ -1,7 +1,7 @@
-"""PEFT's settings of low-rank adapters (`adapter_config.json`), read as PEFT reads them, and written.
+"""Reads PEFT's settings of low-rank adapters (`adapter_config.json`) as PEFT does, and writes them.
 
-`SETTINGS` has every key of PEFT's LoraConfig and says what becomes of it. What changes the computation is read or must
-be off; a key that is not in the table must be off too, so that nothing that a later PEFT adds goes unseen.
+`SETTINGS` has every key of PEFT's LoraConfig and says how the key is treated. A setting that changes the computation is
+read or must be off. A key that is not in the table must be off too, so that no setting of a later PEFT is overlooked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seg4diff_jax.models.lora import Adapter, LoRAConfig
 Value = TypeVar("Value")
 LARGEST_RANK = 1 << 20
 SECONDS_TO_MATCH = 3.0
-"""For all of a file's patterns, which are regular expressions and can be made to take for ever."""
+"""Time limit for all patterns of a file. They are regular expressions, and can be made to take for ever."""
 LONGEST_PATTERN = 10_000
 
 SETTINGS: dict[str, Literal["read", "off", "irrelevant"]] = {
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Literal["read", "off", "irrelevant"]] = {
     "layers_pattern": "read",
     "init_lora_weights": "read",
     "bias": "read",
-    # These make an adapter compute something else than alpha / rank (x A) B, or adapt something else than layers.
+    # With these an adapter computes something else than alpha / rank (x A) B, or adapts something else than layers.
     "use_dora": "off",
     "lora_bias": "off",
     "modules_to_save": "off",
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Literal["read", "off", "irrelevant"]] = {
     "kasa_config": "off",
     "monteclora_config": "off",
     "velora_config": "off",
-    # Where the adapter comes from, how it was trained, and what linear layers in PyTorch have no use for.
+    # These say where the adapter comes from and how it was trained, or do not matter for linear layers in PyTorch.
     "task_type": "irrelevant",
     "auto_mapping": "irrelevant",
     "peft_version": "irrelevant",
@@ -72,15 +72,18 @@ SETTINGS: dict[str, Literal["read", "off", "irrelevant"]] = {
     "ensure_weight_tying": "irrelevant",
 }
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Initialisations that leave the base's weights alone. Those that do not (pissa, olora, corda,
-loftq, lora_ga) make the file's factors those of a base that is not in it."""
+"""Initialisations that do not change the base model's weights.
+
+The others (pissa, olora, corda, loftq, lora_ga) do: the file's factors belong to a base model that is not in the file.
+"""
 
 
 class Stated(NamedTuple):
-    """What settings say of a file's layers, by our per-layer names.
+    """What settings say about a file's layers, by our per-layer names.
 
     Attributes:
-      ranks, alphas: of every layer; alpha as of alpha / rank.
+      ranks: rank of every layer.
+      alphas: alpha of every layer, in the sense of alpha / rank.
     """
 
     ranks: dict[str, int]
@@ -92,7 +95,7 @@ class _TooSlow(Exception):
 
 
 class _Patterns:
-    """PEFT's regular expressions, matched within a limit of time for all of them together."""
+    """Matches PEFT's regular expressions, within one time limit for all of them together."""
 
     def __init__(self) -> None:
         self.end = time.monotonic() + SECONDS_TO_MATCH
@@ -115,15 +118,16 @@ class _Patterns:
 def read_settings(
     where: object, name: str, settings: Mapping[str, Any], layers: Collection[str], problems: list[str]
 ) -> Stated:
-    """Rank and alpha of every layer that a file has an adapter of.
+    """Returns rank and alpha of every layer for which a file has an adapter.
 
     Args:
-      where, name: the file, and what the settings are called in it.
-      layers: our per-layer names.
-      problems: gains what cannot be read, and how the file's layers differ from those that the settings name.
+      where, name: the file, and the name of the settings in it.
+      layers: our per-layer names of these layers.
+      problems: a list to which this function adds what cannot be read, and how the file's layers differ from those that
+        the settings name.
 
-    Raises CheckpointError when they are of another kind of adapters; with all problems so far, when a setting that is
-    needed is of no use.
+    Raises CheckpointError when the settings are of another kind of adapters. Raises it, with all problems so far, when
+    a setting that is needed cannot be used.
     """
     if kind := other_kind(settings):
         raise CheckpointError(f"{where}: {name}: {kind}")
@@ -151,13 +155,16 @@ def read_settings(
 
 
 def other_kind(settings: Mapping[str, Any]) -> str | None:
-    """What is to be said of settings of adapters that are of no low rank, whose other settings mean nothing here."""
+    """Returns a message if settings are of adapters that are not low-rank, otherwise None.
+
+    The other settings of such adapters have no meaning here.
+    """
     kind = settings.get("peft_type", "LORA")
     return None if kind == "LORA" else f"peft_type is {_short(kind)}; only 'LORA' is implemented: merge it with PEFT"
 
 
 def _refusal(key: str, value: Any) -> str | None:
-    """What is to be said of a setting that makes the adapter something else than we read; None if nothing is."""
+    """Returns a message if a setting makes the adapter something else than is read here, otherwise None."""
     off = value is None or value is False or value in ([], {}, "")
     match SETTINGS.get(key):
         case "off" if not off:
@@ -212,7 +219,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (_list_of(_is_number), "whole numbers"),
     "layers_pattern": NAMES,
 }
-"""Settings that are read further, and what they have to be."""
+"""Settings whose values are used, with the check of each value and the expected value in words."""
 
 
 def _apply(settings: Mapping[str, Any], layers: Collection[str], patterns: _Patterns) -> tuple[Stated, list[str]]:
@@ -237,13 +244,16 @@ def _apply(settings: Mapping[str, Any], layers: Collection[str], patterns: _Patt
 
 
 def _by_ending(by_pattern: Mapping[str, Value]) -> list[tuple[str, str, Value]]:
-    """Patterns, and what a name has to end with for each to match, as far as that is plain to see: they are many."""
+    """Returns each pattern with the ending that names must have to match, and with its value.
+
+    Comparing endings first saves time, since there can be many patterns. The ending is "" where it is not plain to see.
+    """
     literal = re.compile(r"\^?[\w.]+")
     return [(k, k.rpartition(".")[2] if literal.fullmatch(k) and "." in k else "", v) for k, v in by_pattern.items()]
 
 
 def _value(by_pattern: list[tuple[str, str, Value]], name: str, default: Value, patterns: _Patterns) -> Value:
-    """A module's rank or alpha: that of the first pattern that its name ends with."""
+    """Returns a module's rank or alpha: the value of the first pattern that matches the end of the module's name."""
     found = (
         value
         for pattern, ending, value in by_pattern
@@ -253,7 +263,7 @@ def _value(by_pattern: list[tuple[str, str, Value]], name: str, default: Value, 
 
 
 def _left_out_by(settings: Mapping[str, Any], name: str, patterns: _Patterns) -> str | None:
-    """The setting because of which PEFT gives a module no adapter, if one does."""
+    """Returns the setting because of which PEFT gives a module no adapter; None if there is none."""
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if excluded and _names(excluded, name, patterns):
         return "exclude_modules"
@@ -265,7 +275,7 @@ def _left_out_by(settings: Mapping[str, Any], name: str, patterns: _Patterns) ->
 
 
 def _names(wanted: Any, name: str, patterns: _Patterns) -> bool:
-    """Whether a setting names a module: by a pattern for the whole name, or by what it ends with."""
+    """Whether a setting names a module: by a pattern for the whole name, or by the end of the name."""
     if isinstance(wanted, str):
         return bool(patterns.match(rf"(?:{wanted})\Z", name))
     parts = name.split(".")
@@ -273,11 +283,11 @@ def _names(wanted: Any, name: str, patterns: _Patterns) -> bool:
 
 
 def _in_layers(settings: Mapping[str, Any], name: str, patterns: _Patterns) -> bool:
-    """PEFT's `layers_to_transform`: the first number in a name that follows one of `layers_pattern`.
+    """Whether PEFT's `layers_to_transform` includes a module, by a number in its name.
 
-    Without such a pattern something has to stand before the number's own word. In SD3's names, which begin with
-    `transformer_blocks.3`, the number that PEFT finds is therefore not the block's: it is the 0 of `ff.net.0.proj`,
-    and layers of attention have none.
+    PEFT takes the first number that follows one of `layers_pattern`. Without such a pattern PEFT takes the first number
+    that at least two parts of the name precede. SD3's names begin with `transformer_blocks.3`, so that PEFT does not
+    find the block's number there. It finds the 0 of `ff.net.0.proj`, and no number in layers of attention.
     """
     numbers, words = settings.get("layers_to_transform"), settings.get("layers_pattern") or []
     if numbers is None or numbers == []:
@@ -289,7 +299,7 @@ def _in_layers(settings: Mapping[str, Any], name: str, patterns: _Patterns) -> b
 
 
 def settings_of(config: LoRAConfig, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """PEFT's settings; layers are named in full, so that no other of a like name is adapted too."""
+    """Returns PEFT's settings. Layers are named in full, so that no other layer with a similar name is adapted."""
     return {
         "peft_type": "LORA",
         "r": config.rank,

@@ -1,8 +1,8 @@
-"""Adapters of a training run's checkpoints: of runs that were stopped, and of steps before the last.
+"""Reads adapters from a training run's checkpoints: of runs that were stopped, and of steps before the last.
 
-A checkpoint holds adapters stacked, as they are trained; which blocks a stack is of follows from the configuration of
-the transformer, which is read from the model that the run names. Where the run keeps an average of its parameters, the
-average is taken, as its export does.
+A checkpoint holds adapters stacked, as they are trained. The configuration of the transformer shows which blocks a
+stack is for; it is read from the model that the run names. Where the run keeps an average of its parameters, the
+average is taken, as in the run's export.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from seg4diff_jax.models.lora import Adapter
 
 FACTOR = re.compile(r"transformer\.stacks\.(\d+)\.(.+)\.lora_a")
 
-# Orbax misses a file that it does not write.
+# Orbax warns that a file is absent that it never writes.
 logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Metadata file does not exist"))
 
 
 def read_run(run: str | Path, which: str) -> LoRACheckpoint:
-    """The adapters of a checkpoint.
+    """Returns the adapters of a checkpoint.
 
     Args:
       run: a training run's directory.
-      which: last, best (the one of the largest held-out mIoU that is finite), or a step.
+      which: last, best (the one with the largest finite held-out mIoU), or a step.
 
     Raises:
       CheckpointError: the run has no such checkpoint, it cannot be read, is damaged or holds no adapters, or the model
@@ -63,7 +63,7 @@ def _read(checkpoint: Path, run: str | Path) -> LoRACheckpoint:
         state = arrays_of((checkpoint / STATE).absolute())
         kind = "average" if state["average"] else "trainable"
         chosen = state[kind]
-    except Exception as error:  # what Orbax and the file system say
+    except Exception as error:  # Orbax and the file system raise many classes of errors
         raise CheckpointError(f"{checkpoint} cannot be read: {reason(error)}") from error
     check_arrays(checkpoint, chosen, below=f"{kind}/")
     adapters = _adapters(chosen, settings, checkpoint)
@@ -73,7 +73,7 @@ def _read(checkpoint: Path, run: str | Path) -> LoRACheckpoint:
 
 
 class Settings(NamedTuple):
-    """Of a run: what its configuration says of the adapters. `blocks` None: all of the model's."""
+    """A run's settings of its adapters, from its configuration. `blocks` is None for all blocks of the model."""
 
     model: str
     rank: int
@@ -123,7 +123,7 @@ def _step(place: Path, steps: list[int], which: str) -> int:
 
 
 def arrays_of(directory: Path) -> Any:
-    """What a checkpoint holds, wherever its arrays lay, in this machine's memory."""
+    """Returns a checkpoint's content as arrays in this machine's memory, wherever its arrays were before."""
     reader = ocp.PyTreeCheckpointer()
     stored: Any = reader.metadata(directory)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.item_metadata.tree)
