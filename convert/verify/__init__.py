@@ -1,1 +1,1 @@
-"""PyTorch and JAX side by side on a user's own weights."""
+"""Runs PyTorch and JAX side by side on a user's own weights."""

@@ -1,4 +1,4 @@
-"""PyTorch's arrays recorded, ours checked against them, and the bounds that they must keep."""
+"""Records PyTorch's arrays, and compares ours with them within bounds."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 FACTOR, LABEL_FACTOR = 2.0, 3.0
-"""How many times farther than PyTorch's our array may be from what is exact; labels that differ are few and jump."""
+"""How many times farther than PyTorch's our array may be from the exact one.
+
+Labels have a factor of their own: few of them differ, so that their number jumps.
+"""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a row must keep to pass, in one dtype: the first two, or else, where an exact array is known, the others.
+    """The bounds of a row, in one dtype.
+
+    A row passes by `relative` or `equal` or else, if an exact array is known, by `rounding` or `label_rounding`.
 
     Attributes:
-      relative: largest absolute error over the reference's largest absolute value, at most; None: never enough.
-      equal: fraction of equal labels where rounding cannot decide, at least; None: never enough.
+      relative: largest absolute error over the reference's largest absolute value, at most; None: no row passes by it.
+      equal: fraction of equal labels among the decided ones, at least; None: no row passes by it.
       rounding: our distance from the exact array is at most FACTOR times PyTorch's plus this.
-      label_rounding: as `rounding`, for the fraction of labels that differ.
+      label_rounding: as `rounding`, with LABEL_FACTOR, for the fraction of labels that differ.
     """
 
     relative: float | None
@@ -31,11 +36,11 @@ class Bounds:
 
 
 BOUNDS = {"float32": Bounds(1e-4, 1.0, 1e-6, 1e-4), "bfloat16": Bounds(None, None, 2**-9, 0.01)}
-"""By the dtype that both compute in.
+"""Bounds by the dtype that both compute in.
 
-What rounding costs depends on the weights: where attention is sharp, as it can be without norms on q and k, PyTorch
-itself in bf16 is off by a tenth and more after a few blocks. So in bf16 no fixed bound would both pass sound numbers
-and catch unsound ones, and PyTorch's own distance from PyTorch in fp32 is the measure.
+The error that rounding causes depends on the weights. Where attention is sharp, as it can be without norms on q and k,
+PyTorch itself in bf16 is off by a tenth and more after a few blocks. So in bf16 no fixed bound would both pass sound
+numbers and catch unsound ones. The measure is the distance of PyTorch in bf16 from PyTorch in fp32.
 """
 
 
@@ -80,7 +85,7 @@ class Recording:
         np.save(self._files[what], array)
 
     def take(self, what: str) -> Shaped[np.ndarray, "*array"]:
-        """The array, whose file is then removed."""
+        """Returns an array and removes its file."""
         path = self._files[what]
         array = np.load(path)
         path.unlink()
@@ -99,11 +104,11 @@ def compare(
     bounds: Bounds = BOUNDS["float32"],
     decided: Bool[np.ndarray, "*theirs"] | None = None,
 ) -> Comparison:
-    """The row of two arrays of one shape; label maps are those of integers. What is not finite never passes.
+    """Compares two arrays of one shape; arrays of integers are label maps. Values that are not finite never pass.
 
     Args:
-      exact: PyTorch's in a wider dtype.
-      decided: the labels that rounding cannot decide about, see `decided_labels`. Default: all.
+      exact: PyTorch's array in a wider dtype.
+      decided: the labels that rounding cannot change, see `decided_labels`. Default: all.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"{what}: PyTorch's shape is {list(theirs.shape)}, ours is {list(ours.shape)}")
@@ -133,9 +138,10 @@ def compare(
 def decided_labels(
     ours: Float[np.ndarray, "classes height width"], theirs: Float[np.ndarray, "classes height width"]
 ) -> Bool[np.ndarray, "height width"]:
-    """Pixels whose best class leads the second, in PyTorch, by more than the scores of the two are apart.
+    """Returns the pixels whose labels rounding cannot change.
 
-    A score that is no number decides nothing.
+    In these pixels PyTorch's best class leads the second by more than twice the largest difference between our scores
+    and PyTorch's. If a score is not finite, no label is decided.
     """
     if len(theirs) == 1:
         return np.ones(theirs.shape[1:], bool)
@@ -144,7 +150,7 @@ def decided_labels(
 
 
 def _errors(ours: Shaped[np.ndarray, "*ours"], theirs: Shaped[np.ndarray, "*theirs"]) -> tuple[float, float, float]:
-    """Largest absolute error, the same over the largest absolute value of `theirs`, and cosine."""
+    """Returns the largest absolute error, this error over the largest absolute value of `theirs`, and the cosine."""
     error, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     lengths = math.sqrt(float((ours**2).sum()) * float((theirs**2).sum()))
     cosine = float((ours * theirs).sum()) / lengths if lengths else float(error == 0)

@@ -1,4 +1,4 @@
-"""What both frameworks are given when they are compared: a drawn picture, a prompt, and seeded noise."""
+"""The inputs that both frameworks are given: a drawn picture, a prompt, and seeded noise."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from seg4diff_jax.text import class_prompts, tokenize
 CLASSES = ("cat", "grass", "sky")
 CLIPS, T5 = SD3.clips, SD3.t5
 TOKENS = 77
-"""Length of a prompt where no CLIP says another."""
+"""Length of a prompt if no CLIP says another."""
 STEPS = 28
-"""Masks are made at the checkpoint's own timestep of these: the paper's, 8, counted from the clean end, or its own."""
+"""Steps of the schedule. Masks are read at the checkpoint's own step, counted from the clean end, or the paper's, 8."""
 
 EXPERT_ROW = "expert block: image-to-text probs"
 SCORES_ROW = "class scores"
-"""What masks are made of, computed as the pipeline does: the mean over heads, and nothing after the block's q and k."""
+"""Rows that masks are made of. They are computed as in the pipeline: the mean over heads, and nothing after q and k."""
 
 
 class Conditioning(NamedTuple):
-    """What the text encoders tell the transformer, fp32."""
+    """The text encoders' results that the transformer takes, fp32."""
 
     context: Float[np.ndarray, "1 tokens width"]
     pooled: Float[np.ndarray, "1 pooled"]
 
 
 class Sample(NamedTuple):
-    """What the transformer is given, fp32."""
+    """The inputs of the transformer, fp32."""
 
     latents: Float[np.ndarray, "1 rows columns channels"]
     timestep: float
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 class Prompt:
     """Token ids of each text encoder, and the weights that average each class's tokens.
 
-    T5's prompt is as long as the CLIPs' too. `described` says in words what the ids are.
+    T5's prompt is as long as the CLIPs'. `described` says in words what the ids are.
     """
 
     ids: Mapping[str, Int[np.ndarray, "1 tokens"]]
@@ -56,15 +56,15 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Length of every encoder's prompt."""
+        """Length of every encoder's prompt, in tokens."""
         return self.averaging.shape[-1]
 
 
 @dataclass(frozen=True)
 class TransformerInputs:
-    """Noise, and seeded numbers in place of the outputs of a VAE or of text encoders that are not there.
+    """Noise, and seeded numbers in place of the outputs of an absent VAE or of absent text encoders.
 
-    `block` is the one whose maps become masks, `step` the timestep at which they are read. The last
+    `block` is the block whose maps become masks, and `step` the noise level at which they are read. The last
     `last_token_count` tokens of the context are equal: zeros for an absent T5, of which the pipeline computes one.
     """
 
@@ -78,7 +78,7 @@ class TransformerInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of every component. `size` is the picture's side in pixels, `joint_dim` the context's width."""
+    """The inputs of every component. `size` is the picture's side in pixels, `joint_dim` the context's width."""
 
     size: int
     picture: Float[np.ndarray, "1 size size 3"]
@@ -88,7 +88,10 @@ class Inputs:
 
 
 def make_inputs(source: Source, size: int) -> Inputs:
-    """Raises CheckpointError when tokenizers are damaged or the checkpoint takes no pictures of that size."""
+    """Makes the inputs of every component that a checkpoint has.
+
+    Raises CheckpointError when tokenizers are damaged or the checkpoint takes no pictures of that size.
+    """
     _check_size(source, size)
     transformer, prompt = None, make_prompt(source)
     if "transformer" in source.configs:
@@ -111,7 +114,7 @@ def make_inputs(source: Source, size: int) -> Inputs:
 
 
 def _joint_dim(source: Source) -> int:
-    """The transformer's; without one T5's; without either as wide as the CLIPs need."""
+    """Returns the context's width: the transformer's, or else T5's, or else what the CLIPs need."""
     parsed = source.parsed
     clips = sum(parsed[name].hidden_size for name in CLIPS if name in parsed)
     if "transformer" in parsed:
@@ -124,12 +127,12 @@ def _joint_dim(source: Source) -> int:
 
 
 def _draw(what: str, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
-    """Standard normal numbers that depend on the name alone."""
+    """Returns standard normal numbers. The seed depends on the name `what` alone."""
     return np.random.default_rng(zlib.crc32(what.encode())).standard_normal(shape).astype(np.float32)
 
 
 def draw_picture(size: int) -> Float[np.ndarray, "1 size size 3"]:
-    """A grey disc with two ears on a rough meadow below a graded sky, in [-1, 1]."""
+    """Draws a grey disc with two ears on a rough meadow below a graded sky, in [-1, 1]."""
     rows, columns = np.mgrid[0:size, 0:size] / size
     sky = np.stack([0.4 + 0.4 * rows, 0.6 + 0.3 * rows, np.full_like(rows, 0.95)], axis=-1)
     blades = np.random.default_rng(0).uniform(0.6, 1.0, (size, size, 1))
@@ -142,7 +145,7 @@ def draw_picture(size: int) -> Float[np.ndarray, "1 size size 3"]:
 
 
 def make_prompt(source: Source) -> Prompt:
-    """The class names in the checkpoint's own tokens, or seeded random ids if it brings no tokenizers for both CLIPs.
+    """Returns the class names in the checkpoint's own tokens, or seeded random ids without tokenizers for both CLIPs.
 
     Raises CheckpointError when tokenizers are damaged.
     """

@@ -1,4 +1,4 @@
-"""JAX's side of `verify`: this package's models. The transformer and T5 stream, one block in memory at a time."""
+"""JAX's side of `verify`: this package's models. The transformer and T5 are streamed, one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Check = Callable[[str, np.ndarray], None]
 
 
 class OneLayer(nnx.Module):
-    """A layer by itself, as `assemble` fills it."""
+    """A model that is one layer, for `assemble` to fill."""
 
     layer_stacks: tuple[LayerStack, ...] = ()
 
@@ -71,10 +71,10 @@ def _read(
 
 
 def load_layer(component: ComponentReader, names: Iterable[str], dtype: str, prefix: str, make: Callable) -> OneLayer:
-    """One block of a model, with the parameters under `prefix`; nothing else is read.
+    """Returns one block of a model, with the parameters under `prefix`; nothing else is read.
 
     Args:
-      names: every parameter of the component.
+      names: names of all parameters of the component.
       make: builds the block from its random generators.
     """
     own = [name for name in names if name.startswith(prefix)]
@@ -83,7 +83,7 @@ def load_layer(component: ComponentReader, names: Iterable[str], dtype: str, pre
 
 
 def _load_rest(component: ComponentReader, names: Iterable[str], dtype: str, model: Any) -> Any:
-    """A model whose blocks have been taken out, with all other parameters."""
+    """Fills a model whose blocks have been taken out, with all other parameters."""
     return assemble(model, _read(component, (n for n in names if not n.startswith("blocks.")), dtype))
 
 
@@ -97,7 +97,7 @@ def vae(
     latents: Float[np.ndarray, "batch rows columns latent"],
     check: Check,
 ) -> Float[np.ndarray, "batch rows columns latent"]:
-    """Encode the pixels and decode the given latents. Returns the encoded ones."""
+    """Encodes the pixels, and decodes the given latents. Returns the encoded pixels."""
     model = load_component(source, "vae", dtype=dtype)
     assert isinstance(model, VAE)
     compute = jnp.dtype(dtype)
@@ -129,7 +129,7 @@ def _encode_text(model: CLIPText, ids: Array) -> CLIPTextOutput:
 def t5(
     source: Source, dtype: str, ids: Int[np.ndarray, "batch tokens"], check: Check
 ) -> Float[Array, "batch tokens width"]:
-    """T5Encoder's forward pass, layer by layer."""
+    """Runs T5Encoder's forward pass layer by layer, and returns its states."""
     name = T5
     component = source.component(name)
     component.check()
@@ -145,7 +145,7 @@ def t5(
     for i in range(model.config.num_layers):
         states = _t5_layer(load_layer(component, names, dtype, f"blocks.{i}.", make), states, bias)
         states.block_until_ready()
-        gc.collect()  # modules hold cycles
+        gc.collect()  # modules hold reference cycles
     states = model.final_norm(states).astype(compute)
     check(f"{name}: states", _numpy(states))
     return states
@@ -176,7 +176,7 @@ def noisy(
     step: int,
     check: Check,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
-    """Latents at the noise level of the masks, and their timestep. The first sample is checked, the last returned."""
+    """Returns the last sample's latents at the noise level of the masks, and the timestep. Checks the first sample."""
     schedule = source.schedule
     sigmas, sigma = schedule.sigmas(STEPS), schedule.sigma_at(step, STEPS)
     check("scheduler: timesteps", (schedule.num_train_timesteps * sigmas).astype(np.float32))
@@ -194,10 +194,10 @@ def transformer(
     check: Check,
     on_progress: OnStage,
 ) -> Float[np.ndarray, "1 image tokens"]:
-    """MMDiT's forward pass, block by block, of all samples in one batch.
+    """Runs MMDiT's forward pass block by block, on all samples in one batch.
 
-    Only the first sample is checked. Returns the last one's image-to-text probabilities in the expert block, as the
-    pipeline reads them for masks. `tokens`: of CLIP's prompt.
+    Only the first sample is checked. Returns the last sample's image-to-text probabilities in the expert block, as the
+    pipeline reads them for masks. `tokens` is the length of CLIP's prompt.
     """
     component = source.component("transformer")
     component.check()
@@ -230,7 +230,7 @@ def transformer(
             probs = _numpy(alone[-1:])
         state, record = _joint_block(block, state, vector, ForwardOptions(everything))
         del block
-        gc.collect()  # modules hold cycles
+        gc.collect()  # modules hold reference cycles
         assert record.scores is not None
         assert record.probs is not None
         check(f"block {i}: image-to-text scores", _numpy(record.scores[:1]))
@@ -257,7 +257,7 @@ def _joint_block(
 
 @partial(jax.jit, static_argnames=("options",))
 def _record_alone(block: OneLayer, state: StreamState, vector: Array, options: ForwardOptions) -> JointAttention:
-    """As `attention_at` ends: nothing but q, k and the normaliser."""
+    """Returns the attention record from q, k and the normaliser alone, as `attention_at` does for its last block."""
     image, text = block.layer.qkv(state, vector)
     return attention_record(image, text, options)
 
@@ -284,7 +284,7 @@ def masks(
 
 
 def run(source: Source, inputs: Inputs, shared: Any, dtype: str, check: Check, on_progress: OnStage) -> None:
-    """Every component in turn, each given what PyTorch's former made, and all together from the picture to the masks.
+    """Runs every component in turn on PyTorch's results, and all of them together from the picture to the masks.
 
     `shared` is what PyTorch's run returned.
     """

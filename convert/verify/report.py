@@ -1,10 +1,10 @@
-"""PyTorch and JAX on one checkpoint: the same weights, the same seeded inputs, every number compared.
+"""Compares PyTorch and JAX on one checkpoint: the same weights, the same seeded inputs, every number.
 
-First PyTorch runs alone and what it makes goes to the disk; then JAX runs alone and is compared. One component is in
-memory at a time, and of the transformer and of T5 one block. Each framework carries its own states through all blocks,
-so errors accumulate as they do in use. What one component hands to the next is PyTorch's, for both, so that a row says
-where an error arises. Masks are the exception: ours come from our own latents and context, from the picture and the
-prompt to the labels.
+First PyTorch runs alone, and its results go to the disk. Then JAX runs alone and is compared with them. One component
+is in memory at a time, and of the transformer and of T5 one block. Each framework carries its own states through all
+blocks, so errors accumulate as they do in use. Between components both frameworks take PyTorch's results, so that a row
+shows where an error arises. Masks are the exception: ours come from our own latents and context, from the picture and
+the prompt to the labels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, and on what."""
+    """The rows of a comparison, and notes on what was compared."""
 
     rows: list[Comparison]
     notes: list[str]
@@ -58,18 +58,19 @@ def verify(
     text_encoders: str | Path | None = None,
     on_progress: OnStage = lambda doing: None,
 ) -> Report:
-    """Compare every component of a checkpoint in both frameworks.
+    """Compares every component of a checkpoint in both frameworks.
 
     Args:
       source: what JAX reads: whatever `open_source` opens, converted on the fly.
       against: the original, which PyTorch reads, if `source` is a converted directory. Default: `source`.
       size: side of the square test picture in pixels.
-      dtype: what both compute in, weights included. In bfloat16 PyTorch runs in float32 as well, which counts as exact.
-      float64: run PyTorch in float64 as well, which then counts as exact: a row out of its fixed bound passes if
-        PyTorch's own distance from it excuses ours.
+      dtype: dtype of both computations, weights included. For bfloat16 PyTorch runs in float32 as well, which counts as
+        exact.
+      float64: run PyTorch in float64 as well, which then counts as exact. A row out of its fixed bound passes if
+        PyTorch's own distance from exact excuses ours; see `comparison.Bounds`.
       components, tokenizers, variant: see `open_source`.
       text_encoders: see `open_source`; a second source for those that `source` or `against` lacks.
-      on_progress: receives what is being done.
+      on_progress: receives a description of the current stage.
 
     Raises:
       CheckpointError: a checkpoint is damaged, the two describe different models, there is no original, or PyTorch is
@@ -81,7 +82,7 @@ def verify(
     )
     _check_original(ours, original)
     for each in (ours, original):
-        _ = each.schedule, each.expert_block, each.expert_step  # raise for what is wrong with them
+        _ = each.schedule, each.expert_block, each.expert_step  # each raises CheckpointError for a wrong value
     inputs = make_inputs(ours, size)
     rows: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
@@ -128,7 +129,7 @@ def _open_both(
     own: dict[str, Any],
     common: dict[str, Any],
 ) -> tuple[Source, Source]:
-    """What JAX reads and what PyTorch reads. Of two, one may have all the text encoders without a second source."""
+    """Opens what JAX reads and what PyTorch reads. One of them may need no second source."""
     if against is None:
         ours = open_source(source, components=components, **own, **common)
         return ours, ours
@@ -160,7 +161,7 @@ def _torch_side() -> Any:
 
 
 def _exact_products(dtype: DType) -> AbstractContextManager[Any]:
-    """On GPUs and TPUs fp32 products are rounded to fewer bits unless one asks."""
+    """Returns a context in which fp32 products keep all bits. Without it GPUs and TPUs round them to fewer bits."""
     return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
 
 

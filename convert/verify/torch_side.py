@@ -1,7 +1,7 @@
 """PyTorch's side of `verify`: diffusers' and transformers' own modules and forward passes, on the CPU.
 
-Large models stream: the module is built without numbers, and hooks give each block its tensors when its turn comes and
-take them away after it. Single files go through diffusers' own conversion, so nothing here knows our name tables.
+Large models are streamed: the module is built without numbers, and hooks give each block its tensors before it runs and
+take them away afterwards. Single files go through diffusers' own conversion, so that our name tables are not used here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.verify.inputs import CLIPS, EXPERT_ROW, SCORES_ROW, STEPS, T5, Conditioning, Inputs, Sample
 
-diffusers: Any = _diffusers  # what it exports lazily is hidden from type checkers
+diffusers: Any = _diffusers  # type checkers do not see what it exports lazily
 Record = Callable[[str, np.ndarray], None]
 Tensors = Mapping[str, Callable[[], torch.Tensor]]
-"""Under diffusers' and transformers' names, read when called."""
+"""Functions that read a tensor, by diffusers' and transformers' names."""
 
 VERSIONS = f"PyTorch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}"
 
@@ -58,7 +58,7 @@ def _read(stored: StoredTensor) -> torch.Tensor:
 
 
 def _tensors(component: TorchComponent, prefix: str) -> dict[str, torch.Tensor]:
-    """A component's tensors under their own names after `prefix`: mapped where they lie as they are in one file."""
+    """Returns a component's tensors under their own names after `prefix`; memory-mapped if plain and in one file."""
     plain = [tensor for tensor in component.tensors.values() if isinstance(tensor, TensorInfo)]
     if len(plain) < len(component.tensors) or len(files := {info.file for info in plain}) > 1:
         return {prefix + key: _read(tensor) for key, tensor in component.tensors.items()}
@@ -67,7 +67,7 @@ def _tensors(component: TorchComponent, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _names_of_llama(component: TorchComponent) -> dict[str, str]:
-    """transformers' names of T5's encoder to those of llama.cpp, by the `gguf` package."""
+    """Returns llama.cpp's name of each tensor of T5's encoder by transformers' name, from the `gguf` package."""
     from gguf.constants import MODEL_ARCH
     from gguf.tensor_mapping import get_tensor_name_map
 
@@ -79,7 +79,7 @@ def _names_of_llama(component: TorchComponent) -> dict[str, str]:
 
 
 def _converted(component: TorchComponent) -> dict[str, torch.Tensor]:
-    """A single file's tensors under diffusers' names by diffusers' own functions, which want the prefix."""
+    """Returns a single file's tensors under diffusers' names, by diffusers' own functions, which need the prefix."""
     name, prefix = component.name, COMPONENTS[component.name].prefix
     tensors = _tensors(component, prefix)
     if name == "transformer":
@@ -97,7 +97,7 @@ def _converted(component: TorchComponent) -> dict[str, torch.Tensor]:
 
 
 def _load(module: nn.Module, tensors: Tensors, dtype: torch.dtype, prefix: str = "", but: tuple[str, ...] = ()) -> None:
-    """Give a module without numbers the tensors under `prefix`, except those under a prefix of `but`."""
+    """Gives a module without numbers the tensors under `prefix`, except those under a prefix of `but`."""
     state = {
         name.removeprefix(prefix): read().to(dtype)
         for name, read in tensors.items()
@@ -110,7 +110,7 @@ def _load(module: nn.Module, tensors: Tensors, dtype: torch.dtype, prefix: str =
 
 
 def _stream(layers: Mapping[str, nn.Module], tensors: Tensors, dtype: torch.dtype) -> None:
-    """Let each layer, under its prefix, have its numbers only while it runs. Hooks registered later see its output."""
+    """Gives each layer, by prefix, its numbers only while it runs. Hooks registered later see the layer's output."""
 
     def enter(layer: nn.Module, _: Any, prefix: str) -> None:
         _load(layer, tensors, dtype, prefix)
@@ -135,7 +135,7 @@ def _numpy(tensor: torch.Tensor) -> Shaped[np.ndarray, "*shape"]:
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """In fp32 at least."""
+    """Returns the tensor in fp32 or in its own dtype, whichever is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -150,7 +150,7 @@ def _dtype(name: str) -> torch.dtype:
 def vae(
     component: TorchComponent, dtype: str, pixels: Float[np.ndarray, "batch height width channels"], record: Record
 ) -> Float[np.ndarray, "batch rows columns latent"]:
-    """Pixels to mean latents, and those back to pixels. Returns the latents as the transformer takes them."""
+    """Encodes pixels to mean latents, and decodes them. Returns the latents as the transformer takes them."""
     module = _without_numbers(lambda: diffusers.AutoencoderKL.from_config(component.config))
     _load(module, tensors_of(component), _dtype(dtype))
     scale, shift = module.config.scaling_factor, module.config.shift_factor or 0.0
@@ -185,7 +185,7 @@ def clip(component: TorchComponent, dtype: str, ids: Int[np.ndarray, "batch toke
 def t5(
     component: TorchComponent, dtype: str, ids: Int[np.ndarray, "batch tokens"], record: Record
 ) -> Float[np.ndarray, "batch tokens width"]:
-    """Layer by layer."""
+    """Runs T5's encoder layer by layer, and returns its states."""
     config = transformers.T5Config.from_dict(dict(component.config))
     module = _without_numbers(lambda: transformers.T5EncoderModel(config))
     layers = {f"encoder.block.{i}.": block for i, block in enumerate(module.encoder.block)}
@@ -206,7 +206,9 @@ def prompt(
     joint_dim: int,
     record: Record,
 ) -> Conditioning:
-    """Context and pooled vector as diffusers' SD3 pipeline joins them; zeros, as many as CLIP tokens, stand for T5."""
+    """Returns context and pooled as diffusers' SD3 pipeline joins them. Zeros, as many as CLIP tokens, stand for an
+    absent T5.
+    """
     clip_states = torch.cat([torch.from_numpy(states.penultimate) for states in clips], dim=-1)
     clip_states = nn.functional.pad(clip_states, (0, joint_dim - clip_states.shape[-1]))
     last = torch.zeros_like(clip_states) if t5_states is None else torch.from_numpy(t5_states)
@@ -224,7 +226,7 @@ def noisy(
     step: int,
     record: Record,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], float]:
-    """Latents at the noise level of the masks, and their timestep."""
+    """Returns the latents at the noise level of the masks, and the timestep of that level."""
     module = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     module.set_timesteps(STEPS)
     record("scheduler: timesteps", _numpy(module.timesteps))
@@ -235,7 +237,10 @@ def noisy(
 
 
 class ExactTimeFeatures(nn.Module):
-    """diffusers' `Timesteps` of SD3 in fp64. Its own is fp32 in any module, wrong by 1e-5, and would not be exact."""
+    """diffusers' `Timesteps` of SD3 in fp64.
+
+    diffusers' own is fp32 in a module of any dtype, which is wrong by 1e-5 and would not be exact.
+    """
 
     def __init__(self, features: int):
         super().__init__()
@@ -248,7 +253,7 @@ class ExactTimeFeatures(nn.Module):
 
 
 class MapRecorder:
-    """An attention processor: diffusers' own, and the image-to-text map beside it by the formula, in fp32 at least."""
+    """An attention processor: runs diffusers' own, and records the image-to-text map by formula, in fp32 at least."""
 
     def __init__(self, processor: Any, tokens: int, record: Record):
         self.processor, self.tokens, self.record = processor, tokens, record
@@ -281,9 +286,10 @@ def transformer(
     record: Record,
     on_progress: OnStage,
 ) -> Float[np.ndarray, "1 image tokens"]:
-    """diffusers' whole forward pass, one block in memory at a time.
+    """Runs diffusers' whole forward pass, one block in memory at a time.
 
-    Returns the image-to-text probabilities of block number `block`, the mean over heads. `tokens`: of CLIP's prompt.
+    Returns the image-to-text probabilities of block number `block`, averaged over heads. `tokens` is the length of
+    CLIP's prompt.
     """
     module = _without_numbers(lambda: diffusers.SD3Transformer2DModel.from_config(component.config))
     layers = {f"transformer_blocks.{i}.": block for i, block in enumerate(module.transformer_blocks)}
@@ -339,7 +345,7 @@ def masks(
     size: int,
     record: Record,
 ) -> None:
-    """Class scores and the label map: mean over each class's tokens, bilinear to the picture's size, arg-max."""
+    """Records class scores and labels: mean over each class's tokens, bilinear to the picture's size, arg-max."""
     maps = torch.from_numpy(probs).transpose(-1, -2)
     scores = torch.from_numpy(averaging).to(maps) @ maps
     side = round(scores.shape[-1] ** 0.5)
@@ -353,19 +359,19 @@ def masks(
 
 
 class Shared(NamedTuple):
-    """What JAX is given of PyTorch's: the VAE's latents (None without a VAE), and the transformer's inputs."""
+    """PyTorch's results that JAX is given: the VAE's latents (None without a VAE), and the transformer's inputs."""
 
     latents: Float[np.ndarray, "1 rows columns channels"] | None
     sample: Sample | None
 
 
 def run(source: Source, inputs: Inputs, dtype: str, record: Record, on_progress: OnStage) -> Shared:
-    """Every component in turn, each given what the former made; nothing but arrays is kept."""
+    """Runs every component in turn, each on the results of the one before. Only arrays are kept."""
 
     def part(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
         on_progress(name)
         result = function(source.component(name), dtype, *arguments)
-        gc.collect()  # modules hold cycles
+        gc.collect()  # modules hold reference cycles
         return result
 
     present, ids = source.configs, inputs.prompt.ids
