@@ -116,7 +116,7 @@ class Source:
 
     def copy_tokenizers_and_scheduler(self, directory: Path) -> None:
         for name, folder in self.tokenizers.items():
-            shutil.copytree(folder, directory / name)  # the Hub's cache holds links: copies what they point to
+            shutil.copytree(folder, directory / name)  # the Hub's cache holds links; the files behind them are copied
         (directory / "scheduler").mkdir()
         (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler, indent=2))
 

@@ -41,8 +41,8 @@ def is_addressable(shape: Shape) -> bool:
 def read_bytes(file: Path, offset: int, count: int, *, once: bool = False) -> np.ndarray:
     """Returns `count` bytes of a file, from `offset`, as uint8 [count]. Raises CheckpointError if the file ends early.
 
-    With `once` the pages of these bytes leave the system's cache. A conversion reads and writes more than most memories
-    hold. For the kernel it is several times cheaper to reuse pages that were just freed than to find new ones.
+    With `once` the pages of these bytes leave the system's cache. A conversion reads and writes more than the memory of
+    most machines. For the kernel it is several times cheaper to reuse pages that were just freed than to find new ones.
     """
     buffer = np.empty(count, np.uint8)
     view, filled = buffer.data, 0

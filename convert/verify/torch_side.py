@@ -206,8 +206,9 @@ def prompt(
     joint_dim: int,
     record: Record,
 ) -> Conditioning:
-    """Returns context and pooled as diffusers' SD3 pipeline joins them. Zeros, as many as CLIP tokens, stand for an
-    absent T5.
+    """Returns context and pooled as diffusers' SD3 pipeline joins them.
+
+    Zeros, as many as CLIP tokens, stand for an absent T5.
     """
     clip_states = torch.cat([torch.from_numpy(states.penultimate) for states in clips], dim=-1)
     clip_states = nn.functional.pad(clip_states, (0, joint_dim - clip_states.shape[-1]))
