@@ -112,7 +112,7 @@ LAYER = re.compile(
 def check_depth(name: str, config: Any, tensors: Iterable[str], where: str) -> None:
     """Raises CheckpointError when a configuration has more layers than the tensors' names show.
 
-    The check makes no model: to make one takes longer the deeper the configuration claims to be.
+    The check makes no model, since the time for that grows with the claimed depth.
 
     Args:
       config: the component's typed configuration.

@@ -90,7 +90,7 @@ class Family(NamedTuple):
 
     @property
     def model_index(self) -> dict[str, Any]:
-        """`model_index.json` of a checkpoint that has every component."""
+        """The content of `model_index.json` for a checkpoint that has every component."""
         parts = {name: list(component.published) for name, component in self.components.items()}
         tokenizers = [component.tokenizer for component in self.components.values() if component.tokenizer]
         return {

@@ -111,7 +111,7 @@ class Source:
 
     @property
     def trained_size(self) -> int:
-        """Side, in pixels, of the square images that the transformer was trained for."""
+        """The side, in pixels, of the square images that the transformer was trained for."""
         return trained_size(self.configs["transformer"], self.configs.get("vae"))
 
     def copy_tokenizers_and_scheduler(self, directory: Path) -> None:
@@ -207,7 +207,7 @@ def _widened(dtype: np.dtype) -> np.dtype:
 
 
 def nbytes(component: ComponentReader, dtype: np.dtype | None = None) -> int:
-    """Returns the bytes of a component's parameters in `dtype` (default: each in its own)."""
+    """Returns the size in bytes of a component's parameters in `dtype` (default: each in its own)."""
     return sum(math.prod(shape) * (dtype or own).itemsize for shape, own in component.layout().values())
 
 

@@ -1,4 +1,4 @@
-"""`python -m convert checkpoint SRC DST`."""
+"""The command `python -m convert checkpoint SRC DST`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m convert lora SRC DST`."""
+"""The command `python -m convert lora SRC DST`."""
 
 from __future__ import annotations
 

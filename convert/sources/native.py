@@ -45,7 +45,7 @@ LIBRARIES = ("jax", "flax", "orbax-checkpoint", "numpy", "ml_dtypes")
 
 Parameters = dict[str, np.ndarray]
 Records = dict[str, dict[str, dict[str, Any]]]
-"""Part -> parameter -> shape, dtype and CRC-32 of its bytes in C order."""
+"""Shape, dtype and CRC-32 (of the bytes in C order) of each parameter, by part and by name."""
 
 
 def _checkpointer() -> ocp.Checkpointer:
