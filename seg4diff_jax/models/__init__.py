@@ -1,1 +1,1 @@
-"""What computes: Flax NNX modules and pure functions on arrays. No files, no tokenizers, no printing."""
+"""The networks: Flax NNX modules and pure functions on arrays. No files, no tokenizers, no printing."""

@@ -1,4 +1,4 @@
-"""CLIP's text tower, with its projection: OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14 as Stable Diffusion 3 uses them.
+"""CLIP's text encoder with its projection, as in Stable Diffusion 3: OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14.
 
 transformers' CLIPTextModelWithProjection is the reference.
 """
@@ -21,10 +21,12 @@ from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, stack_la
 from seg4diff_jax.parallel import split_batch
 
 LEGACY_EOS = 2
-"""The end token's id in published configs, which is not the tokenizer's: there the end is found as the largest id."""
+"""The end token's id in some published configurations, which is not the tokenizer's. For these, transformers takes the
+position of the largest id as the end of the text."""
 
 
 def quick_gelu(x: Array) -> Array:
+    """Applies OpenAI's approximation of GELU: x sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -36,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @runtime_checkable
 class LayerConfig(Protocol):
-    """What the layers of a tower read of its configuration."""
+    """The values of a configuration that the layers of a text or vision encoder read."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -51,7 +53,7 @@ class LayerConfig(Protocol):
 
 
 def check_layers(config: LayerConfig) -> None:
-    """Raise ValueError, naming key and value, for layers that are not implemented."""
+    """Raises ValueError, which names key and value, for layers that are not implemented."""
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {config.hidden_act!r:.80}; implemented: {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:
@@ -63,7 +65,7 @@ def check_layers(config: LayerConfig) -> None:
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The published configuration, under transformers' names and with its defaults."""
+    """The configuration of a CLIP text encoder, with transformers' names and defaults."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -78,7 +80,7 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> CLIPTextConfig:
-        """From a transformers `text_encoder/config.json`. Raises ValueError for a value that is not implemented."""
+        """Reads a transformers `text_encoder/config.json`. Raises ValueError for a value that is not implemented."""
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         for name in ("projection_dim", "eos_token_id"):
             if not isinstance(known.get(name, 0), int):
@@ -89,12 +91,12 @@ class CLIPTextConfig:
 
 
 class CLIPTextOutput(NamedTuple):
-    """What SD3 takes from a CLIP, in the model's compute dtype.
+    """The outputs of a CLIP text encoder, in the model's compute dtype.
 
     Attributes:
-      penultimate: [batch, tokens, hidden_size], the state before the last layer, without the final norm.
-      last: [batch, tokens, hidden_size], after the last layer and the final norm.
-      pooled: [batch, projection_dim], `last` at the end token, projected.
+      penultimate: [batch, tokens, hidden_size], states before the last layer, without the final norm.
+      last: [batch, tokens, hidden_size], states after the last layer and the final norm.
+      pooled: [batch, projection_dim], projection of `last` at the end token.
     """
 
     penultimate: Float[Array, "batch tokens features"]
@@ -103,7 +105,7 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPBlock(nnx.Module):
-    """Pre-norm attention and MLP on a residual stream in fp32. Text's attention is causal."""
+    """One layer: pre-norm attention and MLP on a residual stream in fp32. For text, attention is causal."""
 
     def __init__(
         self, config: LayerConfig, *, causal: bool = True, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
@@ -124,7 +126,10 @@ class CLIPBlock(nnx.Module):
 
 
 def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """In fp32, with the variance taken about the mean: the mean of squares less the squared mean loses digits."""
+    """Makes a layer norm in fp32.
+
+    The variance is the mean squared distance from the mean: the mean of squares minus the squared mean loses digits.
+    """
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
@@ -136,7 +141,10 @@ def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> n
 
 
 class CLIPText(nnx.Module):
-    """Token ids to states of every token and one projected state of the whole text. Attention is causal."""
+    """CLIP's text encoder: returns states of every token, and one projected state of the whole text.
+
+    Attention is causal.
+    """
 
     def __init__(
         self,
@@ -161,12 +169,12 @@ class CLIPText(nnx.Module):
         return (LayerStack("blocks", "blocks", 0, self.config.num_hidden_layers),)
 
     def __call__(self, ids: Int[Array, "batch tokens"]) -> CLIPTextOutput:
-        """Encode token ids, padding included: nothing is masked but what comes after a token.
+        """Encodes token ids. Pad tokens are not masked; a token attends to itself and all tokens before it.
 
-        Raises ValueError when there are more tokens than the position table has.
+        Raises ValueError if there are more tokens than positions.
         """
         x = self.embed(ids)
-        # The carry holds the state one layer back as well: the penultimate state costs no second scan and no copy.
+        # The carry also holds the state one layer back, so that the penultimate state costs no second scan and no copy.
         (x, penultimate), _ = scan_layers(
             lambda states, block: ((block(states[0]), states[0]), None), (x, x), self.blocks
         )
@@ -176,6 +184,7 @@ class CLIPText(nnx.Module):
         return CLIPTextOutput(penultimate.astype(self.dtype), last.astype(self.dtype), pooled)
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
+        """Returns the embeddings of tokens and positions, fp32. Raises ValueError if there are too many tokens."""
         tokens, most = ids.shape[1], self.config.max_position_embeddings
         if tokens > most:
             raise ValueError(f"ids have {tokens} tokens; this CLIP has positions for {most}: split or shorten the text")
@@ -183,7 +192,7 @@ class CLIPText(nnx.Module):
         return states + self.position_embedding.embedding[:tokens]
 
     def end_position(self, ids: Int[Array, "batch tokens"]) -> Int[Array, " batch"]:
-        """Where each text ends: the first end token; position 0 if there is none."""
+        """Returns the position of each text's first end token; 0 if there is none."""
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(axis=-1)
         return (ids == self.config.eos_token_id).argmax(axis=-1)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower, with its projection: transformers' CLIPVisionModelWithProjection."""
+"""CLIP's vision encoder with its projection. transformers' CLIPVisionModelWithProjection is the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seg4diff_jax.parallel import split_batch
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
-    """The published configuration, under transformers' names and with its defaults."""
+    """The configuration of a CLIP vision encoder, with transformers' names and defaults."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -32,18 +32,19 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> CLIPVisionConfig:
-        """From a transformers `image_encoder/config.json`. Raises ValueError for a value that is not implemented."""
+        """Reads a transformers `image_encoder/config.json`. Raises ValueError for a value that is not implemented."""
         parsed = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
         check_layers(parsed)
         return parsed
 
     @property
     def patches(self) -> int:
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
 class CLIPVision(nnx.Module):
-    """Pixels to one projected state of the whole picture. Every patch sees every other."""
+    """CLIP's vision encoder: returns one projected state of the whole picture. Every patch attends to all patches."""
 
     def __init__(
         self,
@@ -73,10 +74,10 @@ class CLIPVision(nnx.Module):
         return (LayerStack("blocks", "blocks", 0, self.config.num_hidden_layers),)
 
     def __call__(self, pixels: Float[Array, "batch height width channels"]) -> Float[Array, "batch projection"]:
-        """Project pictures into the space of the texts' `pooled`.
+        """Projects pictures into the space of the text encoder's `pooled`.
 
-        Pixels are normalised as the tower was trained: the published ones by CLIP's mean and deviation per channel.
-        Raises ValueError when they are not of the configured size.
+        Pixels are normalised as in the encoder's training: for the published ones by CLIP's mean and standard deviation
+        of each channel. Raises ValueError for pixels that are not of the configured size.
         """
         size = self.config.image_size
         if pixels.shape[1:3] != (size, size):

@@ -1,4 +1,4 @@
-"""What the transformer reads of prompts: a context of token states, and one pooled vector."""
+"""The text conditioning of the transformer: a context of token states, and one pooled vector for each prompt."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from seg4diff_jax.models.kernels import repeat_last
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TextConditioning:
-    """Token states, the CLIP ones first, then T5's or the zeros in their place; and pooled states. A pytree.
+    """A pytree of token states (CLIP's, then T5's or the zeros in their place) and of pooled states.
 
-    Text carries no positions, so tokens with equal states stay equal in every block. The last token may stand for
-    several: it is computed once and attended to as often as it counts. Attention records show every token.
+    The transformer adds no positions to text, so tokens with equal states stay equal in every block. The last token
+    may therefore stand for several equal ones. It is computed once, and attention counts it that many times. Attention
+    records show every token.
 
     Attributes:
       context: states of the tokens that are computed.
-      pooled: pooled states of the CLIP encoders, side by side.
+      pooled: pooled states of the CLIP encoders, concatenated.
       last_token_count: how many equal tokens the last one stands for, such as the zeros of an absent T5. Static.
-      segments: name and length of each part of the text, in order, such as `(("clip", 77), ("t5", 77))`; equal tokens
-        count. Attention is asked for by these names. Empty: nothing is said. Static.
+      segments: name and length of each part of the text, in order, such as `(("clip", 77), ("t5", 77))`. Lengths count
+        all equal tokens. Attention requests use these names. Empty: the parts have no names. Static.
 
     Raises:
       ValueError: `last_token_count` is no positive whole number.
@@ -47,16 +48,16 @@ class TextConditioning:
         equal: int,
         segments: tuple[tuple[str, int], ...] = (),
     ) -> TextConditioning:
-        """Of a context that shows every token, the last `equal` of which are equal.
+        """Makes a conditioning from a context that holds every token, of which the last `equal` are equal.
 
-        Raises ValueError when the context has fewer.
+        Raises ValueError if `equal` is below 1 or the context has fewer tokens.
         """
         if not 1 <= equal <= context.shape[-2]:
             raise ValueError(f"equal is {equal}; expected 1 to the context's {context.shape[-2]} tokens")
         return cls(context[..., : context.shape[-2] - equal + 1, :], pooled, equal, segments)
 
     def tokens(self, name: str) -> tuple[int, int]:
-        """First and last (exclusive) token of a segment. Raises ValueError when there is none of that name."""
+        """Returns the first and last (exclusive) token of a segment. Raises ValueError if no segment has the name."""
         start = 0
         for segment, length in self.segments:
             if segment == name:
@@ -69,5 +70,5 @@ class TextConditioning:
 
     @property
     def full_context(self) -> Float[Array, "*batch all_tokens width"]:
-        """States of every token, equal ones repeated, as other frameworks have them."""
+        """The states of every token, with equal tokens repeated, as other frameworks hold them."""
         return repeat_last(self.context, self.last_token_count, axis=self.context.ndim - 2)

@@ -1,4 +1,4 @@
-"""What turns pictures and prompts into what SD3's transformer reads: one VAE, two CLIPs and, if wanted, T5."""
+"""SD3's encoders, which turn pictures and prompts into the transformer's inputs: VAE, two CLIPs and optionally T5."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from seg4diff_jax.models.vae import VAE
 
 
 class Encoders(nnx.Module):
-    """The models that run before the transformer, and the VAE's decoder that runs behind it.
+    """The models that run before the transformer, and the VAE's decoder, which runs after it.
 
     Args:
-      vae: None where latents are given, as in training from a cache.
+      vae: None if latents are given, as in training from a cache.
       t5: None puts zeros in place of its states, as the released Seg4Diff does.
     """
 
@@ -28,16 +28,16 @@ class Encoders(nnx.Module):
 
     @property
     def parts(self) -> tuple[nnx.Module, ...]:
-        """Those that there are: VAE, CLIP-L, CLIP-bigG, T5."""
+        """The models that are present, in the order VAE, CLIP-L, CLIP-bigG, T5."""
         return tuple(part for part in (self.vae, self.clip_l, self.clip_g, self.t5) if part is not None)
 
     def without_t5(self) -> Encoders:
-        """The same models but T5: masks and the pictures of small runs do without."""
+        """Returns the same models without T5, which masks and the pictures of small runs do not need."""
         return Encoders(self.vae, self.clip_l, self.clip_g)
 
 
 class TokenIds(NamedTuple):
-    """Token ids, int32 [batch, tokens]; `t5` may be of another length than the CLIPs'."""
+    """Token ids for each text encoder, int32 [batch, tokens]. T5's may be longer or shorter than the CLIPs'."""
 
     clip_l: Int[Array | np.ndarray, "batch tokens"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
     clip_g: Int[Array | np.ndarray, "batch tokens"] | Any
@@ -52,10 +52,10 @@ def join_states(
     joint_dim: int,
     t5_length: int | None = None,
 ) -> TextConditioning:
-    """States of the text encoders as the transformer reads them, see `passes.encode_prompts`.
+    """Joins the states of the text encoders to the transformer's conditioning (see `passes.encode_prompts`).
 
     Args:
-      t5_states: None: zeros stand in their place.
+      t5_states: T5's states; None puts zeros in their place.
       joint_dim, t5_length: as for `passes.encode_prompts`.
 
     Raises:
@@ -78,5 +78,5 @@ def join_states(
 
 
 def segments(clip: int, t5: int) -> tuple[tuple[str, int], ...]:
-    """The parts of SD3's text: CLIP's tokens and, where there are some, T5's or the zeros in their place."""
+    """Returns name and length of each part of SD3's text: CLIP's tokens, then T5's (or the zeros) if there are any."""
     return (("clip", clip), ("t5", t5)) if t5 else (("clip", clip),)

@@ -1,10 +1,10 @@
-"""Floating-point operations of the models, counted from their configurations alone.
+"""Counts the floating-point operations of the models, from their configurations alone.
 
-Two for each multiply-add of the products with weights, of attention's two products and of convolutions; all else is a
-small part of a percent. Counts are of one image, and of what is needed: a kernel that computes scores again in the
-backward pass, or pads its tiles, does more.
+A multiply-add counts as two operations. Counted are products with weights, attention's two products and convolutions;
+all else is a small part of a percent. Counts are for one image, and only of what is needed: a kernel that computes
+scores again in the backward pass, or pads its tiles, does more.
 
-For SD3-medium at 1024 px (4096 image and 154 text tokens) a block is 0.352e12 and all of it 8.437e12.
+For SD3-medium at 1024 px (4096 image and 154 text tokens) a block takes 0.352e12 and the whole model 8.437e12.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Remat = Literal["nothing", "blocks", "all_but_matmuls"]
 
 
 class StepFlops(NamedTuple):
-    """One image's share of a training step.
+    """Operations of a training step for one image.
 
     Attributes:
-      forward, backward: what the gradients of the trained parameters take.
-      again: what is computed a second time to save memory.
+      forward, backward: operations that the loss and the gradients of the trained parameters need.
+      again: operations of what is computed a second time to save memory (gradient checkpointing).
     """
 
     forward: int
@@ -38,15 +38,17 @@ class StepFlops(NamedTuple):
 
     @property
     def needed(self) -> int:
+        """Operations without those of gradient checkpointing."""
         return self.forward + self.backward
 
     @property
     def done(self) -> int:
+        """All operations, those of gradient checkpointing included."""
         return self.forward + self.backward + self.again
 
 
 def linear_layers(config: MMDiTConfig, block: int) -> dict[str, tuple[int, int]]:
-    """Input and output width of every linear layer of a block, by its path in it."""
+    """Returns the input and output width of every linear layer of a block, by the layer's path in the block."""
     width, last = config.width, block == config.num_layers - 1
     kinds = {"image": "dual" if block in config.dual_attention_layers else "joint"}
     kinds["text"] = "keys only" if last else "joint"
@@ -62,44 +64,44 @@ def linear_layers(config: MMDiTConfig, block: int) -> dict[str, tuple[int, int]]
 
 
 def block_flops(config: MMDiTConfig, block: int, image: int, text: int) -> int:
-    """The forward pass of one block over `image` and `text` tokens."""
+    """Counts the forward pass of one block over `image` and `text` tokens."""
     weights = _weights(linear_layers(config, block), image, text)
     return weights + block_attention_flops(config, block, image, text)
 
 
 def block_attention_flops(config: MMDiTConfig, block: int, image: int, text: int) -> int:
-    """Queries with keys, and weights with values; both attentions where there are two."""
+    """Counts the products of queries with keys and of weights with values, in both attentions if there are two."""
     dual = image**2 if block in config.dual_attention_layers else 0
     return 4 * config.width * ((image + text) ** 2 + dual)
 
 
 def mmdit_flops(config: MMDiTConfig, image: int, text: int) -> int:
-    """The forward pass of the whole transformer, embeddings and output with it.
+    """Counts the forward pass of the whole transformer, embeddings and output head included.
 
     Args:
-      image: tokens: latent height x width / patch_size^2.
-      text: tokens that are computed; of equal ones at the end (`TextConditioning`) that is one.
+      image: number of image tokens: latent height x width / patch_size^2.
+      text: number of text tokens that are computed. Equal tokens at the end count as one (`TextConditioning`).
     """
     blocks = sum(block_flops(config, block, image, text) for block in range(config.num_layers))
     return embedding_flops(config, image, text) + blocks + head_flops(config, image)
 
 
 def embedding_flops(config: MMDiTConfig, image: int, text: int) -> int:
-    """Patches, context, and what modulates all blocks."""
+    """Counts the embedding of patches, of the context, and of the timestep and pooled text."""
     width, channels = config.width, config.patch_size**2 * config.in_channels
     conditioning = TIME_FEATURES + config.pooled_projection_dim + 2 * width
     return 2 * width * (conditioning + image * channels + text * config.joint_attention_dim)
 
 
 def head_flops(config: MMDiTConfig, image: int) -> int:
-    """From the last block's image states to the velocity."""
+    """Counts the output head: from the last block's image states to the velocity."""
     return 2 * config.width * (2 * config.width + image * config.patch_size**2 * config.out_channels)
 
 
 def maps_flops(config: MMDiTConfig, image: int, text: int) -> int:
-    """What a block's image-to-text attention takes, see `trunk.attention_at`: image queries, all keys, every score."""
+    """Counts a block's image-to-text attention as `trunk.attention_at` computes it: image queries with all keys."""
     width = config.width
-    weights = 2 * width**2 * (2 * image + text + 4)  # and the scales and shifts of both streams
+    weights = 2 * width**2 * (2 * image + text + 4)  # the 4 are the scales and shifts of both streams
     return weights + 2 * image * (image + text) * width
 
 
@@ -112,15 +114,15 @@ def adapter_step_flops(
     mapped: int = 0,
     remat: Remat = "nothing",
 ) -> StepFlops:
-    """A training step of adapters alone, the checkpoint frozen; without the losses of masks.
+    """Counts a training step of adapters on a frozen checkpoint, without the mask losses.
 
-    A frozen layer's backward pass is one product, of its output's gradient with its weights, where a trained layer's is
-    two. Gradients go back to the first adapted block, and through that one whole.
+    The backward pass of a frozen layer is one product, of its output's gradient with its weights; that of a trained
+    layer is two. Gradients go back to the first adapted block, and through all of that block.
 
     Args:
-      mapped: text tokens whose image-to-text scores one block hands out for masks.
-      remat: what of the blocks is computed again: the whole block but for the MLPs' second layers, whose outputs no
-        gradient needs; or attention alone.
+      mapped: number of text tokens whose image-to-text scores one block returns for masks.
+      remat: what is computed again in the backward pass. "blocks": every block, except the second layers of the MLPs,
+        whose outputs no gradient needs. "all_but_matmuls": attention alone.
     """
     maps = 2 * image * mapped * config.width
     forward, again = embedding_flops(config, image, text) + head_flops(config, image) + maps, 0
@@ -134,7 +136,7 @@ def adapter_step_flops(
         forward += weights + attention + own
         if block < min(adapted):
             continue
-        # What modulates is not trained and depends on nothing that is.
+        # Modulation layers are frozen, and their input does not depend on trained parameters: they have no backward.
         moving = {path: sides for path, sides in layers.items() if not path.endswith("modulation")}
         backward += _weights(moving, image, text) + 2 * attention + 2 * own
         if remat == "blocks":
@@ -145,7 +147,7 @@ def adapter_step_flops(
 
 
 def vae_encoder_flops(config: VAEConfig, height: int, width: int) -> int:
-    """Pixels of `height` x `width` to latents."""
+    """Counts the encoding of `height` x `width` pixels to latents."""
     widths = config.block_out_channels
     pixels = height * width
     total = _conv(pixels, config.in_channels, widths[0])
@@ -164,13 +166,14 @@ def vae_encoder_flops(config: VAEConfig, height: int, width: int) -> int:
 
 
 def clip_text_flops(config: CLIPTextConfig, tokens: int) -> int:
-    """Every layer, and the projection of one token."""
+    """Counts the text encoder's layers, and the projection of one token."""
     width = config.hidden_size
     layer = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * tokens**2 * width
     return config.num_hidden_layers * layer + 2 * width * config.projection_dim
 
 
 def t5_flops(config: T5Config, tokens: int) -> int:
+    """Counts the encoder's layers."""
     inner = config.num_heads * config.d_kv
     layer = 2 * tokens * (4 * config.d_model * inner + 3 * config.d_model * config.d_ff) + 4 * tokens**2 * inner
     return config.num_layers * layer
@@ -180,7 +183,7 @@ def t5_flops(config: T5Config, tokens: int) -> int:
 
 
 def _linear(path: str, sides: tuple[int, int], image: int, text: int) -> int:
-    """One linear layer; modulations are computed once for an image, not for each of its tokens."""
+    """Counts one linear layer. Modulation is computed once for an image, not for each of its tokens."""
     tokens = 1 if path.endswith("modulation") else image if path.startswith("image") else text
     return 2 * tokens * sides[0] * sides[1]
 
@@ -190,21 +193,24 @@ def _weights(layers: Mapping[str, tuple[int, int]], image: int, text: int) -> in
 
 
 def _adapters(layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int, image: int, text: int) -> int:
-    """Both factors."""
+    """Counts the products with both factors of the adapters."""
     return sum(_linear(path, (rank, sum(layers[path])), image, text) for path in targets)
 
 
 def _last_products(
     layers: Mapping[str, tuple[int, int]], targets: Sequence[str], rank: int, image: int, text: int
 ) -> int:
-    """Those with the weights, and with an adapter's second factor, whose results a block only adds to its states."""
+    """Counts the products of the MLPs' second layers, and of their adapters' second factors.
+
+    The block only adds these results to its states, so no gradient needs them.
+    """
     last = {path: sides for path, sides in layers.items() if path.endswith("mlp.down")}
     adapted = sum(_linear(path, (rank, last[path][1]), image, text) for path in last if path in targets)
     return _weights(last, image, text) + adapted
 
 
 def _conv(pixels: int, before: int, after: int) -> int:
-    """3 x 3, at so many output pixels."""
+    """Counts a 3 x 3 convolution with this many output pixels."""
     return 2 * 9 * pixels * before * after
 
 

@@ -1,12 +1,12 @@
-"""Softmax attention and its log-normaliser, three ways behind one function.
+"""Softmax attention and its log-normaliser. One function calls one of three kernels:
 
 xla     plain XLA operations in chunks of queries: any backend, bounded memory; fp32 inputs are multiplied as fp32.
 cudnn   cuDNN's flash attention: NVIDIA GPUs, bf16 and fp16.
 splash  JAX's splash attention: TPUs, bf16.
 
-The libraries' own log-normaliser output is cut off from gradients and, in the public functions, rounded to the input's
-dtype. Here it is fp32, and its derivative is written out: d logsumexp(s_i) / d s_ij = p_ij, hence its gradient to q is
-attention with the keys as values, and its gradient to k is what the same attention hands back to those values.
+cuDNN and splash return a log-normaliser too, but without gradients, and rounded to the input's dtype in the public
+functions. Here it is fp32, and its derivative is written out: d logsumexp(s_i) / d s_ij = p_ij. So the gradient to q is
+attention with the keys as values, and the gradient to k is the gradient of that attention to its values.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from jaxtyping import Array, Float
 Tokens = Float[Array, "batch _ heads head_dim"]
 
 CHUNK_BYTES = 16 * 2**20
-"""Size that the xla kernel allows a chunk's fp32 scores to take: about a last-level cache."""
+"""Most bytes of fp32 scores in one chunk of the xla kernel: about the size of a last-level cache."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which attention kernel, and how the xla one cuts its work. Static under jit.
+    """The choice of an attention kernel and of its options. Static under jit.
 
     Attributes:
-      name: see the module's docstring.
+      name: one of the kernels in the module's docstring.
       query_chunk: queries per chunk (xla only); None: as many as keep a chunk's scores within CHUNK_BYTES.
       interpret: run splash attention in Pallas' interpreter, on any backend (for tests).
     """
@@ -48,7 +48,7 @@ class Kernel:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns what is wrong with the options, one sentence for each problem."""
         found = []
         if self.name not in ("xla", *FUSED):
             found.append(f"no attention kernel is called {self.name!r}; there are xla, {', '.join(FUSED)}")
@@ -58,9 +58,10 @@ class Kernel:
 
 
 def default_kernel(dtype: DTypeLike, head_dim: int) -> Kernel:
-    """The fused kernel of the backend where it takes this dtype and width of heads, else xla.
+    """Returns the backend's fused kernel if it takes this dtype and head width, otherwise xla.
 
-    The backend is that of the mesh in context, whose devices may be described and not there, or else the default one.
+    The backend is that of the mesh in context, or the default backend without a mesh. The mesh may be abstract: its
+    devices need not exist on this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     backend = jax.default_backend() if device is None else device.platform
@@ -72,7 +73,7 @@ def default_kernel(dtype: DTypeLike, head_dim: int) -> Kernel:
 
 
 def _cudnn_width() -> int:
-    """Widest heads that cuDNN's flash attention takes on this machine: none on AMD's GPUs or before Ampere (8.0)."""
+    """Returns the widest heads that cuDNN's flash attention takes here; 0 on AMD's GPUs and before Ampere (8.0)."""
     device = jax.local_devices()[0]
     if "rocm" in device.client.platform_version.lower():
         return 0
@@ -89,10 +90,14 @@ def attend(
     normalizer: bool = False,
     last_key_count: int = 1,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"] | None]:
-    """softmax(q k^T / sqrt(head_dim)) v, and on request the fp32 log of each softmax's normaliser.
+    """Computes softmax(q k^T / sqrt(head_dim)) v and, on request, the log-normaliser of each softmax in fp32.
 
-    Both outputs have exact gradients to q, k and v. The normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)).
-    The last key and value stand for `last_key_count` equal ones.
+    The log-normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)). Both outputs have exact gradients to q, k and v.
+
+    Args:
+      kernel: None: `default_kernel`.
+      normalizer: return the log-normaliser; a kernel that computes it anyway returns it in any case.
+      last_key_count: the last key and value stand for this many equal ones.
     """
     kernel = kernel or default_kernel(q.dtype, q.shape[-1])
     if kernel.name == "xla":
@@ -112,7 +117,10 @@ def log_normalizer(
     kernel: Kernel | None = None,
     last_key_count: int = 1,
 ) -> Float[Array, "batch heads queries"]:
-    """log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values; keys as in `attend`."""
+    """Computes log sum_j exp(q_i.k_j / sqrt(head_dim)) in fp32, differentiable, without values.
+
+    Arguments are as for `attend`.
+    """
     kernel = kernel or default_kernel(q.dtype, q.shape[-1])
     if kernel.name == "xla":
         return _attend_xla(q, k, None, kernel.query_chunk, last_key_count)[1]
@@ -122,7 +130,7 @@ def log_normalizer(
 
 
 def repeat_last(x: Float[Array, "*shape"], count: int, axis: int) -> Float[Array, "*longer"]:
-    """The last entry along an axis made `count` entries."""
+    """Repeats the last entry along an axis, so that there are `count` of it."""
     last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
     return jnp.concatenate([x, *[last] * (count - 1)], axis=axis) if count > 1 else x
 
@@ -151,7 +159,7 @@ def _attend_xla(
 def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
     scores = attention_scores(q, k)
     if last_key_count > 1:
-        # n equal keys weigh n times as much as one; their values' average is the value.
+        # n equal keys weigh n times as much as one key. Their values are equal too, so one value serves.
         scores += jnp.where(jnp.arange(k.shape[1]) == k.shape[1] - 1, math.log(last_key_count), 0.0)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
@@ -167,7 +175,10 @@ def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _softmax_chunk_again(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
-    """The same, its scores computed again in the backward pass, whatever a `jax.checkpoint` around all this keeps."""
+    """Does as `_softmax_chunk`, and recomputes the scores in the backward pass.
+
+    An outer `jax.checkpoint` policy cannot make it keep them.
+    """
     return _softmax_chunk(q, k, v, last_key_count)
 
 
@@ -185,13 +196,13 @@ _softmax_chunk_again.defvjp(_softmax_chunk_forward, _softmax_chunk_backward)
 def attention_scores(
     q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batch keys heads head_dim"]
 ) -> Float[Array, "batch heads queries keys"]:
-    """q.k / sqrt(head_dim) in fp32."""
+    """Computes q.k / sqrt(head_dim) in fp32."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32, precision=_precision(q))
     return scores * q.shape[-1] ** -0.5
 
 
 def _precision(x: Tokens) -> jax.lax.Precision | None:
-    # Accelerators multiply fp32 in fewer bits unless told otherwise.
+    # By default, accelerators multiply fp32 in fewer bits.
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
@@ -233,7 +244,7 @@ def _cudnn(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
 
 
 def _cudnn_with_normalizer(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
-    # The public function rounds the fp32 normaliser to the inputs' dtype; the one below it hands it out as it is.
+    # The public function rounds the fp32 normaliser to the inputs' dtype; this private one does not.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 
     fused: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
@@ -250,13 +261,14 @@ def _splash_with_normalizer(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel):
 
 
 SPLASH_BLOCK = 512
-"""Queries and keys per tile; lengths are padded to multiples of it (of 128 when shorter)."""
+"""Queries and keys per tile. Lengths are padded to multiples of this, or of 128 when shorter."""
 
 
 def _splash_attention(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: bool):
-    """On a mesh: batch split over `data` and `fsdp`, heads over `tensor`, whichever axes the mesh in context has.
+    """Runs splash attention, on a mesh with the batch split over `data` and `fsdp` and the heads over `tensor`.
 
-    What does not divide is not split: each device then does all of it.
+    Only axes that the mesh in context has are used. A batch, or a number of heads, that does not divide is not split:
+    each device then computes all of it.
     """
     attention = partial(_splash_local, kernel=kernel, normalizer=normalizer)
     mesh = jax.sharding.get_abstract_mesh()
@@ -307,7 +319,7 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
 
 
 def _heads_first(x: Tokens, block: int) -> Float[Array, "batch heads tokens head_dim"]:
-    """Heads before tokens, and tokens padded with zeros to whole blocks."""
+    """Moves heads before tokens, and pads tokens with zeros to whole blocks."""
     return jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 

@@ -1,12 +1,12 @@
 """Low-rank adapters for the MM-DiT's linear layers: y = x W + b + scale (x A) B, with scale = alpha / rank.
 
-MAGNET trains them, rank 16 and alpha 16, on q, k, v and out of the image stream's attention in every block (Seg4Diff,
-section 4). The base's parameters keep their names and arrays; A and B stand beside them as `lora_a` and `lora_b`, in
-fp32 whatever the base's dtype, and stacked like the base's kernels. They are variables of a type of their own, so that
-`nnx.split(mmdit, LoRA, ...)` parts them from the base, and gradients and an optimizer need not know the base:
-`nnx.value_and_grad(loss, argnums=nnx.DiffState(0, LoRA))`, `nnx.Optimizer(mmdit, ..., wrt=LoRA)`.
+MAGNET trains adapters of rank 16 and alpha 16 on q, k, v and out of the image stream's attention in every block
+(Seg4Diff, section 4). The base's parameters keep their names and arrays. A and B are stored beside them as `lora_a` and
+`lora_b`, in fp32 whatever the base's dtype, and stacked like the base's kernels. They have a variable type of their
+own, `LoRA`, so that `nnx.split(mmdit, LoRA, ...)` separates them from the base, and gradients and optimizer can be
+taken of them alone: `nnx.value_and_grad(loss, argnums=nnx.DiffState(0, LoRA))`, `nnx.Optimizer(mmdit, ..., wrt=LoRA)`.
 
-Every function here returns a new model that shares its argument's arrays, and leaves the argument as it was.
+Functions that return a model return a new one, which shares the argument's arrays. The argument is not changed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TEXT_ATTENTION = tuple(f"text.attention.{name}" for name in ("q", "k", "v", "out
 
 
 class LoRA(nnx.Variable):
-    """A factor of an adapter: what is trained when the base is not."""
+    """A factor of an adapter, A or B. Only these variables are trained when the base is frozen."""
 
 
 class Adapter(NamedTuple):
-    """The two factors of one layer's adapter; jax or numpy arrays."""
+    """The two factors of one layer's adapter, as jax or numpy arrays."""
 
     a: Float[Any, "features rank"]
     b: Float[Any, "rank out"]
@@ -43,13 +43,14 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which linear layers are adapted, and how.
+    """The rank and alpha of adapters, and the linear layers that they adapt.
 
     Attributes:
       rank: columns of A and rows of B.
       alpha: the adapter's output is multiplied by alpha / rank.
-      targets: linear layers of a block, by their path in it. A block that lacks one does without: the last block, which
-        updates no text, has no `text.attention.out`, and only some of SD3.5-medium's have an `image.dual_attention`.
+      targets: linear layers, by their path in a block. If a block lacks a target, its other targets are adapted. The
+        last block, which does not update the text, has no `text.attention.out`, and only some blocks of SD3.5-medium
+        have an `image.dual_attention`.
       blocks: numbers of the adapted blocks, ascending; None: all that the model holds.
     """
 
@@ -63,7 +64,7 @@ class LoRAConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns what is wrong with the options, one sentence for each problem."""
         found = []
         if self.rank < 1:
             found.append(f"rank is {self.rank}; an adapter has a rank of at least 1")
@@ -77,17 +78,18 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
+        """Factor of the adapter's output: alpha / rank."""
         return self.alpha / self.rank
 
 
 class LoRALinear(nnx.Module):
-    """A stack of linear layers with adapters, in the place of the `nnx.Linear` whose parameters it takes over.
+    """A stack of linear layers with adapters. It replaces an `nnx.Linear` and holds the same kernel and bias.
 
     Attributes:
       kernel, bias: the base's own variables.
       lora_a, lora_b: fp32 [layers, in, rank] and [layers, rank, out].
-      rows: the layers of the stack that are adapted. In the others both factors are zero, and stay so in training: the
-        gradient of each is a multiple of the other.
+      rows: the layers of the stack that are adapted. In the others both factors are zero. They stay zero in training,
+        since the gradient of each factor is a product with the other factor.
       scale: alpha / rank.
     """
 
@@ -100,7 +102,7 @@ class LoRALinear(nnx.Module):
         self.dtype, self.param_dtype = linear.dtype, linear.param_dtype
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """As everywhere in the model, products are in the dtype of the computation, whatever that of the parameters."""
+        """Applies layer and adapter. As everywhere in the model, products are in the computation's dtype."""
         variables = (self.kernel, self.lora_a, self.lora_b)
         kernel, a, b = (variable.get_value().astype(self.dtype) for variable in variables)
         x = x.astype(self.dtype)
@@ -111,17 +113,17 @@ class LoRALinear(nnx.Module):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one layer's A and B."""
+        """The shapes of one layer's A and B."""
         return self.lora_a.get_value().shape[1:], self.lora_b.get_value().shape[1:]
 
     def set(self, adapters: list[Adapter]) -> None:
-        """Fill the factors of the adapted layers, in order."""
+        """Sets the factors of the adapted layers, in the order of `rows`."""
         for variable, factors in ((self.lora_a, [a for a, _ in adapters]), (self.lora_b, [b for _, b in adapters])):
             stacked = jnp.stack([jnp.asarray(factor, jnp.float32) for factor in factors])
             variable.set_value(jnp.zeros_like(variable.get_value()).at[jnp.array(self.rows)].set(stacked))
 
     def linear(self, *, merged: bool) -> nnx.Linear:
-        """The layers without adapters; `merged`: with scale A B added to the kernels."""
+        """Returns the layers without adapters; if `merged`, with scale A B added to their kernels."""
         _, features, out = self.kernel.get_value().shape
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         plain = nnx.eval_shape(
@@ -141,7 +143,10 @@ def _merged(
     b: Float[Array, "layers rank out"],
     scale: float | Float[Array, ""],
 ) -> Float[Array, "layers features out"]:
-    """kernel + scale A B, summed in fp32 and rounded once; a layer at a time, so that no fp32 copy of all is made."""
+    """Computes kernel + scale A B, summed in fp32 and rounded once.
+
+    It takes one layer at a time, so that there is never an fp32 copy of all layers.
+    """
 
     def one(layer: tuple[Array, Array, Array]) -> Array:
         kernel, a, b = layer
@@ -152,14 +157,16 @@ def _merged(
 
 
 def add_lora(mmdit: MMDiT, config: LoRAConfig, rngs: nnx.Rngs) -> MMDiT:
-    """The model with fresh adapters, which change nothing yet: A gaussian with standard deviation 1 / rank, B zero.
+    """Returns the model with new adapters, which do not change its output yet.
+
+    A is Gaussian with standard deviation 1 / rank, and B is zero.
 
     Args:
-      mmdit: without adapters; it may hold fewer blocks than its configuration names.
-      rngs: its stream `params` is used.
+      mmdit: a model without adapters; it may hold fewer blocks than its configuration names.
+      rngs: random numbers for A, from the stream `params`.
 
     Raises:
-      ValueError: the model has adapters, lacks one of the blocks, or none of these has one of the targets.
+      ValueError: the model has adapters, it lacks one of the blocks, or there is a target that no adapted block has.
     """
 
     def initial(layer: LoRALinear) -> list[Adapter]:
@@ -178,14 +185,15 @@ def apply_lora(
     drop_absent_blocks: bool = False,
     partial: bool = False,
 ) -> MMDiT:
-    """The model with given adapters.
+    """Returns the model with given adapters.
 
     Args:
-      mmdit: without adapters.
-      adapters: as `lora_state` returns them and converters read them.
-      drop_absent_blocks: leave out the adapters of blocks that the configuration names and the model does not hold,
-        instead of refusing them. Those of blocks that the configuration does not name are refused all the same.
-      partial: leave layers as they are that the configuration names and `adapters` lack, instead of refusing them.
+      mmdit: a model without adapters.
+      adapters: adapters as `lora_state` returns them and as converters read them.
+      drop_absent_blocks: leave out adapters of blocks that the model's configuration has and the model does not hold.
+        Otherwise they are refused. Adapters of any other unknown block are always refused.
+      partial: accept adapters for only some of the layers that `config` names, and leave the other layers unchanged.
+        Otherwise missing adapters are refused.
 
     Raises:
       ValueError: as for `add_lora` and `set_lora_state`, or no adapter is left.
@@ -204,19 +212,19 @@ def apply_lora(
 
 
 def merge_lora(mmdit: MMDiT) -> MMDiT:
-    """A model without adapters that computes the same: scale A B is added to the kernels, in fp32, rounded once."""
+    """Returns a model without adapters that computes the same: scale A B is added to the kernels, rounded once."""
     return _without_adapters(mmdit, merged=True)
 
 
 def remove_lora(mmdit: MMDiT) -> MMDiT:
-    """The base as it was, to the bit."""
+    """Returns the base without its adapters, equal bit by bit to the model before `add_lora` or `apply_lora`."""
     return _without_adapters(mmdit, merged=False)
 
 
 def lora_state(mmdit: MMDiT) -> dict[str, Adapter]:
-    """Every adapter by its layer's per-layer name, as in `blocks.7.image.attention.q`; fp32, in the blocks' order.
+    """Returns every adapter by per-layer name, such as `blocks.7.image.attention.q`; fp32, in the order of the blocks.
 
-    Raises ValueError when the model has none.
+    Raises ValueError if the model has no adapters.
     """
     found = {
         name: Adapter(layer.lora_a.get_value()[row], layer.lora_b.get_value()[row])
@@ -227,13 +235,13 @@ def lora_state(mmdit: MMDiT) -> dict[str, Adapter]:
 
 
 def set_lora_state(mmdit: MMDiT, adapters: Mapping[str, tuple[Any, Any]]) -> MMDiT:
-    """The model with its adapters replaced, each exactly once.
+    """Returns the model with all of its adapters replaced.
 
     Args:
       adapters: (A [in, rank], B [rank, out]) by per-layer name; any floating-point dtype, kept in fp32.
 
     Raises:
-      ValueError: the model has no adapters; or all those that are missing, surplus or of a wrong shape.
+      ValueError: the model has no adapters, or some are missing, surplus or of a wrong shape; the message names all.
     """
     model = nnx.clone(mmdit)
     places = _adapted(model)
@@ -252,7 +260,10 @@ def set_lora_state(mmdit: MMDiT, adapters: Mapping[str, tuple[Any, Any]]) -> MMD
 
 
 def attached(mmdit: MMDiT) -> LoRAConfig | None:
-    """Rank, alpha, layers (sorted) and blocks (None: all that it holds) of a model's adapters; None without any."""
+    """Returns the configuration of a model's adapters, or None if it has none.
+
+    Targets are sorted. `blocks` is None if all blocks that the model holds are adapted.
+    """
     places = list(_places(mmdit))
     if not places:
         return None
@@ -267,7 +278,7 @@ def attached(mmdit: MMDiT) -> LoRAConfig | None:
 
 
 class AdaptedLayers(NamedTuple):
-    """Where adapted layers are: at `path` in stack number `number`, which is `stack`."""
+    """The place of adapted layers in a model: at `path` in `stack`, which is stack number `number`."""
 
     number: int
     stack: LayerStack
@@ -276,7 +287,7 @@ class AdaptedLayers(NamedTuple):
 
     @property
     def rows(self) -> list[tuple[str, LoRALinear, int]]:
-        """Per-layer name, module and row of each adapted layer."""
+        """The per-layer name, the module and the row in its stack of each adapted layer."""
         prefix, start = self.stack.layers, self.stack.start
         return [(f"{prefix}.{start + row}.{self.path}", self.layer, row) for row in self.layer.rows]
 
@@ -326,7 +337,7 @@ def _places(mmdit: MMDiT) -> Iterator[AdaptedLayers]:
 
 
 def _find(block: nnx.Module, path: str) -> tuple[Any, str]:
-    """The module that holds a layer of a block (None if the block lacks it), and the layer's name in it."""
+    """Returns the module that holds a layer of a block (None if the block lacks it), and the layer's name there."""
     *parents, name = path.split(".")
     owner: Any = block
     for parent in parents:
@@ -335,6 +346,6 @@ def _find(block: nnx.Module, path: str) -> tuple[Any, str]:
 
 
 def _block(name: str) -> int:
-    """A per-layer name's block; -1 if it has none."""
+    """Returns the block number of a per-layer name; -1 if there is none."""
     found = re.match(r"blocks\.(\d+)\.", name)
     return int(found[1]) if found else -1

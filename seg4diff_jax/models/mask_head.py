@@ -1,6 +1,6 @@
-"""The small convolutional head that Seg4Diff's release puts on attention maps in training. The paper does not have it.
+"""The small convolutional head that Seg4Diff's release applies to attention maps in training.
 
-In checkpoints of the release: `attn_mlp.attn_score_layer.{0,2,4}`.
+The paper does not have it. Checkpoints of the release call its layers `attn_mlp.attn_score_layer.{0,2,4}`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ WIDTH = 64
 
 
 class MaskHead(nnx.Module):
-    """A map plus what three 3 x 3 convolutions (1-64-64-1 channels, ReLU between them) make of it.
+    """Refines maps: adds the output of three 3 x 3 convolutions (1-64-64-1 channels, ReLU between them) to each map.
+
+    Parameters are initialised as PyTorch's convolutions are: uniform within 1 / sqrt(inputs of one output).
 
     Args:
-      dtype: of the computation.
-      param_dtype: of the parameters at initialisation, which is that of PyTorch's convolutions: uniform within
-        1 / sqrt(inputs of one output).
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters at initialisation.
     """
 
     def __init__(self, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -41,7 +42,7 @@ class MaskHead(nnx.Module):
         return ()
 
     def __call__(self, maps: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch rows columns"]:
-        """Refined maps, in the maps' dtype."""
+        """Returns refined maps, in the dtype of `maps`."""
         first, *rest = self.layers
         hidden = first(maps[..., None])
         for layer in rest:

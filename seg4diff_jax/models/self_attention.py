@@ -1,4 +1,4 @@
-"""Softmax attention of one sequence with itself, as the text encoders use it."""
+"""Softmax self-attention, as the text encoders use it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from seg4diff_jax.parallel import split_batch
 
 
 class SelfAttention(nnx.Module):
-    """Projections to queries, keys and values, softmax attention, and the projection back.
+    """Self-attention: projections to queries, keys and values, softmax attention, and an output projection.
 
-    Matrix products take their inputs in `dtype`. The softmax and the result are fp32: the caller adds the result to a
-    residual stream that it keeps in fp32.
+    Matrix products take their inputs in `dtype`. The softmax and the result are fp32, because the caller adds the
+    result to a residual stream in fp32.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class SelfAttention(nnx.Module):
         bias: Float[Array, "heads tokens tokens"] | None = None,
         causal: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        """Attend.
+        """Returns the attention output of each token, fp32.
 
         Args:
           x: the normalised sequence.
-          scale: of q.k; default: 1 / sqrt(head_dim).
+          scale: factor of q.k; default: 1 / sqrt(head_dim).
           bias: added to the scaled scores, the same for the whole batch.
-          causal: a token sees itself and those before it.
+          causal: a token attends only to itself and to the tokens before it.
         """
         x = split_batch(x)
         q, k, v = (project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q, self.k, self.v))

@@ -1,4 +1,4 @@
-"""Blocks of one kind, stacked on a leading axis and scanned, so that compile time does not grow with depth."""
+"""Stacks blocks of one kind on a leading axis and scans over them, so that compile time does not grow with depth."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 
 class LayerStack(NamedTuple):
-    """Where a run of a model's layers lives: layers `start` to `stop` of `layers`, stacked in order at `path`.
+    """The place of consecutive layers in a model: layers `start` to `stop` of `layers`, stacked in order at `path`.
 
-    A converter names one layer's parameter `blocks.13.image.mlp.up.kernel`; in the model the same numbers are row 0 of
-    `stacks.joint.image.mlp.up.kernel` when this record reads ("stacks.joint", "blocks", 13, 23).
+    For example, a converter calls one layer's parameter `blocks.13.image.mlp.up.kernel`. With the record
+    ("stacks.joint", "blocks", 13, 23) it is row 0 of the model's `stacks.joint.image.mlp.up.kernel`.
     """
 
     path: str
@@ -27,21 +27,21 @@ class LayerStack(NamedTuple):
 
 @runtime_checkable
 class Layered(Protocol):
-    """A model that says where its stacked layers are; all of ours do."""
+    """A model that lists its stacked layers. All models of this package do."""
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]: ...
 
 
 class LayerParameter(NamedTuple):
-    """Where one layer's parameter lies: at `path` of the module, there in this row; None: the whole array is it."""
+    """The place of one layer's parameter: a row of the array at `path` in the module. Row None: the whole array."""
 
     path: str
     row: int | None
 
 
 def layer_parameters(model: Layered) -> dict[str, LayerParameter]:
-    """Every parameter of a model, which may be abstract, by its per-layer name."""
+    """Returns the place of every parameter of a model, by per-layer name. The model may be abstract."""
     places: dict[str, LayerParameter] = {}
     for keys, _ in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, keys))
@@ -57,7 +57,7 @@ def layer_parameters(model: Layered) -> dict[str, LayerParameter]:
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
-    """`count` independently initialised blocks as one block whose parameters have a leading axis of that length."""
+    """Initialises `count` blocks independently, and returns one block whose parameters have a leading axis for them."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -68,10 +68,12 @@ def stack_layers(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) 
 
 
 def stack_length(stack: nnx.Module) -> int:
+    """Returns the number of layers in a stack."""
     return jax.tree.leaves(stack)[0].shape[0]
 
 
 def take_layer(stack: Block, index: int | jax.Array) -> Block:
+    """Returns one layer of a stack, as a copy. `index` may be traced."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
 
@@ -83,14 +85,15 @@ def scan_layers(
     stop: int | None = None,
     remat: bool | Callable = False,
 ) -> tuple[Any, Any]:
-    """Run `carry, output = step(carry, layer)` over layers `start` to `stop` of a stack; outputs come back stacked.
+    """Runs `carry, output = step(carry, layer)` over layers `start` to `stop` of a stack; outputs come back stacked.
 
-    A whole stack is scanned as it lies, so that gradients come back stacked too. Part of one is indexed inside the
-    loop: a slice taken before it would copy the parameters. So would one taken before what is recomputed, which the
-    backward pass keeps the inputs of; and where nothing else is recomputed, the parameters are looked up again.
+    A whole stack is the scan's input, so that gradients come back stacked too. Part of a stack is indexed inside the
+    loop, since a slice taken before the loop would copy the parameters. The lookup is also inside `jax.checkpoint`,
+    which keeps its inputs for the backward pass: outside, it would keep a copy of every layer. Without `remat`, the
+    lookup alone is computed again in the backward pass.
 
     Args:
-      remat: recompute each layer in the backward pass; True, or a `jax.checkpoint` policy.
+      remat: recompute each layer in the backward pass (gradient checkpointing): True, or a `jax.checkpoint` policy.
     """
     length = stack_length(stack)
     stop = length if stop is None else stop
@@ -104,5 +107,5 @@ def scan_layers(
 
 
 def _all_but_lookups(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A `jax.checkpoint` policy: keep everything but what `take_layer` finds."""
+    """A `jax.checkpoint` policy: keep everything except the results of `take_layer`."""
     return primitive.name not in ("dynamic_slice", "squeeze")

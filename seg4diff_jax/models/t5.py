@@ -1,6 +1,6 @@
 """The encoder of T5 version 1.1 (gated GELU), which Stable Diffusion 3 uses at its XXL size.
 
-transformers' T5EncoderModel, called with ids and no mask as diffusers' SD3 pipeline calls it, is the reference: padding
+transformers' T5EncoderModel is the reference, called with ids and no mask, as diffusers' SD3 pipeline calls it. Pad
 tokens are attended to like any other.
 """
 
@@ -26,7 +26,7 @@ IMPLEMENTED = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "i
 
 @dataclass(frozen=True)
 class T5Config:
-    """The published configuration of the encoder, under transformers' names and with its defaults."""
+    """The configuration of the encoder, with transformers' names and defaults."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -40,8 +40,8 @@ class T5Config:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> T5Config:
-        """From a transformers `text_encoder_3/config.json`. Raises ValueError for a variant that is not implemented."""
-        # The library's own default is the first T5, whose feed-forward layer has no gate.
+        """Reads transformers' `text_encoder_3/config.json`. Raises ValueError for a variant that is not implemented."""
+        # The default of transformers is T5 version 1.0, whose feed-forward layer has no gate.
         found = {"feed_forward_proj": "relu", **config}
         for name, implemented in IMPLEMENTED.items():
             if found.get(name, implemented) != implemented:
@@ -56,10 +56,11 @@ class T5Config:
 
 
 def relative_buckets(tokens: int, buckets: int, max_distance: int) -> Int[np.ndarray, "tokens tokens"]:
-    """The bucket of every (query, key) pair: keys after the query have the upper half of the buckets.
+    """Returns the bucket of every (query, key) pair, by their distance.
 
-    Of each half, the first half are for one distance each; the rest widen logarithmically up to `max_distance`, and
-    the last takes everything beyond. Made on the host: a rounding of the logarithm moves a distance to another bucket.
+    Keys after the query have the upper half of the buckets. In each half, the first half of the buckets hold one
+    distance each. The others widen logarithmically up to `max_distance`, and the last holds everything beyond. This
+    is computed on the host, since a device could round the logarithm otherwise and move a distance to another bucket.
     """
     position = np.arange(tokens)
     offset = position[None, :] - position[:, None]
@@ -72,10 +73,10 @@ def relative_buckets(tokens: int, buckets: int, max_distance: int) -> Int[np.nda
 
 
 class T5Block(nnx.Module):
-    """Pre-norm attention and gated feed-forward layer on a residual stream in fp32.
+    """One layer: pre-norm attention and gated feed-forward layer on a residual stream in fp32.
 
-    T5's residual stream outgrows fp16, and its last digits are lost in bf16; the reference keeps `wo` (our `down`) in
-    fp32 when the rest is fp16. Here products that enter the stream are accumulated and added in fp32, in any dtype.
+    T5's residual stream overflows fp16 and loses digits in bf16. The reference keeps `wo` (our `down`) in fp32 when
+    the rest is fp16. Here, products that are added to the stream are accumulated and added in fp32, in any dtype.
     """
 
     def __init__(self, config: T5Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -96,13 +97,17 @@ class T5Block(nnx.Module):
 
 
 def rms_norm(config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Makes an RMS norm in fp32."""
     return nnx.RMSNorm(
         config.d_model, epsilon=config.layer_norm_epsilon, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
     )
 
 
 class T5Encoder(nnx.Module):
-    """Token ids to states. All layers share one relative position bias; q.k is not scaled; no token is masked."""
+    """T5's encoder: turns token ids into states.
+
+    All layers share one relative position bias. q.k is not scaled, and no token is masked.
+    """
 
     def __init__(
         self,
@@ -128,13 +133,14 @@ class T5Encoder(nnx.Module):
         return (LayerStack("blocks", "blocks", 0, self.config.num_layers),)
 
     def __call__(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
-        """States after the final norm, [batch, tokens, d_model], in the compute dtype. Any number of tokens."""
+        """Returns states after the final norm, [batch, tokens, d_model], in the compute dtype. Any number of tokens."""
         x = jnp.take(self.token_embedding.embedding[...], ids, axis=0).astype(jnp.float32)
         bias = self.relative_bias(ids.shape[1])
         x, _ = scan_layers(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.final_norm(x).astype(self.dtype)
 
     def relative_bias(self, tokens: int) -> Float[Array, "heads tokens tokens"]:
+        """Returns the bias of every head, query and key, fp32."""
         config = self.config
         buckets = relative_buckets(
             tokens, config.relative_attention_num_buckets, config.relative_attention_max_distance

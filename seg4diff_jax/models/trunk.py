@@ -1,7 +1,7 @@
-"""A transformer's blocks in their order, whatever its family: all of them, or those up to one that is read.
+"""Runs the blocks of a transformer of any family: all of them, or those up to the last one that is read.
 
-A block joins the attention of image and text. It says what the attention reads, `qkv(state, vector)`, and what comes of
-it, `block(state, vector, options)`: the state behind the block, and its attention record.
+A block has joint attention of image and text. `qkv(state, vector)` returns the input of that attention, and
+`block(state, vector, options)` the state after the block and its attention record.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, take_lay
 
 @runtime_checkable
 class Trunk(Protocol):
-    """A transformer as its blocks are run: an entrance, and stacks of like blocks.
+    """What a transformer must have so that its blocks can be run here: an embedding, and stacks of blocks.
 
     Attributes:
-      depth: how many blocks it holds, from the first.
-      stacks: blocks of one kind, parameters stacked; `layer_stacks` says which.
+      depth: how many blocks the transformer holds, from the first.
+      stacks: one module for each run of blocks of one kind, with stacked parameters; `layer_stacks` names the blocks.
     """
 
     depth: int
@@ -37,12 +37,12 @@ class Trunk(Protocol):
     def embed(
         self, latents: Array, timesteps: Array, conditioning: TextConditioning
     ) -> tuple[Any, Float[Array, "batch dim"]]:
-        """The state at the first block's door, and the vector that modulates every block."""
+        """Returns the input of the first block, and the vector that modulates every block."""
         ...
 
 
 class Run(NamedTuple):
-    """Consecutive blocks that one scan takes: rows `start` to `stop` of stack number `stack`."""
+    """Consecutive blocks that one scan runs: rows `start` to `stop` of stack number `stack`."""
 
     stack: int
     start: int
@@ -59,9 +59,9 @@ def run_blocks(
     capture: Collection[int] = (),
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> tuple[Any, dict[int, JointAttention]]:
-    """Blocks 0 to `stop` of a transformer: the state behind them, and the records of those in `capture`.
+    """Runs blocks 0 to `stop` (exclusive). Returns the state after them, and the records of those in `capture`.
 
-    A requested segment of the text must be given as numbers (`ForwardOptions.about`).
+    A segment of the text must be requested by its token numbers, not by name (`ForwardOptions.about`).
     """
     records: dict[int, JointAttention] = {}
     unrecorded = replace(options, request=None)
@@ -76,7 +76,7 @@ def run_blocks(
 
 
 def _runs(stacks: tuple[LayerStack, ...], capture: Collection[int], stop: int) -> Iterator[Run]:
-    """Blocks 0 to `stop` in runs that one scan can take: all in one stack, all captured or none."""
+    """Splits blocks 0 to `stop` into runs for one scan each: blocks of one stack, all captured or none."""
     for number, stack in enumerate(stacks):
         blocks = range(stack.start, min(stack.stop, stop))
         for captured, group in itertools.groupby(blocks, key=lambda block: block in capture):
@@ -94,9 +94,10 @@ def attention_at(
     block: int,
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> JointAttention:
-    """The attention record of one block, and nothing after it: of that block only q, k and the normaliser are computed.
+    """Returns the attention record of one block, and runs nothing after it.
 
-    Arguments as for `MMDiT.__call__`; the model may hold only the blocks up to `block`.
+    Of that block only q, k and the log-normaliser are computed, and what else the record holds. Arguments are as for
+    `MMDiT.__call__`. The model may hold only the blocks up to `block`.
 
     Raises:
       ValueError: the model does not hold that block.
@@ -113,7 +114,7 @@ def attentions_at(
     blocks: Collection[int],
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> dict[int, JointAttention]:
-    """The attention records of several blocks from one pass that ends, as `attention_at` does, in the last of them.
+    """Returns the attention records of several blocks from one pass, which stops at the last as `attention_at` does.
 
     Raises:
       ValueError: there are no blocks, the model does not hold one of them, or the text has no such segment.

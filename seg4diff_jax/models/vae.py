@@ -1,8 +1,8 @@
-"""Stable Diffusion 3's autoencoder: pixels to latents and back (diffusers' AutoencoderKL).
+"""Stable Diffusion 3's autoencoder (VAE): pixels to latents and back. diffusers' AutoencoderKL is the reference.
 
     encoder   conv in, levels from fine to coarse, middle, norm, silu, conv out: the posterior's moments
     decoder   conv in, middle, levels from coarse to fine, norm, silu, conv out: pixels
-    level     residual blocks, then one change of size by 2 (none after the last level)
+    level     residual blocks, then resampling by 2 (none after the last level)
     middle    residual block, attention over all positions (optional), residual block
 
 Activations are [batch, height, width, channels] in the compute dtype; norm statistics and softmax are fp32.
@@ -26,13 +26,14 @@ from seg4diff_jax.models.stacked_layers import LayerStack
 EPSILON = 1e-6
 MOST_LEVELS = 8
 SCORE_BYTES = 64 * 2**20
-"""Attention scores held at once, per image: all of them up to 4096 tokens (512 px), an eighth of the image's largest
-activation at 1024 px in fp32. Per image, so that the arithmetic does not depend on the batch."""
+"""Most bytes of attention scores at once, for each image. All scores fit up to 4096 tokens (512 px). At 1024 px this is
+an eighth of the image's largest activation in fp32. The bound is per image, so that the arithmetic does not depend on
+the batch."""
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of an AutoencoderKL. The defaults are diffusers' own; SD3's values come from its config.json."""
+    """The configuration of an AutoencoderKL, with diffusers' names and defaults. config.json has SD3's values."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -51,7 +52,7 @@ class VAEConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns what is wrong with the configuration, one sentence for each problem."""
         groups = self.norm_num_groups
         uneven = [width for width in self.block_out_channels if groups < 1 or width % groups]
         if not uneven:
@@ -68,9 +69,9 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> VAEConfig:
-        """Read diffusers' `vae/config.json`.
+        """Reads diffusers' `vae/config.json`.
 
-        Raises ValueError, naming key and value, for a variant that is not implemented.
+        Raises ValueError, which names key and value, for a variant that is not implemented.
         """
         known = {field.name: json[field.name] for field in fields(cls) if field.name in json}
         if "block_out_channels" in known:
@@ -96,7 +97,13 @@ class VAEConfig:
 
 
 class VAE(nnx.Module):
-    """SD3's autoencoder. `dtype` is what it computes in (bf16 or fp32; fp16 overflows), `param_dtype` what it holds."""
+    """SD3's autoencoder.
+
+    Args:
+      config: the model's configuration.
+      dtype: dtype of the computation, bf16 or fp32 (fp16 overflows).
+      param_dtype: dtype of the parameters.
+    """
 
     def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -117,7 +124,7 @@ class VAE(nnx.Module):
         Float[Array, "batch latent_height latent_width channels"],
         Float[Array, "batch latent_height latent_width channels"],
     ]:
-        """The posterior's mean and log variance (clipped to [-30, 20]), in latents before shift and scale.
+        """Returns the posterior's mean and log variance (clipped to [-30, 20]) of latents before shift and scale.
 
         Pixels are in [-1, 1]. A side that is no multiple of `config.downsampling` is rounded down.
         """
@@ -130,14 +137,14 @@ class VAE(nnx.Module):
     def encode(
         self, pixels: Float[Array, "batch height width in_channels"]
     ) -> Float[Array, "batch latent_height latent_width channels"]:
-        """Pixels in [-1, 1] to the latents that the diffusion model sees: the posterior's mean, shifted and scaled."""
+        """Encodes pixels in [-1, 1] as the diffusion model's latents: the posterior's mean, shifted and scaled."""
         mean, _ = self.moments(pixels)
         return (mean - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode(
         self, latents: Float[Array, "batch latent_height latent_width channels"]
     ) -> Float[Array, "batch height width out_channels"]:
-        """The diffusion model's latents to pixels in about [-1, 1], not clipped."""
+        """Decodes the diffusion model's latents to pixels in about [-1, 1], not clipped."""
         latents = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
@@ -145,6 +152,8 @@ class VAE(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """The encoder, from pixels to the posterior's moments; see the module's docstring."""
+
     def __init__(self, config: VAEConfig, **options: Any):
         widths = config.block_out_channels
         groups = config.norm_num_groups
@@ -170,6 +179,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """The decoder, from latents to pixels; see the module's docstring."""
+
     def __init__(self, config: VAEConfig, **options: Any):
         widths = config.block_out_channels[::-1]
         groups = config.norm_num_groups
@@ -195,7 +206,7 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, then the way to the next one."""
+    """Residual blocks at one resolution, then the resampling to the next one, if there is one."""
 
     def __init__(self, *blocks: Block, resample: Downsample | Upsample | None):
         self.blocks = nnx.List(blocks)
@@ -208,7 +219,7 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """The coarsest resolution, where every position sees every other."""
+    """The layers at the coarsest resolution: residual block, optional attention over all positions, residual block."""
 
     def __init__(self, config: VAEConfig, **options: Any):
         width, groups = config.block_out_channels[-1], config.norm_num_groups
@@ -224,7 +235,7 @@ class Middle(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Two norm-silu-convolutions beside a shortcut, which is a linear layer where the width changes."""
+    """A residual block: norm, silu and convolution, twice, plus a shortcut (a linear layer if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, **options: Any):
         self.norm1 = GroupNorm(in_channels, groups, **options)
@@ -240,7 +251,7 @@ class Block(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """A stride of 2. Only the bottom and the right are padded, unlike elsewhere."""
+    """A convolution with stride 2. It pads only the bottom and the right; all other convolutions pad every side."""
 
     def __init__(self, channels: int, **options: Any):
         self.conv = _conv(channels, channels, strides=2, padding=((0, 1), (0, 1)), **options)
@@ -250,7 +261,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel twice in both directions, then a convolution."""
+    """Repeats every pixel twice in both directions, then applies a convolution."""
 
     def __init__(self, channels: int, **options: Any):
         self.conv = _conv(channels, channels, **options)
@@ -280,9 +291,9 @@ class Attention(nnx.Module):
 def chunked_attention(
     query: Float[Array, "b tokens c"], key: Float[Array, "b tokens c"], value: Float[Array, "b tokens c"]
 ) -> Float[Array, "b tokens c"]:
-    """Softmax attention, a block of query rows at a time: never more than SCORE_BYTES of scores per image.
+    """Computes softmax attention for one chunk of queries at a time, with at most SCORE_BYTES of scores per image.
 
-    Gradients keep the bound: each block's scores are computed again on the way back.
+    Gradients keep the bound: the backward pass computes each chunk's scores again.
     """
     kernel = Kernel("xla", query_chunk=max(1, SCORE_BYTES // (4 * query.shape[1])))
     attended, _ = attend(query[:, :, None], key[:, :, None], value[:, :, None], kernel=kernel)
@@ -290,10 +301,10 @@ def chunked_attention(
 
 
 class GroupNorm(nnx.Module):
-    """Normalises groups of neighbouring channels over all positions; the result is fp32, for the activation to round.
+    """Normalises groups of neighbouring channels over all positions. The result is fp32: the activation rounds it.
 
-    Moments are taken per channel, in one pass over the activations as they lie, and only then pooled into groups:
-    faster than flax's, which reshapes the activations.
+    Moments are computed per channel, in one pass over the activations, and then pooled into groups. This is faster than
+    flax's GroupNorm, which reshapes the activations.
     """
 
     def __init__(self, channels: int, groups: int, *, param_dtype: Any, **_: Any):
@@ -304,7 +315,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float32[Array, "b h w c"]:
         batch, height, width, channels = x.shape
         x = x.astype(jnp.float32)
-        # Moments about one pixel's values: about zero, the variance of a nearly flat image would drown in rounding.
+        # Moments are about one pixel's values: about zero, rounding would hide the variance of a nearly flat image.
         pivot = jax.lax.stop_gradient(x[:, height // 2, width // 2])
         offset = x - pivot[:, None, None]
         mean = offset.mean((1, 2))
@@ -323,14 +334,18 @@ class GroupNorm(nnx.Module):
 
 @jax.checkpoint
 def norm_silu(norm: GroupNorm, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Recomputed on the way back from `x` alone: its fp32 intermediates would take several times the memory of `x`."""
+    """Applies the norm, then silu. The backward pass recomputes both from `x` alone.
+
+    The fp32 intermediates would take several times the memory of `x`.
+    """
     return nnx.silu(norm(x)).astype(x.dtype)
 
 
 def _conv(in_channels: int, out_channels: int, *, padding: Any = ((1, 1), (1, 1)), **options: Any) -> nnx.Conv:
+    """Makes a 3 x 3 convolution."""
     return nnx.Conv(in_channels, out_channels, (3, 3), padding=padding, **options)
 
 
 def _pointwise(in_channels: int, out_channels: int, **options: Any) -> nnx.Linear:
-    """A 1 x 1 convolution."""
+    """Makes a 1 x 1 convolution."""
     return nnx.Linear(in_channels, out_channels, **options)

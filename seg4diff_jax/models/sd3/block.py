@@ -22,9 +22,9 @@ MODULATIONS = {"joint": 6, "dual": 9, "keys only": 2}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StreamState:
-    """Token states of both streams, on their way through the blocks.
+    """A pytree of the token states of both streams, as one block passes them to the next.
 
-    The last text token stands for `last_token_count` equal ones (`TextConditioning`), in every block.
+    The last text token stands for `last_token_count` equal ones in every block (see `TextConditioning`).
     """
 
     image: Float[Array, "batch image dim"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
@@ -33,7 +33,7 @@ class StreamState:
 
 
 def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-    """Without parameters, epsilon 1e-6, statistics in fp32; the result is fp32."""
+    """Applies a layer norm without parameters, with epsilon 1e-6. Statistics and result are fp32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
@@ -42,13 +42,13 @@ def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch featu
 def modulate(
     x: Float[Array, "batch tokens dim"], shift: Float[Array, "batch dim"], scale: Float[Array, "batch dim"]
 ) -> Float[Array, "batch tokens dim"]:
-    """Layer norm, then the shift and scale that time and pooled text ask for (adaLN)."""
+    """Applies a layer norm, then a shift and scale that depend on the timestep and the pooled text (adaLN)."""
     modulated = layer_norm(x) * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]
     return split_batch(modulated.astype(x.dtype))
 
 
 class MLP(nnx.Module):
-    """Linear, activation, linear."""
+    """A linear layer, an activation and a linear layer."""
 
     def __init__(self, sizes: tuple[int, int, int], activation: Callable, *, rngs: nnx.Rngs, **dtypes: Any):
         self.up = nnx.Linear(sizes[0], sizes[1], rngs=rngs, **dtypes)
@@ -60,11 +60,12 @@ class MLP(nnx.Module):
 
 
 def gelu(x: Array) -> Array:
+    """Applies the tanh approximation of GELU."""
     return jax.nn.gelu(x, approximate=True)
 
 
 class Projections(nnx.Module):
-    """One stream's side of an attention: to queries, keys and values, and back."""
+    """The projections of one stream for one attention: to queries, keys and values, and from the heads back."""
 
     def __init__(self, config: MMDiTConfig, *, output: bool = True, rngs: nnx.Rngs, **dtypes: Any):
         width = config.width
@@ -86,9 +87,9 @@ class Projections(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """What one block holds for one stream: modulation, projections and MLP.
+    """The layers of one block for one stream: modulation, projections and MLP.
 
-    A stream that is not updated ("keys only": text in the last block) has neither an output projection nor an MLP.
+    Text in the last block is not updated ("keys only"). That stream has neither an output projection nor an MLP.
     """
 
     def __init__(self, config: MMDiTConfig, kind: str, *, rngs: nnx.Rngs, **dtypes: Any):
@@ -99,7 +100,10 @@ class Stream(nnx.Module):
         self.mlp = MLP((width, 4 * width, width), gelu, rngs=rngs, **dtypes) if updated else None
 
     def modulations(self, vector: Float[Array, "batch dim"]) -> list[Float[Array, "batch dim"]]:
-        """Shift, scale and gate of the attention, of the MLP, and of the second attention: 9, 6 or 2 of them."""
+        """Returns shift, scale and gate of the attention, then of the MLP, then of a second attention.
+
+        There are 9 with a second attention, 6 without, and 2 (a shift and a scale) for "keys only".
+        """
         modulation = split_batch(self.modulation(split_batch(jax.nn.silu(vector))))
         return jnp.split(modulation, modulation.shape[-1] // vector.shape[-1], axis=-1)
 
@@ -109,7 +113,12 @@ class Stream(nnx.Module):
         attended: Float[Array, "batch tokens dim"],
         modulations: list[Float[Array, "batch dim"]],
     ) -> Float[Array, "batch tokens dim"]:
-        """Add the gated attention output, then the gated MLP. `attended` may already hold a gated second attention."""
+        """Adds the gated attention output, then the gated MLP.
+
+        Args:
+          attended: gated attention output, with that of a second attention added if there is one.
+          modulations: shift, scale and gate of the MLP.
+        """
         shift, scale, gate = modulations
         x = x + attended
         assert self.mlp is not None
@@ -117,14 +126,14 @@ class Stream(nnx.Module):
 
 
 class JointBlock(nnx.Module):
-    """One MM-DiT block: each stream modulated, both attending together, each updated by its own MLP."""
+    """One MM-DiT block: it modulates each stream, attends over both together, and updates each by its own MLP."""
 
     def __init__(self, config: MMDiTConfig, *, dual: bool, last: bool, rngs: nnx.Rngs, **dtypes: Any):
         self.image = Stream(config, "dual" if dual else "joint", rngs=rngs, **dtypes)
         self.text = Stream(config, "keys only" if last else "joint", rngs=rngs, **dtypes)
 
     def qkv(self, state: StreamState, vector: Float[Array, "batch dim"]) -> tuple[QKV, QKV]:
-        """Queries, keys and values of both streams: all that this block's attention record needs."""
+        """Returns the queries, keys and values of both streams: all that the block's attention record needs."""
         return self._qkv(state, self._modulations(vector))
 
     def _qkv(self, state: StreamState, modulations: tuple[list[Array], list[Array]]) -> tuple[QKV, QKV]:
@@ -143,10 +152,10 @@ class JointBlock(nnx.Module):
         vector: Float[Array, "batch dim"],
         options: ForwardOptions = UNRECORDED,
     ) -> tuple[StreamState, JointAttention | None]:
-        """Both streams behind this block, and its attention record if one is requested.
+        """Returns both streams after this block, and its attention record if one is requested.
 
         Args:
-          vector: time and pooled text, which modulate both streams.
+          vector: embedding of the timestep and the pooled text, which modulates both streams.
         """
         image_mod, text_mod = modulations = self._modulations(vector)
         image_heads, text_heads, record = joint_attention(*self._qkv(state, modulations), options)

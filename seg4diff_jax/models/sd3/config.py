@@ -1,4 +1,4 @@
-"""SD3's published transformer configurations, and how their unlike blocks group into stacks."""
+"""Configuration of SD3's transformers, and the stacks that their different kinds of blocks form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from seg4diff_jax.models.stacked_layers import LayerStack
 
 
 def _is_integer(value: Any) -> bool:
-    """JSON's true and false are integers to Python and not here."""
+    """Whether a JSON value is an integer. Python counts true and false as integers; here they are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The published configuration, under diffusers' names."""
+    """The configuration of an MM-DiT, with diffusers' names and defaults."""
 
     num_layers: int = 18
     num_attention_heads: int = 18
@@ -33,7 +33,7 @@ class MMDiTConfig:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> MMDiTConfig:
-        """From a diffusers `transformer/config.json`. Raises ValueError for a variant that is not implemented."""
+        """Reads a diffusers `transformer/config.json`. Raises ValueError for a variant that is not implemented."""
         if (kind := config.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
             raise ValueError(f"_class_name is {kind!r:.80}; 'SD3Transformer2DModel' is implemented")
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
@@ -69,7 +69,7 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     def layer_stacks(self, depth: int | None = None) -> tuple[LayerStack, ...]:
-        """Runs of like blocks among the first `depth`: dual attention, joint attention only, and the last block."""
+        """Groups the first `depth` blocks into stacks of one kind: dual attention, joint attention only, last block."""
         kinds = [(i in self.dual_attention_layers, i == self.num_layers - 1) for i in range(self.num_layers)][:depth]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         stops = [*starts[1:], len(kinds)]

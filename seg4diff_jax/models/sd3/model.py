@@ -1,7 +1,7 @@
 """MM-DiT, Stable Diffusion 3's transformer: two streams, image and text, that meet in joint attention.
 
 diffusers' SD3Transformer2DModel is the reference. SD3.5-medium adds a second, image-only attention in its first blocks;
-SD3.5-medium and -large normalise q and k. Blocks are numbered from 0; the last one updates no text.
+SD3.5-medium and -large normalise q and k. Blocks are numbered from 0; the last one does not update the text.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TIME_FEATURES = 256
 
 
 class Table(nnx.Variable):
-    """A constant that checkpoints carry and training leaves alone."""
+    """A constant array that checkpoints hold and training does not change."""
 
 
 def timestep_features(timesteps: Float[Array, " batch"]) -> Float[Array, "batch features"]:
-    """Cosines then sines at 128 frequencies from 1 down to 1/10000 (exclusive), fp32; timesteps in 0..1000."""
+    """Embeds timesteps in 0..1000: cosines, then sines, at 128 frequencies from 1 down to 1/10000 (exclusive); fp32."""
     half = TIME_FEATURES // 2
     frequencies = jnp.exp(-math.log(10000) / half * jnp.arange(half, dtype=jnp.float32))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -42,28 +42,31 @@ def timestep_features(timesteps: Float[Array, " batch"]) -> Float[Array, "batch 
 
 
 def sincos_table(config: MMDiTConfig) -> Float[Array, "rows columns dim"]:
-    """The positional table that published checkpoints carry: sines and cosines of column, then of row (diffusers'
-    get_2d_sincos_pos_embed). Positions are scaled so that the training size spans `sample_size / patch_size`."""
+    """Makes the positional table of published checkpoints, as diffusers' get_2d_sincos_pos_embed does.
+
+    It holds sines and cosines of the column, then of the row. Positions are scaled so that the table spans
+    `sample_size / patch_size`.
+    """
     size, quarter = config.pos_embed_max_size, config.width // 4
     base = config.sample_size // config.patch_size
     positions = np.arange(size, dtype=np.float64) / (size / base)
     angles = positions[:, None] * 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     along = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), jnp.float32)
-    # Spread out by JAX, so that an abstract model costs no memory: SD3.5-medium's table has 226 million numbers.
+    # Broadcast by JAX, so that an abstract model costs no memory: SD3.5-medium's table has 226 million numbers.
     columns = jnp.broadcast_to(along[None], (size, size, 2 * quarter))
     rows = jnp.broadcast_to(along[:, None], (size, size, 2 * quarter))
     return jnp.concatenate([columns, rows], axis=-1)
 
 
 class MMDiT(nnx.Module):
-    """Velocity of the rectified flow at noisy latents, and the attention of any block on the way.
+    """SD3's transformer: it predicts the velocity at noisy latents, and returns the attention of any block.
 
     Args:
-      config: the published configuration.
-      depth: number of blocks to hold, from the first; with fewer than the config's there is no output head and only
-        `trunk.attention_at` and `trunk.attentions_at` work. Default: all.
-      dtype: of the computation. Softmax, norms and log-normalisers are fp32 whatever it is.
-      param_dtype: of the parameters at initialisation.
+      config: the model's configuration.
+      depth: number of blocks to hold, from the first. With fewer than the configuration has, there is no output head:
+        only `trunk.attention_at` and `trunk.attentions_at` work. Default: all blocks.
+      dtype: dtype of the computation. Softmax, norms and log-normalisers are fp32 whatever it is.
+      param_dtype: dtype of the parameters at initialisation.
     """
 
     def __init__(
@@ -111,18 +114,18 @@ class MMDiT(nnx.Module):
         capture: Collection[int] = (),
         options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
-        """Velocity at noisy latents, and the attention records of the blocks in `capture`.
+        """Returns the velocity at noisy latents, and the attention records of the blocks in `capture`.
 
         Args:
-          latents: noisy latents; height and width are multiples of the patch size, at most the positional table.
-          timesteps: 0 (clean) to 1000 (noise): 1000 x sigma.
+          latents: noisy latents. Height and width are multiples of the patch size and fit the positional table.
+          timesteps: 1000 x sigma: 0 (clean) to 1000 (noise).
           conditioning: token states and pooled states of the text encoders.
           capture: numbers of the blocks to record.
           options: what each record holds, and how blocks are computed.
 
         Raises:
-          ValueError: a captured block does not exist, latents do not fit, the model lacks its last blocks, or the text
-            has no segment of the name that is requested.
+          ValueError: a captured block does not exist, the latents do not fit, the model lacks its last blocks, or the
+            text has no segment with the requested name.
         """
         if self.depth < self.config.num_layers:
             raise ValueError(
@@ -144,7 +147,7 @@ class MMDiT(nnx.Module):
         timesteps: Float[Array, " batch"],
         conditioning: TextConditioning,
     ) -> tuple[StreamState, Float[Array, "batch dim"]]:
-        """Both streams at the first block's door, and the vector of time and pooled text that modulates every block."""
+        """Returns the input of the first block, and the embedded timestep and pooled text that modulate every block."""
         dtype = self.context_embed.dtype
         patches = self.patch_embed(latents.astype(dtype))
         position = self._crop_position(patches.shape[1], patches.shape[2], latents.shape)
@@ -166,13 +169,16 @@ class MMDiT(nnx.Module):
     def velocity(
         self, image: Float[Array, "batch tokens dim"], vector: Float[Array, "batch dim"], size: tuple[int, int]
     ) -> Float[Array, "batch height width out"]:
-        """The output head: image states after the last block to the velocity of latents of `size` (height, width)."""
+        """Applies the output head: turns image states after the last block into the velocity.
+
+        `size` is the height and width of the latents.
+        """
         return self._unpatchify(self.patch_velocity(image, vector), *size)
 
     def patch_velocity(
         self, image: Float[Array, "batch tokens dim"], vector: Float[Array, "batch dim"]
     ) -> Float[Array, "batch tokens patch"]:
-        """The velocity of each image token's patch: rows, columns, channels in one."""
+        """Returns the velocity of each image token's patch, as one axis of (row, column, channel)."""
         shift, scale = jnp.split(self.norm_out(split_batch(jax.nn.silu(vector))), 2, axis=-1)
         return self.proj_out(modulate(image, shift, scale))
 
@@ -183,7 +189,10 @@ class MMDiT(nnx.Module):
 
 
 def patchify(latents: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:
-    """Latents cut into the image tokens' patches, rows, columns, channels in one: what `velocity_at` predicts."""
+    """Cuts latents into the patches of the image tokens, in the layout in which `velocity_at` predicts them.
+
+    Rows, columns and channels of a patch are one axis, in this order.
+    """
     batch, height, width, channels = latents.shape
     grid = latents.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
@@ -198,13 +207,14 @@ def velocity_at(
     tokens: Int[Array, "batch kept"],
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> Float[Array, "batch kept patch"]:
-    """Velocity of the patches of some image tokens, which are all of the image that the model then sees.
+    """Returns the velocity of the patches of some image tokens. The model sees no other image tokens.
+
+    With all tokens in their order, this is the velocity of `MMDiT.__call__`. The model must hold all blocks.
 
     Args:
-      tokens: their numbers, rows first. Each keeps the position that it has in the whole image.
+      tokens: numbers of the tokens, counted along rows. Each token keeps its position in the whole image.
 
-    Other arguments as for `MMDiT.__call__`, whose velocity this is when all tokens are named in their order. The model
-    must hold all blocks.
+    Other arguments are as for `MMDiT.__call__`.
     """
     state, vector = mmdit.embed(latents, timesteps, conditioning)
     state = replace(state, image=jnp.take_along_axis(state.image, tokens[..., None], axis=1))
