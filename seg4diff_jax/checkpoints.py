@@ -1,6 +1,7 @@
-"""A checkpoint in any form: opened, what its files say; loaded, a pipeline in memory.
+"""Opens a checkpoint in any form, and loads it as a pipeline.
 
-Whoever works with a model opens it once, asks what it says, and only then loads its weights, which are gigabytes.
+To open a checkpoint reads its configurations and tokenizers. To load it reads the weights, which are gigabytes. Code
+that works with a model opens it once, asks the `Checkpoint` what the job needs to know, and only then loads it.
 """
 
 from __future__ import annotations
@@ -50,17 +51,18 @@ def open(
     tokenizers: str | PathLike | None = None,
     variant: str | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint's configurations and tokenizers. Its weights are not read.
+    """Reads a checkpoint's configurations and tokenizers. Its weights are not read.
 
     Args:
       model: converted directory, diffusers directory, single .safetensors or .gguf file, or Hub id; or "miniature", the
         small SD3 that comes with this package (docs/miniature.md).
       t5: also open T5-XXL. Masks do not need it: the paper's were made without.
-      text_encoders: where to take the text encoders from, for single files that hold none; an error where none
-        lacks.
+      text_encoders: checkpoint to take the text encoders from, for a single file that holds none. An error if the model
+        lacks no text encoder.
       tokenizers: directory with folders `tokenizer` and `tokenizer_2` [and `tokenizer_3`], which single files lack.
         Default: the checkpoint's own, or those that SD3 was published with, from the Hub.
-      variant: of a diffusers directory's weight files, as in "fp16", the Hub's default; "" for those of none.
+      variant: which weight files of a diffusers directory to read, such as "fp16"; "" reads those without a variant in
+        their names. Default: these, or the only variant there is; from the Hub "fp16" where there is one.
 
     Raises:
       CheckpointError: the checkpoint cannot be found, read or understood; the message says what to do.
@@ -87,11 +89,11 @@ def load(
     lora: str | PathLike | None = None,
     on_progress: OnBytes = lambda done, total: None,
 ) -> Pipeline:
-    """Open and load a checkpoint, converted on the way. `open` and `Checkpoint.load` say what the arguments mean.
+    """Opens and loads a checkpoint, and converts it on the way. `open` and `Checkpoint.load` explain the arguments.
 
     Raises:
       CheckpointError: the checkpoint or the adapters cannot be found, read or understood; the message says what to do.
-      ValueError: the dtype, the mesh or `blocks` is of no use here.
+      ValueError: the dtype, the mesh or `blocks` cannot be used.
     """
     parameter_dtype(dtype)
     _check_mesh(mesh)
@@ -101,11 +103,11 @@ def load(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configurations and tokenizers have been read, and its weights not.
+    """A checkpoint whose configurations and tokenizers have been read. Its weights have not.
 
     Attributes:
-      source: of weights.
-      tokenizers_read: None where a model is only described and nothing will be tokenized.
+      source: the files that hold configurations and weights.
+      tokenizers_read: None for a model that is described by its configurations alone, without tokenizers.
     """
 
     source: Source
@@ -115,7 +117,7 @@ class Checkpoint:
 
     @property
     def configs(self) -> dict[str, Any]:
-        """Each component's configuration, such as a `CLIPTextConfig`. Raises CheckpointError for a damaged one."""
+        """Each component's configuration, such as a `CLIPTextConfig`. Raises CheckpointError if one is damaged."""
         return self.source.parsed
 
     @property
@@ -132,16 +134,17 @@ class Checkpoint:
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
-        """The VAE and the text encoders, in the order in which they encode."""
+        """Names of the VAE and of the text encoders, in the order of `Encoders`."""
         return tuple(name for name in self.family.encoders if name in self.source.configs)
 
     @property
     def t5(self) -> bool:
+        """Whether T5 was opened too."""
         return self.family.t5 in self.source.configs
 
     @property
     def tokenizers(self) -> Tokenizers:
-        """Raises CheckpointError where a model is only described."""
+        """The checkpoint's tokenizers. Raises CheckpointError if only the model's configurations were given."""
         if self.tokenizers_read is None:
             raise CheckpointError(
                 f"{self.source.origin} is described by its configurations alone: it has no tokenizers"
@@ -150,14 +153,14 @@ class Checkpoint:
 
     @property
     def clip_tokens(self) -> int:
-        """Length of a CLIP prompt."""
+        """Length of a CLIP prompt, in tokens."""
         if self.tokenizers_read is None:
             return self.configs[self.family.clips[0]].max_position_embeddings
         return self.tokenizers.clip_l.model_max_length
 
     @cached_property
     def schedule(self) -> FlowSchedule:
-        """Raises CheckpointError for a scheduler that is not SD3's kind."""
+        """The checkpoint's noise levels. Raises CheckpointError for a scheduler that is not SD3's kind."""
         return self.source.schedule
 
     @property
@@ -167,15 +170,15 @@ class Checkpoint:
 
     @property
     def view(self) -> ModelView:
-        """How the model sees images."""
+        """The sizes at which the model sees images."""
         return ModelView.of(self.transformer, self.vae, self.trained_size)
 
     # ---- what is asked of it ----------------------------------------------------------------------------------------
 
     def block(self, block: int | None = None) -> int:
-        """The block to read, by default the one whose attention segments best.
+        """Returns the number of the block to read. Default: the expert block, whose attention segments best.
 
-        Raises ValueError when the model has no such block, or nobody has said which is best.
+        Raises ValueError if the model has no such block, or if the default is asked for and no expert block is known.
         """
         last = self.transformer.num_layers - 1
         chosen = self.source.expert_block if block is None else block
@@ -186,19 +189,22 @@ class Checkpoint:
         return int(chosen)
 
     def step(self, step: int | None = None) -> int:
-        """The noise level to read at, by default the checkpoint's own. Raises ValueError for one that there is not."""
+        """Returns the noise level to read at, as a step. Default: the checkpoint's own.
+
+        Raises ValueError if there is no such step.
+        """
         chosen = self.source.expert_step if step is None else step
         self.schedule.sigma_at(chosen)
         return chosen
 
     def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Height and width of an image, by default the trained square. Raises ValueError for one that does not fit."""
+        """Returns the height and width of images. Default: the trained square. Raises ValueError if they do not fit."""
         return self.view.size((0, 0), size, "square")
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def component(self, name: str, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Any:
-        """One component with its parameters, such as the `VAE`. `dtype` and `mesh` as for `load`."""
+        """Loads one component with its parameters, such as the `VAE`. `dtype` and `mesh` are as for `load`."""
         place = None if mesh is None else parameter_shardings(mesh)
         return open_component(self.source, name, dtype=parameter_dtype(dtype)).fill(shardings=place)
 
@@ -212,30 +218,32 @@ class Checkpoint:
         lora: str | PathLike | None = None,
         on_progress: OnBytes = lambda done, total: None,
     ) -> Pipeline:
-        """Read the weights.
+        """Reads the weights and returns a pipeline.
 
-        Compiled programs are kept between processes, in JAX's compilation cache directory if one is configured,
-        otherwise in the user's cache; `jax.config.update("jax_enable_compilation_cache", False)` beforehand keeps none.
+        Compiled programs are kept between processes: in JAX's compilation cache directory if one is configured,
+        otherwise in the user's cache. `jax.config.update("jax_enable_compilation_cache", False)` before this call
+        keeps none.
 
         Args:
           dtype: of parameters and computation, float32 or bfloat16 (float16 overflows in the autoencoder). Default:
             float32 on a CPU, bfloat16 elsewhere.
           mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
-          blocks: hold only the first that many blocks of the transformer; masks need those up to the expert block.
+          blocks: load only this many blocks of the transformer, from the first; masks need those up to the expert
+            block.
           lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert
-            lora` reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Those of blocks that
+            lora` reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Adapters of blocks that
             are not loaded are left out; anything else that would go unused is an error.
-          on_progress: receives the bytes of parameters loaded so far and those in all.
+          on_progress: called with the bytes of parameters loaded so far, and with those of all parameters.
 
         Raises:
           CheckpointError: weights or adapters cannot be found, read or understood; the message says what to do.
-          ValueError: the dtype, the mesh or `blocks` is of no use here.
+          ValueError: the dtype, the mesh or `blocks` cannot be used.
         """
         kind = parameter_dtype(dtype)
         _check_mesh(mesh)
         keep_compiled_programs()
         depth = None if blocks is None else self._depth(blocks)
-        # What configurations say is judged before gigabytes are read, and so is whether adapters fit.
+        # Configurations are checked before gigabytes are read, and so is whether the adapters fit.
         about: dict[str, Any] = {
             "schedule": self.schedule,
             "expert_block": self.source.expert_block,
@@ -261,7 +269,7 @@ class Checkpoint:
             mesh=mesh,
             **about,
         )
-        # What nnx.merge leaves behind, in cycles, would hold the weights after the pipeline has gone.
+        # nnx.merge leaves reference cycles, which would keep the weights in memory after the pipeline is deleted.
         gc.collect()
         return pipe
 
@@ -280,7 +288,7 @@ def _check_mesh(mesh: Mesh | None) -> None:
 
 
 def _adapters_placed(transformer: MMDiT, shardings: Shardings | None) -> MMDiT:
-    """Adapters where the mesh's rules have them, beside the base's parameters, which are there already."""
+    """Moves adapters to their devices by the mesh's rules. The base's parameters are on their devices already."""
     if shardings is not None:
         state = nnx.state(transformer, LoRA)
         for path, variable in nnx.to_flat_state(state):
@@ -291,7 +299,10 @@ def _adapters_placed(transformer: MMDiT, shardings: Shardings | None) -> MMDiT:
 
 
 def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
-    """The dtype to load in; None chooses by backend. Raises ValueError for one that the models do not compute in."""
+    """Returns the dtype to load in. None: float32 on a CPU, bfloat16 elsewhere.
+
+    Raises ValueError for a dtype that the models do not compute in.
+    """
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     try:

@@ -1,6 +1,6 @@
 """Rectified flow: the noise schedule, noising, and the velocity that the model learns.
 
-Latents at noise level sigma are (1 - sigma) z + sigma eps; the velocity is eps - z; the model is told 1000 x sigma.
+Latents at noise level sigma are (1 - sigma) z + sigma eps. The velocity is eps - z. The model's timestep is 1000 sigma.
 The schedule is diffusers' FlowMatchEulerDiscreteScheduler with SD3's shift.
 """
 
@@ -28,10 +28,12 @@ SHIFT_KEYS = {
     "DEISMultistepScheduler": "flow_shift",
     "SASolverScheduler": "flow_shift",
 }
-"""diffusers' samplers of rectified flows, and what each calls the shift. Those with `flow_shift` are made for other
-models too: they follow a flow where `use_flow_sigmas` is set and `prediction_type` is `flow_prediction`."""
+"""Names of diffusers' samplers that can follow a rectified flow, and the name of the shift in each one's configuration.
+
+Samplers with `flow_shift` serve other models too. They follow a flow only if `use_flow_sigmas` is set and
+`prediction_type` is `flow_prediction`."""
 OTHER_MODELS = ("use_dynamic_shifting", "invert_sigmas")
-"""Options of models whose noise levels have no fixed shift, or run the other way."""
+"""Scheduler options of other models, whose noise levels have no fixed shift or run the other way."""
 OTHER_STEPS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -39,21 +41,21 @@ OTHER_STEPS = (
     "shift_terminal",
     "stochastic_sampling",
 )
-"""Options that make other pictures of the same model: its steps lie elsewhere, or add noise."""
+"""Scheduler options that change the pictures of the same model: they move its steps, or add noise at each step."""
 
 Sampler = Literal["euler"]
 
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Noise levels, from noise to clean.
+    """The noise levels of a model, from noise to clean.
 
-    They are the model's own and what masks are read at, whichever sampler a checkpoint names for its pictures.
+    Masks are read at one of these levels. The levels do not depend on the sampler that a checkpoint names for pictures.
 
     Attributes:
       shift: how far levels are pushed towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma).
-      sampler: what the checkpoint makes pictures with: diffusers' class, and options of it that change them.
-      num_train_timesteps: the timestep of pure noise, the same for every SD3.
+      sampler: the sampler that the checkpoint names for pictures: diffusers' class, and its options that change them.
+      num_train_timesteps: the timestep of pure noise, 1000 for every SD3.
     """
 
     shift: float = 3.0
@@ -62,7 +64,7 @@ class FlowSchedule:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> FlowSchedule:
-        """From a diffusers `scheduler_config.json`. Raises ValueError for a schedule that is not SD3's kind."""
+        """Reads a diffusers `scheduler_config.json`. Raises ValueError for a schedule that is not SD3's kind."""
         name = config.get("_class_name", EULER)
         if not isinstance(name, str) or name not in SHIFT_KEYS:
             raise ValueError(
@@ -92,7 +94,8 @@ class FlowSchedule:
             raise ValueError(f"the scheduler's {key} is {shift!r:.80}; expected a positive number")
         other = "shift" if key == "flow_shift" else "flow_shift"
         if config.get(other, shift) != shift:
-            # diffusers keeps the keys of the scheduler that another was made from, and takes 1 for what has a new name.
+            # diffusers can make one scheduler from another's configuration. It then keeps the old key of the shift
+            # beside the new one, for which it takes 1: nobody can tell which is the model's.
             raise ValueError(
                 f"the scheduler is {name} with {key} {shift!r}, and {other} {config[other]!r:.80} is left of the one "
                 f"that it was made from: set both to the model's own ({cls.shift} for SD3), or remove {other}"
@@ -101,7 +104,7 @@ class FlowSchedule:
         return cls(float(shift), " with ".join([name, *([", ".join(changed)] if changed else [])]))
 
     def check_sampler(self, sampler: Sampler | None) -> None:
-        """Raise ValueError unless pictures by Euler steps are what the checkpoint names, or what is asked for."""
+        """Raises ValueError unless the checkpoint names Euler steps for its pictures, or the caller asks for them."""
         if sampler not in (None, *get_args(Sampler)):
             raise ValueError(f"sampler is {sampler!r}; expected 'euler', or None for the checkpoint's own")
         if sampler is None and self.sampler != EULER:
@@ -114,9 +117,9 @@ class FlowSchedule:
         return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))
 
     def sigmas(self, steps: int = 28) -> np.ndarray:
-        """Noise levels of a run of that many steps, float64 [steps], falling from 1; the clean end (0) is left out.
+        """Returns the noise levels of a run with that many steps, float64 [steps], falling from 1, without the last 0.
 
-        As in diffusers the shift is applied twice: to the smallest level, then to the levels spread evenly above it.
+        As in diffusers, the shift is applied twice: to the smallest level, then to levels evenly spaced from it to 1.
         """
         if not is_whole(steps, 1, self.num_train_timesteps):
             raise ValueError(f"steps is {steps!r}; expected a whole number, 1 to {self.num_train_timesteps}")
@@ -124,7 +127,7 @@ class FlowSchedule:
         return self._shifted(np.linspace(1.0, smallest, steps))
 
     def sigma_at(self, step: int = 8, steps: int = 28) -> float:
-        """The noise level that the paper calls t = `step`: the `step`-th of `steps`, counted from the clean end."""
+        """Returns the noise level that the paper calls t = `step`: number `step` of `steps`, from the clean end."""
         if not is_whole(step, 1, steps):
             raise ValueError(f"step is {step!r}; expected a whole number, 1 (nearly clean) to {steps} (pure noise)")
         return float(self.sigmas(steps)[-step])
@@ -135,7 +138,7 @@ def add_noise(
     noise: Float[Array, "batch height width channels"],
     sigma: Float[Array, " batch"] | Float[Array, ""] | float,
 ) -> Float[Array, "batch height width channels"]:
-    """Latents at noise level sigma, one for all or one for each image."""
+    """Returns latents at noise level sigma. There is one sigma for all images, or one for each."""
     if jnp.ndim(sigma) == 1:
         sigma = jnp.asarray(sigma)[:, None, None, None]
     return (1 - sigma) * latents + sigma * noise
@@ -144,14 +147,14 @@ def add_noise(
 def velocity_target(
     latents: Float[Array, "batch height width channels"], noise: Float[Array, "batch height width channels"]
 ) -> Float[Array, "batch height width channels"]:
-    """What the model should predict, at every noise level."""
+    """Returns the velocity that the model should predict. It is the same at every noise level."""
     return noise - latents
 
 
 def velocity_loss(
     predicted: Float[Array, "batch height width channels"], target: Float[Array, "batch height width channels"]
 ) -> Float[Array, " batch"]:
-    """Mean squared error of each image's velocity, fp32."""
+    """Returns the mean squared error of each image's velocity, fp32."""
     return jnp.square(predicted.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
 
@@ -162,11 +165,11 @@ def euler(
     noise: Float[Array, "batch height width channels"],
     sigmas: Float[Array, " steps"],
 ) -> Float[Array, "batch height width channels"]:
-    """Follow the velocity from noise to clean latents in straight steps, one scan; latents are fp32.
+    """Integrates the velocity from noise to clean latents with Euler steps, in one scan. Latents are fp32.
 
     Args:
-      velocity: of latents at a noise level.
-      sigmas: the levels, falling; the last step leads from the last of them to 0.
+      velocity: function of latents and a noise level that returns their velocity.
+      sigmas: falling noise levels; the last step goes from the last of them to 0.
     """
 
     def step(latents: Array, levels: tuple[Array, Array]) -> tuple[Array, None]:
@@ -181,12 +184,15 @@ def euler(
 def guided(
     towards: Float[Array, "*shape"], away: Float[Array, "*shape"], scale: Float[Array, ""] | float
 ) -> Float[Array, "*shape"]:
-    """Classifier-free guidance: from the velocity under the negative prompt, `scale` times the way to the prompt's."""
+    """Applies classifier-free guidance to the velocity under the prompt and under the negative prompt.
+
+    The result is away + scale (towards - away): scale 1 gives `towards`, and 0 gives `away`.
+    """
     return away + scale * (towards - away)
 
 
 def check_guidance(scale: float) -> float:
-    """A finite number. Raises ValueError for anything else."""
+    """Returns the guidance scale as a float. Raises ValueError unless it is a finite number."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
         raise ValueError(f"guidance is {scale!r}; expected a number: 7 is usual, 1 is none")
     return float(scale)
@@ -195,26 +201,27 @@ def check_guidance(scale: float) -> float:
 def logit_normal_sigmas(
     key: PRNGKeyArray, count: int, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
 ) -> Float[Array, " count"]:
-    """Noise levels to train at: the sigmoid of normal numbers, pushed towards noise by `shift` as the schedule is.
+    """Draws noise levels to train at: the sigmoid of normal numbers, then shifted as in `FlowSchedule`.
 
-    SD3's own are (mean, std) = (0, 1); MAGNET's (0, 0.5) over the schedule of shift 3 (Seg4Diff, section 4).
+    SD3 was trained with (mean, std) = (0, 1). MAGNET takes (0, 0.5) and shift 3 (Seg4Diff, section 4).
     """
     sigma = jax.nn.sigmoid(mean + std * jax.random.normal(key, (count,), jnp.float32))
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def is_whole(value: Any, least: int, most: int | None = None) -> bool:
-    """A whole number from `least` to `most`, Python's or NumPy's; True and False are none."""
+    """Whether a value is a whole number from `least` to `most`, Python's or NumPy's. True and False are not."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole and bool(value >= least) and (most is None or bool(value <= most))
 
 
 LARGEST_SEED = 2**32 - 1
-"""JAX takes larger ones too and, without 64-bit integers, drops their upper bits: equal noise for unlike seeds."""
+"""The largest seed. JAX accepts larger ones and, without 64-bit integers, drops their upper bits. Different seeds
+would then give the same noise."""
 
 
 def check_seed(seed: int) -> int:
-    """A seed that has noise of its own. Raises ValueError for any other."""
+    """Returns the seed as an int. Raises ValueError unless it is a whole number from 0 to `LARGEST_SEED`."""
     if not is_whole(seed, 0, LARGEST_SEED):
         raise ValueError(f"seed is {seed!r}; expected a whole number, 0 to {LARGEST_SEED}")
     return int(seed)
@@ -224,9 +231,9 @@ def check_seed(seed: int) -> int:
 def image_noise(
     seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, ...]
 ) -> Float[Array, "batch rows columns channels"]:
-    """Standard normal noise for images by their index in the set, fp32 [batch, *shape].
+    """Draws standard normal noise for images, by their index in the set; fp32 [batch, *shape].
 
-    An image's noise depends on the seed and on its index alone: not on batch size, order, device or process.
+    The noise of an image depends on the seed and on its index alone: not on batch size, order, device or process.
 
     Raises ValueError for a seed outside 0..2^32 - 1.
     """

@@ -1,4 +1,4 @@
-"""Images in: files to pixels, and pixels to the size that the model sees."""
+"""Reads images as pixels, and resizes pixels to the size that the model sees."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from PIL import Image
 from seg4diff_jax.image_files import ImageError, read_rgb, to_rgb
 
 Resize = Literal["aspect", "square", "release"]
-"""How an image comes to the model's size: aspect kept, squashed to the trained square, or as the release does it."""
+"""How an image is resized for the model: aspect ratio kept, squashed to the trained square, or as the release does."""
 
 ASPECTS = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1))
-"""Height to width: those of photographs, and of panoramas from 2:1 on."""
+"""Aspect ratios, height to width: those of photographs, and 2:1 for panoramas."""
 
 ImageInput = str | PathLike | Image.Image | np.ndarray
 
 
 def listed(image: Any) -> tuple[list[Any], bool]:
-    """A list of images that are still to be read, and whether there was a single one."""
+    """Returns the images as a list, not read yet, and whether a single image was given."""
     single = isinstance(image, str | PathLike | np.ndarray) or hasattr(image, "convert")
     return ([image] if single else list(image)), single  # pyright: ignore[reportArgumentType]
 
 
 def read_image(image: ImageInput) -> UInt8[np.ndarray, "height width 3"]:
-    """A file, a PIL image or an array as RGB pixels; EXIF rotation is applied, transparency laid on white.
+    """Reads a file, a PIL image or an array as RGB pixels. EXIF rotation is applied, and transparency laid on white.
 
-    Numbers of more than 8 bits are scaled and rounded. A PIL image is what Pillow has made of its file.
+    Values of more than 8 bits are scaled and rounded. A PIL image is taken as Pillow has decoded its file.
 
     An array is uint8 [height, width] (gray) or [height, width, channels]: 1 gray, 2 gray and opacity, 3 RGB, 4 RGB and
-    opacity, each treated as a file of that kind.
+    opacity. Each is treated as a file of that kind.
 
     Raises:
-      ImageError: the file is missing, damaged or no image, holds several pictures or numbers of which nothing says
-        which is white, or the array is not of one of these kinds.
+      ImageError: the file is missing, is damaged, is no image, holds several pictures, or does not say which pixel
+        value is white; or the array is not of one of these kinds.
     """
     if isinstance(image, np.ndarray):
         pixels = _array_to_rgb(image)
@@ -71,13 +71,13 @@ def _array_to_rgb(array: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def model_size(height: int, width: int, *, trained: int, multiple: int, largest: int) -> tuple[int, int]:
-    """Height and width near the image's aspect with about trained^2 pixels.
+    """Returns a height and width near the image's aspect ratio, with about trained^2 pixels.
 
     Args:
-      height, width: of the image.
-      trained: side of the squares that the model was trained on.
-      multiple: both sides are multiples of it: the VAE's factor times the patch size.
-      largest: longest side that the positional table allows.
+      height, width: the image's, in pixels.
+      trained: side of the square images that the model was trained on, in pixels.
+      multiple: both sides are multiples of this: the VAE's factor times the patch size.
+      largest: longest side that the positional table allows, in pixels.
     """
     scale = trained / math.sqrt(height * width)
     nearest = lambda side: min(max(multiple, round(side * scale / multiple) * multiple), largest // multiple * multiple)
@@ -85,14 +85,14 @@ def model_size(height: int, width: int, *, trained: int, multiple: int, largest:
 
 
 def nearest_aspect(height: int, width: int) -> tuple[int, int]:
-    """The one of `ASPECTS` that an image comes to with the least stretching."""
+    """Returns the one of `ASPECTS` for which an image is stretched least."""
     return min(ASPECTS, key=lambda aspect: abs(math.log(height * aspect[1] / (width * aspect[0]))))
 
 
 def check_size(size: tuple[int, int], *, multiple: int, largest: int) -> tuple[int, int]:
-    """Height and width that the model can see. `multiple`, `largest`: as for `model_size`.
+    """Returns `size` if the model can see images of it. `multiple` and `largest` are as for `model_size`.
 
-    Raises ValueError for any other.
+    Raises ValueError for any other size.
     """
     if np.shape(size) != (2,) or not all(isinstance(side, int | np.integer) for side in size):
         raise ValueError(f"size is {size!r}; expected (height, width) in whole pixels")
@@ -105,19 +105,19 @@ def check_size(size: tuple[int, int], *, multiple: int, largest: int) -> tuple[i
 def resize(
     pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], how: Resize = "square"
 ) -> Shaped[np.ndarray, "rows columns 3"]:
-    """Pixels at the size that the model sees, 0..255; an image that already has it is not resampled.
+    """Resizes pixels to the size that the model sees; values stay in 0..255.
 
     Args:
       size: height and width.
-      how: "release" is the released Seg4Diff's way: shorter side to 640, antialiased, then bilinear without
-        antialiasing and without rounding, whatever the image's size. Otherwise straight to `size`, bilinear and
-        antialiased.
+      how: "release" does as the released Seg4Diff does, whatever the image's size: the shorter side to 640,
+        antialiased, then to `size`, bilinear without antialiasing and without rounding. Any other value resizes
+        straight to `size`, bilinear and antialiased; an image that has this size already is not resampled.
     """
     if how != "release":
         if pixels.shape[:2] == tuple(size):
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    from seg4diff_jax.bilinear import resized_pixels  # imports JAX, which others need not wait for
+    from seg4diff_jax.bilinear import resized_pixels  # imports JAX, which takes seconds and only this branch needs
 
     height, width = pixels.shape[:2]
     scale = 640 / min(height, width)
@@ -126,8 +126,8 @@ def resize(
 
 
 def to_model_range(pixels: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """0..255 to [-1, 1], fp32."""
-    values = pixels.astype(np.float32)  # then in place: new arrays of this size cost more than the arithmetic
+    """Brings pixels from 0..255 to [-1, 1], fp32."""
+    values = pixels.astype(np.float32)  # then in place: to allocate such an array costs more than the arithmetic
     values /= np.float32(127.5)
     values -= 1
     return values

@@ -1,10 +1,10 @@
-"""A model's passes, as pure jitted functions that all that runs a model calls.
+"""The passes of a model, as pure jitted functions. Everything that runs a model calls these.
 
     pixels    -> encode_images  -> latents        -> NoisedImages -> attention -> class scores
     token ids -> encode_prompts -> conditioning                   -> velocity
     noise     -> sample_latents -> latents        -> decode_pictures
 
-`attention` ends in the last block that is read; `velocity` goes through all of them, and returns attention on the way.
+`attention` stops at the last block that is read. `velocity` runs all blocks, and can return attention as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
 
 MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
-"""What masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
+"""The maps that masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
 
 
 # ---- to what the transformer reads ----------------------------------------------------------------------------------
@@ -40,12 +40,12 @@ MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
 def encode_images(
     vae: VAE, pixels: Float[Array, "images height width 3"] | UInt8[Array, "images height width 3"] | np.ndarray
 ) -> Float[Array, "images rows columns channels"]:
-    """Clean latents, fp32, of pixels in -1..1, or 0..255 in uint8."""
+    """Encodes pixels as clean latents, fp32. Pixels are floats in -1..1, or uint8 in 0..255."""
     return vae.encode(to_model_range(pixels)).astype(jnp.float32)
 
 
 def to_model_range(pixels: Any) -> Float[Array, "*shape"]:
-    """Pixels 0..255 in uint8 to -1..1, on the device; others are there already."""
+    """Brings uint8 pixels from 0..255 to -1..1, on the device. Floats are in -1..1 already, and stay as they are."""
     return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
 
 
@@ -53,16 +53,16 @@ def to_model_range(pixels: Any) -> Float[Array, "*shape"]:
 def encode_prompts(
     encoders: Encoders, ids: TokenIds, *, joint_dim: int, t5_length: int | None = None
 ) -> TextConditioning:
-    """Token ids to the transformer's context [batch, tokens, joint_dim] and pooled vector.
+    """Encodes token ids as the transformer's context [batch, tokens, joint_dim] and pooled vector.
 
-    The CLIPs' penultimate states stand side by side on the features, zero-padded to `joint_dim`; T5's states follow on
-    the token axis. The pooled vector is CLIP-L's projection, then bigG's. Without T5 there are zeros in place of its
-    states, which still take part in attention; one token stands for them all.
+    The penultimate states of the two CLIPs are concatenated on the feature axis and zero-padded to `joint_dim`. T5's
+    states follow on the token axis. The pooled vector is CLIP-L's projection, then bigG's. Without T5, zeros replace
+    its states. The zeros still take part in attention; one token stands for them all.
 
     Args:
       joint_dim: the transformer's `joint_attention_dim`.
-      t5_length: how many zero tokens there are; default: as many as a CLIP prompt has, as in the released Seg4Diff
-        (diffusers: `max_sequence_length`). With T5 the ids decide.
+      t5_length: the number of zero tokens without T5; default: as many as a CLIP prompt has, as in the released
+        Seg4Diff (diffusers: `max_sequence_length`). With T5 it is not used: the ids give the length.
 
     Raises:
       ValueError: ids and encoders do not belong together, or the states do not fit in `joint_dim`.
@@ -77,25 +77,26 @@ def encode_prompts(
 
 @jax.jit
 def each_prompt(texts: TextConditioning) -> list[TextConditioning]:
-    """Each prompt's states by themselves, to be kept."""
+    """Splits a batch of conditionings into one for each prompt, so that each can be kept by itself."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], texts) for i in range(len(texts.pooled))]
 
 
 @jax.jit
 def stacked_prompts(texts: list[TextConditioning]) -> TextConditioning:
+    """Stacks the conditionings of single prompts into a batch: the inverse of `each_prompt`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *texts)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoisedImages:
-    """Images at a noise level, each under one prompt or several. A pytree.
+    """A pytree of images at a noise level. Each image has one prompt or several.
 
     Attributes:
-      latents: clean, fp32 [images, rows, columns, channels].
-      noise: standard normal, of the same shape.
-      sigma: noise level, 0 (clean) to 1 (noise): one, or one for each image.
-      image_of_prompt: which image each row of the text is about; None: each image has one row, in order.
+      latents: clean latents, fp32 [images, rows, columns, channels].
+      noise: standard normal, of the same shape as the latents.
+      sigma: noise level, 0 (clean) to 1 (noise): one for all images, or one for each.
+      image_of_prompt: for each row of the text, the index of its image; None: each image has one row, in order.
     """
 
     latents: Float[Array, "images rows columns channels"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
@@ -107,7 +108,7 @@ class NoisedImages:
         return len(self.latents)
 
     def inputs(self) -> tuple[Float[Array, "prompts rows columns channels"], Float[Array, " prompts"]]:
-        """Noisy latents and timesteps for each row of the text."""
+        """Returns noisy latents and timesteps for each row of the text."""
         noisy = add_noise(self.latents, self.noise, self.sigma)
         timesteps = jnp.broadcast_to(FlowSchedule.num_train_timesteps * jnp.float32(self.sigma), (len(noisy),))
         if self.image_of_prompt is None:
@@ -115,7 +116,7 @@ class NoisedImages:
         return noisy[self.image_of_prompt], timesteps[self.image_of_prompt]
 
     def grid(self, patch: int) -> tuple[int, int]:
-        """Rows and columns of image tokens; `patch`: latents of a side to one token."""
+        """Returns the rows and columns of image tokens. `patch` is the side of a token's patch, in latent positions."""
         return self.latents.shape[1] // patch, self.latents.shape[2] // patch
 
 
@@ -131,7 +132,10 @@ def attention(
     blocks: tuple[int, ...],
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> dict[int, JointAttention]:
-    """Joint attention of some blocks, in one pass that ends in the last of them. Raises as `trunk.attentions_at`."""
+    """Returns the joint attention of `blocks`, by block number, from one pass that stops at the last of them.
+
+    Raises as `trunk.attentions_at` does.
+    """
     latents, timesteps = images.inputs()
     return attentions_at(transformer, latents, timesteps, texts, blocks=blocks, options=options)
 
@@ -145,7 +149,7 @@ def velocity(
     capture: tuple[int, ...] = (),
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, "prompts rows columns channels"], dict[int, JointAttention]]:
-    """Velocity, and joint attention of the blocks in `capture`. Raises as `MMDiT.__call__`."""
+    """Returns the velocity, and the joint attention of the blocks in `capture`. Raises as `MMDiT.__call__` does."""
     latents, timesteps = images.inputs()
     return transformer(latents, timesteps, texts, capture=capture, options=options)
 
@@ -160,10 +164,11 @@ def read_class_scores(
     block: int,
     kernel: Kernel | None = None,
 ) -> Float[Array, "images classes grid_rows grid_columns"]:
-    """Mean attention of each image token to each class's words in one block (Seg4Diff, section 3).
+    """Returns the mean attention of each image token to each class's words in one block (Seg4Diff, section 3).
 
     Args:
       averaging: weights of each class's tokens in each prompt (`ClassPrompts.averaging`).
+      block: the number of the block that is read.
     """
     record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
     assert record.probs is not None
@@ -185,18 +190,19 @@ def sample_latents(
     *,
     kernel: Kernel | None = None,
 ) -> Float[Array, "images rows columns channels"]:
-    """Clean latents from noise, fp32 between the steps, in one program whatever the number of steps.
+    """Samples clean latents from noise with Euler steps. Latents are fp32 between the steps.
+
+    All steps are one scan in one program, so compile time does not grow with the number of steps.
 
     Args:
       prompts: conditioning of each image.
-      sigmas: noise levels, falling; the clean end is left out (`FlowSchedule.sigmas`).
-      guidance: conditioning to lead away from, of each image or one row for all, and the scale of the way from it to
-        `prompts`, of which 1 leads to `prompts` exactly. None takes one forward pass per image and step instead of two,
-        and the velocity as it is.
+      sigmas: falling noise levels, without the clean end (`FlowSchedule.sigmas`).
+      guidance: the negative prompt's conditioning (a row for each image, or one for all) and the guidance scale. Scale
+        1 follows `prompts` alone. None: no guidance, and one forward pass per image and step instead of two.
       kernel: see `ForwardOptions`.
 
     Raises:
-      ValueError: the transformer lacks its last blocks, or latents do not fit it.
+      ValueError: the transformer lacks its last blocks, or the latents do not fit it.
     """
     conditioning = prompts if guidance is None else jax.tree.map(_side_by_side, prompts, guidance[0])
 
@@ -216,7 +222,10 @@ def sample_latents(
 
 
 def _side_by_side(first: Float[Array, "rows ..."], second: Float[Array, "_ ..."]) -> Float[Array, "both ..."]:
-    """Row by row in turn, so that both rows of an image lie on its device; `second` may be one row for all."""
+    """Interleaves the rows of two arrays, so that both rows of an image lie on one device.
+
+    `second` may have one row, which then serves all.
+    """
     return jnp.stack([first, jnp.broadcast_to(second, first.shape)], axis=1).reshape(-1, *first.shape[1:])
 
 
@@ -224,7 +233,7 @@ def _side_by_side(first: Float[Array, "rows ..."], second: Float[Array, "_ ..."]
 def decode_pictures(
     vae: VAE, latents: Float[Array, "images rows columns channels"]
 ) -> tuple[UInt8[Array, "images height width 3"], Bool[Array, ""]]:
-    """Latents to pixels 0..255, rounded, and whether all of them were finite."""
+    """Decodes latents to pixels in 0..255, rounded. Also returns whether all pixels were finite."""
     pixels = vae.decode(latents).astype(jnp.float32)
     levels = jnp.round(255 * jnp.clip(pixels / 2 + 0.5, 0, 1))
     return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
@@ -233,7 +242,7 @@ def decode_pictures(
 def finite_pictures(
     vae: VAE, latents: Float[Array, "images rows columns channels"]
 ) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """Decoded, on the host. Raises FloatingPointError for pixels that are not finite."""
+    """Decodes latents to pictures on the host. Raises FloatingPointError for pixels that are not finite."""
     pictures, finite = map(on_host, decode_pictures(vae, latents))
     if not finite:
         raise FloatingPointError("the picture's pixels are not finite: the weights are damaged")

@@ -1,4 +1,4 @@
-"""Text on the host: prompts to token ids, and class names to prompts and token spans, by a checkpoint's tokenizers."""
+"""Tokenizes prompts, and packs class names into prompts with known token spans. All of it runs on the host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
 
 
 class Tokenizers(NamedTuple):
-    """The three tokenizers of a checkpoint; the two CLIP ones share their vocabulary but not their padding."""
+    """The tokenizers of a checkpoint. The two CLIP tokenizers have the same vocabulary but different pad tokens."""
 
     clip_l: Tokenizer
     clip_g: Tokenizer
@@ -32,21 +32,21 @@ class Tokenizers(NamedTuple):
 
 
 class TokenSpan(NamedTuple):
-    """Tokens `start` to `stop` (not included) of a prompt; the start token is token 0."""
+    """The tokens `start` to `stop` (exclusive) of a prompt. The start token is token 0."""
 
     start: int
     stop: int
 
 
 def load_tokenizers(place: str | Path | Mapping[str, Path], *, t5: bool = False) -> Tokenizers:
-    """The tokenizers of a checkpoint in diffusers' layout: `tokenizer`, `tokenizer_2` and, if `t5`, `tokenizer_3`.
+    """Loads a checkpoint's tokenizers in diffusers' layout: `tokenizer`, `tokenizer_2` and, if `t5`, `tokenizer_3`.
 
     Args:
-      place: the directory that holds folders of these names, or each name's folder.
+      place: the directory that holds folders of these names, or a mapping from each name to its folder.
 
     Raises:
       FileNotFoundError: a directory or a vocabulary is absent.
-      ValueError: a tokenizer cannot be read, names no prompt length, or the two CLIP ones name different lengths.
+      ValueError: a tokenizer cannot be read, names no prompt length, or the two CLIP tokenizers name different lengths.
     """
 
     names = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -69,7 +69,10 @@ def load_tokenizers(place: str | Path | Mapping[str, Path], *, t5: bool = False)
 
 
 def load_tokenizer(name: str, directory: Path) -> Tokenizer:
-    """One tokenizer: `name` as in diffusers' layout, of which `tokenizer_3` is T5's. Errors as `load_tokenizers`."""
+    """Loads one tokenizer. `name` is its folder in diffusers' layout, such as `tokenizer_3` for T5's.
+
+    Raises as `load_tokenizers` does.
+    """
     import transformers
 
     t5 = name == "tokenizer_3"
@@ -98,7 +101,7 @@ def load_tokenizer(name: str, directory: Path) -> Tokenizer:
 
 
 def _problem(tokenizer: Any) -> str | None:
-    """What is wrong with a tokenizer that was read: damaged files may only tell when words are asked for."""
+    """Returns what is wrong with a loaded tokenizer, or None. Some damage shows only when words are tokenized."""
     length, ids = tokenizer.model_max_length, list(tokenizer.get_vocab().values())
     if type(length) is not int or length < 3:
         return f"model_max_length is {length!r}, expected a whole number, at least 3"
@@ -117,10 +120,10 @@ def _problem(tokenizer: Any) -> str | None:
 
 
 def tokenize(tokenizers: Tokenizers, prompts: Sequence[str], *, t5_length: int = 256) -> TokenIds:
-    """Token ids of prompts, padded to the CLIP tokenizers' length and, for T5, to `t5_length`.
+    """Tokenizes prompts. CLIP's ids are padded to the CLIP tokenizers' length, and T5's to `t5_length`.
 
-    The ids are those that diffusers' StableDiffusion3Pipeline makes with `max_sequence_length=t5_length`: what is too
-    long loses its last tokens but not its end token. A warning then says what was lost.
+    The ids equal those of diffusers' StableDiffusion3Pipeline with `max_sequence_length=t5_length`. A prompt that is
+    too long loses its last tokens but keeps its end token, and a warning says what was lost.
 
     Raises:
       TypeError: `prompts` is one string.
@@ -142,7 +145,7 @@ def _padded_ids(
     tokenizer: Tokenizer, prompts: Sequence[str], length: int, encoder: str
 ) -> Int[np.ndarray, "batch tokens"]:
     padded = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
-    # Padding and cutting are done here because the tokenizers' own keep state, which threads would share.
+    # Padding and cutting are done here: the tokenizers' own padding and cutting keep state, which threads would share.
     for row, prompt, ids in zip(padded, prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(ids) > length:
             lost = str(tokenizer.decode(ids[length - 1 : -1], clean_up_tokenization_spaces=False))
@@ -162,10 +165,10 @@ def _shortened(text: str, length: int = 80) -> str:
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """Class names packed into prompts, and where each class's tokens are.
+    """Class names packed into prompts, and the place of each class's tokens.
 
-    Class c, named `classes[c]`, occupies the tokens `spans[c]` of `prompts[prompt_of_class[c]]`, whose classes are
-    consecutive. A prompt is `length` tokens long with its special tokens and padding.
+    Class c has the name `classes[c]` and the tokens `spans[c]` of `prompts[prompt_of_class[c]]`. The classes of a
+    prompt are consecutive. A prompt has `length` tokens, special tokens and padding included.
     """
 
     classes: tuple[str, ...]
@@ -175,17 +178,18 @@ class ClassPrompts:
     length: int
 
     def averaging(self, classes: int | None = None) -> Float[np.ndarray, "prompts classes tokens"]:
-        """Weights that turn every prompt's image-to-text maps into the scores of all classes, in the classes' order.
+        """Returns the weights that turn the prompts' image-to-text maps into the scores of all classes, in order.
 
         With `maps` [prompts, image tokens, tokens] the scores [classes, image tokens] are
 
             einsum("pnt,pct->cn", maps, averaging)
 
-        (at the highest precision): row c of a prompt averages class c's tokens there, and is zero in other prompts.
+        at the highest precision. Row c averages class c's tokens in the prompt that names class c. In other prompts row
+        c is zero.
 
         Args:
-          classes: number of rows, for one compiled program over class lists of varied length. The rows past the last
-            class are zero in every prompt, and so are their scores: leave them out of an arg-max.
+          classes: number of rows; a fixed number lets one compiled program serve class lists of any length. Rows past
+            the last class are zero in every prompt, and so are their scores: leave them out of an arg-max.
 
         Raises:
           ValueError: there are more classes than rows.
@@ -200,18 +204,18 @@ class ClassPrompts:
 
 
 def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool = False) -> ClassPrompts:
-    """Pack class names, whole and in order, into as few prompts as they need, balanced (see `balanced_groups`).
+    """Packs class names, whole and in order, into the fewest prompts, of balanced length (see `balanced_groups`).
 
-    Names in a prompt are joined by one space. Packing is by CLIP's tokens: only its columns are read for masks.
+    One space joins the names in a prompt. Lengths are counted in CLIP tokens, since masks are read from them alone.
 
     Args:
-      repeats: classes may share a name, as in the release, which cuts `wall-brick` to `wall`: each has a place of its
-        own.
+      repeats: allow several classes with one name. The release needs this: it cuts `wall-brick` to `wall`. Each class
+        has tokens of its own all the same.
 
     Raises:
       TypeError: `names` is one string.
-      ValueError: there is no name; one is blank, repeated, longer than a prompt, holds a special token, is split
-        otherwise beside other names than alone, or has not the same number of tokens for both CLIP tokenizers.
+      ValueError: there is no name; or a name is blank, is repeated, is longer than a prompt, holds a special token, has
+        other tokens beside its neighbours than alone, or has a different number of tokens for the two CLIP tokenizers.
     """
     if not isinstance(names, str | Sequence):
         raise TypeError(f"expected a list of class names, in order, found a {type(names).__name__}")
@@ -239,10 +243,10 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool
 
 
 def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
-    """Split a list of sizes, in order, into the fewest runs of at most `room` each, the largest as small as possible.
+    """Splits a list of sizes, in order, into the fewest runs that each sum to at most `room`.
 
-    Of the splits that are left the one whose first run is longest, then its second, and so on. The list must not be
-    empty, and no size may exceed `room`.
+    Of such splits it takes those whose largest sum is smallest. Of these it takes the one whose first run is longest,
+    then its second, and so on. The list must not be empty, and no size may exceed `room`.
     """
 
     def fill(limit: int) -> list[slice]:
@@ -263,19 +267,20 @@ def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
 
 
 def token_spans(tokenizer: Tokenizer, names: Sequence[str], *, repeats: bool = False) -> tuple[TokenSpan, ...]:
-    """Where each name's tokens are in the prompt that joins the names by one space.
+    """Returns the place of each name's tokens in the prompt that joins the names by one space.
 
-    A span is as long as the name alone has tokens, the spans follow one another, and the first begins at token 1, after
-    the start token (Seg4Diff). The prompt is tokenized too: CLIP's tokenizer never joins what a space separates, but
-    a token that was added to a vocabulary may hold a space. The prompt is not compared with the tokenizer's length.
+    A span has as many tokens as the name has alone. The spans follow one another, and the first begins at token 1,
+    after the start token (Seg4Diff). The whole prompt is tokenized as a check: CLIP's tokenizer never joins what a
+    space separates, but a token that was added to the vocabulary may hold a space. The prompt may be longer than the
+    tokenizer's length, which is not checked here.
 
     Args:
-      repeats: a name may come more than once.
+      repeats: allow a name more than once.
 
     Raises:
       TypeError: `names` is one string.
-      ValueError: there is no name; one is blank, repeated (as the tokenizer sees it: `Cat` repeats `cat`), or holds
-        a special token; or the prompt's tokens are not the names' own, one after the other.
+      ValueError: there is no name; or a name is blank, is repeated (as the tokenizer sees it: `Cat` repeats `cat`), or
+        holds a special token; or the prompt's tokens are not those of the names, one after the other.
     """
     ids = _name_ids(tokenizer, names, repeats)
     starts = np.cumsum([1, *map(len, ids)]).tolist()
@@ -293,7 +298,7 @@ def token_spans(tokenizer: Tokenizer, names: Sequence[str], *, repeats: bool = F
 
 
 def _name_ids(tokenizer: Tokenizer, names: Sequence[str], repeats: bool = False) -> list[list[int]]:
-    """Each name's own token ids; refuses names that have no place of their own in a prompt."""
+    """Returns the token ids of each name. Raises ValueError for names that could not be told apart in a prompt."""
     if isinstance(names, str):
         raise TypeError(f"expected a list of class names, found the string {names!r}; write [{names!r}]")
     if not names:
