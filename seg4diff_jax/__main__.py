@@ -1,4 +1,4 @@
-"""`seg4diff COMMAND ...`, also `python -m seg4diff_jax COMMAND ...`."""
+"""Runs `seg4diff COMMAND ...` as `python -m seg4diff_jax COMMAND ...`."""
 
 from __future__ import annotations
 

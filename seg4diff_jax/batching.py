@@ -1,4 +1,4 @@
-"""Images as batches for the model: the size at which it sees them, their pixels, their noise."""
+"""Groups images into batches for the model: chooses the size at which it sees them, and makes pixels and noise."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from seg4diff_jax.models.vae import VAEConfig
 
 
 class SizeGroup(NamedTuple):
-    """Images of a list that the model sees at one size.
+    """The images of a list that the model sees at one size.
 
     Attributes:
-      places: in the list.
-      own_sizes: height and width of each before it was resampled.
+      places: the indices of these images in the list.
+      own_sizes: height and width of each image before it was resampled.
       grid: rows and columns of image tokens.
-      pixels: in -1..1.
+      pixels: values in -1..1.
     """
 
     places: list[int]
@@ -36,12 +36,14 @@ class SizeGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelView:
-    """How a model sees images.
+    """The sizes at which a model sees images, and the shape of its latents.
 
     Attributes:
-      trained: side in pixels of the squares that it was trained on.
-      multiple: what the sides of an image must be a multiple of; `largest`: the longest that its positions reach.
-      downsampling: pixels of a side to one latent; `channels`: of latents.
+      trained: side, in pixels, of the square images that the model was trained on.
+      multiple: both sides of an image must be a multiple of this, in pixels.
+      largest: longest side that the positional table allows, in pixels.
+      downsampling: pixels per latent position along one side.
+      channels: channels of the latents.
     """
 
     trained: int
@@ -52,11 +54,18 @@ class ModelView:
 
     @classmethod
     def of(cls, transformer: MMDiTConfig, vae: VAEConfig, trained: int) -> ModelView:
+        """Makes the view of a model from the configurations of its transformer and VAE."""
         multiple = vae.downsampling * transformer.patch_size
         return cls(trained, multiple, multiple * transformer.pos_embed_max_size, vae.downsampling, vae.latent_channels)
 
     def size(self, image: tuple[int, int], size: tuple[int, int] | None, how: Resize) -> tuple[int, int]:
-        """Height and width at which an image is seen, `size` if given. Raises ValueError for one that cannot be."""
+        """Returns the height and width at which the model sees an image: `size` if given, else as `how` says.
+
+        Args:
+          image: height and width of the image.
+
+        Raises ValueError for a size that the model cannot see, and for an unknown `how`.
+        """
         if how not in get_args(Resize):
             raise ValueError(f"resize is {how!r}; expected one of {', '.join(get_args(Resize))}")
         limits = {"multiple": self.multiple, "largest": self.largest}
@@ -67,7 +76,7 @@ class ModelView:
     def pixels(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: tuple[int, int], how: Resize
     ) -> Float[np.ndarray, "images height width 3"]:
-        """In -1..1."""
+        """Resizes images to `size` and stacks them. Values are in -1..1."""
         return np.stack([to_model_range(resize(image, size, how)) for image in images])
 
     def noise(
@@ -78,7 +87,13 @@ class ModelView:
         size: tuple[int, int],
         seed: int,
     ) -> Float[Array, "batch rows columns channels"]:
-        """Noise of those `places` of a list of images that are seen at `size`: the given, or drawn.
+        """Returns the noise for some images of a list: from `given` if there is one, otherwise drawn.
+
+        Args:
+          given: noise for one image, which then serves all, or for each image of the list.
+          places: indices in the list of the images that need noise. Drawn noise depends on `seed` and on this index.
+          images: length of the list.
+          size: height and width at which the model sees these images.
 
         Raises ValueError for noise that fits neither one image nor all, or is not finite, and for an unusable seed.
         """
@@ -93,7 +108,7 @@ class ModelView:
         return jnp.broadcast_to(jnp.asarray(given, jnp.float32), (images, *shape))[np.asarray(places)]
 
     def by_size(self, images: Sequence[ImageInput], size: tuple[int, int] | None, how: Resize) -> Iterator[SizeGroup]:
-        """The images, those together that are seen at one size. Raises as `read_image` and `size` do."""
+        """Reads images, and yields those of one size together. Raises as `read_image` and `size` do."""
         read = [read_image(image) for image in images]
         places: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, image in enumerate(read):
@@ -105,9 +120,9 @@ class ModelView:
 
 
 def listed_seeds(seed: int | Sequence[int], noise: Any = None) -> tuple[int, ...]:
-    """One seed, or several.
+    """Returns one seed or several as a tuple.
 
-    Raises ValueError when there are none, one is there twice, or there are several and the noise is given.
+    Raises ValueError if there is none, if one is repeated, or if there are several and the noise is given.
     """
     seeds = tuple(seed) if isinstance(seed, Sequence | np.ndarray) else (seed,)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -118,19 +133,19 @@ def listed_seeds(seed: int | Sequence[int], noise: Any = None) -> tuple[int, ...
 
 
 def mean_over_seeds(each: Sequence[Any]) -> Any:
-    """Of what several seeds gave, arrays or lists of them; of one as it is."""
+    """Returns the mean of the results of several seeds, arrays or lists of arrays. That of one seed is not changed."""
     return each[0] if len(each) == 1 else jax.tree.map(lambda *of_seeds: sum(of_seeds) / len(of_seeds), *each)
 
 
 def finite_maps(maps: np.ndarray, block: int) -> np.ndarray:
-    """The maps of a block. Raises FloatingPointError unless all numbers are finite."""
+    """Returns the maps of a block unchanged. Raises FloatingPointError unless all numbers are finite."""
     if not np.isfinite(maps).all():
         raise FloatingPointError(f"scores of block {block} are not finite: damaged weights or inputs")
     return maps
 
 
 def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:
-    """The prompt of each image, those of the first prompt first.
+    """Repeats each prompt for its images, and returns one prompt for each image. Images of one prompt are consecutive.
 
     Raises ValueError unless `images_per_prompt` is a whole number, at least 1.
     """

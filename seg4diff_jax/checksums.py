@@ -1,4 +1,4 @@
-"""Checksums of arrays' contents: the same however an array is split over devices, and wherever it lies."""
+"""Checksums of the contents of arrays. They do not depend on how, and over which devices, an array is split."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped, UInt32
 
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}
-"""Bytes of a number to what its bits are read as."""
+"""The unsigned dtype that a number's bits are read as, by the number's size in bytes."""
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Of every array of a tree, by its name, as `names` has them: 8 hexadecimal digits.
+    """Returns the checksum of every array of a tree, 8 hexadecimal digits, by the names of `named`.
 
-    Where an array's parts lie with several processes, all of these must ask for it together. Devices add up words of
-    their own parts in one program that has no collectives: of those that many small programs begin, some devices may
-    wait in one and some in the next. Processes exchange one number for each array.
+    If the parts of an array are in several processes, all of them must make this call together. Each device sums its
+    own parts, for all arrays in one program without collectives. With collectives in many small programs, some devices
+    could wait in one program and others in the next. The processes then exchange one number for each array.
     """
     arrays, meshes = named(tree), dict[Any, list[str]]()
     sums = dict.fromkeys(arrays, 0)
@@ -41,7 +41,7 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Leaves by their names: keys, attributes and places on the way to them, with slashes between."""
+    """Returns the leaves of a tree by name. A name joins the keys, attributes and indices of the path by slashes."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
@@ -49,14 +49,14 @@ def named(tree: Any) -> dict[str, Any]:
 def _sum(array: Any) -> UInt32[Array, ""]:
     if isinstance(array, jax.Array):
         return _jitted_sum(array)
-    # Numbers of 64 bits would be made narrower on their way into JAX.
+    # JAX would convert 64-bit numbers to 32 bits, so these go in as pairs of 32-bit words.
     whole = np.ascontiguousarray(array)
     words = whole.view(WORDS[whole.itemsize])
     return _jitted_sum(jnp.asarray(words.reshape(*whole.shape, 2) if whole.itemsize == 8 else words))
 
 
 def _sums_over_devices(mesh: Mesh, arrays: Sequence[jax.Array]) -> UInt32[np.ndarray, " arrays"]:
-    """Sums of arrays that a mesh holds: each part counts once, however many devices have it."""
+    """Returns the sums of arrays on a mesh. A part counts once, however many devices hold it."""
     specs = tuple(cast(NamedSharding, array.sharding).spec for array in arrays)
     of_devices = sums_of_parts(mesh, specs)(*arrays)
     first = [{part.device for part in array.addressable_shards if part.replica_id == 0} for array in arrays]
@@ -70,9 +70,10 @@ def _sums_over_devices(mesh: Mesh, arrays: Sequence[jax.Array]) -> UInt32[np.nda
 
 @functools.lru_cache
 def sums_of_parts(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
-    """The program of a mesh: arrays, split so, to one sum for each device and array, [devices, arrays].
+    """Returns a jitted function that sums arrays, split by `specs`, on each device: [devices, arrays].
 
-    Sums of integers have no order: with places of the whole, those of an array's parts add up to the whole's.
+    Hashes use each word's place in the whole array, and integer sums do not depend on the order. So the sums of an
+    array's parts add up to the sum of the whole.
     """
 
     def part(*parts: Array) -> UInt32[Array, "1 arrays"]:
@@ -83,20 +84,20 @@ def sums_of_parts(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
 
 
 def _ways(mesh: Mesh, spec: P, axes: int) -> list[tuple[int, Any]]:
-    """For each axis of an array in how many parts it is, and which of them this device has."""
+    """Returns, for each axis of an array, the number of parts and the index of this device's part."""
     split = [() if name is None else name for name in [*spec, *[None] * (axes - len(spec))]]
     names = [(name,) if isinstance(name, str) else tuple(name) for name in split]
     return [(math.prod(mesh.shape[name] for name in of), lax.axis_index(of) if of else 0) for of in names]
 
 
 def _sum_of_words(array: Shaped[Array, "*shape"], ways: Sequence[tuple[int, Any]] | None = None) -> UInt32[Array, ""]:
-    """Of hashes of each word and its place, modulo 2^32: a word that is another, or elsewhere, has another hash.
+    """Returns the sum of the hashes of all words, modulo 2^32. A hash depends on the word and on its place.
 
-    A hash is a bijection of the word: one wrong word is always found, more of them but for one time in 2^32. A sum of
-    integers has no order, so each device can begin with its part.
+    At a given place the hash is a bijection of the word, so one wrong word is always found. Several wrong words are
+    missed about once in 2^32 times. An integer sum does not depend on the order, so each device can sum its own part.
 
     Args:
-      ways: where `array` is a part, of the whole's axes how many parts each has, and which of them this is.
+      ways: if `array` is a part of a larger one, for each axis of the whole the number of parts and this part's index.
     """
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
@@ -113,7 +114,10 @@ _jitted_sum = jax.jit(_sum_of_words)
 
 
 def _mixed(word: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Every bit of the result depends on all bits (C. Wellons, Prospecting for Hash Functions, 2018: lowbias32)."""
+    """Mixes a word, so that every bit of the result depends on all of its bits.
+
+    The function is lowbias32 (C. Wellons, Prospecting for Hash Functions, 2018).
+    """
     word = (word ^ word >> 16) * jnp.uint32(0x7FEB352D)
     word = (word ^ word >> 15) * jnp.uint32(0x846CA68B)
     return word ^ word >> 16

@@ -1,4 +1,4 @@
-"""What is to be said of lists of class names that do what few mean."""
+"""Warnings about lists of class names that are valid but probably not meant."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 class OneClassWarning(UserWarning):
-    """One class alone takes every pixel."""
+    """The list of classes has only one class, which then gets every pixel."""
 
 
 def one_class(names: Sequence[str]) -> str | None:
-    """What is to be said of a list of a single class; None of others."""
+    """Returns a warning if the list has a single class, otherwise None."""
     if len(names) != 1:
         return None
     return (
@@ -22,7 +22,7 @@ def one_class(names: Sequence[str]) -> str | None:
 
 
 def with_commas(names: Sequence[str]) -> str | None:
-    """What is to be said of class names that may be several; None where no name has a comma."""
+    """Returns a warning if a name has a comma, since it may be several names; otherwise None."""
     if not (found := [name for name in names if "," in name]):
         return None
     parts = [part.strip() for part in found[0].split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and the time that making them takes."""
+"""Keeps compiled programs between runs, and measures the time of compilation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def keep_compiled_programs() -> None:
-    """Keep them in the user's cache, so that the next process need not compile them again.
+    """Keeps compiled programs in the user's cache, so that the next process does not compile them again.
 
-    A place that JAX has been told (JAX_COMPILATION_CACHE_DIR, `jax_compilation_cache_dir`) is left alone, and nothing
-    is kept when it has been told to keep none: JAX_ENABLE_COMPILATION_CACHE=false in the environment, or
+    A cache directory that is already configured (JAX_COMPILATION_CACHE_DIR, `jax_compilation_cache_dir`) is kept.
+    Nothing is cached if the cache is turned off: by JAX_ENABLE_COMPILATION_CACHE=false in the environment, or by
     `jax.config.update("jax_enable_compilation_cache", False)`.
     """
     config: Any = jax.config
@@ -26,13 +26,14 @@ def keep_compiled_programs() -> None:
     except RuntimeError:  # a user without a home, as in some containers
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "seg4diff-jax" / "compiled"))
-    compilation_cache.reset_cache()  # if anything has been compiled, JAX would stay with having no place
+    compilation_cache.reset_cache()  # without it, JAX ignores the directory once it has compiled anything
 
 
 class CompilationClock:
-    """Counts, as a context, the seconds in which JAX traced, compiled or fetched compiled programs.
+    """A context that counts the seconds in which JAX traces, compiles, or fetches compiled programs.
 
-    JAX tells how long each piece took when it ends. Pieces lie one inside the other, so their union is what counts.
+    JAX reports the duration of each such event when the event ends. Events are nested, so `seconds` is the length of
+    their union.
     """
 
     def __init__(self):
@@ -52,6 +53,7 @@ class CompilationClock:
 
     @property
     def seconds(self) -> float:
+        """Seconds counted so far."""
         total, end = 0.0, 0.0
         for start, stop in sorted(self._spans):
             total += max(0.0, stop - max(start, end))

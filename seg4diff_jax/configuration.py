@@ -1,7 +1,8 @@
-"""Configuration files: YAML that is bounded, held against the options' types before anything is made of it.
+"""Reads configuration files: YAML of bounded size, checked against the types of the options.
 
-jsonargparse merges what is left with the command line. It would import the module of any `class_path` that it meets,
-take an empty section for null, and expand aliases without end: what it gets to see has none of these.
+jsonargparse then merges the options with the command line. On its own it would import the module of any `class_path`,
+read an empty section as null, and expand aliases without a limit. The options that it gets from here have none of
+these.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[rep
 
 Value = TypeVar("Value")
 LARGEST = 1 << 20
-"""Bytes of a file."""
+"""Most bytes of a configuration file."""
 VALUES = 20_000
-"""Of a file, each counted as often as aliases repeat it."""
+"""Most values in a configuration file. A value counts as often as aliases repeat it."""
 DEPTH = 32
 SHOWN, LONGEST_LINE = 80, 400
-"""Characters of a wrong value in a message, and of a line of one."""
+"""Most characters of a wrong value in a message, and of one line of a message."""
 CLASSES = ("class_path", "init_args", "dict_kwargs")
-"""How jsonargparse is told to import a class; no option is called so."""
+"""Keys by which jsonargparse would import a class. No option has such a name."""
 
 
 class _Loader(yaml.SafeLoader):
-    """With YAML 1.2's floats (`1e-5` is one), and without dates."""
+    """A YAML loader with YAML 1.2's floats (`1e-5` is one) and without dates."""
 
 
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -43,14 +44,15 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 
 
 def read_configuration(path: Path, kind: type | None = None) -> dict[str, Any]:
-    """A configuration file's options.
+    """Returns the options of a configuration file.
 
     Args:
-      kind: the dataclass that they are of: empty sections of it mean its defaults, and are left out. None: they stay.
+      kind: dataclass of the options. An empty section means the section's defaults and is left out. None: empty
+        sections stay.
 
     Raises:
-      ValueError: the file is absent or no YAML, repeats a key or is too large, or holds a value that no option takes;
-        the message begins with the file.
+      ValueError: the file is absent, is no YAML, repeats a key, is too large, or holds a value that no option takes.
+        The message begins with the file.
     """
     try:
         with path.expanduser().open("rb") as file:
@@ -69,9 +71,9 @@ def read_configuration(path: Path, kind: type | None = None) -> dict[str, Any]:
 
 
 def parse_yaml(contents: bytes | str, where: str) -> Any:
-    """YAML of unique keys, moderate depth and bounded size, aliases expanded.
+    """Parses YAML with unique keys, moderate depth and bounded size. Aliases are expanded.
 
-    Raises ValueError, which begins with `where`: a file, or an option.
+    Raises ValueError for anything else. Its message begins with `where`, the name of a file or of an option.
     """
     try:
         loader = _Loader(contents)
@@ -89,7 +91,7 @@ def parse_yaml(contents: bytes | str, where: str) -> Any:
 
 
 def _expanded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """How many values a node stands for. Raises ValueError for too many, RecursionError for too deep a one."""
+    """Counts the values that a node stands for. Raises ValueError if there are too many, RecursionError if too deep."""
     if id(node) in above or len(above) > DEPTH:
         raise RecursionError
     if id(node) not in known:
@@ -111,14 +113,14 @@ def _expanded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) ->
 
 
 def section(kind: Any) -> tuple[type | None, bool]:
-    """The dataclass that an option of this type is a section of, and whether null is a value of it too."""
+    """Returns the dataclass of an option that is a section (None for other options), and whether it may be null."""
     choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     found = next((each for each in choices if isinstance(each, type) and is_dataclass(each)), None)
     return found, types.NoneType in choices
 
 
 def _options(found: Mapping[Any, Any], kind: type | None, prefix: str) -> dict[str, Any]:
-    """A section's options; those that are empty sections are left out."""
+    """Returns the options of a section, without empty sections."""
     hints = get_type_hints(kind) if kind else {}
     kept: dict[str, Any] = {}
     for name, value in found.items():
@@ -137,7 +139,10 @@ def _options(found: Mapping[Any, Any], kind: type | None, prefix: str) -> dict[s
 
 
 def _plain(value: Any, option: str) -> Any:
-    """A value of finite numbers, words and lists and tables of them. Raises ValueError naming the option."""
+    """Returns a value of finite numbers, words, and lists and tables of them.
+
+    Raises ValueError for any other value; the message names the option.
+    """
     if isinstance(value, dict):
         return _options(value, None, f"{option}.")
     if isinstance(value, list):
@@ -152,12 +157,13 @@ def _plain(value: Any, option: str) -> Any:
 
 
 def check_parsed(values: Mapping[str, Any], kind: type | None) -> None:
-    """Raise ValueError naming all options whose numbers are not finite, or that are no truth values, or null, and must
-    not be.
+    """Checks what jsonargparse does not: that numbers are finite, switches true or false, and required values not null.
 
     Args:
-      values: options that jsonargparse has parsed, which takes null for any of them.
-      kind: the dataclass that they are of.
+      values: options that jsonargparse has parsed.
+      kind: dataclass of the options.
+
+    Raises ValueError that names all options with such a value.
     """
     refuse(_unparsed(values, kind, ""))
 
@@ -179,7 +185,7 @@ def _unparsed(values: Mapping[str, Any], kind: type | None, prefix: str) -> list
 
 
 def infinite(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What is to be said of options whose numbers are not finite."""
+    """Returns one message for each option with a number that is not finite."""
     return [
         f"{prefix}{name} is {quoted(value)}; expected a finite number"
         for name, value in values.items()
@@ -191,7 +197,7 @@ def infinite(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def refuse(found: Sequence[str]) -> None:
-    """Raise ValueError with all that does not fit, if there is anything; what is said twice is said once."""
+    """Raises ValueError with all messages, each once; does nothing if there are none."""
     said = list(dict.fromkeys(found))
     if len(said) == 1:
         raise ValueError(said[0])
@@ -223,7 +229,7 @@ class Refusals:
 
 
 def unchecked(kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration, its sections with it, of values that nothing was held against, to be asked for `problems`."""
+    """Makes a configuration and its sections from unchecked values, so that `problems` can report all problems."""
     made, hints = object.__new__(kind), get_type_hints(kind)
     for field in fields(kind):
         inner, _ = section(hints[field.name])
@@ -234,7 +240,7 @@ def unchecked(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def problems(config: Any, prefix: str = "") -> list[str]:
-    """Of a configuration and of its sections: each says its own by a method of this name."""
+    """Returns the problems of a configuration and of its sections. Each reports its own by a method of this name."""
     found: list[str] = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -248,7 +254,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, whose messages hold wrong values of any length: here lines of them are cut."""
+    """jsonargparse's parser, with long lines of its error messages cut: they would hold wrong values of any length."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = (line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.splitlines())
@@ -256,7 +262,7 @@ class Parser(ArgumentParser):
 
 
 def configuration_file(kind: type) -> type[ActionConfigFile]:
-    """The action of `--config FILE`, for the options of a dataclass."""
+    """Returns the action of `--config FILE` for the options of a dataclass."""
 
     class ConfigurationFile(ActionConfigFile):
         def __call__(self, parser, cfg, values, option_string=None):
@@ -270,7 +276,7 @@ def configuration_file(kind: type) -> type[ActionConfigFile]:
 
 
 def check_arguments(arguments: Sequence[str], kind: type) -> None:
-    """Raise ValueError for an argument that would have jsonargparse import a module, or read a file, for a section."""
+    """Raises ValueError for an argument that would make jsonargparse import a module or read a file for a section."""
     sections = dict(_sections(kind, ""))
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, given, value = argument.partition("=")
@@ -298,6 +304,6 @@ def _sections(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]
 
 
 def quoted(value: Any) -> str:
-    """A wrong value as messages show it, cut where it is long."""
+    """Returns a wrong value as messages show it. Long ones are cut."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

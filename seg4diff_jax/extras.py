@@ -1,4 +1,4 @@
-"""Which of the package's extras brings a library that is not installed."""
+"""Finds the extra of this package that installs a missing library."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from importlib.metadata import PackageNotFoundError, requires
 
 
 def extra_of(library: str) -> str | None:
-    """The first extra that has a library, by the name it is imported by; None when none has it, or in a clone that is
-    not installed."""
+    """Returns the first extra that has a library, given the name by which it is imported.
+
+    None: no extra has it, or this is a clone that is not installed.
+    """
     try:
         requirements = requires("seg4diff-jax") or []
     except PackageNotFoundError:
         return None
-    for requirement in requirements:  # `seg4diff-jax[evaluate]` is one of train's
+    for requirement in requirements:  # an extra may require another, as train requires `seg4diff-jax[evaluate]`
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"""extra == ["'](\w+)["']""", requirement)
         if name and extra and "[" not in requirement and _normalised(name[0]) == _normalised(library):
@@ -22,7 +24,7 @@ def extra_of(library: str) -> str | None:
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """What to install, in one sentence; None when the module that is missing is of no extra."""
+    """Returns one sentence that says what to install; None if no extra has the missing module."""
     library = (error.name or "").split(".")[0]
     if extra := extra_of(library):
         return f"{library} is not installed: in the clone of seg4diff_jax type pip install -e '.[{extra}]'"

@@ -1,8 +1,8 @@
-"""Image files as they are stored: whole and undamaged, one picture, at the depth that they have.
+"""Reads image files exactly: undamaged files with one picture, at their own bit depth.
 
-Pillow reads some files as something else than they hold, and says nothing: it cuts 16 bits a channel to 8, spreads gray
-of 2 and 4 bits over 0..255, and passes over the checksums of a PNG's pixels. What is read here means what it holds, or
-is refused with the reason.
+Pillow silently changes what some files hold. It cuts 16 bits per channel to 8, scales gray of 2 and 4 bits to 0..255,
+and ignores the checksums of a PNG's pixels. Here an image is read with the values that it holds, or is refused with a
+reason.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from jaxtyping import Integer, UInt8
 from PIL import ExifTags, Image, ImageFile
 
 MOST_PIXELS = 178_956_970
-"""Of an image: what Pillow allows too, twice its `MAX_IMAGE_PIXELS`."""
+"""Most pixels of an image. Pillow's limit is the same: twice its `MAX_IMAGE_PIXELS`."""
 MOST_BYTES = 2**31
-"""Of an image's file."""
+"""Most bytes of an image file."""
 PNG_START = b"\x89PNG\r\n\x1a\n"
 LAYERED = ("MPO", "PSD")
-"""Formats whose further frames are parts or previews of the one picture."""
+"""Formats with several frames that are parts or previews of one picture."""
 WHITE_IS_65535 = ("PNG", "PPM")
-"""Formats whose gray Pillow hands out as 32-bit numbers that reach from 0 to this."""
+"""Formats whose gray values Pillow returns as 32-bit numbers from 0 to 65535."""
 LOW_BYTES: dict[str, str] = {
     f"{channels};16{order}": f"{channels};16{other}"
     for channels in ("RGB", "RGBA", "RGBX", "CMYK")
     for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
 }
-"""Pillow decodes the high byte of each number of 16 bits: of the other byte order that is the low one."""
+"""Each raw mode with 16 bits per channel, and the same mode in the other byte order.
+
+Pillow decodes only the high byte of a 16-bit number. In the other byte order, the byte that it decodes is the low one.
+"""
 GRAY_AND_OPACITY = "LA;16B"
-"""Four bytes a pixel, which Pillow reads as well as 8-bit RGBA: both numbers, high byte first."""
+"""The raw mode of 16-bit gray and opacity, four bytes per pixel. Read as 8-bit RGBA, it gives all four bytes."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,7 +49,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What each EXIF orientation asks for."""
+"""The transposition that each EXIF orientation asks for."""
 
 
 class ImageError(ValueError):
@@ -55,15 +58,16 @@ class ImageError(ValueError):
 
 @contextmanager
 def opened_image(file: Path | bytes, name: str) -> Iterator[tuple[Image.Image, bytes]]:
-    """An image and what its file holds; pixels are not decoded yet.
+    """A context with an opened image and the bytes of its file. Pixels are not decoded yet.
 
     Args:
-      file: a file, or what is in one.
-      name: for messages.
+      file: a file, or the bytes of one.
+      name: name of the image in messages.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ImageError: it is no image, is damaged or too large, holds several pictures, or the block raises anything else.
+      ImageError: the file is no image, is damaged or too large, or holds several pictures; or the code in the context
+        raises any other exception.
     """
     try:
         contents = file if isinstance(file, bytes) else _contents(file)
@@ -95,7 +99,7 @@ def _contents(file: Path) -> bytes:
 
 
 def _check_png(contents: bytes) -> None:
-    """Raises ValueError when a chunk is not what its checksum says, or the end is missing."""
+    """Raises ValueError if a chunk does not match its checksum, or if the end is missing."""
     place, view = len(PNG_START), memoryview(contents)
     while place + 12 <= len(view):
         length, kind = struct.unpack_from(">I4s", view, place)
@@ -111,7 +115,7 @@ def _check_png(contents: bytes) -> None:
 
 
 def _check_jpeg_ends(contents: bytes) -> None:
-    """Raises ValueError for a JPEG without an end, which Pillow fills up with gray where a program has told it to."""
+    """Raises ValueError for a JPEG without an end. With `LOAD_TRUNCATED_IMAGES` set, Pillow would fill it with gray."""
     place = 2
     while place + 4 <= len(contents) and contents[place] == 0xFF and contents[place + 1] != 0xDA:
         place += 2 + struct.unpack_from(">H", contents, place + 2)[0]
@@ -123,12 +127,12 @@ def _check_jpeg_ends(contents: bytes) -> None:
 
 
 def read_rgb(file: Path | bytes, name: str, *, turned: bool = True) -> UInt8[np.ndarray, "height width 3"]:
-    """An image as RGB pixels; transparency is laid on white, numbers of more than 8 bits are scaled and rounded.
+    """Reads an image as RGB pixels. Transparency is laid on white; values of more than 8 bits are scaled and rounded.
 
     Args:
-      turned: as its EXIF data asks for; otherwise as it is stored.
+      turned: rotate the image as its EXIF data asks; otherwise it stays as it is stored.
 
-    Raises as `opened_image` does; also for pixels of which nobody says which number is white.
+    Raises as `opened_image` does; also ImageError if nothing says which pixel value is white.
     """
     with opened_image(file, name) as (image, contents):
         return to_rgb(image, _low_bytes(image, contents), turned=turned)
@@ -137,9 +141,13 @@ def read_rgb(file: Path | bytes, name: str, *, turned: bool = True) -> UInt8[np.
 def to_rgb(
     image: Image.Image, low: Integer[np.ndarray, "height width *channels"] | None = None, *, turned: bool = True
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """An opened image as RGB pixels. `low`: of numbers of 16 bits the part that Pillow does not read.
+    """Converts an opened image to RGB pixels.
 
-    Raises ValueError for pixels of which nobody says which number is white.
+    Args:
+      low: the low bytes of 16-bit values, which Pillow does not read; None for other images.
+      turned: as for `read_rgb`.
+
+    Raises ValueError if nothing says which pixel value is white.
     """
     rgb = _on_white(_eight_bits(image, low))
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if turned else None
@@ -147,7 +155,7 @@ def to_rgb(
 
 
 def _raw_mode(tile: Any) -> str:
-    """How the bytes of a tile are laid out, where Pillow says so."""
+    """Returns Pillow's name for the byte layout of a tile, or "" if it gives none."""
     first = tile.args[:1] if isinstance(tile.args, tuple) else (tile.args,)
     return first[0] if first and isinstance(first[0], str) else ""
 
@@ -207,9 +215,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def read_label_png(file: Path | bytes, name: str) -> tuple[str, Integer[np.ndarray, "height width *channels"]]:
-    """A label image's mode, as Pillow calls it, and the numbers that its pixels hold: of a palette the indices.
+    """Returns Pillow's mode of a label image, and the numbers that its pixels hold. For a palette, these are indices.
 
-    Raises as `opened_image` does; also for another format, 16 bits a colour, and EXIF data that ask for a rotation.
+    Raises as `opened_image` does; also ImageError for another format than PNG, for 16 bits per colour channel, and for
+    EXIF data that ask for a rotation.
     """
     with opened_image(file, name) as (image, contents):
         if image.format != "PNG":

@@ -1,7 +1,7 @@
-"""JAX's options as results need them: the same noise, masks and figures however a host program has set JAX up.
+"""Fixes JAX's options, so that noise, masks and figures are the same however a host program has configured JAX.
 
-`FIXED` has the options that change a number or refuse a call, with the values that hold within `settled`; `LEFT` has
-the others, which are the user's. Both list those of jax 0.10 and 0.12; one has some that the other lacks.
+`FIXED` has the options that change a number or refuse a call, with their values within `settled`. `LEFT` has the
+others, which stay as the user set them. Both list the options of jax 0.10 and of 0.12, which are not all the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 FIXED: dict[str, Any] = {
-    # Numbers are of other bits, or random numbers others.
+    # These change the width of numbers, or the random numbers.
     "jax_enable_x64": False,
     "jax_explicit_x64_dtypes": "warn",
     "jax_default_matmul_precision": None,
@@ -21,8 +21,8 @@ FIXED: dict[str, Any] = {
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
     "jax_high_dynamic_range_gumbel": False,
-    "jax_accurate_erf_inv": False,  # normal numbers are made by it
-    # The same formulas in other programs, which round differently.
+    "jax_accurate_erf_inv": False,  # normal numbers are made by erf_inv
+    # These compile the same formulas to other programs, which round differently.
     "jax_disable_jit": False,
     "jax_softmax_custom_jvp": False,
     "jax_use_direct_linearize": True,
@@ -35,7 +35,7 @@ FIXED: dict[str, Any] = {
     "eager_constant_folding": False,
     "jax_use_simplified_jaxpr_constants": False,
     "jax_embedded_constants_max_bytes": 32,
-    # Sound calls are refused.
+    # These refuse valid calls.
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
     "jax_allow_f16_reductions": True,
@@ -48,7 +48,7 @@ FIXED: dict[str, Any] = {
     "jax_error_checking_behavior_divide": "ignore",
     "jax_error_checking_behavior_oob": "ignore",
 }
-"""Options that a result must not depend on, and their values within `settled`: those of a program that sets none."""
+"""Options that results must not depend on, and their values within `settled`, which are JAX's defaults."""
 
 LEFT: dict[str, str] = {
     "which devices compute, and how processes find each other": """
@@ -96,15 +96,15 @@ LEFT: dict[str, str] = {
         jax_ragged_dot_use_gpu_pallas_triton_lowering jax_ragged_dot_use_ragged_dot_instruction jax_refs_to_pins
         jax_use_emit_pipeline_primitive check_vma jax_remove_size_one_mesh_axis_from_type""",
 }
-"""Why an option is left as the user has it, to the options."""
+"""Options that stay as the user set them, by the reason for it."""
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """`FIXED` in this thread while it lasts; a context, and a decorator of what users call.
+    """Sets the options of `FIXED` in this thread. It is a context, and also a decorator for functions that users call.
 
-    Compiled programs are found again by what options are worth, so nothing is compiled anew where none was changed.
-    JAX's contexts are those of a thread: one that is started within it has the program's own options.
+    JAX looks up compiled programs by the values of its options, so nothing is compiled again if no value differs. JAX's
+    contexts hold for one thread: a thread that is started within this one has the program's own options.
     """
     with ExitStack() as contexts:
         for option, value in FIXED.items():
@@ -114,7 +114,10 @@ def settled() -> Iterator[None]:
 
 
 def _context(option: str) -> Any:
-    """What sets it in one thread. JAX has no public name for that of some, which only its table of options knows."""
+    """Returns the context manager that sets an option in one thread.
+
+    For some options JAX has no public name for it; it is then taken from JAX's private table of options.
+    """
     named = getattr(jax, option.removeprefix("jax_"), None)
     holders: Any = jax.config
     return holders._value_holders[option] if named is None else named

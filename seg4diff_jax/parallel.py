@@ -1,4 +1,4 @@
-"""One mesh, one table: which axis of which parameter is split over which axis of the mesh."""
+"""The device mesh, and the table that says which axis of a parameter is split over which axis of the mesh."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jaxtyping import Array, Int, Shaped
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-"""Batches are split over both."""
+"""Batches are split over the axes `data` and `fsdp` together."""
 
 LAYERS = r"(.*\.)?(stacks\.\d+|blocks)\..*\b"
 RULES: tuple[tuple[str, P], ...] = (
-    # Stacked layers: [layer, in, out]. Heads and hidden units over `tensor`, the other side over `fsdp`.
+    # Stacked layers: [layer, in, out]. Heads and hidden units are split over `tensor`, the other side over `fsdp`.
     (LAYERS + r"(q|k|v|up|gate|modulation)\.kernel", P(None, "fsdp", "tensor")),
     (LAYERS + r"(out|down)\.kernel", P(None, "tensor", "fsdp")),
     (LAYERS + r"(q|k|v|up|gate|modulation)\.bias", P(None, "tensor")),
-    # Adapters as the kernels beside them; the rank is whole.
+    # Adapters are split as their kernels are; the rank axis is not split.
     (LAYERS + r"(out|down)\.lora_a", P(None, "tensor", None)),
     (LAYERS + r"(out|down)\.lora_b", P(None, None, "fsdp")),
     (r".*\.lora_a", P(None, "fsdp", None)),
@@ -37,17 +37,19 @@ RULES: tuple[tuple[str, P], ...] = (
     # Convolutions: [height, width, in, out].
     (r"(.*\.)?(encoder|decoder)\..*conv\w*\.kernel", P(None, None, None, "fsdp")),
 )
-"""Parameter path to how it is split; the first match counts, and what matches nothing is held whole by every device."""
+"""Patterns of parameter paths, and how such parameters are split. The first match counts. Every device holds the whole
+of a parameter that matches none."""
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over data x fsdp x tensor devices. `data` None takes what the other axes leave.
+    """Makes a mesh of data x fsdp x tensor devices.
 
     Args:
-      among: the devices, all of which are used. Default: all that JAX has, those of other processes too.
+      data: default: the number of devices divided by fsdp x tensor.
+      among: the devices, all of which are used. Default: all that JAX has, with those of other processes.
 
     Raises:
-      ValueError: an axis is no positive whole number, or the axes do not make up the number of devices.
+      ValueError: an axis is no positive whole number, or data x fsdp x tensor is not the number of devices.
     """
     devices = jax.device_count() if among is None else len(among)
     for name, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
@@ -72,15 +74,15 @@ def _remedy(devices: int, model: int) -> str:
 
 
 def batch_share(processes: Int[np.ndarray, "data fsdp tensor"], process: int) -> tuple[int, int]:
-    """Which share of every batch a process holds, and how many shares there are.
+    """Returns the index of a process's share of every batch, and the number of shares.
 
-    Processes whose devices differ along `tensor` alone hold the same one: they must read the same items.
+    Processes whose devices differ along `tensor` alone have the same share: they must read the same items.
 
     Args:
-      processes: the mesh, with the number of each device's process in its place.
+      processes: the number of each device's process, in the shape of the mesh.
 
     Raises:
-      ValueError: the processes cannot share a batch evenly, each with rows that are neighbours.
+      ValueError: the processes cannot share a batch evenly, each with consecutive rows.
     """
     parts = processes.reshape(-1, processes.shape[2])  # of a batch, in its order
     held = {int(number): tuple(np.flatnonzero((parts == number).any(axis=1))) for number in np.unique(processes)}
@@ -95,9 +97,9 @@ def batch_share(processes: Int[np.ndarray, "data fsdp tensor"], process: int) ->
 
 
 def on_host(array: Any) -> np.ndarray:
-    """All of an array in this process's memory, wherever its parts lie.
+    """Returns a whole array in this process's memory, wherever its parts are.
 
-    Where they lie with other processes, all of these must ask for it together.
+    If other processes hold parts of the array, all of them must make this call together.
     """
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
@@ -105,15 +107,15 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, "*shape"]:
-    """The same numbers, their axis of a batch split over `data` and `fsdp`, and the other axes whole.
+    """Constrains an array's batch axis to be split over `data` and `fsdp`, and its other axes to be whole.
 
-    Models say so of what enters and leaves their layers: left to itself XLA splits it over `tensor` here and there,
-    which costs collectives, and numbers. Of x W with W split over `tensor` and `fsdp` it has been seen to compute wrong
-    ones (jaxlib 0.10.2 and 0.12.0) when the result was to be split over `tensor`, these axes had as many devices as
-    each other, and `data` had some too. In a backward pass the layers that enter are such products.
+    Models call this on the inputs and outputs of their layers. Otherwise XLA splits some of them over `tensor`, which
+    costs collectives and can give wrong numbers. XLA (jaxlib 0.10.2 and 0.12.0) has been seen to compute x W wrong,
+    with W split over `tensor` and `fsdp`, when the result was to be split over `tensor`, these two axes had equally
+    many devices, and `data` had several too. In a backward pass, the input gradients of layers are such products.
 
-    Nothing is said outside jit, without a mesh in context that has these axes and leaves them to the compiler, or where
-    the batch does not divide.
+    The array is returned without a constraint outside jit, if the mesh in context lacks these axes or does not leave
+    them to the compiler, and if the batch does not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
@@ -125,7 +127,10 @@ def split_batch(array: Shaped[Array, "*shape"], axis: int = 0) -> Shaped[Array, 
 
 
 def spread(arrays: Any, mesh: Mesh | None) -> Any:
-    """On the mesh, leading axes split over `data` and `fsdp` where they divide; without a mesh as they are."""
+    """Puts arrays on the mesh, with leading axes split over `data` and `fsdp` if they divide.
+
+    Without a mesh the arrays are returned unchanged.
+    """
     if mesh is None:
         return arrays
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -134,7 +139,7 @@ def spread(arrays: Any, mesh: Mesh | None) -> Any:
 
 
 def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Parameter path and shape to its sharding. An axis that does not divide is not split."""
+    """Returns a function from a parameter's path and shape to its sharding. Axes that do not divide are not split."""
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), P())
@@ -145,6 +150,6 @@ def parameter_shardings(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, 
 
 
 def named_devices(count: int | None = None) -> str:
-    """What something runs on, as people read it. `count`: how many of the devices; None: all, of every process."""
+    """Returns number and kind of the devices, for people. `count` None: all devices of every process."""
     number = jax.device_count() if count is None else count
     return f"{number} x {jax.devices()[0].device_kind}" if number > 1 else jax.devices()[0].device_kind

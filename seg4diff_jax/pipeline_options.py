@@ -1,4 +1,4 @@
-"""What `Pipeline`'s methods can be told by name: for editors, which complete these, and for type checkers."""
+"""The keyword arguments of `Pipeline`'s methods as types, for editors and type checkers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seg4diff_jax.segmentation.unsupervised import MinMax
 
 
 class SegmentOptions(TypedDict, total=False):
-    """Of `Pipeline.segment`, which says what they mean."""
+    """Keyword arguments of `Pipeline.segment`, whose docstring explains them."""
 
     block: int | None
     step: int | None
@@ -24,14 +24,14 @@ class SegmentOptions(TypedDict, total=False):
 
 
 class UnsupervisedOptions(SegmentOptions, total=False):
-    """Of `Pipeline.segment_unsupervised`."""
+    """Keyword arguments of `Pipeline.segment_unsupervised`, whose docstring explains them."""
 
     threshold: float | None
     minmax: MinMax
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Of `Pipeline.attention`."""
+    """Keyword arguments of `Pipeline.attention`, whose docstring explains them."""
 
     blocks: int | Collection[int] | None
     step: int | None

@@ -1,4 +1,4 @@
-"""Several processes, each on devices of its own: what they tell one another, and what each of them does."""
+"""Runs work in several processes, each with its own devices, and exchanges messages between them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from seg4diff_jax.parallel import make_mesh
 
 Result = TypeVar("Result")
 FAULTS = (ValueError, OSError, MemoryError, FloatingPointError)
-"""What is wrong with the input; anything else ends a process, and JAX then ends the others."""
+"""Exceptions that all processes report together. Any other exception ends its process, and JAX then ends the others."""
 
 
 def local_mesh() -> Mesh | None:
-    """The devices of this process, over which batches are split; None for one device."""
+    """Makes a mesh of this process's devices, over which batches are split. None: there is only one device."""
     devices = jax.local_devices()
     return make_mesh(among=devices) if len(devices) > 1 else None
 
 
 def gathered(message: bytes) -> list[bytes]:
-    """What each process says, in the order of processes. All must take part; at most 2 GiB each."""
+    """Returns the messages of all processes, in their order. All must make this call; a message has at most 2 GiB."""
     if jax.process_count() == 1:
         return [message]
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(message)))).reshape(-1)
-    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)  # few lengths: few programs
+    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)  # few lengths, so that few programs are compiled
     padded[: len(message)] = np.frombuffer(message, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
     return [row[:length].tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def in_step(work: Callable[[], Result]) -> Result:
-    """Do something in every process. Where it fails in one it fails in all: none waits for what will not come.
+    """Runs `work` in every process. If it fails in one, the call fails in all, so that no process waits forever.
 
-    Raises what `work` raises, or ValueError with the message of another process.
+    Raises what `work` raises here, or else ValueError with the message of another process.
     """
     if jax.process_count() == 1:
         return work()
@@ -57,7 +57,7 @@ def in_step(work: Callable[[], Result]) -> Result:
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
-    """As `in_step`, the first process before the others: what it writes, they find."""
+    """Does as `in_step`, but runs the first process before the others, so that they find what it writes."""
     first = jax.process_index() == 0
     early = in_step(lambda: work() if first else None)
     late = in_step(lambda: None if first else work())
@@ -65,6 +65,9 @@ def in_turn(work: Callable[[], Result]) -> Result:
 
 
 def join_processes() -> None:
-    """Find the other processes: through the cluster, or through JAX_COORDINATOR_ADDRESS and its like."""
+    """Connects to the other processes.
+
+    JAX finds them through the cluster, or through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
     number = lambda name: int(os.environ[name]) if name in os.environ else None
     jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))

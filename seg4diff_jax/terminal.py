@@ -1,4 +1,4 @@
-"""What jobs show at a terminal while they run: bars that move, and a few plain lines where there is no terminal."""
+"""Shows the progress of jobs: bars at a terminal, and a few plain lines where there is none."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ LINE_EVERY = 30
 
 
 def stderr_console() -> Console:
-    """Prints text as it is, and leaves long lines to the terminal."""
+    """Returns a console on stderr that prints text as it is, without markup, and does not wrap long lines."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """How many of a job's pieces are done, as a context; nothing where there is no terminal.
+    """A progress bar of a job's pieces, as a context. It shows nothing if there is no terminal.
 
     Args:
-      doing: what the job does, before the bar.
-      total, done: pieces in all, and those done so far.
-      remark: what is said beside the bar at first. A bar with remarks stays when the job ends; with None there are
-        none, and it goes.
-      elapsed: whether the time is shown that the job has taken.
+      doing: what the job does; shown before the bar.
+      total, done: number of all pieces, and of those done so far.
+      remark: first text beside the bar. A bar with remarks stays on the screen when the job ends. None: no remarks, and
+        the bar disappears.
+      elapsed: show the time since the job began.
 
     Attributes:
       shown: whether there is a bar.
@@ -78,7 +78,7 @@ class Bar:
         self._progress.stop()
 
     def update(self, done: int, remark: str | None = None) -> None:
-        """Say how many pieces are done, of all; None leaves the remark as it is."""
+        """Sets the number of pieces that are done, and the remark. None keeps the remark."""
         self._progress.update(self._task, completed=done)
         if remark is not None:
             self._progress.update(self._task, remark=remark)
@@ -88,9 +88,13 @@ class Bar:
 def counted_pieces(
     console: Console, doing: str, total: int, *, pieces: str, remark: str
 ) -> Iterator[Callable[[int, str], None]]:
-    """A bar with remarks, the first of which is given; elsewhere a line every `LINE_EVERY` seconds.
+    """Shows a bar with remarks; without a terminal, prints a line every `LINE_EVERY` seconds.
 
-    Yields what is told the number of pieces that are done and the next remark.
+    Args:
+      pieces: what the pieces are called, for these lines.
+      remark: the first remark.
+
+    Yields a function to call with the number of pieces done and the next remark.
     """
     said = time.perf_counter()
     with Bar(console, doing, total, remark=remark) as bar:
@@ -107,9 +111,9 @@ def counted_pieces(
 
 @contextmanager
 def counted_bytes(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that goes when the block ends; where there is no terminal, one line with the total when it begins.
+    """Shows a bar that disappears at the end; without a terminal, prints one line with the total at the start.
 
-    Yields what is told the bytes done so far and those in all.
+    Yields a function to call with the bytes done so far and the bytes in all.
     """
     if not console.is_terminal:
 

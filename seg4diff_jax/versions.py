@@ -1,4 +1,4 @@
-"""Which versions of what computes made a result."""
+"""Lists the versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ LIBRARIES = ("seg4diff-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of `LIBRARIES`, by name."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
