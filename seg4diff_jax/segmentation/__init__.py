@@ -1,1 +1,1 @@
-"""From attention maps to label maps and their measures: pure functions on arrays."""
+"""Makes label maps from attention maps, and scores them: pure functions on arrays."""

@@ -1,7 +1,7 @@
-"""How well label maps agree: one confusion matrix over a whole data set, and what is read from it.
+"""Scores of label maps, from one confusion matrix over a whole data set.
 
-Row = true class, column = predicted class, pixels with the ignored label left out. mIoU is the mean of the classes'
-intersection over union, over those classes that occur in truth (detectron2's SemSegEvaluator).
+Rows are true classes and columns predicted classes. Pixels with the void label are left out. mIoU is the mean
+intersection over union of the classes that occur in the ground truth (as in detectron2's SemSegEvaluator).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ IGNORED = 255
 def confusion_matrix(
     truth: Integer[Array, "*pixels"], predicted: Integer[Array, "*pixels"], classes: int, ignored: int = IGNORED
 ) -> Int[Array, "classes classes"]:
-    """Pixels of each (true, predicted) pair; works under jit. Sum matrices of many images in int64 on the host.
+    """Counts the pixels of each (true, predicted) pair of classes; works under jit.
 
-    Labels other than `ignored` must be in 0 to `classes` - 1, predictions always.
+    Predictions must be in 0 to `classes` - 1, and so must true labels other than `ignored`. Add up the matrices of many
+    images in int64 on the host.
     """
     truth, predicted = truth.astype(jnp.int32).reshape(-1), predicted.astype(jnp.int32).reshape(-1)
     counted = truth != ignored
@@ -30,7 +31,7 @@ def confusion_matrix(
 
 
 def iou_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
-    """Intersection over union in 0..1; NaN for a class that does not occur in truth."""
+    """Returns intersection over union of each class, 0..1; NaN for a class that the ground truth does not have."""
     hit = np.diagonal(confusion).astype(np.float64)
     true = confusion.sum(axis=1)
     union = confusion.sum(axis=0) + true - hit
@@ -38,9 +39,11 @@ def iou_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np
 
 
 def mean_iou(confusion: Integer[np.ndarray, "classes classes"], subset: Sequence[int] | None = None) -> float:
-    """Mean over the classes that occur, in 0..1; over those of `subset` alone if given. NaN if none occurs.
+    """Returns the mean IoU of the classes that occur in the ground truth, 0..1; NaN if none occurs.
 
-    A subset's pixels are still confused with every class: things' mIoU falls when they are taken for stuff.
+    Args:
+      subset: average over these classes alone. Confusion with other classes still counts: the mIoU of things falls when
+        things are predicted as stuff.
     """
     scores = iou_per_class(confusion)
     scores = scores if subset is None else scores[np.asarray(subset, int)]
@@ -49,12 +52,12 @@ def mean_iou(confusion: Integer[np.ndarray, "classes classes"], subset: Sequence
 
 
 def accuracy_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:
-    """Share of each class's pixels that are right, 0..1; NaN for a class that does not occur in truth."""
+    """Returns the share of each class's pixels that are right, 0..1; NaN for a class that the ground truth lacks."""
     true = confusion.sum(axis=1)
     return np.divide(np.diagonal(confusion), true, out=np.full(len(true), np.nan), where=true > 0)
 
 
 def pixel_accuracy(confusion: Integer[np.ndarray, "classes classes"]) -> float:
-    """Share of the pixels counted whose class is right; NaN if none is counted."""
+    """Returns the share of the counted pixels that are right, 0..1; NaN if no pixel is counted."""
     total = confusion.sum()
     return float(np.diagonal(confusion).sum() / total) if total else float("nan")

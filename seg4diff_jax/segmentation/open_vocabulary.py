@@ -1,4 +1,7 @@
-"""Zero-shot open-vocabulary segmentation: which class's words does each image token attend to? (Seg4Diff, section 3)"""
+"""Zero-shot open-vocabulary segmentation: each pixel gets the class whose words it attends to most.
+
+See Seg4Diff, section 3.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from seg4diff_jax.bilinear import bilinear_matrix
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Where each class is in one image.
+    """The segmentation of one image into named classes.
 
     Attributes:
-      labels: int32 [height, width] of the input image: index into `classes`.
+      labels: int32 [height, width], at the input image's size: index into `classes` of each pixel.
       scores: float32 [classes, rows, columns]: mean attention of each image token to the class's words.
       classes: the class names, as given.
-      prompts: what the model was told; more than one when the names do not fit a prompt.
+      prompts: the prompts that the model got; several if the names do not fit in one.
     """
 
     labels: Int[np.ndarray, "height width"]
@@ -32,11 +35,11 @@ class Segmentation:
 def class_scores(
     maps: Float[Array, "prompts image text"], averaging: Float[Array, "prompts classes text"]
 ) -> Float[Array, "prompts classes image"]:
-    """Mean of each class's token columns, per prompt; zero for classes that the prompt does not name.
+    """Averages the maps of each class's tokens, for each prompt. Classes that the prompt does not name get zero.
 
     Args:
       maps: image-to-text probabilities of the expert block, averaged over heads.
-      averaging: rows that average a class's tokens (`ClassPrompts.averaging`).
+      averaging: weights that average a class's tokens (`ClassPrompts.averaging`).
     """
     return jnp.einsum("pit,pct->pci", maps, averaging, precision="highest")
 
@@ -44,7 +47,10 @@ def class_scores(
 def combine_prompts(
     scores: Float[Array, "prompts classes image"], image_of_prompt: Int[Array, " prompts"], images: int
 ) -> Float[Array, "images classes image"]:
-    """Scores of each image's prompts side by side, not renormalised; one prompt of an image names each class."""
+    """Adds up the scores of each image's prompts, without normalising them again.
+
+    Only one prompt of an image names a given class; the others add zero.
+    """
     return jax.ops.segment_sum(scores, image_of_prompt, num_segments=images)
 
 
@@ -55,16 +61,16 @@ def label_map(
     canvas: tuple[int, int] | None = None,
     present: Bool[Array, " classes"] | None = None,
 ) -> Int[Array, "height width"]:
-    """Upsample class scores bilinearly and take the best class of every pixel; ties go to the earlier class.
+    """Upsamples class scores bilinearly, and returns the best class of every pixel. Ties go to the earlier class.
 
-    Classes are taken one after the other, so memory does not grow with their number.
+    Classes are upsampled one after the other, so memory does not grow with their number.
 
     Args:
-      scores: on the grid of image tokens.
+      scores: scores on the grid of image tokens.
       size: height and width of the label map; may be traced if `canvas` is given.
-      canvas: static height and width of the array that holds it (what lies past `size` is meaningless), so that one
-        program serves many sizes. Default: `size`.
-      present: classes that compete. Default: all.
+      canvas: static height and width of the returned array, so that one program serves many sizes. Values past `size`
+        have no meaning. Default: `size`.
+      present: which classes compete. Default: all.
     """
     height, width = (int(side) for side in size) if canvas is None else canvas
     down = bilinear_matrix(scores.shape[1], size[0], height)
@@ -89,15 +95,15 @@ def label_map(
 # ---- on the host, for images and class lists of any size -------------------------------------------------------------
 
 CANVAS = 256
-"""Label maps are made on canvases of multiples of this, so that images of many sizes share few programs."""
+"""Sides of a canvas are multiples of this, so that images of many sizes share few compiled programs."""
 CLASS_ROWS = 8
-"""Classes are counted in multiples of this, so that lists of many lengths share few programs."""
+"""Numbers of class rows are multiples of this, so that lists of many lengths share few compiled programs."""
 
 _label_map = jax.jit(label_map, static_argnames=("canvas",))
 
 
 def padded_rows(classes: int) -> int:
-    """Rows to hold that many classes in: the next multiple of `CLASS_ROWS`."""
+    """Returns the number of rows for that many classes: the next multiple of `CLASS_ROWS`."""
     return -(-classes // CLASS_ROWS) * CLASS_ROWS
 
 
@@ -106,7 +112,13 @@ def upsampled_labels(
     size: tuple[int, int],
     present: Bool[np.ndarray, " classes"] | None = None,
 ) -> Int[np.ndarray, "height width"]:
-    """The best class, of those `present` if given, of every pixel of an image of `size` (height, width)."""
+    """Returns the best class of every pixel, on the host. Few compiled programs serve all sizes and class lists.
+
+    Args:
+      scores: scores on the grid of image tokens.
+      size: height and width of the image.
+      present: which classes compete. Default: all.
+    """
     canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
     allowed = np.zeros(padded_rows(len(scores)), bool)
     allowed[: len(scores)] = True if present is None else present

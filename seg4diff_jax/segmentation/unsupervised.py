@@ -1,9 +1,9 @@
-"""Segments without names: the maps of an empty prompt's tokens, like ones merged (Seg4Diff, unsupervised segmentation).
+"""Makes segments without names (Seg4Diff, unsupervised segmentation): merges similar maps of an empty prompt's tokens.
 
-    attention -> normalised_maps -> log-soft-max over pixels -> divergences -> merge -> upsample, arg-max
+    attention -> normalised_maps -> log-softmax over pixels -> divergences -> merge -> upsample, arg-max
 
-All of it works under jit and vmap; thresholds may be traced. How many segments there are depends on the image, so there
-are as many rows as tokens, segments first, and a count.
+All of it works under jit and vmap; thresholds may be traced. The number of segments depends on the image. Arrays
+therefore have one row for each token, segments first, and a count says how many rows are segments.
 """
 
 from __future__ import annotations
@@ -20,47 +20,51 @@ from jaxtyping import Array, Bool, Float, Int
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, label_map, upsampled_labels
 
 MinMax = Literal["pixel", "token"]
-"""What each map is brought to 0..1 over: its own pixels, or each pixel's tokens, as the released Seg4Diff does it."""
+"""The axis over which maps are scaled to 0..1: each map over its pixels, or each pixel over its tokens.
+
+The released Seg4Diff does the second."""
 
 MERGE_THRESHOLDS: dict[MinMax, float] = {"pixel": 0.0002, "token": 0.1}
-"""Divergences below which maps merge, unless told otherwise.
+"""The default thresholds: maps whose divergence is below the threshold merge.
 
-`token`: what the release's code uses; its configuration says 0.035, which that code never reads. Neither carries over
-to `pixel`, whose maps all span 0..1: there it is the best on 1000 training scenes of the miniature
-(docs/unsupervised.md). Other models may have another. Two such maps diverge by about half the variance of their
-difference, so it merges those that differ by less than 0.02 or so.
+`token` has the value of the release's code. The release's configuration says 0.035, which that code never reads.
+Neither suits `pixel`, where every map spans 0..1. The value for `pixel` is the best on 1000 training scenes of the
+miniature (docs/unsupervised.md); other models may need another. The divergence of two such maps is about half the
+variance of their difference, so this threshold merges maps that differ by less than about 0.02.
 """
 
 THRESHOLD_GRID = tuple(float(f"{0.0001 * 2 ** (step / 2):.2g}") for step in range(23))
-"""Thresholds to choose among for another model: 0.0001 to 0.2, each about 1.4 times the one before."""
+"""Thresholds to try for another model: 0.0001 to 0.2, each about 1.4 times the one before."""
 
 FLAT = 1e-6
-"""Added to what maps are divided by, as in the release: what varies by less is rounding, and stays nearly flat."""
+"""Added to the divisor of maps, as in the release. A map that varies by less holds only rounding, and stays nearly
+flat."""
 
 
 class Segments(NamedTuple):
-    """Merged maps of one image.
+    """The merged maps of one image.
 
     Attributes:
-      maps: the first `count` are segments, in the order of their first tokens, each a distribution over image tokens
-        that sums to 1; rows after them are 0.
-      count: how many there are, 1 to the number of tokens.
+      maps: the first `count` rows are segments, in the order of their first tokens. Each is a distribution over image
+        tokens that sums to 1. The other rows are 0.
+      count: number of segments, 1 to the number of tokens.
     """
 
     maps: Float[Array, "tokens image"]
     count: Int[Array, ""]
 
     def present(self) -> Bool[Array, " tokens"]:
+        """Returns which rows of `maps` are segments."""
         return jnp.arange(len(self.maps)) < self.count
 
 
 @dataclass(frozen=True)
 class UnsupervisedSegmentation:
-    """One image in segments that have no names.
+    """The segmentation of one image into segments without names.
 
     Attributes:
-      labels: int32 [height, width] of the input image: index into `maps`.
-      maps: float32 [segments, rows, columns]: the merged maps, each summing to 1. One may win no pixel.
+      labels: int32 [height, width], at the input image's size: index into `maps` of each pixel.
+      maps: float32 [segments, rows, columns]: the merged maps, each with the sum 1. A segment may have no pixel.
     """
 
     labels: Int[np.ndarray, "height width"]
@@ -68,16 +72,17 @@ class UnsupervisedSegmentation:
 
     @property
     def segments(self) -> int:
+        """Number of segments."""
         return len(self.maps)
 
     def named(self) -> Segmentation:
-        """As segments called `segment 1`, `segment 2` and so on: for all that shows or writes named ones."""
+        """Returns a `Segmentation` with the names `segment 1`, `segment 2` and so on, to be shown or written."""
         names = tuple(f"segment {number + 1}" for number in range(self.segments))
         return Segmentation(self.labels, self.maps, names, ("",))
 
 
 def normalised_maps(attention: Float[Array, "image tokens"], minmax: MinMax) -> Float[Array, "tokens image"]:
-    """One map for each token, 0 to 1, fp32; see `MinMax`."""
+    """Returns one map for each token, scaled to 0..1 (see `MinMax`); fp32."""
     maps = attention.astype(jnp.float32).T
     axis = {"token": 0, "pixel": 1}[minmax]
     maps = maps - maps.min(axis=axis, keepdims=True)
@@ -85,14 +90,17 @@ def normalised_maps(attention: Float[Array, "image tokens"], minmax: MinMax) -> 
 
 
 def log_distributions(attention: Float[Array, "image tokens"], minmax: MinMax) -> Float[Array, "tokens image"]:
-    """Normalised maps as distributions over image tokens: their logarithms, which stay exact where they are tiny."""
+    """Returns the logarithms of the softmax of normalised maps over image tokens.
+
+    Logarithms stay exact where probabilities are tiny.
+    """
     return jax.nn.log_softmax(normalised_maps(attention, minmax), axis=-1)
 
 
 def divergences(log_probs: Float[Array, "maps image"]) -> Float[Array, "maps maps"]:
-    """Symmetric KL divergence of every pair of distributions: the mean of both directions, in nats.
+    """Returns the symmetric KL divergence of every pair of distributions: the mean of both directions, in nats.
 
-    Summed up from products of differences: nothing cancels, and equal maps are at exactly 0.
+    It sums products of differences, so no digits cancel, and equal maps have divergence 0 exactly.
     """
     probs = jnp.exp(log_probs)
 
@@ -108,10 +116,11 @@ def merge(
     divergences: Float[Array, "tokens tokens"],
     threshold: Float[Array, ""] | float,
 ) -> Segments:
-    """Greedy merging: each map that no earlier one has claimed becomes a segment, and claims all that are near it.
+    """Merges maps greedily, in the order of tokens.
 
-    A segment is the mean of all maps that diverge from its first by less than `threshold`, those claimed before
-    included. The first is always one of them.
+    A map that no earlier segment has claimed starts a new segment, which claims all maps whose divergence from this
+    first map is below `threshold`. The segment's map is the mean of all these maps, even of those that an earlier
+    segment has claimed too. The first map is always among them.
     """
     tokens = len(probs)
     near = (divergences < threshold) | jnp.eye(tokens, dtype=bool)
@@ -131,7 +140,11 @@ def merge(
 def merged_maps(
     attention: Float[Array, "image tokens"], *, threshold: Float[Array, ""] | float, minmax: MinMax = "pixel"
 ) -> Segments:
-    """From an expert block's image-to-text probabilities, averaged over heads, to merged maps of one image."""
+    """Returns the merged maps of one image.
+
+    Args:
+      attention: image-to-text probabilities of the expert block, averaged over heads.
+    """
     log_probs = log_distributions(attention, minmax)
     return merge(jnp.exp(log_probs), divergences(log_probs), threshold)
 
@@ -143,7 +156,7 @@ def segment_labels(
     *,
     canvas: tuple[int, int] | None = None,
 ) -> Int[Array, "height width"]:
-    """The segment whose upsampled map is highest at each pixel.
+    """Returns, for each pixel, the segment whose upsampled map is highest.
 
     Args:
       grid: rows and columns of image tokens.
@@ -153,9 +166,9 @@ def segment_labels(
 
 
 def check_threshold(threshold: Any, minmax: Any) -> float:
-    """The threshold, or for None the default of `minmax`.
+    """Returns the threshold as a float. None: the default for `minmax`.
 
-    Raises ValueError unless it is a finite number above 0 and `minmax` one of `MinMax`.
+    Raises ValueError unless the threshold is a finite number above 0 and `minmax` is one of `MinMax`.
     """
     if minmax not in MERGE_THRESHOLDS:
         raise ValueError(f"minmax is {minmax!r}; expected one of {', '.join(MERGE_THRESHOLDS)}")
@@ -173,7 +186,7 @@ def check_threshold(threshold: Any, minmax: Any) -> float:
 def merged_maps_of_images(
     attention: Float[Array, "images image tokens"], threshold: Float[Array, ""] | float, minmax: MinMax
 ) -> tuple[Float[Array, "images tokens image"], Int[Array, " images"]]:
-    """`merged_maps` of each image, and how many are segments."""
+    """Returns the `merged_maps` of each image, and the number of segments of each."""
     segments = jax.vmap(lambda one: merged_maps(one, threshold=threshold, minmax=minmax))(attention)
     return segments.maps, segments.count
 
@@ -181,6 +194,11 @@ def merged_maps_of_images(
 def unsupervised_segmentation(
     maps: Float[np.ndarray, "tokens rows columns"], count: int, size: tuple[int, int]
 ) -> UnsupervisedSegmentation:
-    """Labels of an image of `size` (height, width) from its merged maps; one program serves any count."""
+    """Makes the segmentation of an image from its merged maps. One compiled program serves any count.
+
+    Args:
+      count: number of segments in `maps`.
+      size: height and width of the image.
+    """
     labels = upsampled_labels(maps, size, np.arange(len(maps)) < count)
     return UnsupervisedSegmentation(labels, maps[:count])

@@ -1,7 +1,7 @@
-"""Scores of segments without names: matched to the classes of the truth, one to one, by the pixels that they share.
+"""Scores segments without names, after matching them one to one to the true classes by the pixels that they share.
 
-Counting is done on the device: one small matrix for each unit that is matched by itself, an image or, as in the
-release, a row of pixels. Matching is SciPy's, on the host, so that ties are broken as SciPy breaks them.
+A unit is what is matched by itself: an image or, as in the release, a row of pixels. The device counts one small matrix
+for each unit. SciPy matches on the host, so that ties are broken as in SciPy.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, MinMax
 
 Match = Literal["image", "row"]
-"""What is matched by itself: an image, or each of its rows of pixels, as in the release, which scores higher."""
+"""The unit of matching: an image, or each of its rows of pixels. The release matches rows, which scores higher."""
 
 
 @dataclass(frozen=True)
 class UnsupervisedProtocol:
-    """How segments are made and scored.
+    """The options by which segments are made and scored.
 
     Attributes:
-      threshold, minmax: of merging, see `segmentation.unsupervised`.
-      match: see `Match`.
-      absent_classes: classes that the unit does not have take part in the match too. A segment that falls to one is
-        counted as its false positives; a segment that is left over is not, and only missed by the classes below it.
+      threshold, minmax: options of merging, see `segmentation.unsupervised`.
+      match: the unit of matching, see `Match`.
+      absent_classes: also match classes that the unit does not have. The pixels of a segment that is matched to such a
+        class count as false positives of that class. The pixels of an unmatched segment are no false positives: they
+        only count as missed by their true classes.
     """
 
     threshold: float
@@ -44,12 +45,12 @@ UNSUPERVISED_PROTOCOLS = {
     "release": UnsupervisedProtocol(0.1, "token", "row", absent_classes=True),
     "release_config": UnsupervisedProtocol(0.035, "token", "row", absent_classes=True),
 }
-"""Ours, the released code as it runs, and the release with the threshold that its configuration names."""
+"""The protocols by name: ours, the released code as it runs, and the release with its configuration's threshold."""
 
 
 @dataclass(frozen=True)
 class MatchCounts:
-    """Pixels of each class after the match, int64 [classes]: right, wrongly claimed, and missed. Counts add up."""
+    """Pixels of each class after the match, int64 [classes]: hits, false positives and missed. Counts can be added."""
 
     hits: Int[np.ndarray, " classes"]
     false: Int[np.ndarray, " classes"]
@@ -59,28 +60,29 @@ class MatchCounts:
         return MatchCounts(self.hits + other.hits, self.false + other.false, self.missed + other.missed)
 
     def iou(self) -> Float[np.ndarray, " classes"]:
-        """Intersection over union in 0..1; NaN for a class that neither truth nor match has."""
+        """Returns intersection over union of each class, 0..1; NaN for a class that neither truth nor match has."""
         union = self.hits + self.false + self.missed
         return np.divide(self.hits, union, out=np.full(len(union), np.nan), where=union > 0)
 
     def mean_iou(self) -> float:
-        """Mean over the classes that have an IoU, in 0..1; NaN if none has."""
+        """Returns the mean over the classes that have an IoU, 0..1; NaN if none has."""
         scores = self.iou()
         scores = scores[~np.isnan(scores)]
         return float(scores.mean()) if len(scores) else float("nan")
 
     def accuracy(self) -> Float[np.ndarray, " classes"]:
-        """Share of each class's labelled pixels that are right, 0..1; NaN for a class that truth does not have."""
+        """Returns the share of each class's labelled pixels that are right, 0..1; NaN for a class without any."""
         labelled = self.hits + self.missed
         return np.divide(self.hits, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0)
 
     def pixel_accuracy(self) -> float:
-        """Share of the labelled pixels that are right; NaN if none is labelled."""
+        """Returns the share of the labelled pixels that are right, 0..1; NaN if none is labelled."""
         labelled = (self.hits + self.missed).sum()
         return float(self.hits.sum() / labelled) if labelled else float("nan")
 
 
 def no_counts(classes: int) -> MatchCounts:
+    """Returns counts of zero for every class."""
     return MatchCounts(*(np.zeros(classes, np.int64) for _ in range(3)))
 
 
@@ -92,12 +94,12 @@ def intersections(
     most: int,
     ignored: int = IGNORED,
 ) -> Int[Array, "classes_and_ignored most"]:
-    """Pixels that each class shares with each segment, and in the last row those whose truth is ignored.
+    """Counts the pixels that each class shares with each segment; the last row has those with the void label.
 
-    Works under jit and vmap: over images, or over rows of pixels.
+    It works under jit and vmap, over images or over rows of pixels.
 
     Args:
-      segments: 0 to `most` - 1; what is below 0 is not counted at all.
+      segments: segment of each pixel, 0 to `most` - 1. Pixels below 0 are not counted at all.
     """
     truth = jnp.where(truth == ignored, classes, truth.astype(jnp.int32))
     pairs = jnp.where(segments < 0, (classes + 1) * most, truth * most + segments)
@@ -108,13 +110,13 @@ def intersections(
 def matched_counts(
     units: Iterable[Integer[np.ndarray, "classes_and_ignored most"]], *, classes: int, absent_classes: bool
 ) -> MatchCounts:
-    """Match the segments of each unit to classes so that they share as many pixels as can be, and count.
+    """Matches the segments of each unit to classes, so that they share the most pixels, and counts pixels.
 
-    Each class gets a segment while there are any, even one that it shares no pixel with. Segments that are left over
-    are false positives of no class.
+    Each class gets a segment while there are any, even one that it shares no pixel with. Segments without a class are
+    false positives of no class.
 
     Args:
-      units: from `intersections`.
+      units: the result of `intersections` for each unit.
     """
     total = no_counts(classes)
     for unit in units:
@@ -132,9 +134,9 @@ def matched_counts(
 def matched_pairs(
     unit: Integer[np.ndarray, "classes_and_ignored most"], *, absent_classes: bool
 ) -> tuple[Int[np.ndarray, "classes segments"], Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-    """The match of one unit: the pixels that it is made by, classes, and the segment of each.
+    """Matches one unit. Returns the pixel counts that it matched by, the matched classes, and the segment of each.
 
-    Where absent classes are matched too, some may get segments past the last that there is.
+    With `absent_classes`, some classes may get segment numbers past the last segment that occurs.
     """
     if absent_classes:
         counted = released_matrix(unit)
@@ -146,16 +148,20 @@ def matched_pairs(
 def match_present(
     counted: Int[np.ndarray, "classes most"],
 ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-    """Match the classes that occur with the segments that hold a labelled pixel: classes, and the segment of each."""
+    """Matches the classes that occur with the segments that have a labelled pixel.
+
+    Returns the matched classes, and the segment of each.
+    """
     owners, segments = np.flatnonzero(counted.any(axis=1)), np.flatnonzero(counted.any(axis=0))
     rows, columns = linear_sum_assignment(counted[np.ix_(owners, segments)], maximize=True)
     return owners[rows], segments[columns]
 
 
 def released_matrix(unit: Integer[np.ndarray, "classes_and_ignored most"]) -> Int[np.ndarray, "classes segments"]:
-    """What the release matches: all classes with the segments up to the last that occurs, or with as many as classes.
+    """Returns the matrix that the release matches: all classes by the segments up to the last that occurs.
 
-    Segments on ignored pixels occur too: columns of zeros also decide how SciPy breaks ties.
+    It has at least as many segments as classes. Segments on void pixels alone occur too: their columns of zeros can
+    change how SciPy breaks ties.
     """
     occurring = 1 + int(np.flatnonzero(unit.any(axis=0)).max())
     matrix = np.zeros((len(unit) - 1, max(len(unit) - 1, occurring)), np.int64)

@@ -1,8 +1,9 @@
-"""Segments of many images, merged and matched under several protocols at once.
+"""Scores the segments of many images under several protocols at once.
 
-The divergences of an image's maps are computed once for each normalisation; each threshold then merges, upsamples and
-counts on the device. The host matches the segments of one batch while the device works on the next: where images are
-matched it gets a small table of each, where rows are matched the label maps, which are smaller than the rows' tables.
+The device computes the divergences of an image's maps once for each normalisation and unit of matching. For each
+threshold it then merges, upsamples and counts. The host matches the segments of one batch while the device works on the
+next. To match images, the host gets a small table of each image. To match rows, it gets label maps, which are smaller
+than tables of all rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Way = tuple[MinMax, Match]
 
 @dataclass(frozen=True)
 class UnsupervisedScore:
-    """What came out of one protocol: pixels counted over all images, and how many segments an image has on average."""
+    """The result of one protocol: pixels counted over all images, and the mean number of segments of an image."""
 
     protocol: UnsupervisedProtocol
     counts: MatchCounts
@@ -41,11 +42,12 @@ class UnsupervisedScore:
 
 
 class Truth(NamedTuple):
-    """Labels on one canvas, `IGNORED` around them.
+    """The true labels of a batch, on canvases of one size.
 
     Attributes:
-      count: how many images there are; those past them fill up.
-      sizes: height and width of each one's labels.
+      count: number of images; further ones only fill up the batch.
+      labels: labels of each image, with `IGNORED` around them.
+      sizes: height and width of each image's labels.
     """
 
     count: int
@@ -54,15 +56,15 @@ class Truth(NamedTuple):
 
 
 class UnsupervisedTally:
-    """Pixels counted under each protocol.
+    """Counts pixels under each protocol, batch by batch.
 
-    Protocols that differ in nothing but thresholds and absent classes share all that they can.
+    Protocols that differ only in thresholds and absent classes share the computation of divergences.
 
     Attributes:
-      counts: of each protocol, over all images that have been matched.
-      segments: how many there were in all images, by protocol.
-      right: how many pixels of each image are right after its match, for each protocol.
-      images: how many have been matched.
+      counts: pixel counts of each protocol, over all images that have been matched.
+      segments: number of segments in all these images, for each protocol.
+      right: for each protocol, the number of pixels of each image that are right after its match.
+      images: number of images that have been matched.
     """
 
     def __init__(self, protocols: Sequence[UnsupervisedProtocol], classes: int):
@@ -76,12 +78,14 @@ class UnsupervisedTally:
         self._pending: list[tuple[Way, Truth, Array, Array]] = []
 
     def add(self, attention: Float[Array, "images image tokens"], grid: tuple[int, int], truth: Truth) -> None:
-        """Count a batch. Returns once the batch before it has been matched, while the device still counts this one.
+        """Counts a batch. Returns when the batch before has been matched, while the device still counts this one.
 
         Args:
-          attention: of image tokens to the tokens of an empty prompt, averaged over heads; split over devices or not.
+          attention: attention of image tokens to the tokens of an empty prompt, averaged over heads. It may be split
+            over devices.
+          grid: rows and columns of image tokens.
 
-        Raises FloatingPointError when attention is not finite.
+        Raises FloatingPointError if the attention of the batch before is not finite; `finish` reports the last batch.
         """
         before, self._pending = self._pending, []
         for way, places in self._places.items():
@@ -92,11 +96,12 @@ class UnsupervisedTally:
         self._match(before)
 
     def finish(self) -> None:
-        """Match what has not been matched yet. Raises as `add` does."""
+        """Matches the last batch, if it has not been matched yet. Raises FloatingPointError as `add` does."""
         before, self._pending = self._pending, []
         self._match(before)
 
     def scores(self) -> list[UnsupervisedScore]:
+        """Finishes, and returns the result of each protocol."""
         self.finish()
         means = self.segments / max(self.images, 1)
         return [UnsupervisedScore(*each) for each in zip(self.protocols, self.counts, means.tolist(), strict=True)]
@@ -121,7 +126,7 @@ class UnsupervisedTally:
 def row_tables(
     truth: Truth, segments: Int16[np.ndarray, "images height width"], classes: int
 ) -> Iterator[Iterator[Integer[np.ndarray, "classes_and_ignored most"]]]:
-    """Of each image the tables of its rows of pixels."""
+    """Yields, for each image, the tables of its rows of pixels."""
     for labels, found, (height, width) in zip(truth.labels, segments, truth.sizes.tolist(), strict=False):
         yield tables(labels[:height, :width], found[:height, :width], classes)
 
@@ -129,7 +134,7 @@ def row_tables(
 def tables(
     truth: Integer[np.ndarray, "units pixels"], segments: Integer[np.ndarray, "units pixels"], classes: int
 ) -> Iterator[Integer[np.ndarray, "classes_and_ignored most"]]:
-    """What `intersections` counts, of each unit, on the host."""
+    """Yields, for each unit, what `intersections` counts, computed on the host."""
     true, own = truth.astype(np.int64), segments.astype(np.int64)
     most = int(own.max()) + 1
     for unit in np.where(true == IGNORED, classes, true) * most + own:
@@ -148,10 +153,10 @@ def counted_segments(
     minmax: MinMax,
     match: Match,
 ) -> tuple[Integer[Array, "images thresholds classes_or_height tokens_or_width"], Int[Array, "images thresholds"]]:
-    """What the host matches, and the number of segments: -1 where attention is not finite.
+    """Returns what the host needs for matching, and the number of segments: -1 if attention is not finite.
 
-    Of each image, where images are matched: the pixels that classes share with segments, see `intersections`. Where
-    rows are: its label map on the canvas, int16.
+    To match images, the host needs the pixels that classes share with segments (see `intersections`). To match rows,
+    it needs each image's label map on the canvas, int16.
     """
 
     def of_image(attention: Array, truth: Array, size: Array) -> tuple[Array, Array]:
