@@ -1,1 +1,1 @@
-"""A look inside the transformer: where attention goes, and what follows from it."""
+"""Measures of the transformer's attention and of its pictures: attention shares, and CLIP scores."""

@@ -1,7 +1,7 @@
-"""How much of each block's attention goes from the image to the text.
+"""Measures how much of each block's attention goes from image tokens to text tokens.
 
-In a joint softmax every image token divides its attention between the image and the words. The block that aligns the
-two best gives the words more than others do (Seg4Diff, section 3), so that it can be found without a single label.
+In a joint softmax, every image token divides its attention between image and text. The block that aligns the two best
+gives more to the text than other blocks do (Seg4Diff, section 3). So it can be found without any label.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def text_shares(
     *,
     kernel: Kernel | None = None,
 ) -> Float[Array, "prompts blocks heads"]:
-    """Share of the image tokens' attention that is on text, 0 to 1, in each block that the transformer holds.
+    """Returns the share of attention that image tokens give to text, 0 to 1, in each block that the transformer holds.
 
     It is the mean over image tokens.
     """
     blocks = tuple(range(transformer.depth))
     records = attention(transformer, images, texts, blocks=blocks, options=ForwardOptions(ALL_TEXT, kernel))
-    # Reduced inside the program, which then keeps no map.
+    # The sum is inside the jitted program, so that no map is kept.
     shares = [records[block].probs.sum(axis=-1).mean(axis=-1) for block in blocks]  # pyright: ignore
     return jnp.stack(shares, axis=1)
 
 
 def uniform_share(image_tokens: int, text_tokens: int) -> float:
-    """The share that attention without any preference would put on text."""
+    """Returns the share that uniform attention would give to text."""
     return text_tokens / (image_tokens + text_tokens)

@@ -1,4 +1,4 @@
-"""The CLIP that judges pictures: a checkpoint's text_encoder and tokenizer, and the image_encoder beside them."""
+"""The CLIP model that scores pictures: a checkpoint's text_encoder and tokenizers, and an image_encoder beside them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from seg4diff_jax.numerics import settled
 from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the published towers' pixels in 0..1, for folders that do not name their own."""
+"""Mean and standard deviation of pixels in 0..1 for the published encoders, for folders that do not name their own."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Both towers of a CLIP, with what makes their inputs."""
+    """A CLIP's text and vision encoder, with the tokenizers and the pixel normalisation for their inputs."""
 
     text: CLIPText
     vision: CLIPVision
@@ -39,9 +39,9 @@ class Clip:
     def similarities(
         self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], prompts: Sequence[str], *, batch: int = 32
     ) -> Float[np.ndarray, "pictures prompts"]:
-        """Cosine similarity of every picture with every prompt, -1 to 1; `batch` of them are embedded at a time.
+        """Returns the cosine similarity of every picture with every prompt, -1 to 1.
 
-        Raises ValueError when there are no pictures or no prompts.
+        `batch` pictures or prompts are embedded at a time. Raises ValueError if there are no pictures or no prompts.
         """
         if not pictures:
             raise ValueError("expected at least one picture, found none")
@@ -55,7 +55,7 @@ class Clip:
         )
 
     def pixels(self, picture: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "size size 3"]:
-        """As CLIP was trained to see it: shorter side to its size (bicubic), the middle square, normalised."""
+        """Prepares a picture as in CLIP's training: shorter side to its size (bicubic), middle square, normalised."""
         size = self.vision.config.image_size
         height, width = picture.shape[:2]
         image = Image.fromarray(picture)
@@ -73,7 +73,7 @@ def _in_batches(
     parts = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        # Filled up with the first row, so that one program serves every batch.
+        # The batch is filled up with its first row, so that one compiled program serves every batch.
         filled = np.concatenate([part, np.repeat(part[:1], min(batch, len(rows)) - len(part), axis=0)])
         parts.append(embed(jnp.asarray(filled))[: len(part)])
     return jnp.concatenate(parts)
@@ -81,13 +81,13 @@ def _in_batches(
 
 @settled()
 def load_clip(directory: str | Path) -> Clip:
-    """Load folders text_encoder, tokenizer, tokenizer_2 and image_encoder of a checkpoint, in fp32.
+    """Loads the folders text_encoder, tokenizer, tokenizer_2 and image_encoder of a checkpoint, in fp32.
 
-    SD3's text_encoder is OpenAI's CLIP ViT-L/14; the image encoder that belongs to it is not part of SD3:
-    transformers' CLIPVisionModelWithProjection of openai/clip-vit-large-patch14, saved as `image_encoder`.
+    SD3's text_encoder is OpenAI's CLIP ViT-L/14. Its image encoder is not part of SD3. Save transformers'
+    CLIPVisionModelWithProjection of openai/clip-vit-large-patch14 as `image_encoder`.
 
     Raises:
-      CheckpointError: a folder is absent or damaged, or the towers have no space in common.
+      CheckpointError: a folder is absent or damaged, or the two encoders project to different numbers of features.
     """
     directory = Path(directory).expanduser()
     vision = load_image_encoder(directory / "image_encoder", dtype=jnp.float32)
