@@ -1,1 +1,1 @@
-"""Data sets as random-access sources, and the synthetic world that the miniature is trained on."""
+"""Data sets as random-access sources."""

@@ -1,4 +1,4 @@
-"""ADE20K's 150 classes: the scene parsing benchmark, as it is handed out.
+"""Reads ADE20K with 150 classes (the scene parsing benchmark), as published:
 
 ADEChallengeData2016/images/validation/ADE_val_00000001.jpg
 ADEChallengeData2016/annotations/validation/ADE_val_00000001.png    class + 1; 0 is none of them
@@ -36,13 +36,13 @@ ORIGIN = (
 
 
 def read_ade20k(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
-    """The images of a split in alphabetical order.
+    """Returns the images of a split in alphabetical order.
 
     Args:
-      root: ADEChallengeData2016 or the directory that holds it.
+      root: ADEChallengeData2016, or the directory that holds it.
       ids: class of each published id.
 
-    Raises FolderError when a directory is not where it should be, ValueError for another split.
+    Raises FolderError if a directory is missing, ValueError for an unknown split.
     """
     split = published_split(split, SPLITS, "ADE20K")
     home = first_of(root, ("annotations", "ADEChallengeData2016/annotations"), ORIGIN).parent

@@ -1,4 +1,4 @@
-"""Cityscapes' 19 classes, or all 27 that it does not call void, from the fine annotations as they are handed out.
+"""Reads Cityscapes with 19 classes, or with all 27 that it does not call void, from the fine annotations as published:
 
 leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
 gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png         34 ids, of which 19 or 27 are classes
@@ -27,15 +27,15 @@ road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegeta
 car, truck, bus, train, motorcycle, bicycle
 """)
 CLASS_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Id of each class."""
+"""Published id of each of the 19 classes."""
 CLASSES_27 = listed("""
 road, sidewalk, parking, rail track, building, wall, fence, guard rail, bridge, tunnel, pole, polegroup, traffic light,
 traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, caravan, trailer, train, motorcycle, bicycle
 """)
-"""Those of the ids 7 to 33, which methods without names are scored on."""
+"""The classes of the ids 7 to 33. Unsupervised methods are scored on these."""
 FIRST_ID = 7
 NEGATIVE = (255, 65535)
-"""-1, a licence plate, as images of 8 and 16 bits hold it."""
+"""The id -1 (a licence plate), as images of 8 and 16 bits hold it."""
 IDS = {
     **dict.fromkeys((*range(34), *NEGATIVE), IGNORED),
     **{published: index for index, published in enumerate(CLASS_IDS)},
@@ -51,15 +51,15 @@ ORIGIN = "leftImg8bit/ and gtFine/: leftImg8bit_trainvaltest.zip and gtFine_trai
 def read_cityscapes(
     root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int], *, kinds: Sequence[str] = KINDS
 ) -> LabelledImages:
-    """The images of a split, cities and images in alphabetical order.
+    """Returns the images of a split, cities and images in alphabetical order.
 
     Args:
       root: the directory that holds leftImg8bit and gtFine.
-      kind: labelIds or labelTrainIds. Default: labelIds, or the others if the first image has only those.
-      ids: class of each of the published ids of labelIds.
-      kinds: labels that tell the classes apart; train ids know only the 19.
+      kind: labelIds or labelTrainIds. Default: labelIds, or labelTrainIds if the first image has only these.
+      ids: class of each published id of labelIds.
+      kinds: kinds of labels that tell all classes apart; train ids have only the 19 classes.
 
-    Raises FolderError when a directory is not where it should be, ValueError for another split or kind.
+    Raises FolderError if a directory is missing, ValueError for an unknown split or kind.
     """
     split = published_split(split, SPLITS, "Cityscapes")
     kind = published_kind(kind, kinds, "Cityscapes")

@@ -1,4 +1,4 @@
-"""COCO 2017 with labels for every pixel, as it is handed out: COCO-Stuff's maps or the panoptic ones.
+"""Reads COCO 2017 with labels for every pixel, COCO-Stuff's maps or the panoptic ones, as published:
 
 val2017/000000000139.jpg                          or images/val2017/...
 stuffthingmaps/val2017/000000000139.png           category id - 1; 255 unlabelled
@@ -32,20 +32,23 @@ from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 UNLABELLED = 0
-"""Stands among category ids for what nobody labelled."""
+"""The category id, here, of pixels that nobody labelled."""
 BACKGROUND = 0
-"""Index of what is no thing where that is a class: before the 80 things."""
+"""Index of the background class, in sets that have one: before the 80 things."""
 THINGS = tuple(category.name for category in CATEGORIES if category.thing)
 OBJECT_CLASSES = ("background", *THINGS)
 STUFF27_CLASSES = tuple(SUPERCATEGORIES)
-"""12 of things, then 15 of stuffs."""
+"""The 27 supercategories: 12 of things, then 15 of stuffs."""
 CLASSES = tuple(category.name for category in CATEGORIES)
 GROUPS = {"things": range(len(THINGS)), "stuffs": range(len(THINGS), len(CLASSES))}
 STUFF27_GROUPS = {"things": range(12), "stuffs": range(12, len(STUFF27_CLASSES))}
 
 
 def _ids(class_of: Mapping[str, int]) -> dict[int, int]:
-    """Class of each category id, the merged ones of panoptic labels too, from the class of each category's name."""
+    """Returns the class of each category id, from the class of each category's name.
+
+    The ids of panoptic labels for merged categories are included.
+    """
     named = {category.id: class_of[category.name] for category in CATEGORIES}
     return {UNLABELLED: IGNORED, **named, **{number: class_of[name] for number, name in MERGED.items()}}
 
@@ -53,13 +56,14 @@ def _ids(class_of: Mapping[str, int]) -> dict[int, int]:
 IDS = _ids({name: index for index, name in enumerate(CLASSES)})
 _OBJECTS = {each.name: THINGS.index(each.name) + 1 if each.thing else BACKGROUND for each in CATEGORIES}
 OBJECT_IDS = {**_ids(_OBJECTS), UNLABELLED: BACKGROUND}
-"""What nobody labelled, 4 % of the pixels, is background, as GroupViT, TCL, SCLIP and DiffCut convert it."""
+"""Class of each category id for the 80 things. Unlabelled pixels, 4 % of all, are background, as in the conversions of
+GroupViT, TCL, SCLIP and DiffCut."""
 STUFF27_IDS = _ids({category.name: STUFF27_CLASSES.index(category.supercategory) for category in CATEGORIES})
 
 PANOPTIC = "COCO's panoptic annotations"
 MOST_SEGMENT = 256**3 - 1
 KEPT = {"annotations", "categories", "file_name", "segments_info", "id", "category_id"}
-"""Names in the listing that are read."""
+"""Keys of the listing that are read."""
 SPLITS = ("val", "train")
 KINDS = ("stuffthingmaps", "panoptic")
 
@@ -77,11 +81,13 @@ ORIGIN = _origin("val2017")
 
 @dataclass(frozen=True)
 class PanopticLabels:
-    """Labels that number the segments of each image, and whose categories are listed apart.
+    """Labels that hold segment numbers. A separate file lists the category of each segment.
 
     Attributes:
-      segments: for each image its segments: number and category id; None where they are not listed.
-      listing: the file that lists them.
+      files: the label image of each image.
+      segments: number and category id of each image's segments; None for an image that is not listed.
+      listing: the file that lists the segments.
+      classes: class of each category id.
     """
 
     files: list[Path]
@@ -113,16 +119,15 @@ def _segment_numbers(file: Path) -> Int[np.ndarray, "height width"]:
 
 
 def read_coco(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
-    """The images of a split in alphabetical order.
+    """Returns the images of a split in alphabetical order.
 
     Args:
       root: the directory that holds val2017, or images/val2017, and the labels.
-      kind: stuffthingmaps or panoptic. Default: the first that is there. Panoptic labels tell 133 of the 171
-        categories apart: `coco_categories.MERGED`.
+      kind: stuffthingmaps or panoptic. Default: the first that is there. Panoptic labels have 133 categories, which
+        merge some of the 171 (`coco_categories.MERGED`).
       ids: class of each category id, and of `UNLABELLED`.
 
-    Raises FolderError when something is not where it should be or not as described, ValueError for another split or
-    kind.
+    Raises FolderError if a file is missing or not as described, ValueError for an unknown split or kind.
     """
     split = published_split(split, SPLITS, "COCO 2017")
     kind = published_kind(kind, KINDS, "COCO 2017")
@@ -152,7 +157,7 @@ def _map_labels(files: list[Path], ids: Mapping[int, int]) -> Labels:
 
 
 def _segments(listing: Path, names: list[str]) -> list[Int[np.ndarray, "_ 2"] | None]:
-    """For each image its segments: number and category id."""
+    """Returns number and category id of each image's segments; None for an image that is not listed."""
     contents = Annotations(read_json(listing, PANOPTIC, KEPT), listing, PANOPTIC)
     if "categories" in contents:
         categories = contents["categories"].each()

@@ -1,4 +1,4 @@
-"""COCO 2017's 171 categories, 80 things and 91 stuffs, by supercategory: name and id as published."""
+"""COCO 2017's 171 categories, 80 things and 91 stuffs, by supercategory, with published names and ids."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from typing import NamedTuple
 
 
 class Category(NamedTuple):
+    """One category of COCO."""
+
     id: int
     name: str
     supercategory: str
 
     @property
     def thing(self) -> bool:
+        """Whether the category is a thing, not a stuff."""
         return self.id <= LAST_THING
 
 
 LAST_THING = 90
-"""Ids up to it are things."""
+"""The largest id of a thing; larger ids are stuffs."""
 SUPERCATEGORIES = {
     "person": "1 person",
     "vehicle": "2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat",
@@ -63,7 +66,8 @@ SUPERCATEGORIES = {
     ),
     "window": "180 window-blind, 181 window-other",
 }
-"""In the order in which ids first name them: 12 of things, then 15 of stuffs."""
+"""Ids and names of the categories of each supercategory. Supercategories are in the order of their first ids: 12 of
+things, then 15 of stuffs."""
 
 
 def _categories() -> tuple[Category, ...]:
@@ -95,4 +99,4 @@ MERGED = {
     199: "wall-other",
     200: "rug",
 }
-"""Ids that panoptic labels have for several stuffs together, by the one of the 171 that each is named after."""
+"""Ids of panoptic labels that stand for several stuffs together, and the one of the 171 categories that names each."""

@@ -1,8 +1,8 @@
-"""What a training step sees of a picture and of what is drawn on it: a square, at the model's size, mirrored or not.
+"""Crops pictures and their masks or labels for training: a square at the model's size, mirrored or not.
 
-MAGNET's pictures are brought to a shorter side of the trained size, then a random square of that size is cut out, then
-half of them are mirrored (Seg4Diff, section 4). Here the crop is a box in the picture as it is stored, so that pictures
-are resampled once, and masks, which take the nearest pixel, in the same box.
+MAGNET resizes the shorter side of a picture to the trained size, cuts out a random square of that size, and mirrors
+half of the pictures (Seg4Diff, section 4). Here a crop is a box in the stored picture. So a picture is resampled once,
+and masks are taken from the same box by nearest pixels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
 Crop = Literal["random", "center", "squash"]
-"""A square as wide as the shorter side, at a random place or in the middle; or the whole picture, squashed."""
+"""How pictures are cropped: a square as wide as the shorter side, at a random place or in the middle; or the whole
+picture, squashed to a square."""
 
 
 class View(NamedTuple):
-    """Part of a picture: edges in its pixels, and whether it is mirrored."""
+    """A part of a picture: its edges, in pixels of the picture, and whether it is mirrored."""
 
     left: int
     top: int
@@ -28,7 +29,12 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, size: tuple[int, int], crop: Crop, random: np.random.Generator | None = None) -> View:
-        """A view of a picture of that height and width, not mirrored. `random`: for a random crop."""
+        """Chooses a view of a picture, not mirrored.
+
+        Args:
+          size: height and width of the picture.
+          random: random numbers, needed for a random crop.
+        """
         height, width = size
         if crop == "squash":
             return cls(0, 0, width, height)
@@ -40,13 +46,13 @@ class View(NamedTuple):
         return cls(left, top, left + side, top + side)
 
     def picture(self, image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """Resampled bilinearly, antialiased; a part that has that size is not resampled."""
+        """Returns the view of an image, resampled bilinearly, antialiased. A part of that size is not resampled."""
         part = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=self[:4])
         pixels = np.asarray(part)
         return np.ascontiguousarray(pixels[:, ::-1]) if self.mirrored else pixels
 
     def nearest(self, drawn: Shaped[np.ndarray, "height width"], size: int) -> Shaped[np.ndarray, "size size"]:
-        """Labels, or a mask: the pixel in whose area each new one's middle lies."""
+        """Returns the view of labels or of a mask. Each new pixel takes the old pixel in which its centre lies."""
         rows, columns = _nearest(self.top, self.bottom, size), _nearest(self.left, self.right, size)
         return drawn[rows[:, None], columns[::-1] if self.mirrored else columns]
 

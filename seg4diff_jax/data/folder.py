@@ -1,4 +1,4 @@
-"""Any labelled images on disk: `images/`, `labels/` and `classes.txt`.
+"""Reads a folder of labelled images: `images/`, `labels/` and `classes.txt`.
 
     DIR/images/NAME.jpg    any format that Pillow reads
     DIR/labels/NAME.png    one channel, as large as the image: line number in classes.txt, from 0; 255 is ignored
@@ -18,14 +18,14 @@ from seg4diff_jax.segmentation.metrics import IGNORED
 
 
 class LabelledFolder:
-    """The images of a folder as a random-access source, in alphabetical order.
+    """A random-access source of the images of a folder, in alphabetical order.
 
     Items have `image` uint8 [height, width, 3], `labels` uint8 [height, width] (index into `classes`, or 255) and
     `name`, the file's name without its ending.
 
     Raises:
-      FolderError: a part of the folder is absent or not as described; for an item also when its image cannot be read,
-        its label is absent, of another size or holds values that name no class.
+      FolderError: a part of the folder is absent or not as described; for an item, its label is absent, cannot be read,
+        has another size than the image, or holds values that name no class.
       ImageError: an item's image cannot be read.
     """
 
@@ -64,9 +64,13 @@ class LabelledFolder:
 
 
 def listed_ids(classes: int, names: str) -> IdTable:
-    """Ids that are indices into a list of classes, or 255. `names`: whose list it is, for messages.
+    """Makes the table of ids that are indices into a list of classes, or 255.
 
-    Raises FolderError when there are more classes than labels of 8 bits can tell apart.
+    Args:
+      classes: number of classes.
+      names: beginning of messages, such as "classes.txt names".
+
+    Raises FolderError if there are more classes than 8-bit labels can hold.
     """
     if classes > IGNORED:
         raise FolderError(f"{names} {classes} classes: expected 1 to {IGNORED}")
@@ -75,7 +79,7 @@ def listed_ids(classes: int, names: str) -> IdTable:
 
 
 def read_classes(file: Path) -> tuple[str, ...]:
-    """Class names, one a line. Raises FolderError when one is blank or repeated, or they are none or too many."""
+    """Reads class names, one a line. Raises FolderError if one is blank or repeated, or there are none or too many."""
     names = read_lines(file, "class names, one a line")
     if not 0 < len(names) <= IGNORED:
         raise FolderError(f"{file} names {len(names)} classes: expected 1 to {IGNORED}")

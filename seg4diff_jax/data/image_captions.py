@@ -1,4 +1,4 @@
-"""What pictures show, in sentences from a file; and labelled pictures with these for prompts instead of names.
+"""Reads captions of pictures from a file, and pairs labelled pictures with captions as prompts. Two forms are read:
 
 {"1": "One sentence. Another.", ...}                            by the picture's number or name, as Seg4Diff published
 {"annotations": [{"image_id": 139, "caption": "..."}, ...]}     COCO's captions_train2017.json: each picture's first
@@ -21,16 +21,17 @@ from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 SENTENCES = 2
-"""Of a caption, how many are taken: the published captions are paragraphs, and CLIP reads 77 tokens."""
+"""Sentences that are taken of a caption. The published captions are paragraphs, and CLIP reads 77 tokens."""
 EXPECTED = "a JSON object {image id: caption}, or COCO's with a list of annotations"
 
 
 class ImageCaptions:
-    """The captions of some pictures; empty where there is none.
+    """The captions of pictures by the pictures' names. A picture without one has an empty caption.
 
     Args:
-      names: of the pictures. `sa_NUMBER` and COCO's twelve digits have their number as key, others their whole name.
-      file: None: all are empty.
+      names: names of the pictures. The key of `sa_NUMBER`, and of COCO's twelve digits, is the number; the key of any
+        other name is the whole name.
+      file: file of captions; None: all captions are empty.
 
     Raises:
       FolderError: the file cannot be read, or has a caption for none of the pictures.
@@ -56,7 +57,7 @@ def _key(name: str) -> str:
 
 
 def read_captions(file: str | Path) -> Mapping[str, str]:
-    """Captions by their pictures' keys. Raises FolderError when the file is anything else."""
+    """Reads captions, by the keys of their pictures. Raises FolderError for a file of another form."""
     found = Annotations(read_json(file, EXPECTED), file, EXPECTED)
     if "annotations" in found and isinstance(found["annotations"].value, list):
         each = found["annotations"].each()
@@ -79,13 +80,13 @@ def _image_key(number: Annotations) -> str:
 
 
 def first_sentences(caption: str, count: int = SENTENCES) -> str:
-    """The first sentences, up to a full stop at a word's end; a caption without one is taken whole."""
+    """Returns the first sentences. A sentence ends with a full stop before a space; without any, all is returned."""
     return " ".join(re.split(r"(?<=\.)\s+", caption.strip())[:count])
 
 
 @dataclass(frozen=True)
 class ClassMasks:
-    """The masks of a label map's classes, made one at a time."""
+    """The masks of the classes of a label map. Each mask is made when it is read."""
 
     labels: UInt8[np.ndarray, "height width"]
     classes: list[int]
@@ -98,12 +99,15 @@ class ClassMasks:
 
 
 class CaptionedPictures:
-    """Labelled pictures as `sa1b.MaskFolder` has its own: the masks of their classes, largest first, without names.
+    """A source of labelled pictures with items as in `sa1b.MaskFolder`: masks without names, largest first.
+
+    Each class of a picture's labels is one mask.
 
     Args:
-      source: items with `image` and `labels`.
-      names: of its items.
-      background: label that is no mask; None: every class is one.
+      source: a source of items with `image` and `labels`.
+      names: names of its items.
+      captions: the captions of the pictures.
+      background: label that is not a mask; None: every class is a mask.
     """
 
     def __init__(self, source: DataSource, names: Sequence[str], captions: ImageCaptions, background: int | None):

@@ -1,4 +1,4 @@
-"""What the readers of labelled images share: files to pixels and labels, published ids to classes, and messages."""
+"""Shared by the readers of labelled images: reads pixels and labels, maps published ids to classes, finds files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from seg4diff_jax.data.loader import Item
 from seg4diff_jax.image_files import ImageError, read_label_png, read_rgb
 
 INDEX_MODES = ("L", "P", "1", "I;16", "I")
-"""Pillow's names for images with one whole number a pixel; of an image with a palette the numbers count."""
+"""Pillow's modes of images with one whole number per pixel. With a palette, the number is the index."""
 SYNONYMS = {"validation": "val", "val": "validation", "training": "train", "train": "training"}
-"""Other words for splits."""
+"""Other names of splits."""
 
 
 class FolderError(ValueError):
@@ -25,26 +25,26 @@ class FolderError(ValueError):
 
 @runtime_checkable
 class Labels(Protocol):
-    """The labels of a set's images, by the image's number."""
+    """A function from an image's number to its labels."""
 
     def __call__(self, index: int, /) -> UInt8[np.ndarray, "height width"]:
-        """Class of every pixel, or 255. Raises FolderError when there is no such label or it cannot be used."""
+        """Returns the class of every pixel, or 255. Raises FolderError if the label is absent or cannot be used."""
         ...
 
     def place(self, index: int, /) -> str:
-        """Where the label is read from, for messages."""
+        """Returns the place from which the label is read, for messages."""
         ...
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images and their labels as a random-access source; files are opened when an item is read.
+    """A random-access source of images and their labels. Files are opened when an item is read.
 
     Items have `image` uint8 [height, width, 3], `labels` uint8 [height, width] (class, or 255) and `name`.
 
     Attributes:
-      split: the set's own name of the part that this is.
-      kind: which of the labels that a set has are read, where it has several.
+      split: the set's own name of the split.
+      kind: the kind of labels that are read, for a set with several kinds.
 
     Raises, for an item:
       FolderError: its label is absent, damaged, of another size, or holds an id that the set does not have.
@@ -68,7 +68,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class PngLabels:
-    """Labels that are images of one channel, a file each."""
+    """Labels that are one-channel PNG files, one for each image."""
 
     files: Sequence[Path]
     classes: IdTable
@@ -81,11 +81,11 @@ class PngLabels:
 
 
 class IdTable:
-    """Published ids to classes.
+    """A table that maps published ids to classes.
 
     Args:
-      classes: class of each id that may occur, 255 for what is ignored.
-      expected: which ids those are, for messages.
+      classes: class of each id that may occur; 255 for ignored ids.
+      expected: description of these ids, for messages.
     """
 
     def __init__(self, classes: Mapping[int, int], expected: str):
@@ -94,7 +94,7 @@ class IdTable:
         self._class_of[list(classes)] = list(classes.values())
 
     def __call__(self, ids: Integer[np.ndarray, "*shape"], place: str) -> UInt8[np.ndarray, "*shape"]:
-        """Raises FolderError when another id occurs; the message names `place`."""
+        """Maps ids to classes. Raises FolderError if any other id occurs; the message names `place`."""
         inside = (ids >= 0) & (ids < len(self._class_of))
         classes = np.where(inside, self._class_of[np.where(inside, ids, 0)], -1)
         unknown = ids[classes < 0]
@@ -106,13 +106,13 @@ class IdTable:
 
 
 def read_values(file: Path | bytes, name: str = "") -> Integer[np.ndarray, "height width"]:
-    """The number that each pixel of a label image holds; no EXIF rotation applies.
+    """Returns the number that each pixel of a label image holds. No EXIF rotation is applied.
 
     Args:
-      file: a file, or what is in one.
-      name: for messages, if it is no file.
+      file: a file, or the bytes of one.
+      name: name of the image in messages. Default: the file.
 
-    Raises FolderError when the file is absent or no such image.
+    Raises FolderError if the file is absent, cannot be read or does not have one channel.
     """
     name = name or str(file)
     mode, values = read_stored(file, name)
@@ -122,7 +122,7 @@ def read_values(file: Path | bytes, name: str = "") -> Integer[np.ndarray, "heig
 
 
 def read_stored(file: Path | bytes, name: str) -> tuple[str, np.ndarray]:
-    """A label image's mode, as Pillow calls it, and the numbers of its pixels. Raises FolderError when it cannot."""
+    """Returns Pillow's mode of a label image, and its pixels' numbers. Raises FolderError if it cannot be read."""
     try:
         return read_label_png(file, name)
     except FileNotFoundError:
@@ -134,19 +134,20 @@ def read_stored(file: Path | bytes, name: str) -> tuple[str, np.ndarray]:
 def read_fitting(
     file: Path | bytes, size: tuple[int, ...], label: str, name: str = ""
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """An image as large as its label: turned as its EXIF data asks for, unless only the pixels as stored fit.
+    """Reads an image that has the size of its label. It is rotated as its EXIF data asks, if it then fits.
 
-    Labels of published sets were drawn on either. Where both fit, EXIF counts.
+    Labels of published sets were drawn on rotated images or on images as stored. If only the image as stored fits, it
+    is not rotated.
 
     Args:
-      file: a file, or what is in one.
+      file: a file, or the bytes of one.
       size: height and width of the label.
-      label: where the label is, for messages.
-      name: where the image is, for messages, if that is no file.
+      label: place of the label, for messages.
+      name: place of the image, for messages. Default: the file.
 
     Raises:
       ImageError: the image cannot be read.
-      FolderError: the label is of another size.
+      FolderError: the label has another size.
     """
     name = name or str(file)
     image = _pixels(file, name)
@@ -176,12 +177,12 @@ def _nothing(file: Path | bytes) -> str:
 
 
 def first_of(root: str | Path, places: Sequence[str], origin: str) -> Path:
-    """The first of some places under `root` that is there.
+    """Returns the first of some paths under `root` that exists.
 
     Args:
       origin: what is expected and where it comes from, for messages.
 
-    Raises FolderError when none is.
+    Raises FolderError if none exists.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -193,12 +194,15 @@ def first_of(root: str | Path, places: Sequence[str], origin: str) -> Path:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """Without those whose name starts with a dot: what systems write beside images is none."""
+    """Returns the paths whose names do not begin with a dot. Systems write such hidden files beside images."""
     return [path for path in paths if not path.name.startswith(".")]
 
 
 def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
-    """Files in alphabetical order of their names. Raises FolderError when there are none, or a folder is lost."""
+    """Returns the files of a pattern, in alphabetical order of their names.
+
+    Raises FolderError if there are none, or if a folder is a broken link.
+    """
     if "/" in pattern and (lost := [path for path in sorted(visible(directory.iterdir())) if not path.exists()]):
         raise FolderError(f"{lost[0]} is a link to nothing; expected {origin}")
     files = [path for path in visible(directory.glob(pattern)) if not path.parent.name.startswith(".")]
@@ -209,10 +213,11 @@ def images_in(directory: Path, pattern: str, origin: str) -> list[Path]:
 
 
 def published_split(split: str | None, splits: Sequence[str], name: str) -> str:
-    """A set's own name of a split: `val` and `validation` are one, and so are `train` and `training`.
+    """Returns a set's own name of a split. `val` means `validation` too, and `train` means `training`.
 
     Args:
       split: default: the first of `splits`.
+      name: name of the set, for messages.
 
     Raises ValueError for a split that the set does not have.
     """
@@ -223,7 +228,7 @@ def published_split(split: str | None, splits: Sequence[str], name: str) -> str:
 
 
 def published_kind(kind: str | None, kinds: Sequence[str], name: str) -> str | None:
-    """Which labels are asked for, None for any. Raises ValueError for those that the set does not have."""
+    """Returns the kind of labels unchanged, None for any. Raises ValueError for a kind that the set does not have."""
     if kind is not None and kind not in kinds:
         has = f"has {' and '.join(kinds)}" if kinds else "has labels of one kind: leave it out"
         raise ValueError(f"data.labels is {kind!r}: {name} {has}")

@@ -1,4 +1,4 @@
-"""From a random-access source to batches: shuffled, shared between hosts, and resumable to the item (Grain)."""
+"""Makes batches from a random-access source with Grain: shuffled, shared between hosts, and resumable at any batch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from absl import flags
 
 Item = dict[str, Any]
-"""Field to NumPy array or number."""
+"""An item: fields by name, NumPy arrays or numbers."""
 Batch = dict[str, Any]
-"""Field to array with a leading axis; `index` holds the items' places in the source."""
+"""A batch: fields by name, arrays with a leading axis. `index` holds the items' numbers in the source."""
 Augment = Callable[[Item, np.random.Generator], Item]
-"""An item as it is read, and random numbers, to the item as it is trained on. Goes to worker processes by pickling."""
+"""A function from an item and random numbers to the item for training. Worker processes get it by pickling."""
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Items by their number. Worker processes get a copy by pickling."""
+    """A random-access source of items, by number. Worker processes get a copy by pickling."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Item: ...
 
 
 class Numbered:
-    """The source's items with a field `index` that says which each one is."""
+    """A source with the same items and a further field `index`, the item's number."""
 
     def __init__(self, source: DataSource):
         self.source = source
@@ -43,7 +43,7 @@ class Numbered:
 
 
 class Augmented:
-    """`augment` for items of `Numbered`, whose numbers it does not see."""
+    """Applies `augment` to items of `Numbered`, without showing it the field `index`."""
 
     def __init__(self, augment: Augment):
         self.augment = augment
@@ -63,21 +63,21 @@ def training_batches(
     process: tuple[int, int] = (0, 1),
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Batches without end, each epoch in an order of its own.
+    """Yields batches without end. Each epoch has its own random order.
 
-    Which items make up a batch, and where in it, depends on the seed alone: hosts share each batch between them, the
-    first has its first rows, and neither threads nor worker processes change the order.
+    The items of a batch, and their order, depend on the seed alone, not on threads or worker processes. Hosts share
+    each batch: the first host has its first rows.
 
     Args:
-      batch_size: over all hosts.
-      augment: makes each item new in every epoch: its random numbers depend on the seed, and on how many items came
+      batch_size: number of items over all hosts.
+      augment: changes each item anew in every epoch. Its random numbers depend on the seed, and on the number of items
         before.
-      workers: processes that read; 0: threads of this one.
-      process: this host's share of every batch, and how many shares there are.
-      start: batches that were taken before: the first one is the one after them.
+      workers: number of processes that read; 0: threads of this process.
+      process: index of this host's share of every batch, and number of shares.
+      start: number of batches that were taken before. The first batch is the next one.
 
     Raises:
-      ValueError: hosts cannot share a batch evenly, or an epoch has no batch.
+      ValueError: hosts cannot share a batch evenly, or the source is empty.
     """
     index, count = process
     if batch_size % count:
@@ -85,21 +85,21 @@ def training_batches(
     if not len(source):
         raise ValueError("the training data is empty: expected at least one item")
     items = grain.MapDataset.source(Numbered(source)).seed(seed).shuffle().repeat()
-    # Before hosts take their shares: an item's random numbers are the same however many there are.
+    # This comes before hosts take their shares, so that random numbers do not depend on the number of hosts.
     items = items if augment is None else items.random_map(Augmented(augment))
     shares = items.batch(batch_size // count, drop_remainder=True)[index + start * count :: count]
     threads = grain.ReadOptions(num_threads=2 if workers else 4, prefetch_buffer_size=4)
     batches = shares.to_iter_dataset(threads)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain asks for options of its own, as if a program of absl's ran
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which fails until absl has parsed a command line
         shared = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(shared, worker_init_fn=live_with_parent)
     return iter(batches)
 
 
 def live_with_parent(*_: int) -> None:
-    """For worker processes: Ctrl-C is their parent's to answer, and they end when it ends, in whatever way."""
+    """Makes a worker process ignore Ctrl-C, which its parent handles, and end when the parent ends in any way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
@@ -107,7 +107,10 @@ def live_with_parent(*_: int) -> None:
 
 
 def evaluation_batches(source: DataSource, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """Every item once, in order, and how many of each batch count: the last is filled up with its last item."""
+    """Yields batches with every item once, in order, and the number of items that count in each.
+
+    The last batch is filled up with copies of its last item.
+    """
     numbered = Numbered(source)
     for start in range(0, len(source), batch_size):
         stop = min(start + batch_size, len(source))

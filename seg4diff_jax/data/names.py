@@ -1,4 +1,4 @@
-"""How a set's classes are called in prompts, and what becomes of the one that stands for all others."""
+"""The names of a set's classes in prompts, and the rules for background and unlabelled pixels."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 Spelling = Literal["own", "readable", "release"]
-"""How class names are spelled, see `spelled`."""
+"""How class names are spelled in prompts; see `spelled`."""
 Background = Literal["scored", "asked", "ignored"]
-"""What becomes of the class that stands for all others.
+"""The rule for the background class, which stands for all other classes.
 
-    scored: a class like any other
-    asked: its pixels do not count, but where it is present its name is asked for and takes pixels from other classes
-    ignored: its pixels do not count and its name is not asked for
+    scored: it is a class like any other
+    asked: its pixels do not count; if it is present, its name is asked for and takes pixels from other classes
+    ignored: its pixels do not count, and its name is not asked for
 """
 
 Unlabelled = Literal["background", "ignored"]
-"""What pixels are that nobody labelled, in a set that has a class for all that is none of the others."""
+"""The rule for pixels that nobody labelled, in a set with a background class: they are background, or ignored."""
 
 READABLE = {
     "diningtable": "dining table",
@@ -26,7 +26,7 @@ READABLE = {
     "playingfield": "playing field",
     "waterdrops": "water drops",
     "raw-material": "raw material",
-    # Cut, these two of the 27 supercategories would be called as two others are.
+    # Without their suffixes, these two of the 27 supercategories would have the names of two others.
     "food-stuff": "prepared food",
     "furniture-stuff": "built-in furniture",
     "ceiling-tile": "tile ceiling",
@@ -42,25 +42,25 @@ READABLE = {
     "wall-wood": "wood wall",
     "window-blind": "window blind",
 }
-"""Names that no rule makes readable."""
+"""Readable names of classes for which the rules of `readable` do not suffice."""
 SUFFIXES = ("-merged", "-other", "-stuff")
-"""What tells classes of a set from others of the same name and is no part of the name."""
+"""Suffixes that only tell a set's classes of one name apart. They are not part of the name."""
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The names of a list that commas part."""
+    """Splits a list of names at its commas."""
     return tuple(name.strip() for name in text.split(","))
 
 
 def spelled(names: Sequence[str], how: Spelling) -> tuple[str, ...]:
-    """Class names as prompts have them, in order.
+    """Returns class names as prompts spell them, in order.
 
-    own: as they are, which is what published results use.
-    readable: words parted (`diningtable`, `wall_clock`), without suffixes such as `-other`, materials before what is
-      made of them (`wall-brick`: brick wall).
-    release: cut at the first `-`, as the released Seg4Diff does it in evaluation: several classes may get one name.
+    own: the set's own names, which published results use.
+    readable: words separated (`diningtable`, `wall_clock`), without suffixes such as `-other`, and materials first
+      (`wall-brick` is brick wall).
+    release: cut at the first `-`, as in the evaluation of the released Seg4Diff. Several classes may get one name.
 
-    Raises ValueError when two classes would be called the same and `how` is "readable".
+    Raises ValueError if `how` is "readable" and two classes would get one name.
     """
     if how == "own":
         return tuple(names)
@@ -79,6 +79,7 @@ def spelled(names: Sequence[str], how: Spelling) -> tuple[str, ...]:
 
 
 def readable(name: str) -> str:
+    """Returns the readable spelling of one class name."""
     if name in READABLE:
         return READABLE[name]
     for suffix in SUFFIXES:

@@ -1,4 +1,4 @@
-"""PASCAL Context: 59 of the 459 ids of `trainval_merged.json`, whose masks are COCO run lengths.
+"""Reads PASCAL Context: 59 of the 459 ids of `trainval_merged.json`, whose masks are COCO run lengths.
 
 VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg
 VOCdevkit/VOC2010/trainval_merged.json
@@ -28,24 +28,24 @@ ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flo
 keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep, shelves,
 sidewalk, sign, sky, snow, sofa, diningtable, track, train, tree, truck, tvmonitor, wall, water, window, wood
 """)
-"""`diningtable` is what the file calls table."""
+"""Names of the 59 classes. The file calls `diningtable` table."""
 CLASS_IDS = (
     2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158,
     159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366,
     368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458,
 )  # fmt: skip
-"""Id of each class among the 459."""
+"""Id of each class, one of the 459."""
 BACKGROUND = len(CLASSES)
-"""Its index where it is a class: after the others."""
+"""Index of the background class, in sets that have one: after the others."""
 IDS = {
     **dict.fromkeys(range(460), IGNORED),
     **{published: index for index, published in enumerate(CLASS_IDS)},
 }
-"""Class of each id, the other 400 and what nobody labelled (0) left out."""
+"""Class of each id. The other 400 ids and unlabelled pixels (0) are ignored."""
 IDS_WITH_BACKGROUND = {number: BACKGROUND if label == IGNORED else label for number, label in IDS.items()}
-"""The same with a class for those."""
+"""Class of each id. The other 400 ids and unlabelled pixels (0) are background."""
 SPLITS = ("val", "train")
-"""5104 and 4996 images."""
+"""Splits of 5104 and of 4996 images."""
 MOST_ID, MOST_SIDE = 2**31 - 1, 2**14
 FILE = "trainval_merged.json"
 ORIGIN = (
@@ -55,16 +55,19 @@ ORIGIN = (
 PLACES = ("", "VOC2010/", "VOCdevkit/VOC2010/")
 KEPT = {"images", "annos_segmentation", "image_id", "file_name", "phase", "height", "width"}
 KEPT |= {"category_id", "segmentation", "counts", "size"}
-"""Names in the file that are read: parts, boundaries and boxes are let go at once, as the file is large."""
+"""Keys of the file that are read. Parts, boundaries and boxes are dropped while parsing, since the file is large."""
 
 
 @dataclass(frozen=True)
 class MaskLabels:
-    """Labels that are masks of categories, one laid on the other.
+    """Labels that are stored as masks of categories. A later mask covers earlier ones.
 
     Attributes:
-      masks: for each image its masks: id and run lengths.
+      file: the file with the masks, for messages.
+      names: names of the images.
       sizes: height and width of each image.
+      masks: for each image, id and run lengths of its masks.
+      classes: class of each id.
     """
 
     file: Path
@@ -84,13 +87,13 @@ class MaskLabels:
 
 
 def read_context(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
-    """The images of a split, in alphabetical order.
+    """Returns the images of a split in alphabetical order.
 
     Args:
       root: VOC2010, or a directory that holds it or VOCdevkit.
       ids: class of each published id.
 
-    Raises FolderError when something is not where it should be or not as described, ValueError for another split.
+    Raises FolderError if a file is missing or not as described, ValueError for an unknown split.
     """
     split = published_split(split, SPLITS, "PASCAL Context")
     directory = first_of(root, [f"{place}JPEGImages" for place in PLACES], ORIGIN)

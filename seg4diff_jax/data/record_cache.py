@@ -1,10 +1,10 @@
-"""Items computed once and kept on the disk as ArrayRecord, which grain reads in any order.
+"""Caches computed items on disk as ArrayRecord, which Grain reads in any order.
 
-DIR/items.arrayrecord   a record per item: its fields' bytes, one after the other, and a checksum
-DIR/items.json          the fields' names, dtypes and shapes, what the items were made of, how many, and a random key
+DIR/items.arrayrecord   a record for each item: the bytes of its fields, one after the other, and a checksum
+DIR/items.json          names, dtypes and shapes of the fields, what the items were made of, their number, a random key
 
-ArrayRecord finds bytes that have changed. What it cannot know is whether a record is the one with this number, of this
-cache, with this description: the checksum is of the record, its number and all that the description says.
+ArrayRecord itself detects changed bytes. It cannot detect a record with another number, or one of another cache. So the
+checksum covers the record, its number, and all of items.json.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from seg4diff_jax.data.loader import Item
 
 RECORDS, MANIFEST = "items.arrayrecord", "items.json"
 ONE_BY_ONE = "group_size:1,uncompressed"
-"""How records are written: each can be read without others. Latents do not compress."""
+"""ArrayRecord's options: each record can be read by itself, uncompressed, since latents do not compress."""
 
 
 class Field(NamedTuple):
-    """An array's form, the same in every item."""
+    """The dtype and shape of a field, the same in every item."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,14 +45,14 @@ class Field(NamedTuple):
 def write_cache(
     directory: str | Path, batches: Iterable[Mapping[str, np.ndarray]], count: int, identity: Mapping[str, Any]
 ) -> None:
-    """Write `count` items that come in batches; the directory appears when all are there.
+    """Writes `count` items that come in batches. The directory appears when all are written.
 
     Args:
-      identity: plain values that say what the items were made of; `RecordCache` refuses other items.
+      identity: plain values that say what the items were made of. `RecordCache` checks them.
 
     Raises:
-      ValueError: the batches hold fewer or more items, or items of other fields than the first.
-      OSError: the disk does not take them.
+      ValueError: the batches hold fewer or more items, or items with other fields than the first.
+      OSError: the items cannot be written.
     """
     fields: dict[str, Field] = {}
     manifest = {"identity": dict(identity), "count": count, "key": secrets.token_hex(8)}
@@ -75,7 +75,10 @@ def write_cache(
 
 
 def _seed(manifest: Mapping[str, Any]) -> int:
-    """Of all checksums of a cache: the description as it is read back. Fields lie in its order."""
+    """Returns the seed of a cache's checksums: the checksum of its description as it is read back from the file.
+
+    The order of the fields counts, since records hold them in this order.
+    """
     return zlib.crc32(json.dumps(json.loads(json.dumps(manifest))).encode())
 
 
@@ -84,7 +87,7 @@ def _checksum(record: bytes, index: int, seed: int) -> bytes:
 
 
 class Writer:
-    """ArrayRecord's, which says what the file system says in RuntimeErrors: OSErrors of these."""
+    """An ArrayRecord writer. It raises OSError where ArrayRecord reports file system errors as RuntimeError."""
 
     def __init__(self, file: Path):
         self._file, self._writer = file, ArrayRecordWriter(str(file), ONE_BY_ONE)
@@ -103,14 +106,14 @@ class Writer:
 
 
 class RecordCache:
-    """The items of a cache, read-only arrays. Copies that go to worker processes open the file anew.
+    """A random-access source of the items of a cache, as read-only arrays. Copies in worker processes reopen the file.
 
     Args:
-      identity: what the items must be made of.
-      fields: those that items have. Default: all.
+      identity: what the items must have been made of.
+      fields: fields of the returned items. Default: all.
 
     Raises:
-      ValueError: the directory is no cache or damaged, or its items were made of something else than `identity`.
+      ValueError: the directory is no cache or is damaged, or its items were made of something else than `identity`.
     """
 
     def __init__(self, directory: str | Path, identity: Mapping[str, Any], fields: Sequence[str] | None = None):
@@ -138,7 +141,7 @@ class RecordCache:
         if count != len(self._records):
             raise self._damaged(f"{RECORDS} has {len(self._records)} records, and {MANIFEST} {quoted(count)}")
         if len(self._records):
-            self[0]  # the file of another cache is told at once
+            self[0]  # detects the file of another cache at once
 
     def __len__(self) -> int:
         return len(self._records)
@@ -167,7 +170,7 @@ class RecordCache:
 
 
 def _fields(manifest: Mapping[str, Any], file: Path) -> dict[str, Field]:
-    """Of a cache's description. Raises ValueError when that is none."""
+    """Returns the fields that a cache's description names. Raises ValueError if it is no valid description."""
     try:
         if not isinstance(manifest["identity"], dict):
             raise TypeError("identity is no table")

@@ -1,7 +1,8 @@
-"""COCO's run lengths: how many pixels in turn are outside and inside a mask, down the columns.
+"""Decodes COCO's run lengths: numbers of pixels that are, in turn, outside and inside a mask, down the columns.
 
-As text each length, from the third on less the one two before it, is written in groups of five bits, lowest first,
-each a character from '0' on; 32 stands for more groups, and 16 in the last for a number below zero.
+As text, each number from the third on is the difference to the length two before. Numbers are written in groups of five
+bits, lowest first, each as a character from '0' on. The bit 32 means that another group follows. The bit 16 in the last
+group means a negative number.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from jaxtyping import Bool, Int
 from seg4diff_jax.data.labelled import FolderError
 
 LONGEST = 6
-"""Groups of one number: 30 bits, more than an image has pixels."""
+"""Most groups of one number: 30 bits, more than an image has pixels."""
 
 
 def decoded(mask: Any, size: tuple[int, int], place: str) -> Bool[np.ndarray, "height width"]:
-    """COCO's run lengths, as a list or as text, as a mask.
+    """Decodes COCO's run lengths, a list or text, to a mask.
 
     Args:
       size: height and width of the image.
-      place: where they stand, for messages.
+      place: place of the run lengths, for messages.
 
-    Raises FolderError when they are of another size, damaged, make fewer or more pixels than the image has, or are
-    polygons.
+    Raises FolderError if they are polygons, are damaged, have another size, or do not add up to the image's pixels.
     """
     from pycocotools import mask as run_lengths
 
@@ -50,7 +50,7 @@ def decoded(mask: Any, size: tuple[int, int], place: str) -> Bool[np.ndarray, "h
 
 
 def lengths_of(counts: Any) -> Int[np.ndarray, " runs"]:
-    """The lengths that a list or text holds, int64. Raises ValueError, TypeError or OverflowError for anything else."""
+    """Returns the run lengths in a list or text, int64. Raises ValueError, TypeError or OverflowError for others."""
     if isinstance(counts, list):
         if not all(type(count) is int for count in counts):
             raise ValueError("its counts are not whole numbers")

@@ -1,8 +1,8 @@
-"""SA-1B, or any pictures with masks that have no names, as Segment Anything's tars unpack: all files in one folder.
+"""Reads SA-1B, or any pictures with masks without names, all in one folder, as Segment Anything's tars unpack:
 
 DIR/sa_1.jpg     a picture
 DIR/sa_1.json    {"annotations": [{"segmentation": RLE, "area": 5}, ...]}
-captions.json    {"1": "One sentence. Another."}: what each picture shows, see `data.image_captions`; lies anywhere
+captions.json    {"1": "One sentence. Another."}: captions, see `data.image_captions`; the file can be anywhere
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class RunLengths:
-    """The masks of one picture as they are stored; decoded one at a time, for a picture can have hundreds."""
+    """The masks of one picture, as run lengths. A mask is decoded when it is read: a picture can have hundreds."""
 
     encoded: list[Any]
     size: tuple[int, int]
@@ -37,22 +37,22 @@ class RunLengths:
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> Bool[np.ndarray, "height width"]:
-        """Raises FolderError when it is damaged or not of the picture's size."""
+        """Decodes one mask. Raises FolderError if it is damaged or has another size than the picture."""
         return decoded(self.encoded[index], self.size, f"{self.place}, mask {index}")
 
 
 class MaskFolder:
-    """The pictures of a folder as a random-access source, in alphabetical order.
+    """A random-access source of the pictures of a folder, in alphabetical order.
 
-    Items have `image` uint8 [height, width, 3], `masks` (`RunLengths`, largest first by what the file says), `caption`
-    and `name`.
+    Items have `image` uint8 [height, width, 3], `masks` (`RunLengths`, largest area first, by the areas in the file),
+    `caption` and `name`.
 
     Args:
       root: the folder.
-      captions: a file of captions; None: all are empty.
+      captions: a file of captions; None: all captions are empty.
 
     Raises:
-      FolderError: a part is absent, damaged or not as described; for an item also when its masks are.
+      FolderError: the folder, a file of masks or the captions are absent, damaged or not as described.
       ImageError: an item's picture cannot be read.
     """
 
@@ -84,7 +84,7 @@ class MaskFolder:
         return {"image": image, "masks": masks, "caption": self.captions(name), "name": name}
 
     def _annotations(self, index: int) -> list[Any]:
-        """The picture's masks, largest first."""
+        """Returns the picture's encoded masks, largest first."""
         file = self.files[index].with_suffix(".json")
         contents = Annotations(read_json(file, ORIGIN), file, ORIGIN)
         masks = contents["annotations"].each()

@@ -1,4 +1,4 @@
-"""The published sets that can be scored, by name. Another set is an entry here and a file that reads it."""
+"""The published sets that can be scored, by name. To add a set, add an entry here and a module that reads it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from seg4diff_jax.data.names import Background, Unlabelled
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 Read = Callable[[str | Path, str | None, str | None, Mapping[int, int]], LabelledImages]
-"""Opens a set: where it lies, which split (None: the usual one), which labels (None: any), class of each id."""
+"""A function that opens a set. Its arguments are the directory, the split (None: the usual one), the kind of labels
+(None: any) and the class of each id."""
 
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A set with its classes. Labels are indices into `classes`, or 255 for what is ignored.
+    """A published set with its classes. Labels are indices into `classes`, or 255 for ignored pixels.
 
     Attributes:
-      read: opens it, see `Read`.
-      ids: class of each published id, 255 for those that are ignored.
-      layout: what is expected in the directory that is given.
-      background: index of the class that stands for all others.
-      rule: what becomes of that class unless the user says otherwise.
-      groups: classes whose mean IoU is reported apart.
-      unlabelled: published id of what nobody labelled, where that is background unless the user says otherwise.
+      read: opens the set, see `Read`.
+      classes: names of the classes, in the order of the labels.
+      ids: class of each published id; 255 for ignored ids.
+      layout: what the given directory is expected to hold.
+      background: index of the class that stands for all others; None: there is none.
+      rule: default rule for that class.
+      groups: groups of classes whose mean IoU is reported separately.
+      unlabelled: published id of unlabelled pixels, if these are background by default and may also be ignored.
     """
 
     read: Read
@@ -46,17 +48,17 @@ class PublishedSet:
         kind: str | None = None,
         unlabelled: Unlabelled | None = None,
     ) -> LabelledImages:
-        """The set's images, see `LabelledImages`.
+        """Opens the set, and returns its images.
 
         Args:
-          root: directory with the set as it is handed out.
-          split: default: the one that results are reported on.
-          kind: which labels, where the set has several; default: the first that is there.
-          unlabelled: what pixels are that nobody labelled; default: background, where the set says so.
+          root: directory with the set as published.
+          split: default: the split that results are reported on.
+          kind: kind of labels, for a set with several; default: the first that is there.
+          unlabelled: rule for pixels that nobody labelled; default: background, in sets with `unlabelled`.
 
         Raises:
-          FolderError: something is not where it should be.
-          ValueError: the set has no such split or labels, or no pixels that may be one or the other.
+          FolderError: a file or a directory is missing.
+          ValueError: the set has no such split or labels, or `unlabelled` is given for a set without such a rule.
         """
         if unlabelled is not None and self.unlabelled is None:
             having = ", ".join(name for name, one in SETS.items() if one.unlabelled is not None)

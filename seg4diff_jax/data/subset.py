@@ -1,4 +1,4 @@
-"""Some items of a source, chosen by the names that a file lists."""
+"""Selects items of a source by the names that a file lists."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from seg4diff_jax.data.text_files import read_lines
 
 EXPECTED = "names of images, one a line"
 MOST_NAMED = 3
-"""Absent names that a message lists."""
+"""Most absent names that a message lists."""
 
 
 @runtime_checkable
 class Named(Protocol):
-    """Items by their number, which have names."""
+    """A random-access source whose items have names."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -26,7 +26,7 @@ class Named(Protocol):
 
 
 class Subset:
-    """The items of a source at some places, in that order."""
+    """A source of the items with some numbers of another source, in that order."""
 
     def __init__(self, source: Named, places: Sequence[int]):
         self.source, self.places = source, places
@@ -44,14 +44,14 @@ class Subset:
 
 
 def listed_places(file: str | Path, names: Sequence[str], where: str) -> list[int]:
-    """Places among `names` of the images that a file lists, in its order.
+    """Returns the indices in `names` of the images that a file lists, in the file's order.
 
     Args:
-      file: a name a line, alone or as a path, with or without its suffix; further columns are of no account unless the
-        whole line is a name. Blank lines are passed over.
-      where: what the names are of, for messages.
+      file: a file with one name per line, alone or as a path, with or without suffix. Further columns are ignored,
+        unless the whole line is a name. Blank lines are skipped.
+      where: what the names belong to, for messages.
 
-    Raises FolderError when the file cannot be read or lists nothing, an image that is not there, or one twice.
+    Raises FolderError if the file cannot be read, lists nothing, or lists an unknown image or an image twice.
     """
     place_of = {name: place for place, name in enumerate(names)}
     found: dict[int, int] = {}
@@ -80,10 +80,10 @@ def listed_places(file: str | Path, names: Sequence[str], where: str) -> list[in
 
 
 def _spellings(line: str) -> Iterator[str]:
-    """What a line may call an image by, the most literal first."""
+    """Yields the names that a line may mean, the most literal first."""
     for text in (line, *line.split()[:1]):
         last = PurePosixPath(text.replace("\\", "/")).name
         yield text
         yield last
         yield PurePosixPath(last).stem
-        yield PurePosixPath(last).stem.removesuffix("_leftImg8bit")  # of Cityscapes, whose labels have another ending
+        yield PurePosixPath(last).stem.removesuffix("_leftImg8bit")  # Cityscapes' images; its labels end otherwise

@@ -1,7 +1,7 @@
-"""Text that people write and annotations that sets are handed out with, as editors of every system save them.
+"""Reads text files and JSON annotations as any editor on any system saves them.
 
-A file may begin with a byte order mark (of UTF-8, UTF-16 or UTF-32; without one it is UTF-8), end its lines as Unix,
-Windows or old Macs do, and end with or without one.
+A file may begin with a byte order mark of UTF-8, UTF-16 or UTF-32; without one it is UTF-8. Line ends may be those of
+Unix, Windows or old Macs, and the last line may lack one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.files import cut, parse_json, quoted
 from seg4diff_jax.data.labelled import FolderError
 
-MARKS = (  # UTF-32's begins with UTF-16's
+MARKS = (  # UTF-32 is before UTF-16, since its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
@@ -23,14 +23,13 @@ MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 MOST_BYTES = 2**32
-"""Of a file of text: PASCAL Context's, the largest that is read, has a tenth of it."""
+"""Most bytes of a text file. The largest that is read, PASCAL Context's, has a tenth of this."""
 
 
 def read_text(file: str | Path, expected: str = "text") -> str:
-    r"""What a file says, its lines parted by \n alone. `expected`: what it should say, for messages.
+    r"""Returns the text of a file, with \n at the end of lines. `expected` says what it should hold, for messages.
 
-    Raises FolderError when there is no such file, it is too large, or it holds what is no text; the message names the
-    file and the line.
+    Raises FolderError if the file is absent, is too large or is not text; the message names the file and the line.
     """
     file = Path(file).expanduser()
     try:
@@ -60,9 +59,9 @@ def _line(before: str) -> int:
 
 
 def read_lines(file: str | Path, expected: str) -> list[str]:
-    """The lines of a file without white space around them; blank ones at its end are left out.
+    """Returns the lines of a file, without white space around them and without blank lines at the end.
 
-    Raises as `read_text`.
+    Raises as `read_text` does.
     """
     lines = [line.strip() for line in read_text(file, expected).split("\n")]
     while lines and not lines[-1]:
@@ -74,13 +73,13 @@ def read_lines(file: str | Path, expected: str) -> list[str]:
 
 
 def read_json(file: str | Path, expected: str, keep: Collection[str] = ()) -> Any:
-    """What a file of JSON holds.
+    """Reads a JSON file.
 
     Args:
-      expected: what should be in it, for messages.
-      keep: names that are read; others are let go at once, which a large file needs. Default: all.
+      expected: what the file should hold, for messages.
+      keep: keys that are read. Others are dropped while parsing, which saves memory for a large file. Default: all.
 
-    Raises FolderError when it is absent or no such JSON as `convert.files.parse_json` reads.
+    Raises FolderError if the file is absent, or is no JSON that `convert.files.parse_json` reads.
     """
     text = read_text(file, expected)
     try:
@@ -90,20 +89,21 @@ def read_json(file: str | Path, expected: str, keep: Collection[str] = ()) -> An
 
 
 class Annotations:
-    """A JSON value and where it stands; what is taken out of it is of the kind that is asked for.
+    """A JSON value with its place in the file. Methods return the value, or a part of it, if it has the expected type.
 
-    Raises, of all methods: FolderError, which names the file and the place.
+    All methods raise FolderError otherwise; the message names the file and the place.
     """
 
     def __init__(self, value: Any, file: str | Path, expected: str, place: str = ""):
         self.value, self._file, self._expected, self._place = value, file, expected, place
 
     def refuse(self, problem: str) -> FolderError:
+        """Makes the error that describes a problem with this value."""
         place = f", {cut(self._place.lstrip('.'))}" if self._place else ""
         return FolderError(f"{self._file}{place}: {problem}; expected {self._expected}")
 
     def __getitem__(self, name: str) -> Annotations:
-        """A part of an object."""
+        """Returns the value of a key of an object."""
         if not isinstance(self.value, dict):
             raise self.refuse(f"a {_kind(self.value)} where an object belongs")
         if name not in self.value:
@@ -114,33 +114,37 @@ class Annotations:
         return isinstance(self.value, dict) and name in self.value
 
     def each(self) -> list[Annotations]:
-        """The parts of a list."""
+        """Returns the elements of a list."""
         if not isinstance(self.value, list):
             raise self.refuse(f"a {_kind(self.value)} where a list belongs")
         return [self._part(value, f"[{place}]") for place, value in enumerate(self.value)]
 
     def text(self) -> str:
+        """Returns a string."""
         if not isinstance(self.value, str):
             raise self.refuse(f"a {_kind(self.value)} where text belongs")
         return self.value
 
     def among(self, texts: Sequence[str]) -> str:
+        """Returns a string that is one of `texts`."""
         if (found := self.text()) not in texts:
             raise self.refuse(f"{quoted(found)} where one of {', '.join(texts)} belongs")
         return found
 
     def whole(self, least: int, most: int) -> int:
+        """Returns a whole number from `least` to `most`."""
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value <= most:
             raise self.refuse(f"{self._described()} where a whole number of {least} to {most} belongs")
         return self.value
 
     def number(self, least: int) -> int | float:
+        """Returns a number of at least `least`."""
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not self.value >= least:
             raise self.refuse(f"{self._described()} where a number from {least} belongs")
         return self.value
 
     def label(self) -> str | int:
-        """What something is called by."""
+        """Returns a string or a whole number, by which something is named."""
         if isinstance(self.value, bool) or not isinstance(self.value, str | int):
             raise self.refuse(f"{self._described()} where text or a whole number belongs")
         return self.value
@@ -153,7 +157,11 @@ class Annotations:
 
 
 def unrepeated(values: Sequence[Any], of: Sequence[Annotations]) -> None:
-    """Raises FolderError, which names the place, when a value occurs twice."""
+    """Raises FolderError if a value occurs twice; the message names the place.
+
+    Args:
+      of: the annotation from which each value comes.
+    """
     seen = set()
     for value, one in zip(values, of, strict=True):
         if value in seen:

@@ -1,9 +1,9 @@
-"""Any set that tensorflow-datasets has prepared as ArrayRecord, with an image and a label map. No TensorFlow is needed.
+"""Reads sets with images and label maps that tensorflow-datasets has prepared as ArrayRecord, without TensorFlow.
 
     DIR/dataset_info.json, DIR/features.json, DIR/NAME-SPLIT.array_record-00000-of-00001 ...
-    DIR/classes.txt    one class name a line, where the set names no classes itself
+    DIR/classes.txt    one class name a line, if the set itself names no classes
 
-A set is prepared, once and where there is a TensorFlow, by `download_and_prepare(file_format="array_record")`.
+Prepare a set once, on a machine with TensorFlow, by `download_and_prepare(file_format="array_record")`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from seg4diff_jax.data.loader import Item
 
 INFO, CLASSES = "dataset_info.json", "classes.txt"
 DEPTH = 4
-"""How far below the given directory a prepared set is looked for: NAME/CONFIG/VERSION."""
+"""Levels of directories in which a prepared set is searched: the given one, and NAME/CONFIG/VERSION below it."""
 FIRST_SPLITS = ("validation", "val", "test", "train")
-"""Which split is the default, if the set has it."""
+"""The default split is the first of these that the set has."""
 PREPARED = "a set that tensorflow-datasets has prepared with file_format='array_record'"
 
 
 class PreparedSet:
-    """The images of a split as a random-access source, in the set's order.
+    """A random-access source of the images of a split, in the set's order.
 
     Items have `image` uint8 [height, width, 3], `labels` uint8 [height, width] (index into `classes`, or 255) and
     `name`: the split and the number in it.
 
     Args:
-      root: the directory with dataset_info.json, or one above it that holds no other.
+      root: the directory with dataset_info.json, or a directory above it that holds no other set.
       split: default: the first of `FIRST_SPLITS` that the set has.
       kind: the field that holds the label map, if the set has several.
 
     Raises:
-      FolderError: the directory is not as described, or for an item its label is damaged, of another size or holds
-        values that name no class.
+      FolderError: the directory is not as described; for an item, its label is damaged, has another size than the
+        image, or holds values that name no class.
       ImageError: an item's image cannot be read.
       ValueError: the set has no such split or field.
     """
@@ -63,7 +63,8 @@ class PreparedSet:
         self.classes = named or read_classes(self.root / CLASSES)
         usual = next((word for word in FIRST_SPLITS if word in splits), None)
         self.split = published_split(split or usual, splits, self.name)
-        # Pillow decodes here what tfds would hand to OpenCV where that is installed: the same pixels everywhere.
+        # tfds would decode images by OpenCV where that is installed. Here Pillow decodes them, so that pixels are the
+        # same everywhere.
         encoded = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         try:
             self._source: Any = builder.as_data_source(
@@ -99,7 +100,7 @@ class PreparedSet:
 
 
 def prepared_directory(root: str | Path) -> Path:
-    """The directory of the one prepared set that is there. Raises FolderError when there is none, or several."""
+    """Returns the directory of the prepared set at or below `root`. Raises FolderError if there is none, or several."""
     root = Path(root).expanduser()
     places = [path.parent for depth in range(DEPTH) for path in sorted(root.glob("*/" * depth + INFO))]
     found = [place for place in places if not any(part.startswith(".") for part in place.relative_to(root).parts)]
@@ -109,7 +110,10 @@ def prepared_directory(root: str | Path) -> Path:
 
 
 def image_field(features: Mapping[str, Any], root: Path) -> str:
-    """The field that holds the image: `image`, or else the only one of three channels."""
+    """Returns the name of the field that holds the image: `image`, or else the only image of three channels.
+
+    Raises FolderError if it is not clear.
+    """
     found = [name for name, feature in features.items() if _is_image(feature) and feature.shape[-1] in (3, None)]
     if "image" in features and _is_image(features["image"]):
         return "image"
@@ -121,9 +125,9 @@ def image_field(features: Mapping[str, Any], root: Path) -> str:
 
 
 def label_field(features: Mapping[str, Any], root: Path, kind: str | None) -> str:
-    """The field that holds the label map: `kind`, or the only one of one channel that there is.
+    """Returns the name of the field that holds the label map: `kind`, or the only field of one channel.
 
-    Raises FolderError when it is not clear, ValueError when `kind` is none.
+    Raises FolderError if it is not clear, ValueError if `kind` is no such field.
     """
     found = [name for name, feature in features.items() if name != "image" and _is_label_map(feature)]
     if kind := published_kind(kind, found, f"{root}"):
@@ -137,9 +141,13 @@ def label_field(features: Mapping[str, Any], root: Path, kind: str | None) -> st
 
 
 def label_values(stored: Any, place: str) -> Integer[np.ndarray, "height width"]:
-    """The number that each pixel of a label map holds: an encoded image, or an array with or without a last axis 1.
+    """Returns the number that each pixel of a label map holds.
 
-    Raises FolderError when it cannot be read.
+    Args:
+      stored: an encoded image, or an array with or without a last axis of length 1.
+      place: place of the label, for messages.
+
+    Raises FolderError if it cannot be read.
     """
     if isinstance(stored, bytes):
         return read_values(stored, place)
@@ -167,7 +175,7 @@ def _is_label_map(feature: Any) -> bool:
 
 
 def _names(feature: Any) -> tuple[str, ...]:
-    """The classes that a labelled image's feature names; a set whose names are numbers names none."""
+    """Returns the class names of a labelled image's feature; none if the names are only numbers."""
     names = tuple(feature.names) if getattr(feature, "num_classes", None) else ()
     return () if names == tuple(map(str, range(len(names)))) else names
 

@@ -1,9 +1,9 @@
-"""PASCAL VOC 2012's 20 classes, as they are handed out.
+"""Reads PASCAL VOC 2012 with 20 classes, as published:
 
 VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt      names, one a line
 VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg
 VOCdevkit/VOC2012/SegmentationClass/2007_000033.png   class + 1, with a palette; 0 background, 255 border
-VOCdevkit/VOC2012/SegmentationClassAug/...            the same for more images, those of SBD
+VOCdevkit/VOC2012/SegmentationClassAug/...            the same for more images (those of SBD)
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, 
 pottedplant, sheep, sofa, train, tvmonitor
 """)
 BACKGROUND = len(CLASSES)
-"""Its index where it is a class: after the others, as in the released Seg4Diff."""
+"""Index of the background class, in sets that have one: after the others, as in the released Seg4Diff."""
 IDS = {0: IGNORED, **{index + 1: index for index in range(len(CLASSES))}, 255: IGNORED}
-"""Class of each published id, background left out."""
+"""Class of each published id, with background ignored."""
 KINDS = ("SegmentationClass", "SegmentationClassAug")
 ORIGIN = (
     "VOCdevkit/VOC2012 with ImageSets/, JPEGImages/ and SegmentationClass/: VOCtrainval_11-May-2012.tar of the PASCAL "
@@ -41,17 +41,17 @@ ORIGIN = (
 
 
 def read_voc(root: str | Path, split: str | None, kind: str | None, ids: Mapping[int, int]) -> LabelledImages:
-    """The images that a list names, in its order.
+    """Returns the images of a split, in the order of its list.
 
     Args:
       root: VOC2012, or a directory that holds it or VOCdevkit.
-      split: a list in ImageSets/Segmentation without its ending: val (default), train, trainval, or one that was put
-        there, such as train_aug.
-      kind: SegmentationClass or SegmentationClassAug. Default: the first that is there; for a split named after it
-        the second.
+      split: name of a list in ImageSets/Segmentation without its ending: val (default), train, trainval, or a list that
+        was added, such as train_aug.
+      kind: SegmentationClass or SegmentationClassAug. Default: the first of these that is there. For a split with "aug"
+        in its name, SegmentationClassAug comes first.
       ids: class of each published id.
 
-    Raises FolderError when something is not where it should be, ValueError for another kind.
+    Raises FolderError if a file is missing, ValueError for an unknown kind.
     """
     lists = first_of(
         root, [f"{place}ImageSets/Segmentation" for place in ("", "VOC2012/", "VOCdevkit/VOC2012/")], ORIGIN
@@ -68,7 +68,7 @@ def read_voc(root: str | Path, split: str | None, kind: str | None, ids: Mapping
 
 
 def _listed_names(lists: Path, split: str) -> tuple[str, list[str]]:
-    """The split's own name and the names it lists: the first column, which may also be an image's path."""
+    """Returns the split's own name, and the image names in the first column of its list, which may also be paths."""
     for word in (split, SYNONYMS.get(split, split)):
         file = lists / f"{word}.txt"
         if file.is_file():
