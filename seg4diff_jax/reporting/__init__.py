@@ -1,1 +1,1 @@
-"""Pictures and tables of results, for people to look at."""
+"""Makes pictures and plots of results for people to look at."""

@@ -1,4 +1,4 @@
-"""Colours for classes and for heat: far apart, or evenly spaced, in the perceptual space OKLab."""
+"""Chooses colours for classes and heat maps: far apart, or evenly spaced, in the perceptual colour space OKLab."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 PALETTE_SIZE = 256
-"""As many as an image file with a palette can hold."""
+"""Number of colours: as many as an image file with a palette can hold."""
 
 HAND_PICKED = (
     (230, 159, 0),
@@ -32,12 +32,12 @@ HAND_PICKED = (
     (0, 120, 130),
     (255, 225, 190),
 )
-"""The first eight stay apart for people who do not tell red from green."""
+"""The first colours of classes. People with red-green colour blindness can tell the first eight apart."""
 
 HEAT = ((12, 7, 60), (70, 10, 125), (150, 25, 125), (215, 60, 80), (250, 130, 40), (252, 200, 60), (252, 253, 190))
-"""Hues of the heat map on the way from low to high."""
+"""Anchor colours of the heat map, from low to high."""
 NEUTRAL_LIGHTNESS, NEUTRAL_CHROMA = (0.5, 0.87), 0.025
-"""Of greys, in OKLab: from dark to light, and how far they may lean towards a hue."""
+"""Range of lightness of the neutral colours, in OKLab, and the chroma of those that have a slight hue."""
 TINT_PALE, TINT_DEEP = (244, 248, 253), (20, 66, 128)
 PAGE_COLORS = {
     "ink": "#1b2026",
@@ -51,7 +51,7 @@ PAGE_COLORS = {
     "dull": "#aeb8c4",
     "track": "#eef1f4",
 }
-"""Of the report and its plots: `best`, `second` and `third` are ways of asking."""
+"""Colours of the report and its plots. `best`, `second` and `third` are the ways in which classes were asked for."""
 
 _TO_CONES = np.array(
     [
@@ -70,7 +70,7 @@ _TO_LAB = np.array(
 
 
 def oklab(colors: UInt8[np.ndarray, "*shape 3"]) -> Float[np.ndarray, "*shape 3"]:
-    """sRGB bytes to OKLab (Ottosson 2020): lightness 0..1, green to red, blue to yellow."""
+    """Converts sRGB bytes to OKLab (Ottosson 2020): lightness 0..1, green to red, blue to yellow."""
     return np.cbrt(_linear(colors) @ _TO_CONES.T) @ _TO_LAB.T
 
 
@@ -87,7 +87,7 @@ def _srgb(lab: Float[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
 
 @cache
 def palette() -> UInt8[np.ndarray, "colors 3"]:
-    """256 distinct colours, always the same: those picked by hand, then each the farthest from all before it."""
+    """Returns 256 distinct colours, always the same: those picked by hand, then each the farthest from all before."""
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = oklab(candidates)
@@ -103,12 +103,12 @@ def palette() -> UInt8[np.ndarray, "colors 3"]:
 
 
 def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
-    """One colour for each class; they repeat after 256."""
+    """Returns a colour for each class. Colours repeat after 256 classes."""
     return palette()[np.arange(count) % PALETTE_SIZE]
 
 
 def neutral_colors(count: int, beside: UInt8[np.ndarray, "others 3"]) -> UInt8[np.ndarray, "count 3"]:
-    """Greys, some of them with a tinge, each the farthest from all before it and from the colours beside them."""
+    """Returns greys, some with a slight hue. Each is the farthest from all before it and from the colours `beside`."""
     angles = np.arange(6) * np.pi / 3
     tinges = NEUTRAL_CHROMA * np.array([(0, 0), *zip(np.cos(angles), np.sin(angles), strict=True)])
     levels = np.linspace(*NEUTRAL_LIGHTNESS, max(12, -(-count // len(tinges))))
@@ -122,14 +122,14 @@ def neutral_colors(count: int, beside: UInt8[np.ndarray, "others 3"]) -> UInt8[n
 
 
 def ink_on(color: UInt8[np.ndarray, 3]) -> tuple[int, int, int]:
-    """Black or white, whichever is easier to read on a colour: their contrast is at least 4.5 to 1, as WCAG asks."""
+    """Returns black or white, whichever is easier to read on a colour. The contrast is at least WCAG's 4.5 to 1."""
     luminance = _linear(color) @ np.array([0.2126, 0.7152, 0.0722])
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
 @cache
 def heat_map() -> UInt8[np.ndarray, "steps 3"]:
-    """256 colours from dark violet over red to pale yellow whose lightness rises in equal steps."""
+    """Returns 256 colours from dark violet over red to pale yellow. Their lightness rises in equal steps."""
     anchors = oklab(np.array(HEAT, np.uint8))
     lightness = np.linspace(anchors[0, 0], anchors[-1, 0], 256)
     rest = [np.interp(lightness, anchors[:, 0], anchors[:, axis]) for axis in (1, 2)]
@@ -137,16 +137,16 @@ def heat_map() -> UInt8[np.ndarray, "steps 3"]:
 
 
 def heat_colors(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """Colours of values in 0..1."""
+    """Returns the heat map's colours of values in 0..1."""
     return heat_map()[np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)]
 
 
 def tint(share: float) -> UInt8[np.ndarray, 3]:
-    """A blue for a share of 0..1, the darker the greater; 0 is nearly white. Lightness falls in equal steps."""
+    """Returns a blue for a share of 0..1: nearly white for 0, darker for larger shares, in equal steps of lightness."""
     ends = oklab(np.array([TINT_PALE, TINT_DEEP], np.uint8))
     return _srgb(ends[0] + (ends[1] - ends[0]) * float(np.clip(share, 0, 1)))
 
 
 def hexadecimal(color: UInt8[np.ndarray, 3] | tuple[int, int, int]) -> str:
-    """As style sheets write it."""
+    """Returns a colour as style sheets write it, such as `#1b2026`."""
     return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,4 +1,4 @@
-"""Segmentations as pictures: masks over the image with a legend, heat maps, and sheets of them."""
+"""Draws segmentations as pictures: masks over the image with a legend, heat maps, and contact sheets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_cdt
 from seg4diff_jax.reporting.colors import PALETTE_SIZE, class_colors, heat_colors, ink_on, palette
 
 LONGEST, SHORTEST_LONG_SIDE = 2048, 896
-"""Pixels along the longer side of the image within a picture: larger ones are shrunk, smaller ones magnified."""
+"""Largest and smallest longer side of the shown image, in pixels. Larger images are shrunk, smaller ones enlarged."""
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (150, 150, 150)
 MASK_OPACITY = 0.5
 CELL_LONGEST = 448
@@ -23,7 +23,10 @@ CELL_LONGEST = 448
 
 
 def save_labels(path, labels: Int[np.ndarray, "height width"], classes: int) -> None:
-    """A PNG whose pixel values are class indices, shown in the classes' colours; grey and 16 bits past 256 classes."""
+    """Writes a PNG whose pixel values are class indices, with a palette of the classes' colours.
+
+    With more than 256 classes it is a grey image of 16 bits.
+    """
     if classes > PALETTE_SIZE:
         Image.fromarray(labels.astype(np.uint16)).save(path)
         return
@@ -33,12 +36,12 @@ def save_labels(path, labels: Int[np.ndarray, "height width"], classes: int) -> 
 
 
 def shares(labels: Int[np.ndarray, "height width"], classes: int) -> Float[np.ndarray, " classes"]:
-    """Each class's part of the pixels; they sum to 1."""
+    """Returns each class's share of the pixels. The shares add up to 1."""
     return np.bincount(labels.ravel(), minlength=classes) / labels.size
 
 
 def display_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width at which an image is shown: its own unless that is too small or too large to look at."""
+    """Returns the height and width at which an image is shown: its own, unless it is too small or too large."""
     longer = max(height, width)
     scale = min(max(longer, SHORTEST_LONG_SIDE), LONGEST) / longer
     return max(1, round(height * scale)), max(1, round(width * scale))
@@ -47,9 +50,9 @@ def display_size(height: int, width: int) -> tuple[int, int]:
 def overlay(
     pixels: UInt8[np.ndarray, "height width 3"], labels: Int[np.ndarray, "height width"], classes: Sequence[str]
 ) -> Image.Image:
-    """The image under translucent, outlined masks that bear their class's name, beside a legend of all classes.
+    """Draws translucent, outlined masks over the image, with class names on them and a legend of all classes.
 
-    The image is shown at `display_size`; the legend lies below it, or to the right of an upright one.
+    The image is shown at `display_size`. The legend is below it, or to the right of an image that is taller than wide.
     """
     height, width = display_size(*labels.shape)
     shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), np.float32)
@@ -68,14 +71,14 @@ def overlay(
 
 
 def text_size(height: int, width: int) -> int:
-    """Height of letters in pixels that is easy to read when the picture fills a screen."""
+    """Returns a font size, in pixels, that is easy to read when the picture fills a screen."""
     return max(16, round(min(max(height, width) / 48, math.sqrt(height * width) / 28)))
 
 
 def _borders(
     regions: Int[np.ndarray, "height width"], unit: int
 ) -> tuple[Bool[np.ndarray, "height width"], Bool[np.ndarray, "height width"]]:
-    """Pixels within two units of another region, and the thin line between regions."""
+    """Returns the pixels within two units of another region, and the thin line between regions."""
     edge = np.zeros(regions.shape, bool)
     edge[:, 1:] |= regions[:, 1:] != regions[:, :-1]
     edge[1:] |= regions[1:] != regions[:-1]
@@ -93,7 +96,7 @@ def _write_names(
     colors: UInt8[np.ndarray, "classes 3"],
     size: int,
 ) -> None:
-    """Each class's name in the middle of the widest part of its mask, largest first, where there is room for it."""
+    """Writes each class's name in the middle of the widest part of its mask, if there is room; large masks first."""
     draw, font = ImageDraw.Draw(picture), _font(size)
     taken: list[tuple[float, float, float, float]] = []
     area = np.bincount(regions.ravel(), minlength=len(classes))
@@ -113,9 +116,10 @@ def _write_names(
 
 
 def innermost(mask: Bool[np.ndarray, "height width"], detail: int = 128) -> tuple[float, float, float]:
-    """A point of a mask far from its edges, and how far, in pixels: (x, y, distance); distance 0 for an empty mask.
+    """Returns a point of a mask that is far from its edges, and its distance from them: (x, y, distance), in pixels.
 
-    How far: in steps along rows and columns. The mask is looked at with at most `detail` pixels along its longer side.
+    The distance is in steps along rows and columns; it is 0 for an empty mask. The mask is subsampled to at most
+    `detail` pixels along its longer side.
     """
     step = max(1, math.ceil(max(mask.shape) / detail))
     framed = np.pad(mask[step // 2 :: step, step // 2 :: step], 1)
@@ -132,6 +136,8 @@ def innermost(mask: Bool[np.ndarray, "height width"], detail: int = 128) -> tupl
 
 
 class LegendRow(NamedTuple):
+    """One class in the legend: its name, its share of the pixels as text, and whether it has any pixel."""
+
     name: str
     share: str
     present: bool
@@ -142,14 +148,14 @@ def _legend_rows(classes: Sequence[str], parts: Float[np.ndarray, " classes"]) -
 
 
 def percent(part: float) -> str:
-    """A share for reading: what is there is never shown as nothing."""
+    """Formats a share as percent. A share above 0 is never shown as 0.0 %."""
     return "<0.1 %" if 0 < part < 0.0005 else f"{100 * part:.1f} %"
 
 
 def _with_legend(
     picture: Image.Image, rows: list[LegendRow], colors: UInt8[np.ndarray, "classes 3"], size: int
 ) -> Image.Image:
-    """The picture on paper with the legend below it or, if it is upright, at its right."""
+    """Adds the legend below the picture, or to its right if it is taller than wide, on a white background."""
     font, gap = _font(size), size // 2
     share_width = font.getlength("100.0 %")
     fixed = 2 * size + share_width + gap  # the patch of colour, the share, and the space around them
@@ -184,10 +190,10 @@ def _with_legend(
 def heat_picture(
     pixels: UInt8[np.ndarray, "height width 3"], scores: Float[np.ndarray, "rows columns"], longest: int = LONGEST
 ) -> Image.Image:
-    """A map of scores, from its own least to its greatest, in colour over the image in dim grey.
+    """Draws a map of scores in colour over the image in dim grey. Colours span the map's own range of scores.
 
     Args:
-      longest: the picture's longer side is at most that many pixels.
+      longest: most pixels of the picture's longer side.
     """
     height, width = display_size(*pixels.shape[:2])
     scale = min(1, longest / max(height, width))
@@ -218,7 +224,12 @@ def heat_sheet(
 
 
 def contact_sheet(cells: Sequence[tuple[str, str, Image.Image]], longest: int = 4096) -> Image.Image:
-    """Pictures of one size in rows, each under its title (bold part, faint part), on a sheet of about screen shape."""
+    """Lays out pictures of one size in rows, on a sheet with about the shape of a screen.
+
+    Args:
+      cells: title (dark, at the left), remark (faint, at the right) and picture of each cell.
+      longest: most pixels of the sheet's longer side.
+    """
     width, height = cells[0][2].size
     columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.5 * height / width))))
     rows = math.ceil(len(cells) / columns)
@@ -249,12 +260,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def tidy(text: str) -> str:
-    """On one line."""
+    """Returns the text on one line, with single spaces."""
     return " ".join(text.split())
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, room: int | float) -> str:
-    """The text, or as much of its beginning as fits in `room` pixels before an ellipsis."""
+    """Returns the text on one line. If it is wider than `room` pixels, it is cut and ends with an ellipsis."""
     text = tidy(text)
     if font.getlength(text) <= room:
         return text

@@ -1,4 +1,4 @@
-"""One image's segmentation as a directory of files."""
+"""Writes the segmentation of one image as a directory of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.pipeline import Segmentation
 
 RECORD = "segmentation.json"
-"""Written last: a directory that has it is complete."""
+"""The file that is written last: a directory that has it is complete."""
 FILES = ("overlay.png", "labels.png", "heatmaps.png", "heatmaps/", "scores.npz", RECORD)
 HEAT_LONGEST = 1024
 
@@ -27,11 +27,11 @@ HEAT_LONGEST = 1024
 def write_segmentation(
     directory: Path, pixels: UInt8[np.ndarray, "height width 3"], segmentation: Segmentation, record: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Write everything there is to see and to know of a segmentation; an earlier one's files are replaced.
+    """Writes a segmentation as pictures and data. Files of an earlier segmentation are replaced.
 
     labels.png            class index of every pixel, at the image's size, shown in the classes' colours
-    overlay.png           the image under its masks, with a legend
-    heatmaps/NN_name.png  where each class's score is high; heatmaps.png: all of them
+    overlay.png           the masks over the image, with a legend
+    heatmaps/NN_name.png  heat map of each class's scores; heatmaps.png: all of them
     scores.npz            `scores` float32 [classes, rows, columns] on the model's grid, and `classes`
     segmentation.json     `record`; the prompts; each class's name, colour, share of the pixels and range of scores
 
@@ -63,6 +63,7 @@ def write_segmentation(
 
 
 def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"], segmentation: Segmentation) -> None:
+    """Writes the heat map of each class, and a contact sheet of all. Earlier heat maps are deleted."""
     folder = directory / "heatmaps"
     folder.mkdir(exist_ok=True)
     for former in folder.glob("[0-9][0-9]*_*.png"):
@@ -80,5 +81,5 @@ def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"]
 
 
 def file_name(name: str) -> str:
-    """A class name as part of a file's name."""
+    """Returns a class name in a form that can be part of a file name."""
     return re.sub(r"[^\w-]+", "_", tidy(name)).strip("_")[:48] or "class"

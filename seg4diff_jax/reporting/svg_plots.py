@@ -1,4 +1,4 @@
-"""Small plots, drawn by matplotlib, as SVG for a page: text stays text, and equal numbers make equal bytes."""
+"""Draws small plots by matplotlib, as SVG for a page. Text stays text, and equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from seg4diff_jax.reporting.colors import PAGE_COLORS, hexadecimal, ink_on, tint
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 22, 44
-"""Space around the axes of a line plot. All lengths are CSS pixels, which are points to matplotlib."""
+"""Space around the axes of a line plot. All lengths here are CSS pixels. matplotlib calls them points."""
 ASIDE = 14
-"""Space between the axes' sides and the first and last place."""
+"""Space between the sides of the axes and the first and last point."""
 DIGIT = 8
-"""Width of a digit beside an axis, at most."""
+"""Largest width of a digit in the labels of an axis."""
 MOST_LABELLED = 12
-"""Points whose values are written beside them, of a line that is alone."""
+"""Most points of a single line whose values are written beside them."""
 WIDE, WIDEST, ROW, HEAD = 1100, 72, 26, 54
-"""Of a heat map: greatest width, of a column too, height of a row, space for the names of rows and columns."""
+"""Sizes of a heat map: largest width, largest width of a column, height of a row, space for row and column labels."""
 POINTS_PER_INCH = 72
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, which measures by it; drawings are shown with the letters of the page."""
+"""The font with which matplotlib measures text; it comes with matplotlib. The page shows text in its own font."""
 
 FAINT, LINE, INK, DULL = (PAGE_COLORS[name] for name in ("faint", "line", "ink", "dull"))
 PAPER, BEST, SECOND, THIRD = (PAGE_COLORS[name] for name in ("paper", "best", "second", "third"))
 LINE_COLORS = (BEST, SECOND, THIRD)
 CLASSES = ("line", "point", "value", "cell", "frame")
-"""Of parts of a drawing that a style sheet may name."""
+"""Classes of the parts of a drawing, for style sheets."""
 drawing = style.context(
     {
         "svg.fonttype": "none",
@@ -62,15 +62,16 @@ drawing = style.context(
     },
     after_reset=True,
 )
-"""Decorates what draws: how plots look, whatever the user's own settings of matplotlib are."""
+"""A decorator for functions that draw. It sets the look of plots, whatever the user's own matplotlib settings are."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its values with their spread, one for each place on the axis; nothing is drawn for None.
+    """One line of a plot.
 
     Attributes:
-      mark: index of the point that stands out.
+      values: value and spread at each place on the axis; None: no point is drawn there.
+      mark: index of the point that is emphasised.
     """
 
     values: Sequence[tuple[float, float] | None]
@@ -87,11 +88,13 @@ def line_plot(
     vertical: str,
     level: float | None = None,
 ) -> Markup:
-    """Lines over whole numbers, from 0 upwards, in percent.
+    """Draws lines over whole numbers. Values are in percent, and the axis begins at 0.
 
     Args:
-      title: for those who cannot see it.
-      level: how high a dashed horizontal line is.
+      title: description of the plot for people who cannot see it.
+      places: the whole numbers on the horizontal axis.
+      horizontal, vertical: labels of the axes.
+      level: height of a dashed horizontal line.
     """
     figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), dpi=POINTS_PER_INCH, frameon=False)
     draw_lines(line_axes(figure), places, series, horizontal=horizontal, vertical=vertical, level=level)
@@ -99,7 +102,7 @@ def line_plot(
 
 
 def line_axes(figure: Figure, left: int = 0) -> Axes:
-    """Axes of a line plot whose left side is `left` pixels from the figure's, at its bottom."""
+    """Makes the axes of a line plot at the bottom of a figure, `left` pixels from its left side."""
     width, height = figure.bbox.size
     inside = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     return figure.add_axes(((left + LEFT) / width, BOTTOM / height, inside[0] / width, inside[1] / height))
@@ -115,7 +118,7 @@ def draw_lines(
     level: float | None = None,
     colors: Sequence[str] = LINE_COLORS,
 ) -> None:
-    """Draw on axes of `line_axes`; arguments are those of `line_plot`. Colours are repeated."""
+    """Draws lines on axes of `line_axes`. Arguments are those of `line_plot`; colours repeat if lines are more."""
     known = [value[0] + value[1] for one in series for value in one.values if value] + ([level] if level else [])
     top = min(100, 10 * int(np.ceil(max(known, default=0) / 10 + 0.3)))
     width = WIDTH - LEFT - RIGHT - 2 * ASIDE
@@ -136,7 +139,7 @@ def draw_lines(
 
 
 def _apart(places: Sequence[int], room: float) -> Sequence[int]:
-    """Every place, every second, every third...: the most that leave each so much room."""
+    """Returns every place, every second, or every third and so on: the most places that are `room` apart."""
     chosen = (places[::every] for every in range(1, len(places) + 1))
     return next(some for some in chosen if all(after - before >= room for before, after in pairwise(some)))
 
@@ -185,10 +188,12 @@ def heat_plot(
     horizontal: str,
     mark: tuple[int, int] | None = None,
 ) -> Markup:
-    """Numbers in cells that are the darker the greater the number is; nothing where it is NaN.
+    """Draws numbers in cells. A cell with a larger number is darker, and there is no cell for NaN.
 
     Args:
-      mark: row and column of the cell that is framed.
+      title: description of the plot for people who cannot see it.
+      rows, columns: labels of the rows and columns.
+      mark: row and column, as indices, of the cell with a frame.
     """
     cell = min(WIDEST, (WIDE - HEAD) / len(columns))
     inside = cell * len(columns), ROW * len(rows)
@@ -222,15 +227,15 @@ def heat_plot(
 
 
 def to_markup(figure: Figure, title: str) -> Markup:
-    """The figure as an element of a page; only of what `drawing` decorates.
+    """Returns a figure as an SVG element of a page. Call this only from functions that `drawing` decorates.
 
-    A page may hold several and needs nothing beside them: what matplotlib tells of itself goes, and names of parts,
-    which may be many parts', are classes. What follows a name in a group's id is shown where the pointer is.
+    A page may hold several figures and needs no other file for them. matplotlib's metadata is removed. The ids of parts
+    become classes, since several parts may have the same name. The text after the name in an id becomes a tooltip.
     """
     written = BytesIO()
     figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ElementTree.fromstring(written.getvalue())
-    for head in root.findall("{*}defs"):  # a style sheet, which would be the whole page's
+    for head in root.findall("{*}defs"):  # it has a style sheet, which would apply to the whole page
         root.remove(head)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
