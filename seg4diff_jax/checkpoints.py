@@ -1,7 +1,7 @@
 """Opens a checkpoint in any form, and loads it as a pipeline.
 
-To open a checkpoint reads its configurations and tokenizers. To load it reads the weights, which are gigabytes. Code
-that works with a model opens it once, asks the `Checkpoint` what the job needs to know, and only then loads it.
+`open` reads a checkpoint's configurations and tokenizers. `load` also reads its weights, which are gigabytes. Code that
+works with a model opens it once, asks the `Checkpoint` what the job needs to know, and only then loads it.
 """
 
 from __future__ import annotations

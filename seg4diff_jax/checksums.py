@@ -102,7 +102,7 @@ def _sum_of_words(array: Shaped[Array, "*shape"], ways: Sequence[tuple[int, Any]
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     words = lax.bitcast_convert_type(array, WORDS[array.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)  # of the whole, row by row
+    place = jnp.zeros(words.shape, jnp.uint32)  # place in the whole array, counted along rows
     ways = [*(ways or []), *[(1, 0)] * words.ndim]
     for axis, (size, (parts, which)) in enumerate(zip(words.shape, ways, strict=False)):
         start = jnp.uint32(which) * jnp.uint32(size)

@@ -23,7 +23,7 @@ def keep_compiled_programs() -> None:
         return
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # the user has no home directory, as in some containers
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "seg4diff-jax" / "compiled"))
     compilation_cache.reset_cache()  # without it, JAX ignores the directory once it has compiled anything

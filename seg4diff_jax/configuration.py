@@ -177,7 +177,7 @@ def _unparsed(values: Mapping[str, Any], kind: type | None, prefix: str) -> list
             found += _unparsed(value, inner, f"{option}.")
         elif value is None and hint is not None and not optional:
             found.append(f"{option} is null; expected a value, or leave the option out for its default")
-        elif hint is bool and type(value) is not bool:  # a switch without a value takes any from a file
+        elif hint is bool and type(value) is not bool:  # jsonargparse accepts any value from a file for a switch
             found.append(f"{option} is {quoted(value)}; expected true or false")
         else:
             found += infinite({name: value}, prefix)

@@ -187,7 +187,7 @@ def _eight_bits(image: Image.Image, low: Integer[np.ndarray, "height width *chan
         tags = getattr(image, "tag_v2", {})
         white = 2 ** int((tags.get(258) or (16,))[0]) - 1
         values = np.asarray(image).astype(np.int64)
-        values = white - values if tags.get(262) == 0 else values  # TIFF's WhiteIsZero, which Pillow passes over
+        values = white - values if tags.get(262) == 0 else values  # TIFF's WhiteIsZero, which Pillow ignores
         gray = ((2 * values * 255 + white) // (2 * white)).clip(0, 255).astype(np.uint8)
         if not isinstance(key, int):
             return Image.fromarray(gray)
@@ -203,7 +203,7 @@ def _eight_bits(image: Image.Image, low: Integer[np.ndarray, "height width *chan
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("La", "RGBa"):  # multiplied by their opacity
+    if image.mode in ("La", "RGBa"):  # colours are multiplied by opacity
         image = image.convert(image.mode.upper())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -234,5 +234,5 @@ def read_label_png(file: Path | bytes, name: str) -> tuple[str, Integer[np.ndarr
             )
         values = np.asarray(image)
         if image.mode == "L" and bits < 8:
-            values = values // (255 // (2**bits - 1))  # Pillow has spread them
+            values = values // (255 // (2**bits - 1))  # Pillow has scaled them to 0..255
         return image.mode, values.astype(np.uint8) if values.dtype == bool else values

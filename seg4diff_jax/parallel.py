@@ -84,7 +84,7 @@ def batch_share(processes: Int[np.ndarray, "data fsdp tensor"], process: int) ->
     Raises:
       ValueError: the processes cannot share a batch evenly, each with consecutive rows.
     """
-    parts = processes.reshape(-1, processes.shape[2])  # of a batch, in its order
+    parts = processes.reshape(-1, processes.shape[2])  # parts of a batch, in their order
     held = {int(number): tuple(np.flatnonzero((parts == number).any(axis=1))) for number in np.unique(processes)}
     shares = sorted(set(held.values()))
     if [*itertools.chain(*shares)] != [*range(len(parts))] or len({len(share) for share in shares}) != 1:

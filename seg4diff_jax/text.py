@@ -78,7 +78,7 @@ def load_tokenizer(name: str, directory: Path) -> Tokenizer:
     t5 = name == "tokenizer_3"
     cls: Any = transformers.T5Tokenizer if t5 else transformers.CLIPTokenizer
     choices = ("tokenizer.json",), (("spiece.model",) if t5 else ("vocab.json", "merges.txt"))
-    # Without its vocabulary transformers makes an empty tokenizer and says nothing.
+    # Without a vocabulary, transformers silently makes an empty tokenizer.
     if not any(all((directory / file).is_file() for file in files) for files in choices):
         wanted = " or ".join(" with ".join(files) for files in choices)
         raise FileNotFoundError(
@@ -92,7 +92,7 @@ def load_tokenizer(name: str, directory: Path) -> Tokenizer:
         raise
     except (
         BaseException
-    ) as error:  # the tokenizers library raises bare Exceptions, and panics, which are not even those
+    ) as error:  # the tokenizers library raises bare Exceptions, and panics, which are BaseExceptions
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{directory} cannot be read as a {cls.__name__}: {reason}; copy it anew") from error
     if problem:

@@ -53,7 +53,7 @@ class PreparedSet:
         try:
             builder: Any = tfds.builder_from_directory(str(self.root))
             features = dict(sorted(builder.info.features.items()))
-        except Exception as error:  # it raises almost anything at a damaged file
+        except Exception as error:  # tfds raises almost anything at a damaged file
             raise FolderError(f"{self.root} cannot be read: {cut(str(error))}; expected {PREPARED}") from None
         self.name, splits = builder.name, list(builder.info.splits)
         if not splits:

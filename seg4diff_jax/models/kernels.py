@@ -95,7 +95,7 @@ def attend(
     The log-normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)). Both outputs have exact gradients to q, k and v.
 
     Args:
-      kernel: None: `default_kernel`.
+      kernel: the attention kernel. Default: the one that `default_kernel` chooses.
       normalizer: return the log-normaliser; a kernel that computes it anyway returns it in any case.
       last_key_count: the last key and value stand for this many equal ones.
     """
@@ -306,8 +306,8 @@ def _splash_local(q: Tokens, k: Tokens, v: Tokens, kernel: Kernel, normalizer: b
         save_residuals=normalizer,
         interpret=kernel.interpret,
     )
-    # Padding is a segment of its own: real queries never see it, padded queries see only padded keys. A side that
-    # needs no padding has no such segment, so padded queries then attend to real keys, and are cut off below.
+    # Padding is a segment of its own: real queries never attend to it, and padded queries attend only to padded keys.
+    # Without padded keys, padded queries attend to real keys instead. Their outputs are cut off below.
     query_segments = jnp.where(jnp.arange(q.shape[2]) < queries, 0, 0 if k.shape[2] == keys else 1)
     key_segments = (jnp.arange(k.shape[2]) >= keys).astype(jnp.int32)
     segments = splash_attention_kernel.SegmentIds(q=query_segments, kv=key_segments)

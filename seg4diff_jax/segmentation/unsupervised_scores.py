@@ -120,7 +120,7 @@ def matched_counts(
     """
     total = no_counts(classes)
     for unit in units:
-        if not unit[:-1].any():  # nothing labelled, so nothing that could be right or wrong
+        if not unit[:-1].any():  # no pixel is labelled, so none can be right or wrong
             continue
         counted, owners, chosen = matched_pairs(unit, absent_classes=absent_classes)
         shared = counted[owners, chosen]
