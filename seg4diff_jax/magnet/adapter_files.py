@@ -1,7 +1,7 @@
-"""Adapters and the mask head, from files and to files: what MAGNET's training begins with and what it leaves.
+"""Reads and writes the adapters and the mask head that MAGNET trains.
 
 RUN/export/adapters.safetensors    in our format: `s4d.load(..., lora=RUN/export)`, `python -m convert lora`
-RUN/export/mask_head.safetensors   if there was one; only training needs it
+RUN/export/mask_head.safetensors   if the run has a mask head; only training needs this file
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from seg4diff_jax.models.sd3.model import MMDiT
 
 HEAD_FILE, EXPORT = "mask_head.safetensors", "export"
 PREFIX = "attn_mlp.attn_score_layer."
-"""Of the head's tensors in checkpoints of the release; its ReLUs count as layers."""
+"""Prefix of the head's tensor names in the release's checkpoints. Layer numbers there count the ReLUs too."""
 
 
 def begin(
     transformer: MMDiT, config: LoRAConfig, start: str | None, *, with_head: bool, seed: int
 ) -> tuple[MMDiT, MaskHead | None]:
-    """The model with adapters, and the mask head: fresh, or of a file.
+    """Adds adapters to the model and makes the mask head; both are fresh, or read from files.
 
     Args:
-      start: file or directory of adapters, in any format that `python -m convert lora` reads; None: fresh ones. Layers
-        that it has no adapters of begin with fresh ones, as in PEFT.
-      with_head: whether there is to be a head; a fresh one if the file has none.
+      start: file or directory of adapters, in any format that `python -m convert lora` reads; None: fresh adapters.
+        Layers without adapters in the file get fresh ones, as in PEFT.
+      with_head: whether to make a head; the head is fresh if the files hold none.
 
     Raises:
       CheckpointError: the file cannot be read, or its adapters do not fit the model.
-      ValueError: the configuration is not that of the file, or the file has a head and none is wanted.
+      ValueError: the file's configuration differs from `config`, or the file has a head and `with_head` is False.
     """
     from seg4diff_jax.convert.errors import CheckpointError
     from seg4diff_jax.convert.lora.adapters import read_lora
@@ -64,7 +64,7 @@ def begin(
 
 
 def write(directory: Path, config: LoRAConfig, transformer: MMDiT, head: MaskHead | None) -> None:
-    """Write a run's export; the directory appears when all is there."""
+    """Writes a run's export. The directory appears only when all its files are complete."""
     from safetensors.numpy import save_file
 
     from seg4diff_jax.convert.lora.adapters import save_lora
@@ -78,7 +78,7 @@ def write(directory: Path, config: LoRAConfig, transformer: MMDiT, head: MaskHea
 
 
 def head_tensors(head: MaskHead) -> dict[str, np.ndarray]:
-    """In PyTorch's layout, under the release's names."""
+    """Returns the head's tensors in PyTorch's layout, under the release's names."""
     tensors = {}
     for number, layer in enumerate(head.layers):
         name = f"{PREFIX}{2 * number}"
@@ -89,7 +89,11 @@ def head_tensors(head: MaskHead) -> dict[str, np.ndarray]:
 
 
 def fill_head(head: MaskHead, tensors: Mapping[str, np.ndarray], where: object) -> None:
-    """The other way round. Raises ValueError when tensors are missing, surplus, of another shape, or no fractions."""
+    """Fills the head with tensors as `head_tensors` returns them.
+
+    Raises:
+      ValueError: tensors are missing, surplus, of another shape, or not floating-point.
+    """
     expected = {name: array.shape for name, array in head_tensors(head).items()}
     found = {name: np.shape(array) for name, array in tensors.items()}
     if expected != found:
@@ -108,7 +112,11 @@ def _is_floating(array: np.ndarray) -> bool:
 
 
 def _head_beside(place: Path) -> dict[str, np.ndarray]:
-    """The head's tensors; none where there is no such file. What is there and cannot be read is an error."""
+    """Returns the head's tensors from the file beside the adapters; empty if there is no such file.
+
+    Raises:
+      CheckpointError: the file exists and cannot be read.
+    """
     from seg4diff_jax.convert.sources.safetensors_stream import read_header, read_tensor
 
     folders = (place, place / EXPORT) if place.is_dir() else (place.parent,)

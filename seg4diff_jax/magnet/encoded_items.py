@@ -1,10 +1,10 @@
-"""Training items whose pictures have become latents and whose prompts have become states, once for all epochs.
+"""Training items whose pictures are encoded to latents, and prompts to text states, once for all epochs.
 
-Neither changes while adapters are trained. A mirrored picture's latents are not the mirrored latents, so both are kept,
-and an item is mirrored by taking the other.
+Neither changes while adapters are trained. The latents of a mirrored picture are not the mirrored latents. So both are
+stored, and an item is mirrored by taking the other latents.
 
-    latents   fp16 [1 or 2, rows, columns, channels]: as it is [, mirrored]
-    states    fp16 [tokens, width] without the zeros that fill them up; pooled fp16 [width]
+    latents   fp16 [1 or 2, rows, columns, channels]: of the picture as it is [, of the mirrored picture]
+    states    fp16 [tokens, width] without the zeros that pad the context; pooled fp16 [width]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IDS = ("clip_l", "clip_g", "t5")
 
 
 def encoded(encoders: Encoders, source: DataSource, batch_size: int, *, both: bool) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a source's items, encoded; `both`: mirrored too."""
+    """Yields batches of a source's encoded items; `both`: with the latents of the mirrored pictures too."""
     for batch, count in evaluation_batches(source, batch_size):
         images = batch.pop("image")
         views = [images, images[:, :, ::-1]] if both else [images]
@@ -44,7 +44,7 @@ def encoded(encoders: Encoders, source: DataSource, batch_size: int, *, both: bo
 
 
 class Turned:
-    """Encoded items anew in every epoch: mirrored, or as they are."""
+    """Mirrors half of the encoded items, at random in every epoch, if `flip`."""
 
     def __init__(self, flip: bool):
         self.flip = flip
@@ -55,7 +55,7 @@ class Turned:
 
 
 def sum_of_weights(encoder: nnx.Module) -> float:
-    """Of its smaller parameters: other weights have another sum."""
+    """Sums the absolute values of an encoder's smaller parameters. Other weights give another sum."""
     leaves = [leaf for leaf in jax.tree.leaves(nnx.state(encoder)) if leaf.size <= 2**20][:16]
     return sum(float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in leaves)
 
@@ -65,7 +65,7 @@ def hash_of_names(names: Sequence[str]) -> str:
 
 
 def hash_of_files(root: Path, apart: Path) -> str:
-    """Names and sizes of all files below a directory, but for those in another, as one hash."""
+    """Hashes the names and sizes of all files below `root`, except those below `apart`."""
     listing = hashlib.sha256()
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if (Path(folder) / name).resolve() != apart.resolve())
@@ -76,11 +76,12 @@ def hash_of_files(root: Path, apart: Path) -> str:
 
 
 def conditioning(batch: Batch, joint_dim: int, clip_tokens: int) -> TextConditioning:
-    """Context and pooled vectors of encoded items.
+    """Returns context and pooled vectors of encoded items.
 
     Args:
       joint_dim: width of the context.
-      clip_tokens: length of CLIP's prompts. Items that hold no more tokens have no T5: as many zeros stand for it.
+      clip_tokens: length of CLIP's prompts. Items with no more tokens than this have no T5 states; `clip_tokens` zero
+        tokens take their place.
     """
     states = batch["states"].astype(jnp.float32)
     zeros = clip_tokens if states.shape[1] == clip_tokens else 0
@@ -90,7 +91,7 @@ def conditioning(batch: Batch, joint_dim: int, clip_tokens: int) -> TextConditio
 
 
 def encoded_ids(encoders: Encoders, batch: Batch, joint_dim: int) -> TextConditioning:
-    """The same of items with token ids. Works under jit."""
+    """Returns context and pooled vectors of items with token ids. Works under jit."""
     return encode_prompts(encoders, _ids(batch), joint_dim=joint_dim)
 
 
@@ -101,7 +102,7 @@ def _ids(batch: Batch) -> TokenIds:
 def _states(
     encoders: Encoders, ids: TokenIds
 ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch pooled"]]:
-    """States without zeros, unless T5's width asks for them, and pooled ones."""
+    """Returns text states and pooled vectors. States are padded with zeros only to T5's width, if there is a T5."""
     if encoders.t5 is not None:
         texts = encode_prompts(encoders, ids, joint_dim=encoders.t5.config.d_model)
         return texts.context, texts.pooled

@@ -1,7 +1,7 @@
-"""Labelled pictures that MAGNET does not train on: zero-shot mIoU and velocity loss, with the adapters and without.
+"""Scores the model on held-out labelled pictures: zero-shot mIoU and velocity loss, with adapters and without.
 
-Pictures are squashed to the model's square, and scored there: `evaluate.py` scores at the labels' own size and says
-which protocol it follows; these figures show whether training helps.
+These scores show whether training helps. Pictures are squashed to the model's square and scored at that size. For
+scores at the labels' own size, by a named protocol, see `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from seg4diff_jax.training.mask_scores import confusions
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """Which pictures are scored.
+    """Says which pictures are held out and scored.
 
     Attributes:
-      name, root, split, labels: as for `MaskData`; name null: the training data's set. Of a folder that is trained on
-        the pictures are taken out of the training data; of a published set split null is val, of scenes validation.
-        Prompts are made as in training: data.names and data.rows hold for these pictures too.
-      count: how many, evenly spread over the set; 0: none.
-      batch_size: pictures at a time.
-      sigmas: further noise levels of the velocity loss, beside the expert step's.
+      name, root, split, labels: as for `MaskData`; name null: the training data's set. If that set is a folder, its
+        held-out pictures are removed from the training data. Split null: val of a published set, validation of
+        scenes. Prompts are made as in training: data.names and data.rows apply to held-out pictures too.
+      count: number of pictures, evenly spread over the set; 0: none.
+      batch_size: pictures per batch.
+      sigmas: noise levels of further velocity losses, beside the expert step's noise level.
     """
 
     name: str | None = None
@@ -56,7 +56,7 @@ class HeldOutData:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = []
         if self.batch_size < 1 or self.count < 0:
             found.append(
@@ -67,15 +67,16 @@ class HeldOutData:
         return found
 
     def none_of(self, data: MaskData) -> bool:
-        """Whether nothing is scored: a set whose masks have no names gives nothing to score."""
+        """Whether no pictures are scored. Masks without names cannot be scored."""
         return self.count < 1 or (self.name is None and self.root is None and data.name == "sa1b")
 
 
 def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, Pictures | None]:
-    """Pictures to train on and to score, which share none.
+    """Returns the pictures to train on and the pictures to score. No picture is in both.
 
     Raises:
-      FolderError, ValueError: as `open_pictures`; a folder would have nothing left to train on; both are the same.
+      FolderError, ValueError: as `open_pictures`; also when a folder would have no pictures left to train on, or when
+        both sets are the same.
     """
     train = open_pictures(data, size)
     if held.none_of(data):
@@ -108,7 +109,7 @@ def open_both(data: MaskData, held: HeldOutData, size: int) -> tuple[Pictures, P
 
 
 def _place(data: MaskData) -> tuple[str, Path | None, str | None]:
-    """Where pictures lie: one picture has one place, whatever its labels."""
+    """Returns the set, root and split of pictures. The choice of labels does not change where pictures are."""
     split = None if data.name == "folder" else data.split or "train"
     return data.name, None if data.root is None else Path(data.root).resolve(), split
 
@@ -118,7 +119,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 
 class WholePictures:
-    """Items of pictures squashed to the square."""
+    """A data source of whole pictures, each squashed to the model's square."""
 
     def __init__(self, pictures: Pictures, items: ViewItems):
         self.pictures, self.items = pictures, items
@@ -132,11 +133,11 @@ class WholePictures:
 
 
 class HeldOut:
-    """Scores a model on pictures that are encoded when they are first needed, and then kept.
+    """Scores a model on held-out pictures. Pictures are encoded once, at first use.
 
     Args:
-      pictures: labelled.
-      block, sigma: where masks are read: the expert block, and its noise level.
+      pictures: labelled pictures.
+      block, sigma: the expert block, whose attention gives the masks, and the noise level of its input.
     """
 
     def __init__(self, pictures: Pictures, items: ViewItems, config: HeldOutData, *, block: int, sigma: float):
@@ -159,10 +160,10 @@ class HeldOut:
         self._batches = list(evaluation_batches(Subset(once, range(len(once))), size))
 
     def __call__(self, transformer: MMDiT) -> dict[str, float]:
-        """`miou` in percent and `velocity_loss`, with the adapters, and `base_miou` and `base_velocity_loss` without.
+        """Returns `miou` (percent) and `velocity_loss` with adapters, `base_miou` and `base_velocity_loss` without.
 
-        A model whose loss is no finite number has no mIoU: of scores that are NaN the first class is the largest.
-        The base's are computed once, for they do not change.
+        The mIoU is NaN where the loss is not finite: with scores of NaN, every pixel would get the first class. Scores
+        without adapters do not change, so they are computed once.
         """
         self._base = self._base or self.scores(remove_lora(transformer))
         return self.scores(transformer) | {f"base_{name}": value for name, value in self._base.items()}
@@ -183,7 +184,7 @@ class HeldOut:
         return {"miou": 100 * mean_iou(confusion) if np.isfinite(loss) else float("nan"), "velocity_loss": loss}
 
     def prompts(self, tokenizers: Tokenizers, count: int) -> tuple[TokenIds, TokenIds]:
-        """Token ids of the first pictures' prompts, and of the empty prompt."""
+        """Returns token ids of the first `count` pictures' prompts, and of the empty prompt."""
         shown = [self.source[index] for index in range(min(count, len(self.source)))]
         empty = prompt_ids(tokenizers, "")
         ids = lambda items: TokenIds(*(np.stack([item[name] for item in items]) for name in ("clip_l", "clip_g")))

@@ -1,8 +1,8 @@
-"""Pictures with masks as MAGNET's training items: a square view, its prompt, and which words stand for which mask.
+"""Makes MAGNET's training items from pictures with masks: a square view, its prompt, and the words of each mask.
 
-Of labelled pictures the prompt is the names of the classes in the view, in ascending order, joined by spaces (Seg4Diff,
-section 4); of pictures whose masks have no names, or whose captions are given, it is the caption. All items have equal
-shapes:
+The prompt of a labelled picture is the names of the classes in the view, in ascending order of class index, joined by
+spaces (Seg4Diff, section 4). Where masks have no names, or captions are given, the prompt is the caption. All items
+have equal shapes:
 
     image         uint8 [size, size, 3]
     clip_l, clip_g [, t5]   token ids
@@ -41,25 +41,25 @@ OTHERS = ("folder", "scenes", "sa1b")
 
 @dataclass(frozen=True)
 class MaskData:
-    """Which pictures and masks, and what a step sees of them.
+    """Chooses the pictures and masks, and the view of each that a training step sees.
 
     Attributes:
-      name: folder (`images/ labels/ classes.txt`), one of the published sets (coco-171, ade20k150, ...), scenes (the
-        synthetic world's), or sa1b (pictures with masks that have no names).
-      root: where they lie; not of scenes.
-      split: of a published set, or of scenes; null: train.
-      labels: which labels, where a published set has several.
-      captions: file of captions, see `data.image_captions`. Prompts are then these, and masks have no names. Null: of
-        sa1b prompts are empty, of labelled sets the classes' names.
-      list: file with names of pictures, one a line: these alone, see `data.subset`. Null: all.
+      name: folder (`images/ labels/ classes.txt`), one of the published sets (coco-171, ade20k150, ...), scenes (of
+        the synthetic world), or sa1b (pictures with masks that have no names).
+      root: directory of the pictures; not for scenes.
+      split: split of a published set or of scenes; null: train.
+      labels: which labels to use, where a published set has several.
+      captions: file of captions, see `data.image_captions`. The captions become the prompts, and masks have no names.
+        Null: prompts are empty for sa1b, and the names of the classes for labelled sets.
+      list: file with the names of the pictures to use, one a line, see `data.subset`. Null: all pictures.
       names: how prompts spell classes, see `data.names`.
-      scenes: how many, of scenes.
-      size: side of the square that the model sees; null: the checkpoint's own.
-      crop: how the square is cut out, see `data.views`; center and squash show the same in every epoch.
-      flip: mirror half of what is seen.
-      rows: most masks of one picture. The largest are kept, of classes also only as many as have room in one prompt;
-        what is left out is not in the prompt either.
-      least_area: of masks without names: share of what is seen that each must cover.
+      scenes: number of scenes; for scenes only.
+      size: side of the square that the model sees, in pixels; null: the checkpoint's own.
+      crop: how the square is cut out, see `data.views`; center and squash give the same view in every epoch.
+      flip: mirror half of the views.
+      rows: most masks per picture. The largest masks are kept. Classes must also fit into one prompt; a class that is
+        left out is not in the prompt.
+      least_area: share of the view that a mask without a name must cover to be used.
     """
 
     name: str = "folder"
@@ -81,7 +81,7 @@ class MaskData:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = []
         if self.name not in (*SETS, *OTHERS):
             found.append(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
@@ -98,7 +98,7 @@ class MaskData:
         return found
 
     def misplaced(self) -> list[str]:
-        """What does not fit of where pictures lie; only who reads them needs that."""
+        """Returns what is wrong with root, split and labels, which matter only when pictures are read."""
         found = []
         if (self.root is None) != (self.name == "scenes"):
             what = "scenes lie nowhere: leave it out" if self.root else f"give the directory of {self.name}"
@@ -109,20 +109,20 @@ class MaskData:
 
     @property
     def nameless(self) -> bool:
-        """Whether masks have no names, so that prompts do not say which words are whose."""
+        """Whether masks have no names, so that no words of the prompt belong to a mask."""
         return self.name == "sa1b" or self.captions is not None
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Labelled pictures, or pictures with masks, and what they are called.
+    """Labelled pictures, or pictures with masks, and their names.
 
     Attributes:
-      source: items with `image` and `labels`, or `image`, `masks` and `caption`.
-      classes: as prompts spell them; None where masks have no names.
-      background: label of what is no class of its own; None: there is none.
-      names: of each picture.
-      uncaptioned: names of those whose prompt is empty for want of a caption.
+      source: items with `image` and `labels`, or with `image`, `masks` and `caption`.
+      classes: names of the classes as prompts spell them; None where masks have no names.
+      names: name of each picture.
+      background: label of pixels that belong to no named class; None: there is no such label.
+      uncaptioned: names of the pictures without a caption, whose prompt is empty.
     """
 
     source: DataSource
@@ -146,10 +146,10 @@ class Subset:
 
 
 def open_pictures(data: MaskData, size: int) -> Pictures:
-    """What the options name. `size`: side of synthetic scenes.
+    """Opens the pictures that the options name. `size`: side of synthetic scenes, in pixels.
 
     Raises:
-      FolderError: something is not where it should be, or not as described, or `data.list` names what is not there.
+      FolderError: files are missing or not as described, or `data.list` names pictures that do not exist.
       ValueError: the set has no such split, labels or names.
     """
     pictures = _every_picture(data, size)
@@ -197,11 +197,11 @@ def subset(pictures: Pictures, indices: Sequence[int]) -> Pictures:
 
 
 class ViewItems:
-    """Turns items of `Pictures` into training items. Goes to worker processes by pickling.
+    """Turns items of `Pictures` into training items. Can be pickled, for worker processes.
 
     Args:
-      positions: where a class is in its prompt. `span`: at its own words; `release`: wherever one of its name's tokens
-        occurs, for which items also have `name_ids` int32 [rows, tokens], -1 for none.
+      positions: which tokens of the prompt belong to a class. `span`: those of its own words; `release`: every token
+        that also occurs in its name. Items then have `name_ids` int32 [rows, tokens] too, padded with -1.
     """
 
     def __init__(
@@ -226,11 +226,11 @@ class ViewItems:
                 self.name_ids = named
 
     def __call__(self, item: Item, random: np.random.Generator) -> Item:
-        """A random view, as the options ask for it."""
+        """Returns the training item of a random view, chosen as `data.crop` and `data.flip` say."""
         return self.seen(item, self._view(item, random), bool(self.data.flip and random.random() < 0.5))
 
     def fixed(self, item: Item) -> Item:
-        """The view that every epoch shows, not mirrored; for crops that are not random."""
+        """Returns the training item of the view that all epochs share, not mirrored; for crops that are not random."""
         return self.seen(item, self._view(item, None))
 
     def _view(self, item: Item, random: np.random.Generator | None) -> View:
@@ -257,7 +257,7 @@ class ViewItems:
         return item
 
     def _kept(self, histogram: Int[np.ndarray, " classes"]) -> list[int]:
-        """Classes, ascending: the largest for which there are rows, and room in one prompt."""
+        """Returns the indices of the largest classes for which there are rows and room in one prompt, ascending."""
         kept: list[int] = []
         room = self.tokenizers.clip_l.model_max_length - 2
         for index in np.argsort(-histogram, kind="stable").tolist():
@@ -278,8 +278,10 @@ class ViewItems:
         return prompt_ids(self.tokenizers, prompt), prompts.averaging(self.data.rows)[0]
 
     def _masks(self, item: Item, view: View) -> Item:
-        """The masks that are large enough in the view, largest first. `item["masks"]` are large in the picture first:
-        those past twice the rows are not decoded."""
+        """Returns the masks that are large enough in the view, largest first.
+
+        `item["masks"]` are sorted by area in the whole picture. Only the first `2 * rows` are decoded, to save time.
+        """
         found = item["masks"]
         seen = [view.nearest(found[index], self.size) for index in range(min(len(found), 2 * self.data.rows))]
         areas = np.array([mask.sum() for mask in seen], np.int64)
@@ -292,13 +294,13 @@ class ViewItems:
 
 
 def prompt_ids(tokenizers: Tokenizers, prompt: str) -> Item:
-    """Token ids by encoder, int32 [tokens]; what is too long is cut off."""
+    """Returns each text encoder's token ids, int32 [tokens]. Prompts that are too long are cut off."""
     ids = tokenize(tokenizers, [prompt], t5_length=T5_LENGTH)
     return {name: np.asarray(each)[0] for name, each in ids._asdict().items() if each is not None}
 
 
 def mirrored(item: Item) -> Item:
-    """The item as it would be, had its view been mirrored; without its image."""
+    """Returns the item of the mirrored view, without its image."""
     turned: dict[str, Any] = {name: value for name, value in item.items() if name != "image"}
     if "labels" in item:
         turned["labels"] = np.ascontiguousarray(item["labels"][:, ::-1])

@@ -1,7 +1,8 @@
-"""How far predicted masks are from given ones: focal and dice loss, over as many of a fixed number of rows as are real.
+"""Focal and dice losses between predicted and given masks.
 
-Predictions are on the grid of image tokens, masks at their own size; predictions are upsampled to it, one row of masks
-at a time and again in the backward pass, so that memory does not grow with the number of rows.
+Each image has a fixed number of rows of masks; only those marked as real count. Predictions are on the grid of image
+tokens and are upsampled to the masks' own size. This happens for one row of masks at a time, and again in the backward
+pass, so memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from jaxtyping import Array, Bool, Float
 from seg4diff_jax.bilinear import upsampler
 
 FocalWeight = Literal["sigmoid", "release"]
-"""What weighs a pixel of the focal loss: how wrong the score's sigmoid is, or (the release) the raw score in its place.
-"""
+"""What the focal loss weighs pixels by: the error of the score's sigmoid, or, in the release, the raw score instead."""
 ALPHA, GAMMA = 0.25, 2.0
 
 
 class MaskLosses(NamedTuple):
-    """Means over a batch, before any weight."""
+    """Focal and dice loss as means over a batch, before any weight."""
 
     focal: Float[Array, ""]
     dice: Float[Array, ""]
@@ -41,8 +41,8 @@ def focal_loss(
         pixels in the mask    -alpha (1 - p)^gamma log p,              p = sigmoid(logit)
         all others            -(1 - alpha) p^gamma log(1 - p)
 
-    Gradients are finite for any finite logit. With `release` the first p of each row is the logit itself, so that the
-    loss grows with the logit's third power.
+    Gradients are finite for any finite logit. With `release`, the p that is raised to gamma is the logit itself, so the
+    loss grows with the third power of the logit.
     """
     return focal_terms(logits, masks, alpha=alpha, gamma=gamma, focal=focal).mean(axis=(-2, -1))
 
@@ -55,13 +55,13 @@ def focal_terms(
     gamma: float = GAMMA,
     focal: FocalWeight = "sigmoid",
 ) -> Float[Array, "*shape"]:
-    """The focal loss of every pixel, fp32; `inside`: whether it is in the mask, for each or for all."""
+    """Returns each pixel's focal loss, fp32. `inside`: whether pixels are in the mask, for each pixel or for all."""
     logits = logits.astype(jnp.float32)
     towards = jnp.where(inside, logits, -logits)
     if focal == "release":
         weight = jnp.square(jnp.where(inside, 1 - logits, logits))
     else:
-        # sigmoid(-towards)^gamma, by a way whose derivative does not divide by it.
+        # sigmoid(-towards)^gamma, in a form whose derivative does not divide by the sigmoid.
         weight = jnp.exp(-gamma * jax.nn.softplus(towards))
     return jnp.where(inside, alpha, 1 - alpha) * weight * jax.nn.softplus(-towards)
 
@@ -69,7 +69,7 @@ def focal_terms(
 def dice_loss(
     probs: Float[Array, "*masks height width"], masks: Bool[Array, "*masks height width"]
 ) -> Float[Array, "*masks"]:
-    """1 - (2 sum p m + 1) / (sum p + sum m + 1) of each mask, fp32; p in 0..1."""
+    """Returns 1 - (2 sum p m + 1) / (sum p + sum m + 1) of each mask, fp32; p in 0..1."""
     probs, pixels = probs.astype(jnp.float32), (-2, -1)
     overlap = jnp.where(masks, probs, 0).sum(pixels)
     return 1 - (2 * overlap + 1) / (probs.sum(pixels) + masks.sum(pixels) + 1)
@@ -84,12 +84,13 @@ def mask_losses(
     gamma: float = GAMMA,
     focal: FocalWeight = "sigmoid",
 ) -> MaskLosses:
-    """Sum over all real masks of the batch over their number (at least 1), of both losses; sigmoid(logit) is the
-    prediction.
+    """Returns the mean of both losses over all real masks of a batch; 0 if there are none.
+
+    The prediction is sigmoid(logit).
 
     Args:
-      logits: of each mask, on the grid of image tokens.
-      real: rows that hold a mask; the others count for nothing.
+      logits: logits of each mask, on the grid of image tokens.
+      real: rows that hold a mask; the other rows are ignored.
     """
     upsample = upsampler(logits.shape[2:], masks.shape[2:])
 
@@ -111,15 +112,15 @@ def class_losses(
     *,
     gamma: float = GAMMA,
 ) -> MaskLosses:
-    """Focal and dice loss of what zero-shot segmentation decides by: its class scores, made a distribution.
+    """Returns focal and dice loss of zero-shot segmentation's class scores, normalised to a distribution q.
 
         log q = log-softmax over the real classes of log(upsampled score) = log(score) - log(sum of scores)
 
-    The largest q is the label that evaluation gives, so this trains what is measured. The classes of a prompt exclude
-    each other here: a pixel's loss is that of its own class, -(1 - q)^gamma log q (gamma 0: cross-entropy), mean over
-    an image's labelled pixels, then over images. There is no term for the other classes, whose q can only be what is
-    left, and so no alpha; the binary form would need log(1 - q), which is infinite in a prompt of one class. Pixels of
-    no class tell nothing and are left out, of dice too: a distribution has no way to say "none of these".
+    Evaluation gives each pixel the class of the largest q, so this loss trains what is measured. The classes of a
+    prompt exclude each other. A pixel's focal loss is that of its own class, -(1 - q)^gamma log q (gamma 0:
+    cross-entropy); the mean is over an image's labelled pixels, then over images. The other classes have no term of
+    their own, because the q of all classes sum to 1; so there is no alpha. The binary form would need log(1 - q), which
+    is infinite in a prompt of one class. Pixels of no class are left out of both losses, since q cannot express "none".
 
     Args:
       probs: class scores on the grid of image tokens, see `segmentation.open_vocabulary.class_scores`.
@@ -134,7 +135,7 @@ def class_losses(
 
     def of_row(probs: Array, masks: Array) -> tuple[Array, Array]:
         log_q = jnp.minimum(_log(upsample(probs)) - log_total, 0)
-        focus = (-jnp.expm1(log_q)) ** gamma if gamma else 1.0  # the derivative of 0^0 would be no number
+        focus = (-jnp.expm1(log_q)) ** gamma if gamma else 1.0  # the derivative of 0^0 would be NaN
         terms = -focus * log_q
         focal = jnp.where(masks, terms, 0).sum(axis=(-2, -1)) / jnp.maximum(pixels, 1)
         return focal, dice_loss(jnp.where(labelled, jnp.exp(log_q), 0), masks)
@@ -144,7 +145,7 @@ def class_losses(
 
 
 def _by_row(losses: Callable[[Array, Array], tuple[Array, Array]], *arrays: Any) -> tuple[Array, Array]:
-    """Losses [batch] of each row of masks in turn, together [batch, rows]."""
+    """Computes the losses [batch] of one row of masks at a time. Returns both losses, each [batch, rows]."""
     rows = tuple(jnp.swapaxes(array, 0, 1) for array in arrays)
     found = jax.lax.map(jax.checkpoint(lambda row: losses(*row)), rows)
     return found[0].T, found[1].T
@@ -155,5 +156,5 @@ def _mean(losses: Float[Array, "*rows"], counted: Bool[Array, "*rows"]) -> Float
 
 
 def _log(probs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """With a floor at the smallest normal number, below which gradients end."""
+    """Returns the log, clamped at the smallest normal fp32 number. Below it gradients are zero."""
     return jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))

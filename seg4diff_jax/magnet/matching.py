@@ -1,6 +1,6 @@
-"""Which map stands for which mask: one-to-one bipartite matching of the maps of all heads and tokens with the masks.
+"""One-to-one bipartite matching of the masks with the attention maps of all heads and tokens.
 
-On the device and under jit, so that a training step never waits for the host (`optax.assignment`).
+The matching runs on the device and under jit (`optax.assignment`), so a training step never waits for the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, focal_terms
 FOCAL_COST, DICE_COST = 0.02, 1.0
 ROWS, LEAST_AREA = 32, 0.005
 HOPELESS = 1e30
-"""In place of larger costs and of those that are no numbers, with which the assignment's search would never end."""
+"""Takes the place of larger costs and of NaN, with which the assignment's search would never end."""
 
 
 def matching_costs(
@@ -31,9 +31,10 @@ def matching_costs(
     gamma: float = GAMMA,
     focal: FocalWeight = "sigmoid",
 ) -> Float[Array, "maps masks"]:
-    """focal_cost x focal loss + dice_cost x dice loss of every map with every mask, at the maps' resolution, fp32.
+    """Returns focal_cost x focal loss + dice_cost x dice loss of every map with every mask, at the maps' size, fp32.
 
-    Sums over the pixels of pairs are products of [maps, pixels] and [pixels, masks]: no array holds all pairs' pixels.
+    Sums over pixels are matrix products of [maps, pixels] and [pixels, masks], so no array holds the pixels of all
+    pairs.
     """
     logits = logits.astype(jnp.float32).reshape(len(logits), -1)
     inside = masks.reshape(len(masks), -1).T.astype(jnp.float32)
@@ -47,9 +48,9 @@ def matching_costs(
 
 
 def match(costs: Float[Array, "maps masks"], real: Bool[Array, " masks"]) -> Int[Array, " masks"]:
-    """The map of each mask, no map twice: together the real masks' maps cost the least possible.
+    """Assigns a different map to each mask, so that the total cost of the real masks is the least possible.
 
-    Rows that are not real get maps that are left over. Works under jit and vmap, with costs of any size, infinite and
+    Rows that are not real get some of the remaining maps. Works under jit and vmap, and with any costs, infinite and
     NaN too.
 
     Raises:
@@ -59,7 +60,7 @@ def match(costs: Float[Array, "maps masks"], real: Bool[Array, " masks"]) -> Int
     if masks > maps:
         raise ValueError(f"{masks} masks cannot each have one of {maps} maps: give each image at most {maps} masks")
     bounded = jnp.clip(jnp.nan_to_num(costs.astype(jnp.float32), nan=HOPELESS), -HOPELESS, HOPELESS)
-    # What costs the same with every map changes nothing for the rest.
+    # A row with the same cost for every map does not change the assignment of the other rows.
     rows, chosen = optax.assignment.hungarian_algorithm(jnp.where(real, bounded, 0).T)
     return jnp.zeros(masks, jnp.int32).at[rows].set(chosen.astype(jnp.int32))
 
@@ -67,18 +68,18 @@ def match(costs: Float[Array, "maps masks"], real: Bool[Array, " masks"]) -> Int
 def largest_first(
     areas: Int[np.ndarray, " masks"], pixels: int, *, rows: int = ROWS, least: float = LEAST_AREA
 ) -> Int[np.ndarray, " kept"]:
-    """Which of an image's masks are matched, in order: the largest `rows` of those that cover more than `least` of it.
+    """Returns the indices of the masks to match, largest first: at most `rows`, each more than `least` of the image.
 
     Args:
-      areas: pixels of each mask.
-      pixels: of the image.
+      areas: number of pixels of each mask.
+      pixels: number of pixels of the image.
     """
     order = np.argsort(-areas, kind="stable")
     return order[areas[order] > least * pixels][:rows]
 
 
 def nearest(masks: Bool[Array, "*batch height width"], size: tuple[int, int]) -> Bool[Array, "*batch rows columns"]:
-    """Every mask at another size, by the pixel that PyTorch's `interpolate` picks in its `nearest` mode."""
+    """Resizes every mask by picking the same pixels as PyTorch's `interpolate` in its `nearest` mode."""
     rows, columns = (_nearest(*sides) for sides in zip(masks.shape[-2:], size, strict=True))
     return masks[..., rows[:, None], columns]
 

@@ -1,4 +1,4 @@
-"""At which noise levels MAGNET trains."""
+"""The noise levels at which MAGNET trains."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import math
 from dataclasses import dataclass
 
 LARGEST_MEAN = 100
-"""Of a logit: far beyond it every level is 0 or 1."""
+"""Largest absolute mean of the logits; with larger means all noise levels are 0 or 1."""
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Density of the noise levels, see `flow.logit_normal_sigmas`; shift null: the checkpoint's schedule's."""
+    """Density of the noise levels, see `flow.logit_normal_sigmas`.
+
+    Attributes:
+      mean, std: of the normal distribution of the logits.
+      shift: shift of the noise levels; null: that of the checkpoint's schedule.
+    """
 
     mean: float = 0.0
     std: float = 0.5
@@ -22,7 +27,7 @@ class NoiseLevels:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = []
         if not -LARGEST_MEAN <= self.mean <= LARGEST_MEAN:
             found.append(f"noise_levels.mean is {self.mean}; expected -{LARGEST_MEAN} to {LARGEST_MEAN}")

@@ -1,4 +1,4 @@
-"""MAGNET's objective: the flow-matching loss, and what the expert block's attention owes to the masks.
+"""MAGNET's objective: the flow-matching loss, and mask losses of the expert block's attention.
 
 loss = velocity_weight |v - (eps - z)|^2 + focal_weight focal + dice_weight dice
 """
@@ -24,21 +24,22 @@ from seg4diff_jax.passes import NoisedImages, velocity
 
 @dataclass(frozen=True)
 class MagnetObjective:
-    """What is asked of the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
+    """Says which losses train the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
 
     Attributes:
-      targets: `classes`: masks are of classes, and the prompt is the classes' names (COCO); `matching`: masks have no
-        names, and each is matched with the map most like it, of all heads and tokens (SA-1B).
-      masks_from: what the prediction is. `scores`: the sigmoid of q.k / sqrt(head_dim), class by class. `log_probs`:
-        the log of the head-mean probability, log-softmax over the prompt's classes, which is what evaluation decides
-        by; see `losses.class_losses`. With `classes` only.
-      focal: `sigmoid`, or as in the release: weights of the focal loss and of the matching's focal cost are made of the
-        raw score where its sigmoid is meant. For `scores` only.
+      targets: `classes`: masks belong to classes, and the prompt is the names of the classes (COCO). `matching`: masks
+        have no names, and each is matched with the map most like it, among all heads and tokens (SA-1B).
+      masks_from: what predicts the masks. `scores`: the sigmoid of q.k / sqrt(head_dim), for each class by itself.
+        `log_probs`: the log of the head-mean probability, log-softmax over the prompt's classes, by which evaluation
+        chooses labels; see `losses.class_losses`. `log_probs` needs `classes`.
+      focal: `sigmoid`, or `release`: the weights in the focal loss and in the matching's focal cost use the raw score
+        instead of its sigmoid. For `scores` only.
       mask_head: `conv`: the release's head (`models.mask_head`) refines each token's map in training; None: no head.
         For `scores` only.
-      alpha, gamma: of the focal loss; alpha for `scores` only. gamma is at least 0, for `log_probs` 0 or at least 1.
-      velocity_weight, focal_weight, dice_weight: of the losses in the sum.
-      focal_cost, dice_cost: of the losses in the matching's cost. For `matching` only.
+      alpha, gamma: parameters of the focal loss; alpha for `scores` only. gamma is at least 0; for `log_probs` it is 0
+        or at least 1.
+      velocity_weight, focal_weight, dice_weight: weights of the losses in the sum.
+      focal_cost, dice_cost: weights of the losses in the matching's cost. For `matching` only.
     """
 
     targets: Literal["classes", "matching"] = "classes"
@@ -58,7 +59,7 @@ class MagnetObjective:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = self._problems_of_log_probs() if self.masks_from == "log_probs" else []
         for option in ("focal_cost", "dice_cost"):
             if self.targets == "classes" and getattr(self, option) != getattr(type(self), option):
@@ -98,20 +99,20 @@ class MagnetObjective:
 
     @property
     def request(self) -> AttentionRequest:
-        """What must be captured of the expert block."""
+        """The attention to capture in the expert block."""
         scores = self.masks_from == "scores"
         return AttentionRequest(scores=scores, probs=not scores, mean_heads=self.targets == "classes")
 
 
 class MagnetBatch(NamedTuple):
-    """Images, what to tell the model of them, and their masks.
+    """Noised images, the conditioning of their prompts, and their masks.
 
     Attributes:
-      images: at a noise level each.
-      texts: of the prompts; CLIP's tokens first.
-      masks: at any size; a fixed number of rows.
+      images: noised images, each at its own noise level.
+      texts: conditioning of the prompts; CLIP's tokens come first.
+      masks: masks of any size, in a fixed number of rows.
       real: which of the rows hold a mask.
-      averaging: where each mask's class is in its image's prompt (see `targets.class_maps`); None for `matching`.
+      averaging: weights of the prompt's tokens in each mask's class (see `targets.class_maps`); None for `matching`.
     """
 
     images: NoisedImages
@@ -130,18 +131,18 @@ def magnet_loss(
     head: MaskHead | None = None,
     options: ForwardOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of a batch and its parts: `velocity`, `focal` and `dice`, each before its weight.
+    """Returns the loss of a batch and its parts: `velocity`, `focal` and `dice`, each before its weight.
 
-    Gradients reach the parameters by two ways: the velocity, and the captured maps of the one block asked for. What
-    comes after that block's queries and keys learns from the velocity alone.
+    Gradients reach the parameters in two ways: through the velocity, and through the captured maps of `block`. Layers
+    after the queries and keys of that block learn from the velocity alone.
 
     Args:
-      block: the expert block, whose attention the masks are held against.
-      head: with `mask_head: conv`, and only then.
-      options: how blocks are computed; what is recorded is the objective's to say.
+      block: the expert block, whose attention is compared with the masks.
+      head: the mask head, given if and only if the objective has `mask_head: conv`.
+      options: how blocks are computed; the objective replaces the attention request in it.
 
     Raises:
-      ValueError: objective, head and batch do not belong together, or as `MMDiT.__call__`.
+      ValueError: objective, head and batch do not fit together; also as `MMDiT.__call__`.
     """
     _check(objective, batch, head)
     images, options = batch.images, replace(options, request=objective.request)
@@ -159,7 +160,7 @@ def attention_losses(
     grid: tuple[int, int],
     head: MaskHead | None = None,
 ) -> MaskLosses:
-    """The mask losses alone, of a record made with `objective.request`; `grid`: rows and columns of image tokens."""
+    """Returns the mask losses of a record made with `objective.request`; `grid`: rows and columns of image tokens."""
     focal: dict[str, Any] = {"alpha": objective.alpha, "gamma": objective.gamma, "focal": objective.focal}
     if objective.targets == "matching":
         assert attention.scores is not None

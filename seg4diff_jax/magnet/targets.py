@@ -1,7 +1,7 @@
-"""Which prediction stands for which mask, read from one block's captured image-to-text maps.
+"""Chooses the prediction for each mask from one block's captured image-to-text maps.
 
-COCO: the prompt is the names of the classes whose masks there are, so a class's map is that of its tokens. SA-1B: masks
-have no names, so each is matched with the map that is most like it, of all heads and tokens.
+COCO: the prompt is the names of the image's classes, so a class's map is the mean of its tokens' maps. SA-1B: masks
+have no names, so each mask is matched with the map most like it, among all heads and tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from seg4diff_jax.models.mask_head import MaskHead
 from seg4diff_jax.segmentation.open_vocabulary import class_scores
 
 MAPS_AT_ONCE = 32
-"""Maps of an image that the mask head refines at a time: its hidden layers are 64 times as large as a map."""
+"""How many maps the mask head refines at a time. The head's hidden layers are 64 times as large as a map."""
 
 
 def class_maps(
@@ -27,12 +27,12 @@ def class_maps(
     grid: tuple[int, int],
     head: MaskHead | None = None,
 ) -> Float[Array, "batch masks rows columns"]:
-    """Mean of each class's token maps; zero for rows of `averaging` that name no class.
+    """Returns the mean of each class's token maps; zero for rows of `averaging` that name no class.
 
     Args:
-      maps: of the CLIP tokens, mean over heads: scores, or probabilities.
+      maps: scores or probabilities of the CLIP tokens, mean over heads.
       averaging: `text.ClassPrompts.averaging` of each image's one prompt, or `averaging_of_ids`.
-      grid: rows x columns of image tokens.
+      grid: rows and columns of image tokens.
       head: refines each token's map, before the mean.
     """
     if head is not None:
@@ -44,18 +44,18 @@ def class_maps(
 def averaging_of_ids(
     prompt: Int[Array, "batch tokens"], names: Int[Array, "batch masks name_tokens"]
 ) -> tuple[Float[Array, "batch masks tokens"], Bool[Array, "batch masks"]]:
-    """The release's `class_maps` weights: a class averages every token of the prompt whose id occurs in its name.
+    """Returns weights for `class_maps` as in the release: a class averages all prompt tokens whose id is in its name.
 
-    Names that share a word share its places: `traffic light` and `light` both average both. `ClassPrompts.averaging`
-    keeps each name to its own.
+    Names that share a word share the positions of that word: in a prompt with `traffic light` and `light`, both classes
+    average both `light` tokens. With `ClassPrompts.averaging` each class averages only its own words.
 
     Args:
       prompt: CLIP-L's token ids.
-      names: each name's ids without start and end token; -1 fills up shorter ones and rows without a class.
+      names: token ids of each name without start and end token; -1 pads shorter names and rows without a class.
 
     Returns:
-      weights, and whether any place was found: the release leaves out the masks of classes without (names that the
-      prompt's end cut off), so its real masks are those that also have this.
+      weights, and whether any token was found. No token is found if the end of the prompt cut the name off. The release
+      leaves the masks of such classes out, so they must not count as real.
     """
     places = (prompt[:, None, :, None] == names[:, :, None, :]).any(axis=-1)
     count = places.sum(axis=-1, keepdims=True)
@@ -75,9 +75,10 @@ def matched_maps(
     gamma: float = GAMMA,
     focal: FocalWeight = "sigmoid",
 ) -> Float[Array, "batch masks rows columns"]:
-    """Each mask's map, found by one-to-one matching over heads and tokens (`matching`); gradients flow to it alone.
+    """Returns each mask's map, found by one-to-one matching over heads and tokens (`matching`).
 
-    Rows that are not real get maps that no mask wants. With a head, maps are matched and returned as it refines them.
+    Gradients flow to the matched maps alone. Rows that are not real get some of the remaining maps. With a head, both
+    the matching and the result use the maps that the head has refined.
 
     Raises:
       ValueError: there are more rows of masks than maps.
@@ -94,6 +95,6 @@ def matched_maps(
 
 
 def _refine(head: MaskHead, maps: Float[Array, "batch maps rows columns"]) -> Float[Array, "batch maps rows columns"]:
-    """A few maps at a time, again in the backward pass."""
+    """Refines `MAPS_AT_ONCE` maps at a time, and computes them again in the backward pass, to save memory."""
     refined = jax.lax.map(jax.checkpoint(lambda maps: head(maps)), jnp.swapaxes(maps, 0, 1), batch_size=MAPS_AT_ONCE)
     return jnp.swapaxes(refined, 0, 1)

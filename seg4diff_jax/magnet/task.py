@@ -2,8 +2,8 @@
 
     loss = |v(z_sigma, sigma, prompt) - (eps - z)|^2 + 0.1 focal + 0.2 dice,   sigma = shifted sigmoid(N(0, 0.5))
 
-The checkpoint itself is frozen: held once, in the computation's dtype, without gradients or optimizer state. What is
-trained is the adapters and, if there is one, the mask head, in fp32.
+The checkpoint itself is frozen. Its weights are stored once, in the dtype of the computation, without gradients or
+optimizer state. The adapters and, if there is one, the mask head are trained in fp32.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ class MagnetConfig:
     """Configuration of the task.
 
     Attributes:
-      model: what `seg4diff_jax.load` takes: directory, single file, Hub id, or miniature.
+      model: a model as `seg4diff_jax.load` takes it: directory, single file, Hub id, or miniature.
       tokenizers: directory of tokenizers for single files; null: the checkpoint's own, or SD3's from the Hub.
-      t5: prompts go through T5 too; the paper's did not.
-      block: whose attention is held against the masks; null: the checkpoint's expert block.
-      positions: where a class's words are in its prompt: its span, or as in the release wherever a token of its name
-        occurs.
-      start: file or directory of adapters to go on from, in any format of `python -m convert lora`.
-      cache: directory of latents and prompt states, written if absent, so that steps need neither autoencoder nor text
-        encoders; null: they run in every step. Crops then are the same in every epoch: data.crop center or squash.
-      remat: what of a block is computed again in the backward pass: nothing, the whole block, or all but its products
-        with weights.
-      kernel: of attention; null: by backend and dtype.
-      samples: pictures of the first held-out prompts at each evaluation; null or a count of 0: none.
-      dtype: of the frozen checkpoint and of the computation; adapters are fp32.
+      t5: whether prompts go through T5 too; in the paper they do not.
+      block: the block whose attention is compared with the masks; null: the checkpoint's expert block.
+      positions: which tokens of the prompt belong to a class: span, the class's own words; or release, every token that
+        also occurs in the class's name.
+      start: file or directory of adapters to start from, in any format of `python -m convert lora`.
+      cache: directory of latents and text states, written if absent, so that steps need neither autoencoder nor text
+        encoders. A cache needs data.crop center or squash. Null: the encoders run in every step.
+      remat: gradient checkpointing: what a block computes again in the backward pass. nothing, blocks (the whole
+        block), or all_but_matmuls (all but the products with weights).
+      kernel: the attention kernel; null: chosen by backend and dtype.
+      samples: images to generate from the first held-out prompts at each evaluation; null or a count of 0: none.
+      dtype: dtype of the frozen checkpoint and of the computation; adapters are fp32.
     """
 
     run: RunConfig
@@ -105,7 +105,7 @@ class MagnetConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = []
         nameless, matching = self.data.nameless, self.objective.targets == "matching"
         if nameless != matching:
@@ -127,19 +127,24 @@ class MagnetConfig:
 
 
 class Magnet(nnx.Module):
-    """The adapted transformer and what it reads; without encoders if items are encoded."""
+    """The transformer with adapters, the mask head, and the encoders; no encoders if items are already encoded."""
 
     def __init__(self, transformer: MMDiT, head: MaskHead | None, encoders: Encoders | None):
         self.transformer, self.head, self.encoders = transformer, head, encoders
 
 
 def open_checkpoint(config: MagnetConfig) -> Checkpoint:
-    """Raises CheckpointError when the checkpoint cannot be used, ValueError when an option does not fit it."""
+    """Opens the checkpoint that the options name.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be used.
+      ValueError: an option does not fit the checkpoint.
+    """
     return check(config, open(config.model, t5=config.t5, tokenizers=config.tokenizers))
 
 
 def check(config: MagnetConfig, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, which may only be described. Raises ValueError when an option does not fit it."""
+    """Returns the checkpoint, which needs no weights here. Raises ValueError when an option does not fit it."""
     checkpoint.block(config.block)
     image_size(config, checkpoint)
     if config.samples is not None:
@@ -148,7 +153,7 @@ def check(config: MagnetConfig, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def image_size(config: MagnetConfig, checkpoint: Checkpoint) -> int:
-    """Side, in pixels, of the squares that the model sees. Raises ValueError for one that it cannot see."""
+    """Returns the side of the model's square input, in pixels. Raises ValueError if the model cannot take that side."""
     side = config.data.size
     try:
         return checkpoint.size(None if side is None else (side, side))[0]
@@ -157,13 +162,13 @@ def image_size(config: MagnetConfig, checkpoint: Checkpoint) -> int:
 
 
 def load_encoders(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh | None, *, t5: bool = True) -> Encoders:
-    """The VAE and the text encoders; T5 if the checkpoint was opened with it and `t5`."""
+    """Loads the VAE and the text encoders. T5 is loaded if the checkpoint was opened with T5 and `t5` is True."""
     names = [name for name in checkpoint.encoder_names if t5 or name != checkpoint.family.t5]
     return Encoders(*(checkpoint.component(name, dtype=config.dtype, mesh=mesh) for name in names))
 
 
 def task(config: MagnetConfig) -> Task:
-    # A long caption is no news in every step.
+    # Otherwise every step with a long caption would warn again.
     warnings.filterwarnings("ignore", message=r"prompt .* tokens and .* takes")
     checkpoint = open_checkpoint(config)
     size = image_size(config, checkpoint)
@@ -208,10 +213,10 @@ def _name_uncaptioned(pictures: Pictures) -> None:
 
 
 def step_flops(config: MagnetConfig, checkpoint: Checkpoint) -> int:
-    """What a picture needs of a step: the adapters' gradients through the transformer, and without a cache encoders."""
+    """Returns the FLOPs of a step per picture: the adapters' gradients and, without a cache, the encoders."""
     size, clip_tokens = image_size(config, checkpoint), checkpoint.clip_tokens
     image, t5_tokens = (size // checkpoint.view.multiple) ** 2, T5_LENGTH if config.t5 else 0
-    # The zeros that stand for an absent T5 are equal: one of them is computed for all.
+    # Zero tokens replace an absent T5. All are equal, so only one of them is computed.
     text = clip_tokens + max(1, t5_tokens)
     flops = adapter_step_flops(checkpoint.transformer, config.lora, image, text, mapped=clip_tokens).needed
     if config.cache is None:
@@ -245,7 +250,7 @@ def init(config: MagnetConfig, checkpoint: Checkpoint, seed: int, mesh: Mesh) ->
 def loss(
     model: Magnet, batch: Batch, key: PRNGKeyArray, *, config: MagnetConfig, checkpoint: Checkpoint
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """MAGNET's loss of a batch of items, see `mask_items` and `encoded_items`, and its parts."""
+    """Returns MAGNET's loss of a batch of items, and its parts. Items are as in `items` or `encoded_items`."""
     for_noise, for_sigma = jax.random.split(key)
     latents = clean_latents(model, batch)
     levels = config.noise_levels
@@ -288,7 +293,7 @@ def masks_of(
 ) -> tuple[
     Bool[Array, "batch rows height width"], Bool[Array, "batch rows"], Float[Array, "batch rows clip_tokens"] | None
 ]:
-    """Masks, which of the rows hold one, and where each one's class is in the prompt."""
+    """Returns masks, which rows hold a mask, and the prompt-token weights of each mask's class (None for matching)."""
     if objective.targets == "matching":
         return jnp.unpackbits(batch["masks"], axis=-1).astype(bool), batch["real"], None
     rows = batch["class_of_row"]
@@ -346,7 +351,10 @@ def _evaluate(model: Magnet, *, held_out: HeldOut) -> dict[str, float]:
 def _pictures(
     model: Magnet, *, held_out: HeldOut, checkpoint: Checkpoint, config: MagnetConfig, kept: dict[Mesh, Encoders]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """T5 is left out, as in masks. `kept`: encoders that the model lacks, beside it on its mesh."""
+    """Generates a row of images from held-out prompts, without T5, as for masks.
+
+    `kept` caches, by mesh, the encoders that are loaded when the model has none.
+    """
     used = model.encoders
     if used is None:
         place = model.transformer.context_embed.kernel.get_value().sharding
@@ -372,7 +380,7 @@ def export(model: Magnet, directory: Path, *, config: MagnetConfig) -> None:
 
 
 def then(directory: Path, *, config: MagnetConfig) -> dict[str, str]:
-    """What to do with the adapters of an export, and the commands that do it."""
+    """Returns what can be done with the exported adapters, and the command for each."""
     options = ["--model", config.model, "--lora", str(directory)]
     scored = {"folder": ["--data.root", "DIR"], "sa1b": ["--data.root", "DIR"], "scenes": []}
     images = scored.get(config.data.name, ["--data.name", config.data.name, "--data.root", str(config.data.root)])
