@@ -1,10 +1,12 @@
-"""Checkpoints of a run: written while training goes on, complete or absent, the last ones and the best one kept.
+"""Writes and reads the checkpoints of a run. The last ones and the best one are kept.
+
+Checkpoints are written while training continues. A checkpoint is either complete or absent.
 
 RUN/checkpoints/<step>/state       parameters, optimizer, average, random key (Orbax, sharded as in training)
-RUN/checkpoints/<step>/checksums   of each array of it, and of the records below
-RUN/checkpoints/<step>/data        how many batches came before
+RUN/checkpoints/<step>/checksums   checksums of each array of the state, and of the records below
+RUN/checkpoints/<step>/data        how many batches were taken before
 RUN/checkpoints/<step>/config      the resolved configuration
-RUN/checkpoints/<step>/metrics     of the evaluation after that step, if there was one
+RUN/checkpoints/<step>/metrics     metrics of the evaluation after that step, if there was one
 """
 
 from __future__ import annotations
@@ -44,13 +46,13 @@ from seg4diff_jax.convert.run_checkpoint import (
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.state import TrainState
 
-# Most steps that are checkpointed are not evaluated; Orbax warns at each.
+# Most checkpointed steps are not evaluated, and Orbax would warn at each of them.
 logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
 
 
 @dataclass(frozen=True)
 class Best:
-    """Keeps the checkpoint of the largest finite score, the last of equal ones. Orbax's own takes NaN for the best."""
+    """Keeps the checkpoint with the largest finite score; of equal scores, the last. Orbax's own policy keeps NaN."""
 
     metric: str
 
@@ -62,15 +64,19 @@ class Best:
 
 
 UNREAD = re.compile(r"^[A-Z_]+: Error (opening|reading|decoding)|^Encountered error while reading")
-"""How TensorStore and Orbax begin what they say of files that they cannot read."""
+"""Matches the messages of TensorStore and Orbax about files that they cannot read."""
 DETAILS = re.compile(r"\.? See full TensorStore details| \[tensorstore_spec")
-"""What begins the parts of their messages that tell nothing of the fault."""
+"""Matches the start of the parts of these messages that do not describe the fault."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: the state, how many batches came before, and the configuration that it was written with.
+    """The contents of a checkpoint.
 
-    `checked`: whether it has checksums, by which all of this is what was written.
+    Attributes:
+      state: the training state.
+      batches: how many batches were taken before.
+      config: the configuration of the run that wrote the checkpoint.
+      checked: whether the checkpoint has checksums, all of which agreed.
     """
 
     state: TrainState
@@ -80,15 +86,15 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, as a context that ends when the last of them is on the disk.
+    """The checkpoints of one run, as a context manager. The context ends when all checkpoints are on the disk.
 
     Args:
-      directory: of the run.
-      keep: how many of the latest are kept.
-      best: metric by which one more is kept, the one with the largest finite value; None: no other.
+      directory: directory of the run.
+      keep: how many of the latest checkpoints are kept.
+      best: metric whose largest finite value marks one more checkpoint to keep; None: only the latest are kept.
 
     Raises:
-      TrainingError: what is recorded of a checkpoint's evaluation is damaged.
+      TrainingError: the record of a checkpoint's evaluation is damaged.
     """
 
     def __init__(self, directory: Path, *, keep: int, best: str | None = None):
@@ -96,21 +102,22 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep)]
         if best is not None:
             kept.append(Best(best))
-            for step in self._on_disk():  # which Orbax reads without saying of which file it speaks
+            for step in self._on_disk():  # Orbax reads the same, and its errors do not name the file
                 self._naming_the_step(step, lambda step=step: score(self.directory / str(step), best))
         if jax.process_index() == 0:
-            # Halves left by a run that was cut off. What cannot be removed now is when its step is written again.
+            # Unfinished checkpoints of a run that was killed. Those that cannot be removed now are removed when their
+            # step is written again.
             for half in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(half, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            # With it metrics are written, and known to a run that is resumed; `Best` compares them.
+            # Only with `best_fn` does Orbax write metrics and know them after a resume. `Best` does the comparing.
             best_fn=None if best is None else lambda metrics: metrics.get(best, 0.0),
             enable_async_checkpointing=True,
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except Exception as error:  # what Orbax, the disk or the file system says
+        except Exception as error:  # from Orbax, the disk or the file system
             raise self._unopened(error) from error
 
     def __enter__(self) -> Checkpoints:
@@ -123,7 +130,7 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
-            with suppress(Exception):  # what went wrong with the last checkpoint has been said
+            with suppress(Exception):  # `wait` has reported what failed
                 self._manager.close()
 
     @property
@@ -135,11 +142,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def scored(self, step: int) -> bool:
-        """Whether a checkpoint was written with metrics, which is only so where there is a best one."""
+        """Whether a checkpoint has metrics. Metrics are only written if `best` is given."""
         return self._manager.metrics(step) is not None
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Those of a checkpoint that was written without any: it counts for the best from now on."""
+        """Adds metrics to a checkpoint that was written without them, so that it can become the best one."""
         if jax.process_index() == 0:
             add_metrics(self.directory / str(step), metrics)
         if jax.process_count() > 1:
@@ -154,12 +161,13 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begin to write a checkpoint; `state` may be given away once this returns.
+        """Starts to write a checkpoint. `state` may be donated once this returns.
 
         Args:
-          batches: how many were taken.
+          batches: how many batches were taken.
 
-        Raises TrainingError when this or the one before cannot be written.
+        Raises:
+          TrainingError: this checkpoint or the one before cannot be written.
         """
         if step in self._manager.all_steps():
             return
@@ -167,7 +175,7 @@ class Checkpoints:
         scores = {} if metrics is None else {METRICS: dict(metrics)}
         kept = checksums_to_keep(state, records | scores)
         if jax.default_backend() == "cpu":
-            # There the writer would read the very memory that the next step is given to write to.
+            # On a CPU the writer would read the memory that is donated to the next step.
             state = jax.tree.map(jnp.copy, state)
         try:
             self._manager.save(
@@ -178,11 +186,11 @@ class Checkpoints:
                 ),
                 metrics=scores.get(METRICS),
             )
-        except Exception as error:  # what the disk, the network or the file system says
+        except Exception as error:  # from the disk, the network or the file system
             raise self._failure(error) from error
 
     def wait(self) -> None:
-        """Until all is written. Raises TrainingError when it cannot be."""
+        """Waits until all checkpoints are written. Raises TrainingError when one cannot be."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -205,14 +213,14 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> Restored:
-        """What a checkpoint holds.
+        """Reads a checkpoint.
 
         Args:
-          state: shapes and dtypes expected.
-          shardings: where each array belongs; may differ from where it lay when it was written.
+          state: the expected shapes and dtypes.
+          shardings: the sharding of each array, which may differ from that in the run that wrote it.
 
         Raises:
-          TrainingError: it cannot be read, is damaged, or holds other parameters.
+          TrainingError: the checkpoint cannot be read, is damaged, or holds other parameters.
         """
         place = self.directory / str(step)
         config = self._naming_the_step(step, lambda: read_record(place, CONFIG))
@@ -235,7 +243,8 @@ class Checkpoints:
                 f"{self._earlier(step)}"
             ) from error
         checked = self._naming_the_step(step, lambda: check_arrays(place, found[STATE]))
-        # Earlier versions kept Grain's position, which depends on the number of workers. The state counts too.
+        # Earlier versions stored Grain's position instead, which depends on the number of workers. The state has the
+        # same count.
         batches = data.get("batches", int(found[STATE].batches))
         return Restored(found[STATE], batches, config, checked)
 
@@ -243,7 +252,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit())
 
     def _naming_the_step(self, step: int, read: Callable[[], Any]) -> Any:
-        """What is read of a step; what is wrong with it, and what to do about it."""
+        """Returns `read()`. If the step is damaged, the TrainingError says what is wrong and what to do."""
         try:
             return read()
         except CheckpointError as error:
@@ -256,6 +265,6 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says, without TensorStore's own account of what it was asked."""
+    """Returns the first line of a library's message, without TensorStore's description of the request."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return cut(DETAILS.split(line)[0], 600)

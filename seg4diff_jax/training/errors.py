@@ -1,7 +1,7 @@
-"""What stops a training run."""
+"""The error that stops a training run."""
 
 from __future__ import annotations
 
 
 class TrainingError(RuntimeError):
-    """A run cannot begin or go on; the message says why, what is intact, and what to do."""
+    """A run cannot begin or continue. The message says why, what is intact, and what to do."""

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar (or lines, where there is no terminal), `metrics.jsonl`, TensorBoard, pictures."""
+"""The logs of a run: a progress bar (lines where there is no terminal), `metrics.jsonl`, TensorBoard, pictures."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ from seg4diff_jax.training.errors import TrainingError
 
 METRICS, PICTURES = "metrics.jsonl", "pictures"
 STRIP = 12
-"""Height of the strip over a row of pictures that says its step."""
+"""Height, in pixels, of the strip above a row of pictures that shows its step."""
 
 
 class Logs:
-    """The logs of one run, as a context.
+    """The logs of one run, as a context manager.
 
     Args:
-      directory: of the run. What there is past `start` is of a run that was cut off, and goes; TensorBoard is told.
-      name, steps, start: of the run: its task, its number of steps, and how many are done.
-      writes: whether this process is the one that writes.
+      directory: directory of the run. Rows and pictures of steps after `start` come from a run that was killed. They
+        are removed, and marked as void for TensorBoard.
+      name: name of the task.
+      steps: number of the run's steps.
+      start: how many steps are done.
+      writes: whether this process writes the logs.
     """
 
     def __init__(self, directory: Path, *, name: str, steps: int, start: int, writes: bool = True):
@@ -46,7 +49,7 @@ class Logs:
         self._begun: tuple[int, float] | None = None
         self._events, self._directory = None, directory
         if writes:
-            from seg4diff_jax.training.tensorboard import EventFile  # which takes PyTorch along where that is installed
+            from seg4diff_jax.training.tensorboard import EventFile  # imports PyTorch where that is installed
 
             with _at_its_start(directory):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ class Logs:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
         if self._events is not None:
-            with suppress(OSError):  # of a full disk has been told
+            with suppress(OSError):  # a full disk has been reported
                 self._rows.close()
             with suppress(OSError):
                 self._events.close()
@@ -76,7 +79,7 @@ class Logs:
         self._console.print(f"{self._name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values of a step; show them in the progress bar, or as a line where there is none.
+        """Writes values of a step, and shows them in the progress bar, or as a line where there is no bar.
 
         Names with an `@` are details, which are written and not shown.
         """
@@ -89,7 +92,7 @@ class Logs:
                 self._events.scalars(step, values)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Show them, and do not write them."""
+        """Shows values of a step without writing them."""
         shown = "  ".join(f"{key} {_shown(value)}" for key, value in values.items() if "@" not in key)
         self._bar.update(step, shown)
         if not self._bar.shown:
@@ -107,7 +110,7 @@ class Logs:
             ) from error
 
     def _left(self, step: int) -> str:
-        """As long as the steps since the first one took, all that was between them with it."""
+        """Returns the time that is left, from the pace since the first step, evaluations and checkpoints included."""
         if self._begun is None or step <= self._begun[0] or step >= self._steps:
             return ""
         first, begun = self._begun
@@ -115,9 +118,9 @@ class Logs:
         return f"  {timedelta(seconds=round(seconds))} left"
 
     def picture(self, step: int, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
-        """Keep the picture of a step, and lay those of all steps below each other in `pictures.png`.
+        """Writes the picture of a step, and stacks the pictures of all steps in `pictures.png`.
 
-        A former one that cannot be read any more is left out of that, and the run says so.
+        An earlier picture that cannot be read is left out of `pictures.png`, and the run says so.
         """
         if self._events is None:
             return
@@ -158,7 +161,7 @@ def _shown(value: float) -> str:
 
 @contextmanager
 def _at_its_start(directory: Path) -> Iterator[None]:
-    """Raises TrainingError, which names the file, when logs cannot be written, or rows and pictures cannot go."""
+    """Raises TrainingError, which names the file, when logs cannot be written, or rows and pictures not removed."""
     try:
         yield
     except OSError as error:
@@ -169,7 +172,11 @@ def _at_its_start(directory: Path) -> Iterator[None]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """And the last line, where the run was killed while it wrote it. Raises TrainingError for other damage."""
+    """Removes the rows after a step, and a last line that a killed run did not finish.
+
+    Raises:
+      TrainingError: the file has other damage.
+    """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines()
@@ -200,12 +207,12 @@ def _drop_pictures_after(directory: Path, step: int) -> None:
 
 
 def _pictures(directory: Path) -> list[tuple[int, Path]]:
-    """Those of steps, in their order; other files are left alone."""
+    """Returns the steps that have a picture, ascending, with their files. Other files are left out."""
     return sorted((int(file.stem), file) for file in directory.glob("*.png") if re.fullmatch("[0-9]+", file.stem))
 
 
 class Throughput:
-    """Images per second of training alone: what else takes time is left out by `pause`."""
+    """Measures images per second of training alone. `pause` excludes the time of other work."""
 
     def __init__(self):
         self.restart()
@@ -223,7 +230,7 @@ class Throughput:
         self._since = time.perf_counter()
 
     def take(self) -> float | None:
-        """Since the last call; None before anything was counted."""
+        """Returns images per second since the last call; None if none were counted."""
         self.pause()
         rate = self._images / max(self._seconds, 1e-9) if self._images else None
         self.restart()

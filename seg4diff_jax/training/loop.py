@@ -1,13 +1,13 @@
-"""The training loop: every task, any mesh, resumable bit for bit.
+"""The training loop, for every task and any mesh. A resumed run gives the same bits as one that was never stopped.
 
     RUN/config.yaml          the resolved configuration
     RUN/metrics.jsonl        one row per log and per evaluation; the same numbers in TensorBoard's event file
     RUN/pictures.png         one row per evaluation, of tasks that make pictures; RUN/pictures/ has them apart
     RUN/checkpoints/<step>/  see `seg4diff_jax.training.checkpoints`
-    RUN/export/              what the task makes of the trained model
+    RUN/export/              what the task exports of the trained model
 
-What stops it: the last step; SIGTERM or Ctrl-C (a checkpoint is written first, see `training.termination`); a loss or
-gradient that is not finite, a disk that is full (the last good checkpoint stays).
+A run ends at the last step; at SIGTERM or Ctrl-C, after writing a checkpoint (see `training.termination`); or at a loss
+or gradient that is not finite or a full disk (the last good checkpoint stays).
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ CONFIG, EXPORT = "config.yaml", "export"
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what. Functions are pure; the model is an nnx module.
+    """What to train, and on which data. Functions are pure; the model is an nnx module.
 
     Attributes:
-      name: as logs show it.
-      init: seed and mesh to the model, its parameters on the mesh (`state.fresh` makes such a function).
-      loss: model, batch and random key to a scalar, the mean over the batch's items, and its parts (scalars).
+      name: the task's name in the logs.
+      init: makes the model from a seed and a mesh, its parameters on the mesh (`state.fresh` makes such a function).
+      loss: takes model, batch and random key; returns a scalar, the mean over the batch's items, and its scalar parts.
       source: the training items.
-      augment: what is done to them anew in every epoch, see `data.loader.training_batches`.
-      trainable: nnx filter of what is trained; the rest of the model is held once, without gradient or optimizer state.
-      evaluate: model to metrics. It is given the averaged parameters where there are any. Every process calls it, and
-        what it computes may lie with several of them: it is read through `parallel.on_host`.
-      pictures: model, as `evaluate` is given it, to a picture of fixed size that shows how far it is: one is kept of
-        every evaluation, below each other.
+      augment: changes the items anew in every epoch, see `data.loader.training_batches`.
+      trainable: nnx filter of the trained parameters; the others are stored once, without gradient or optimizer state.
+      evaluate: takes the model, with averaged parameters if there are any, and returns metrics. Every process calls it.
+        Its arrays may be spread over several processes, so they are read through `parallel.on_host`.
+      pictures: takes the same model as `evaluate` and returns a picture of fixed size that shows the progress. The
+        pictures of all evaluations are stacked.
       best: the metric whose largest value marks the best checkpoint.
-      export: writes what the run is for into a directory; given the same model as `evaluate`.
-      item: an item's number to what error messages call it.
-      work: what an item takes of a step, of which the log makes a fraction of the devices' peak; None: not known.
-      then: an export's directory to what may be done with it, and the command that does it.
+      export: takes the same model as `evaluate` and a directory, and writes the run's result there.
+      item: returns the name of an item, from its number, for error messages.
+      work: the work of a step per item, from which the log computes the fraction of the devices' peak; None: not known.
+      then: takes the directory of an export and returns what can be done with it, and the command for each.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Task:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; `data` null: all that the others leave."""
+    """Number of devices along each axis of the mesh; `data` null: all devices that the other axes leave."""
 
     data: int | None = None
     fsdp: int = 1
@@ -95,17 +95,17 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, where, and how often.
+    """Settings of a run: its directory, length and batch, and how often it logs, evaluates and checkpoints.
 
     Attributes:
       out: directory of the run.
-      steps: updates of the parameters.
-      batch_size: items in one batch, over all devices and processes.
-      seed: of parameters, data order and noise.
-      log_every, evaluate_every, checkpoint_every: steps.
-      keep: checkpoints kept, beside the best.
-      workers: processes that prepare data; 0: threads of this one.
-      mesh: devices.
+      steps: number of updates of the parameters.
+      batch_size: items per batch, over all devices and processes.
+      seed: seed of parameters, data order and noise.
+      log_every, evaluate_every, checkpoint_every: number of steps between logs, evaluations and checkpoints.
+      keep: number of latest checkpoints to keep, beside the best.
+      workers: number of processes that prepare data; 0: threads of this process.
+      mesh: devices along each axis of the mesh.
     """
 
     out: str
@@ -124,7 +124,7 @@ class RunConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         counts = ("steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every", "keep")
         found = {name: getattr(self, name) for name in counts if getattr(self, name) < 1}
         said = [f"run.{name} is {value}; expected at least 1" for name, value in found.items()]
@@ -137,23 +137,23 @@ class RunConfig:
 def train(
     task: Task, run: RunConfig, optimizer: OptimizerConfig, record: Mapping[str, Any] | None = None, *, resume=False
 ) -> Any:
-    """Train, and return the model: averaged parameters where there are any.
+    """Trains a model and returns it, with averaged parameters if there are any.
 
     Args:
-      record: the resolved configuration, saved beside the results and in every checkpoint; plain values.
-      resume: go on from the run's last checkpoint, if it has one.
+      record: the resolved configuration as plain values, saved beside the results and in every checkpoint.
+      resume: continue from the run's last checkpoint, if it has one.
 
     Raises:
-      TrainingError: the run cannot begin or go on.
+      TrainingError: the run cannot begin or continue.
       ValueError: see `check`.
       Terminated: SIGTERM came before the first step.
-      Interrupted: Ctrl-C came, which is a KeyboardInterrupt too. The message says which step is checkpointed.
+      Interrupted: Ctrl-C came (also a KeyboardInterrupt). The message says which step is checkpointed.
     """
     out = Path(run.out)
     nothing = found_nothing(out) if resume else ""
     mesh = check(run, optimizer)
     if task.work is not None:
-        measured_peak(task.work.dtype)  # remembered; later a mesh is in context, and devices are busy
+        measured_peak(task.work.dtype)  # cached now, while no mesh is in context and devices are idle
     with jax.set_mesh(mesh), Checkpoints(out, keep=run.keep, best=task.best) as checkpoints, termination() as stop:
         if checkpoints.latest is not None and not resume:
             raise TrainingError(
@@ -174,8 +174,8 @@ def train(
                 said.append(f"all {run.steps} steps are taken: for more of them give a larger --run.steps")
         with stop.dispensable():
             data = _data(task, run, mesh, taken)
-            data = chain([next(data)], data) if start < run.steps else data  # workers start with it
-        if jax.process_index() == 0:  # once it is known to fit what is there
+            data = chain([next(data)], data) if start < run.steps else data  # the first batch starts the workers
+        if jax.process_index() == 0:  # only now is it known that the configuration fits the checkpoint
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG).write_text(yaml.safe_dump(dict(record or {}), sort_keys=False), encoding="utf-8")
         with Logs(out, name=task.name, steps=run.steps, start=start, writes=jax.process_index() == 0) as logs:
@@ -194,7 +194,7 @@ def train(
 
 
 def _finish(task: Task, model: Any, out: Path) -> None:
-    """Write what the run is for, and say where all of it is."""
+    """Writes the export, and says where the results are and what can be done with them."""
     if task.export is not None:
         task.export(model, out / EXPORT)
     kept = f"checkpoints in {out / 'checkpoints'}, logs in {out / METRICS}"
@@ -204,7 +204,7 @@ def _finish(task: Task, model: Any, out: Path) -> None:
 
 
 def check(run: RunConfig, optimizer: OptimizerConfig) -> Mesh:
-    """The mesh of a run. Raises ValueError when batch, mesh and optimizer settings do not fit each other."""
+    """Returns the mesh of a run. Raises ValueError when batch, mesh and optimizer settings do not fit together."""
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     check_batch(run, mesh)
     make_schedule(optimizer, run.steps)
@@ -238,7 +238,7 @@ def _data(task: Task, run: RunConfig, mesh: Mesh, taken: int) -> Iterator[Batch]
 
 @dataclass
 class Trainer:
-    """The model in training: its state, and the compiled step that moves it on."""
+    """The model in training: its state, and the compiled step that updates the state."""
 
     task: Task
     optimizer: OptimizerConfig
@@ -255,7 +255,7 @@ class Trainer:
         return self.structure.model(chosen, self.frozen)
 
     def gathered_model(self) -> Any:
-        """The same on every process; with several of them, in each one's own memory."""
+        """Returns the averaged model. With several processes, each gets a copy of all parameters in its own memory."""
         if jax.process_count() == 1:
             return self.averaged_model()
         state = multihost_utils.process_allgather(self.state._replace(optimizer=None), tiled=True)
@@ -266,7 +266,7 @@ class Trainer:
         return int(self.state.batches) >= run.steps * self.optimizer.accumulate
 
     def put(self, batch: Batch) -> Batch:
-        """Each host's share of a batch, as one array over all devices."""
+        """Joins the hosts' shares of a batch to arrays over all devices."""
         place = NamedSharding(self.mesh, BATCH)
         return {name: jax.make_array_from_process_local_data(place, np.asarray(x)) for name, x in batch.items()}
 
@@ -291,7 +291,7 @@ def _steps(
     stop: Termination,
     record: Mapping[str, Any],
 ) -> str | None:
-    """Take them. Returns what is to be said where something stopped them."""
+    """Takes all remaining steps. Returns None, or a message if a signal stopped the run."""
     watch, throughput = Watch(trainer.task.item), Throughput()
     for done in range(start + 1, run.steps + 1):
         last = done == run.steps
@@ -299,7 +299,7 @@ def _steps(
             values = _take_first(trainer, data, done, watch, logs)
             if not last and done % run.log_every:
                 logs.show(done, values)
-            throughput.restart()  # compilation is no part of it
+            throughput.restart()  # the rate excludes compilation
         else:
             _take(trainer, data, done, watch)
             throughput.count(run.batch_size * trainer.optimizer.accumulate)
@@ -331,7 +331,7 @@ def _steps(
 
 
 def _take(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch) -> dict[str, Any]:
-    """Take one step. Returns the metrics of its last batch, which may still be under way."""
+    """Takes one step. Returns the metrics of its last batch, which the device may still be computing."""
     metrics: dict[str, Any] = {}
     for _ in range(trainer.optimizer.accumulate):
         batch = next(data)
@@ -341,7 +341,7 @@ def _take(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch) -> d
 
 
 def _take_first(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch, logs: Logs) -> dict[str, float]:
-    """Take it, and say how long that and its compilation took."""
+    """Takes the first step, and says how long the step and its compilation took."""
     logs.say(f"compiling the training step for {named_devices(trainer.mesh.size)}, and taking the first one ...")
     begun = time.perf_counter()
     with CompilationClock() as compilation:
@@ -354,7 +354,7 @@ def _take_first(trainer: Trainer, data: Iterator[Batch], done: int, watch: Watch
 def _make_up(
     trainer: Trainer, run: RunConfig, start: int, checkpoints: Checkpoints, logs: Logs, stop: Termination
 ) -> None:
-    """The evaluation that was due at the step a run is resumed at, if something came between it."""
+    """Evaluates at the step at which a run is resumed, if that evaluation was due and did not happen."""
     due = start == run.steps or start % run.evaluate_every == 0
     if due and trainer.task.best is not None and not checkpoints.scored(start):
         scores, failure = _evaluate(trainer, start, logs, stop)
@@ -377,7 +377,7 @@ def _rates(trainer: Trainer, done: int, images_per_second: float | None) -> dict
 def _evaluate(
     trainer: Trainer, done: int, logs: Logs, stop: Termination
 ) -> tuple[dict[str, float] | None, BaseException | None]:
-    """Scores, and what came between: the step was taken all the same, and its checkpoint is due."""
+    """Returns scores, and the error that stopped the evaluation, if any: the step must still be checkpointed."""
     task, scores = trainer.task, None
     try:
         if task.evaluate is not None:
@@ -393,6 +393,6 @@ def _evaluate(
             logs.picture(done, picture)
     except (Exception, Terminated) as error:
         if jax.process_count() > 1:
-            raise  # the others may not have failed, and would wait
+            raise  # the other processes may not have failed, and would wait for this one
         return scores, error
     return scores, None

@@ -1,4 +1,4 @@
-"""Losses as they come: looked at while steps are under way, and averaged for the log."""
+"""Checks the losses while later steps are computed, and averages them for the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from seg4diff_jax.training.errors import TrainingError
 
 IN_FLIGHT = 2
-"""Steps that may be under way before their losses are looked at."""
+"""Number of steps that may be in progress before the oldest one's loss is read."""
 
 
 class Pending(NamedTuple):
@@ -23,10 +23,10 @@ class Pending(NamedTuple):
 
 
 class Watch:
-    """Looks at every loss, a few steps late so that the device need not wait, and averages what it saw.
+    """Checks that every loss is finite, and averages the losses. It runs a few steps late, so the device need not wait.
 
     Args:
-      item: an item's number to what error messages call it.
+      item: returns the name of an item, from its number, for error messages.
     """
 
     def __init__(self, item: Callable[[int], str]):
@@ -39,7 +39,7 @@ class Watch:
         self.check(IN_FLIGHT)
 
     def check(self, left: int = 0) -> None:
-        """Raise TrainingError if one of the steps taken, all but the last `left`, is not finite."""
+        """Raises TrainingError if the loss or gradient of a step is not finite. Leaves the last `left` steps unread."""
         while len(self._pending) > left:
             step, metrics, items = self._pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -57,7 +57,7 @@ class Watch:
             self._seen.append(values)
 
     def take(self) -> dict[str, float]:
-        """Means since the last call."""
+        """Returns the mean of each metric since the last call."""
         self.check()
         names = sorted(self._seen[0], key=lambda name: name != "loss")
         means = {name: float(np.mean([values[name] for values in self._seen])) for name in names}

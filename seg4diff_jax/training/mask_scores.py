@@ -1,4 +1,4 @@
-"""How well blocks' attention finds what a batch's prompts name, in one pass that predicts the velocity too."""
+"""Scores segmentation by the attention of several blocks, in the same pass that predicts the velocity."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def confusions(
     classes: int,
     blocks: tuple[int, ...],
 ) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
-    """Confusion matrix of the label maps of each of some blocks, and each image's velocity loss.
+    """Returns a confusion matrix of the label maps of each block in `blocks`, and each image's velocity loss.
 
     Args:
-      batch: `labels` at the size at which they are scored, `averaging` and `class_of_row` of each image's prompt.
+      batch: `labels` at the size at which they are scored, and `averaging` and `class_of_row` of each image's prompt.
     """
     averaging, rows = batch["averaging"], batch["class_of_row"].astype(jnp.int32)
     predicted_velocity, records = velocity(

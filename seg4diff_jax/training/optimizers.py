@@ -1,4 +1,4 @@
-"""AdamW, with Muon for matrices on request, as every task uses it: clipping, schedule, decay, rates, accumulation."""
+"""The optimizer of every task: AdamW, on request Muon for matrices, with clipping, schedule, decay and accumulation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import optax.contrib
 from jaxtyping import Array, Float, Int
 
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""What a step computes with are numbers of 32 bits: smaller ones are 0 there, larger ones infinite."""
+"""Limits of the 32-bit numbers that a step computes with: smaller numbers are 0 there, larger ones infinite."""
 BOUNDS: dict[str, tuple[str, Callable[[int | float], bool]]] = {
     "learning_rate": ("a finite number, more than 0", lambda value: TINY <= value <= LARGEST),
     "warmup": ("at least 0 updates", lambda value: value >= 0),
@@ -28,28 +28,30 @@ BOUNDS: dict[str, tuple[str, Callable[[int | float], bool]]] = {
     "average": ("0 <= average < 1, or null for none", lambda value: 0 <= value < 1),
     "rates": ("a finite factor, at least 0", lambda value: 0 <= value <= LARGEST),
 }
-"""Option to what is expected of its values. NaN is within no bounds."""
+"""Each option's expected values, in words and as a test. NaN passes no test."""
 ScheduleName = Literal["constant", "cosine", "last_quarter", "detectron2"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters are updated.
+    """Settings of the optimizer.
 
     Attributes:
-      learning_rate: the largest.
-      schedule: after the warm-up: constant; cosine to zero; constant, then linear to zero over the last quarter; or
-        detectron2's warm-up cosine, which counts from the first update and is reached by the warm-up.
-      warmup: updates over which the rate rises linearly.
-      weight_decay: decoupled; of matrices and convolutions, not of biases, norms, embeddings and tables.
-      betas, epsilon: Adam's.
-      muon: regular expression of the names of matrices that Muon updates instead of Adam: by their momentum's nearest
-        orthogonal matrix, at a root mean square of `MUON_SIZE` times the rate. Stacked matrices count one by one.
-      clip: largest global norm of a gradient; None: not clipped.
-      accumulate: batches whose gradients are averaged into one update.
-      average: decay of the moving average of the parameters, which is what is evaluated and exported; None: none. It
-        begins lower, at (1 + n) / (10 + n) after n updates.
-      rates: regular expression of parameter names to a factor of the learning rate; the first that is found counts.
+      learning_rate: the largest learning rate.
+      schedule: the learning rate after the warm-up: constant; cosine to zero; constant, then linear to zero over the
+        last quarter; or detectron2's warm-up cosine, whose cosine counts from the first update and whose warm-up ends
+        on that cosine.
+      warmup: number of updates over which the rate rises linearly.
+      weight_decay: decoupled weight decay of matrices and convolutions, not of biases, norms, embeddings and tables.
+      betas, epsilon: Adam's parameters.
+      muon: regular expression of the names of matrices that Muon updates instead of Adam. The update is the orthogonal
+        matrix nearest to the momentum, with a root mean square of `MUON_SIZE` times the rate. Each matrix of a stack
+        is updated by itself.
+      clip: largest global norm of a gradient; None: gradients are not clipped.
+      accumulate: number of batches whose gradients are averaged into one update.
+      average: decay of the moving average of the parameters, which is evaluated and exported; None: no average. After
+        n updates the decay is at most (1 + n) / (10 + n).
+      rates: factors of the learning rate, by regular expression of parameter names; the first match counts.
     """
 
     learning_rate: float = 1e-4
@@ -69,7 +71,7 @@ class OptimizerConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = [
             f"optimizer.{place} is {value}; expected {bounds}"
             for name, (bounds, fits) in BOUNDS.items()
@@ -85,7 +87,7 @@ class OptimizerConfig:
 
 
 def _values(name: str, value: Any) -> list[tuple[str, int | float]]:
-    """Numbers of an option, and what each is called."""
+    """Returns the numbers of an option, each with its name."""
     if isinstance(value, Mapping):
         return [(f"{name}[{key!r}]", factor) for key, factor in value.items()]
     if isinstance(value, Sequence):
@@ -94,7 +96,7 @@ def _values(name: str, value: Any) -> list[tuple[str, int | float]]:
 
 
 def _warmed(rate: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
-    """From rate / (warmup + 1), so that the first update is not lost on a rate of zero."""
+    """Puts a linear warm-up before a schedule. It starts at rate / (warmup + 1): a rate of 0 would waste an update."""
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(rate / (warmup + 1), rate, warmup), after], [warmup])
@@ -137,14 +139,18 @@ def schedule_problems(config: OptimizerConfig, steps: int) -> list[str]:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
-    """Number of updates made so far to the rate of the next one. Raises ValueError if the warm-up takes all steps."""
+    """Returns a function from the number of updates made so far to the learning rate of the next update.
+
+    Raises:
+      ValueError: the warm-up takes all steps.
+    """
     for each in schedule_problems(config, steps):
         raise ValueError(each)
     return SCHEDULES[config.schedule](config.learning_rate, config.warmup, steps)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW over a flat dictionary of parameters by name, for a run of `steps` updates."""
+    """Makes the optimizer for a flat dictionary of parameters by name, and a run of `steps` updates."""
     chain = optax.chain(
         optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
         _scale_by_moments(config),
@@ -159,7 +165,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 MUON_SIZE = 0.2
-"""About the root mean square of Adam's updates at a rate of 1, so that both take one learning rate."""
+"""Root mean square of Muon's updates at a rate of 1: about that of Adam's, so that one learning rate fits both."""
 
 
 def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -208,6 +214,6 @@ def _scale_by_group(rates: dict[str, float]) -> optax.GradientTransformation:
 
 
 def average_decay(config: OptimizerConfig, updates: Int[Array, ""]) -> Float[Array, ""]:
-    """Of the moving average, at the update that makes their number `updates`."""
+    """Returns the decay of the moving average at update number `updates`, counted from 1."""
     assert config.average is not None
     return jnp.minimum(config.average, (1.0 + updates) / (10.0 + updates))

@@ -1,4 +1,4 @@
-"""What a run is told about the checkpoint that it goes on from, and how it is gone on with."""
+"""Messages and checks for runs that are resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seg4diff_jax.training.errors import TrainingError
 
 
 def check_accumulation(before: Mapping[str, Any], accumulate: int) -> None:
-    """Raise TrainingError when the configuration that a checkpoint was written with counts other steps."""
+    """Raises TrainingError when the configuration of a checkpoint has another optimizer.accumulate, so other steps."""
     optimizer = before.get("optimizer")
     written = optimizer.get("accumulate", accumulate) if isinstance(optimizer, Mapping) else accumulate
     if written != accumulate:
@@ -24,7 +24,7 @@ def check_accumulation(before: Mapping[str, Any], accumulate: int) -> None:
 
 
 def remarks(step: int, before: Mapping[str, Any], now: Mapping[str, Any], *, checked: bool) -> list[str]:
-    """What a run that is resumed at a step says of it."""
+    """Returns the messages of a run that is resumed at a step."""
     changed = differences(before, now)
     said = [f"resumed at step {step}" + (f"; changed since: {', '.join(changed)}" if changed else "")]
     if not checked:
@@ -33,7 +33,7 @@ def remarks(step: int, before: Mapping[str, Any], now: Mapping[str, Any], *, che
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted options whose values differ."""
+    """Returns the dotted names of options whose values differ."""
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
@@ -45,19 +45,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def to_go_on(out: Path, record: Mapping[str, Any]) -> str:
-    """How to go on with a run that was stopped."""
-    if "task" not in record:  # it was called in Python
+    """Returns a sentence that says how to continue a run that was stopped."""
+    if "task" not in record:  # the run was started from Python
         return "go on with resume=True"
     several = " --distributed, in every process" if jax.process_count() > 1 else ""
     return f"go on with python train.py --config {shlex.quote(str(out / 'config.yaml'))} --resume{several}"
 
 
 NAMED = 4
-"""Files, or runs, that are named."""
+"""Largest number of files, or of runs, that a message names."""
 
 
 def found_nothing(out: Path) -> str:
-    """What there is where a run has no checkpoint, and which runs beside it have some."""
+    """Says what `out`, which has no checkpoint, holds, and which runs beside it have checkpoints."""
     if not out.exists():
         said = f"{out} does not exist"
     elif names := sorted(path.name for path in out.iterdir()) if out.is_dir() else []:
@@ -75,7 +75,7 @@ def found_nothing(out: Path) -> str:
 
 
 def _steps(run: Path) -> list[int]:
-    """That a run has checkpoints of."""
+    """Returns the steps of a run's checkpoints, ascending."""
     return sorted(int(path.name) for path in run.glob("checkpoints/[0-9]*") if path.name.isdigit())
 
 

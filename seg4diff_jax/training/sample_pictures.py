@@ -1,4 +1,4 @@
-"""The same prompts from the same noise at every evaluation: what the model's pictures look like as it learns."""
+"""Generates images of the same prompts from the same noise at every evaluation, to show how the model learns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from seg4diff_jax.passes import encode_prompts, finite_pictures, sample_latents
 
 
 class Denoiser(nnx.Module):
-    """The transformer in training and what makes its inputs, without an autoencoder where latents are cached."""
+    """The transformer in training and its encoders; without an autoencoder where latents are cached."""
 
     def __init__(self, transformer: MMDiT, encoders: Encoders):
         self.transformer, self.encoders = transformer, encoders
@@ -28,13 +28,13 @@ class Denoiser(nnx.Module):
 
 @dataclass(frozen=True)
 class Samples:
-    """Which pictures.
+    """Which images to generate at each evaluation.
 
     Attributes:
-      count: how many, side by side, of the first validation captions; 0: none.
+      count: number of images, side by side, one for each of the first validation captions; 0: none.
       steps, guidance: as for `Pipeline.generate`.
-      seed: of the noise.
-      sampler: as for `Pipeline.generate`: euler also for a checkpoint that was saved with another.
+      seed: seed of the noise.
+      sampler: as for `Pipeline.generate`; euler even if the checkpoint was saved with another sampler.
     """
 
     count: int = 8
@@ -48,7 +48,7 @@ class Samples:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         refusals = Refusals()
         found = refusals.found
         if self.count < 0:
@@ -66,11 +66,12 @@ def asked_for(samples: Samples | None) -> TypeGuard[Samples]:
 def sample_row(
     denoiser: Denoiser, *, vae: VAE, captions: TokenIds, empty: TokenIds, samples: Samples, schedule: FlowSchedule
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Pictures of the captions, side by side.
+    """Generates images of the captions, side by side.
 
     Args:
-      denoiser: holds `transformer` and `encoders`, of which T5 is left out, as in masks.
-      captions, empty: token ids [captions, 77], and those of the empty prompt [1, 77], which guidance leads away from.
+      denoiser: the transformer and its encoders; T5 is not used, as for masks.
+      captions: token ids of the captions [captions, 77].
+      empty: token ids of the empty prompt [1, 77], for classifier-free guidance.
     """
     config = denoiser.transformer.config
     noise = image_noise(

@@ -1,4 +1,4 @@
-"""What a run does before its first step and after its last: a line as each stage begins, and one with its seconds."""
+"""Reports the stages before a run's first step and after its last: a line at the start, and one with the seconds."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import jax
 from rich.console import Console
 
 EVERY = 10
-"""Seconds between lines that count."""
+"""Seconds between two lines of `counted`."""
 
 
 def say(text: str) -> None:
-    """On stderr, of the first process alone."""
+    """Prints on stderr, in the first process alone."""
     if jax.process_index() == 0:
         Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def stage(doing: str) -> Iterator[None]:
-    """Says that it begins and, unless it fails, how long it took."""
+    """Says that a stage begins and, unless it fails, how long it took."""
     begun = time.perf_counter()
     say(f"{doing} ...")
     yield
@@ -30,7 +30,7 @@ def stage(doing: str) -> Iterator[None]:
 
 
 def counted(batches: Iterable[dict[str, Any]], total: int, what: str) -> Iterator[dict[str, Any]]:
-    """The batches, and now and then a line that says how many of their `total` items have gone by."""
+    """Yields the batches, and says every `EVERY` seconds how many of the `total` items have passed."""
     done, said = 0, time.perf_counter()
     for batch in batches:
         yield batch

@@ -1,8 +1,8 @@
-"""What training changes, as flat dictionaries of arrays by their names, and the model that they belong to.
+"""The training state, as flat dictionaries from names to arrays, and the split of a model into such dictionaries.
 
-A model is taken apart into the parameters that are trained and all others: only the former get gradients, optimizer
-state and a place in checkpoints. Names are dotted nnx paths, so that one table (`seg4diff_jax.parallel`) says how a
-parameter, its moments and its average are split over the mesh.
+A model's parameters are split into trained and frozen ones. Only trained parameters get gradients and optimizer state
+and are stored in checkpoints. Names are dotted nnx paths, so that one table (`seg4diff_jax.parallel`) says how a
+parameter, its moments and its average are sharded over the mesh.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Parameters = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What one step turns into the next, and what a checkpoint holds.
+    """The state that each step updates and that checkpoints store.
 
     Attributes:
-      batches: int32, how many have been seen.
-      trainable: parameters, fp32.
+      batches: number of batches seen, int32.
+      trainable: trained parameters, fp32.
       optimizer: optax's state.
       average: moving average of the parameters, or None.
-      key: data of the random key that every step folds its number into.
+      key: data of the run's random key; every batch folds its number into it.
     """
 
     batches: Any
@@ -46,20 +46,20 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """A model without its numbers."""
+    """A model's structure without its parameters."""
 
     graph: Any
     variables: dict[str, tuple[tuple, Any]]
 
     def model(self, *parts: Parameters) -> Any:
-        """The model that holds these parameters, each named in one of the parts."""
+        """Returns the model with these parameters. Each parameter is in exactly one of the parts."""
         parameters = {name: array for part in parts for name, array in part.items()}
         flat = [(path, variable.replace(parameters[name])) for name, (path, variable) in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
 
 def take_apart(model: nnx.Module, trained: Any) -> tuple[Structure, Parameters, Parameters]:
-    """Structure, parameters that the nnx filter `trained` picks, and all others."""
+    """Returns a model's structure, the parameters that the nnx filter `trained` picks, and all other parameters."""
     graph, chosen, others = nnx.split(model, trained, ...)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (chosen, others))
     variables = {name(path): (path, variable) for part in abstract for path, variable in nnx.to_flat_state(part)}
@@ -75,9 +75,9 @@ def name(path: tuple) -> str:
 
 
 def fresh(make: Callable[[nnx.Rngs], Any]) -> Callable[[int, Mesh], Any]:
-    """An initialiser that makes a model's parameters where they belong on the mesh.
+    """Returns an initialiser that makes a model with its parameters sharded over the mesh.
 
-    The numbers depend on the seed alone, not on the mesh.
+    The parameters depend on the seed alone, not on the mesh.
     """
 
     def init(seed: int, mesh: Mesh) -> Any:
@@ -97,15 +97,15 @@ def fresh(make: Callable[[nnx.Rngs], Any]) -> Callable[[int, Mesh], Any]:
 def initial_state(
     trainable: Parameters, optimizer: optax.GradientTransformation, *, average: bool, key: UInt32[Array, " words"]
 ) -> TrainState:
-    # A weakly typed parameter would not be one after the first step, and the step would be compiled again.
+    # A weakly typed parameter is strongly typed after the first step, so the step would be compiled twice.
     trainable = {name: array.astype(array.dtype) for name, array in trainable.items()}
-    # The average is a copy: the step gives its input's memory away, and no array can be given away twice.
+    # The average is a copy: the step donates its input, and no array can be donated twice.
     copy = jax.tree.map(jnp.copy, trainable) if average else None
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), copy, key)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies: a parameter's moments and average lie where the parameter does."""
+    """Returns the sharding of each array of the state. A parameter's moments and average are sharded like it."""
     rule = parameter_shardings(mesh)
 
     def place(path: tuple, leaf: Any) -> NamedSharding:

@@ -1,6 +1,7 @@
-"""One training step, as a function that can be compiled: for arrays that are there, or ahead of time for their shapes.
+"""One training step, as a function that can be compiled for arrays, or ahead of time for their shapes.
 
-The loop jits it for the devices that JAX has; `seg4diff plan` lowers the same step for devices that are only described.
+The loop jits the step for the devices that JAX has. `seg4diff plan` lowers the same step for devices that need not
+exist on this machine.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from seg4diff_jax.training.optimizers import OptimizerConfig, average_decay, mak
 from seg4diff_jax.training.state import Parameters, Structure, TrainState, initial_state, state_shardings, take_apart
 
 Loss = Callable[[Any, Batch, Any], tuple[Any, dict[str, Any]]]
-"""Model, batch and random key to a scalar, the mean over the batch's items, and its parts (scalars)."""
+"""Takes model, batch and random key; returns a scalar, the mean over the batch's items, and its parts (scalars)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A jitted step, and the state that it moves on.
+    """A jitted step, and the shapes and shardings of the state that it updates.
 
     Attributes:
-      shapes, places: of the state, and where it lies on the mesh.
-      initial: trained parameters to the state that a run begins with. Jitted.
-      take: state (whose memory it gives away), frozen parameters and batch to the next state and metrics. Jitted.
+      shapes, places: shapes of the state's arrays, and their shardings on the mesh.
+      initial: takes the trained parameters and returns the state that a run begins with. Jitted.
+      take: takes state (donated), frozen parameters and batch; returns the next state and metrics. Jitted.
     """
 
     shapes: TrainState
@@ -50,7 +51,7 @@ def make_step(
     steps: int,
     seed: int,
 ) -> Step:
-    """The step of a run of `steps` updates. Of `trainable`, arrays or their shapes, only shapes and dtypes count."""
+    """Makes the step of a run of `steps` updates. `trainable` may be arrays or only their shapes and dtypes."""
     optimizer = make_optimizer(config, steps)
 
     def initial(trainable: Parameters) -> TrainState:
@@ -62,7 +63,7 @@ def make_step(
     take = jax.jit(
         partial(training_step, loss, structure, optimizer, config),
         donate_argnums=0,
-        keep_unused=True,  # so that what lies in memory in a step is among its arguments
+        keep_unused=True,  # so that the arguments of the step are all arrays that it holds in memory
         out_shardings=(places, NamedSharding(mesh, P())),
     )
     return Step(shapes, places, jax.jit(initial, out_shardings=places), take)
@@ -79,14 +80,15 @@ def traced_step(
     steps: int,
     seed: int = 0,
 ) -> tuple[Any, TrainState, Parameters]:
-    """A run's step traced for shapes alone: `.jaxpr` says what it computes, `.lower().compile()` makes the program.
+    """Traces a run's step for shapes alone: `.jaxpr` says what it computes, `.lower().compile()` makes the program.
 
     Args:
       model, batch: `jax.ShapeDtypeStruct` for every array, with its sharding on the mesh.
-      trained: nnx filter of what is trained.
-      mesh: in context too; its devices may be described ones.
+      trained: nnx filter of the trained parameters.
+      mesh: the mesh, which must also be in context; its devices need not exist on this machine.
 
-    Returns the traced step, and the shapes of the state and of the frozen parameters that it takes, with shardings.
+    Returns:
+      the traced step, and the shapes of its state and of its frozen parameters, with shardings.
     """
     structure, trainable, frozen = take_apart(model, trained)
     step = make_step(loss, structure, trainable, config, mesh, steps=steps, seed=seed)
@@ -104,7 +106,11 @@ def training_step(
     frozen: Parameters,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One batch: gradient, update (or accumulation), average. Metrics: `loss`, its parts and `gradient_norm`."""
+    """Trains on one batch: gradient, update (or accumulation), average.
+
+    Returns:
+      the next state, and metrics: `loss`, its parts and `gradient_norm`.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.batches)
 
     def objective(trainable: Parameters):
@@ -117,7 +123,7 @@ def training_step(
     average = state.average
     if average is not None:
         decay = average_decay(config, batches // config.accumulate)
-        # Between updates nothing has moved, and the average stays.
+        # While gradients accumulate, parameters do not change, and neither does the average.
         decay = jnp.where(batches % config.accumulate == 0, decay, 1.0)
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trainable)
     metrics = {"loss": value, **parts, "gradient_norm": optax.global_norm(gradient)}

@@ -1,7 +1,8 @@
 """TensorBoard event files, by tensorboardX.
 
-Its `SummaryWriter` hands events to a thread: a full disk ends the thread, and the run then waits for it without end.
-What is below that writes at once and raises. It also leaves tags as they are, where `SummaryWriter` replaces an `@`.
+tensorboardX's `SummaryWriter` writes in a thread. A full disk ends that thread, and the run then waits for it forever.
+So this module uses the class below it, `EventsWriter`, which writes at once and raises. `EventsWriter` also keeps an
+`@` in tags, which `SummaryWriter` replaces.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 
 
 class EventFile:
-    """One event file in a directory that exists; each call writes through to the disk.
+    """One event file, in a directory that exists. Each call writes to the disk before it returns.
 
     Every call raises OSError when the file cannot be written.
     """
 
     def __init__(self, directory: Path):
-        # The suffix is there for runs of one second, which would overwrite each other.
+        # Without the suffix, two runs that begin in the same second would write the same file.
         self._file = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         self._file.flush()
 
     def restarted(self, step: int) -> None:
-        """What other files of the directory have of this step and later ones is void."""
+        """Marks as void what other files of the directory hold of this step and later ones."""
         self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -35,7 +36,7 @@ class EventFile:
         self._write(Event(step=step, summary=Summary(value=found)))
 
     def image(self, step: int, tag: str, png: bytes, height: int, width: int) -> None:
-        """`png`: of an RGB picture, as encoded."""
+        """Writes a picture. `png`: an RGB picture, encoded as PNG."""
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)])))
 

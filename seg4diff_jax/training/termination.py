@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step under way is finished and checkpointed; what no step depends on is left where it is."""
+"""Handles SIGTERM and Ctrl-C: the current step is finished and checkpointed; work that no step needs is stopped."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ UNDER_WAY = (
     "Ctrl-C: the step that is under way is finished and checkpointed; Ctrl-C once more ends at once, without that"
 )
 SHOW_CURSOR = "\x1b[?25h"
-"""Progress bars hide it, and what is ended at once does not bring it back."""
+"""Escape sequence that shows the cursor. Progress bars hide it, and a process that ends at once leaves it hidden."""
 
 
 class Terminated(BaseException):
-    """SIGTERM has come while something ran that may be left unfinished. No Exception: nobody catches it by chance."""
+    """SIGTERM came during work that may be left unfinished. No `except Exception` catches it by accident."""
 
 
 class Interrupted(Terminated, KeyboardInterrupt):
-    """The same of Ctrl-C; also raised by a run that Ctrl-C has stopped, once its step is checkpointed."""
+    """Ctrl-C came during such work. Also raised when Ctrl-C has stopped a run and the run's step is checkpointed."""
 
 
 class Termination:
-    """Knows whether a run is to stop: SIGTERM or SIGINT has come to this process or, where several are one run, to any
-    of them."""
+    """Knows whether a run must stop: whether SIGTERM or SIGINT came to any process of the run."""
 
     def __init__(self):
         self._signal: int | None = None
@@ -48,20 +47,22 @@ class Termination:
         return "Ctrl-C" if self.interrupted else "SIGTERM"
 
     def come(self, step: int) -> bool:
-        """Whether to stop after a step. Of several processes each calls this after every step; all stop at the same."""
+        """Whether to stop after a step. Every process of a run calls this after every step; all stop at the same."""
         return self._signal is not None if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     @contextmanager
     def dispensable(self) -> Iterator[None]:
-        """A signal raises Terminated in such a block, as soon as what runs in it comes back to Python. Several
-        processes finish it, for they work together."""
+        """Makes a signal raise Terminated inside the block, as soon as control returns to Python.
+
+        With several processes the block is finished first, since they compute it together.
+        """
         self._dispensable = self._alone
         try:
             if self._alone and self._signal is not None:
                 raise self._stopped()
             yield
         except Exception as error:
-            if self._alone and self._signal is not None:  # what was interrupted has made an error of its own of it
+            if self._alone and self._signal is not None:  # Terminated may have become another error
                 raise self._stopped() from error
             raise
         finally:
@@ -72,15 +73,15 @@ class Termination:
         return kind(f"stopped by {self.by} before a step was taken")
 
     def __call__(self, number: int, *_: object) -> None:
-        """The signals' handler."""
+        """Handles a signal."""
         again = self.interrupted and number == signal.SIGINT
         self._signal = self._signal or number
         if number == signal.SIGINT:
-            self._formerly()  # what Ctrl-C did before is what it does the next time
-            if again:  # and it came before this was settled
+            self._formerly()  # a second Ctrl-C gets the handler that was there before
+            if again:  # the second Ctrl-C came before that handler was restored
                 signal.raise_signal(number)
             if not self._alone:
-                os.kill(os.getpid(), signal.SIGTERM)  # JAX catches it, and tells the others
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX catches SIGTERM and informs the other processes
         if self._dispensable:
             self._dispensable = False
             raise self._stopped()
@@ -89,7 +90,7 @@ class Termination:
 
 
 def _write(text: str) -> None:
-    """To stderr, whatever was being written there when the signal came."""
+    """Writes to stderr at once, even if the signal came during another write."""
     shown = SHOW_CURSOR if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
     os.write(2, f"{shown}\n{text}\n".encode())
 
@@ -99,9 +100,11 @@ _current: Termination | None = None
 
 @contextmanager
 def termination() -> Iterator[Termination]:
-    """While it lasts, SIGTERM and a first Ctrl-C do not end the process; one within another is the same. They are
-    caught in the main thread alone. Where several processes are one run, JAX catches SIGTERM, and lets them agree on a
-    step."""
+    """Catches SIGTERM and a first Ctrl-C, which then do not end the process.
+
+    A nested call yields the object of the outer one. Signals are caught in the main thread alone. In a run of several
+    processes JAX catches SIGTERM, and the processes agree on a step through JAX.
+    """
     global _current
     if _current is not None:
         yield _current

@@ -1,4 +1,4 @@
-"""How much a step computes, beside what the devices can: the fraction of peak that a run logs."""
+"""The fraction of peak that a run logs: the operations of a step, relative to what the devices can compute."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from jaxtyping import Array, Float
 
 SIDE = {"cpu": 1024}
 LARGE, PRODUCTS, SECONDS = 8192, 4, 0.5
-"""Side of the matrices where the table has none, how often they are multiplied in one program, and for how long it is
-timed."""
+"""Side of the matrices for backends that `SIDE` does not list; products per program; seconds for which it is timed."""
 
 
 class Work(NamedTuple):
-    """What one item of a batch takes of a step.
+    """The work of a step for one item of a batch.
 
     Attributes:
-      flops: operations that are needed, two for each multiply-add; what is computed again to save memory is no part.
-      dtype: of the products.
+      flops: operations that are needed, two for each multiply-add; recomputation by gradient checkpointing is left out.
+      dtype: dtype of the products.
     """
 
     flops: float
@@ -30,10 +29,10 @@ class Work(NamedTuple):
 
 @cache
 def measured_peak(dtype: str) -> float:
-    """Operations per second of all devices of all processes, in products of large square matrices.
+    """Measures operations per second of all devices of all processes, in products of large square matrices.
 
-    Takes about a second. This process's devices work at the same time, so that those which share a machine's
-    cores, as simulated ones do, are not counted as if each had them to itself.
+    Takes about a second. The devices of this process are timed at the same time. So simulated devices, which share the
+    cores of one machine, are not counted as if each had all cores.
     """
     devices = jax.local_devices()
     side = SIDE.get(jax.default_backend(), LARGE)
