@@ -1,8 +1,8 @@
 """The miniature's autoencoder: an AutoencoderKL trained on scenes.
 
-Reconstruction is scored by absolute error of pixels and of their differences to neighbours (edges); a little
-Kullback-Leibler divergence keeps latents near a unit normal. There is no adversary and no perceptual net. When it is
-done, the latents' mean and deviation over training scenes become the shift and scaling factor.
+The reconstruction loss is the absolute error of pixels and of differences between neighbouring pixels (edges). A small
+Kullback-Leibler divergence keeps latents near a unit normal. There is no adversarial and no perceptual loss. After
+training, the latents' mean and standard deviation over training scenes become the shift and scaling factor.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from seg4diff_jax.training.state import fresh
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights beside the pixels' absolute error, whose own is 1.
+    """Weights of the losses, relative to the absolute error of pixels, whose weight is 1.
 
     Attributes:
-      edges: of the absolute error of differences between neighbouring pixels.
-      divergence: of the posterior's divergence from a unit normal, per latent number.
-      distances: of the relative error of distances between latents, which should be those between the pieces of
-        picture they stand for. Detail that nothing foretells then weighs little in latents, as it does in pixels;
-        without this, latents come out white, and most of what a flow on them learns is noise.
+      edges: weight of the absolute error of differences between neighbouring pixels.
+      divergence: weight of the posterior's divergence from a unit normal, per latent number.
+      distances: weight of the relative error of distances between latents, see `distance_error`. With it, details that
+        cannot be predicted have little weight in latents, as in pixels. Without it, latents are nearly white, and most
+        of what a flow on them learns is noise.
     """
 
     edges: float = 1.0
@@ -56,7 +56,7 @@ class Objective:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         return infinite(vars(self), "objective.")
 
 
@@ -65,9 +65,9 @@ class AutoencoderConfig:
     """Configuration of the task.
 
     Attributes:
-      measured: training scenes over which the latents' mean and deviation are taken.
-      dtype: of the computation; parameters are fp32.
-      export_dtype: of the written weights.
+      measured: number of training scenes over which the latents' mean and standard deviation are measured.
+      dtype: dtype of the computation; parameters are fp32.
+      export_dtype: dtype of the exported weights.
     """
 
     run: RunConfig
@@ -81,7 +81,7 @@ class AutoencoderConfig:
 
 
 def task(config: AutoencoderConfig) -> Task:
-    # Factors are measured after training: until then latents are what the encoder gives.
+    # Shift and scaling factor are measured after training; during training latents are not scaled.
     model = replace(config.model, scaling_factor=1.0, shift_factor=0.0)
     data = config.data
     return Task(
@@ -99,7 +99,7 @@ def task(config: AutoencoderConfig) -> Task:
 def loss(
     vae: VAE, batch: Batch, key: PRNGKeyArray, *, objective: Objective
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Of reconstructions from latents drawn from the posterior."""
+    """Returns the loss of reconstructions from latents drawn from the posterior, and its parts."""
     pixels = to_model_range(batch["image"])
     mean, log_variance = (moment.astype(jnp.float32) for moment in vae.moments(pixels))
     for_sample, for_pairs = jax.random.split(key)
@@ -120,9 +120,10 @@ def distance_error(
     pixels: Float[Array, "batch height width 3"],
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
-    """Mean error, relative to the mean, of squared distances between random pairs of latents.
+    """Returns the mean error of squared distances between random pairs of latents, relative to their mean.
 
-    They should be, for each channel of a latent, those of the pixels under it, for each number in them.
+    The target is the squared distance between the pieces of picture under the two latents. Both distances are means
+    over the numbers of a latent, or of a piece.
     """
     batch, rows, columns, _ = latents.shape
     factor = pixels.shape[1] // rows
@@ -145,7 +146,7 @@ def _reconstruction_error(vae: VAE, image: Array) -> Float[Array, " batch"]:
 
 
 def evaluate(vae: VAE, *, source: DataSource, batch_size: int = 16) -> dict[str, float]:
-    """`psnr` in dB: of the mean squared error over all pictures, from the posterior's mean."""
+    """Returns `psnr` in dB, of the mean squared error over all pictures, with the posterior's mean as latents."""
     errors = [
         on_host(_reconstruction_error(vae, batch["image"]))[:count]
         for batch, count in evaluation_batches(source, batch_size)
@@ -154,7 +155,7 @@ def evaluate(vae: VAE, *, source: DataSource, batch_size: int = 16) -> dict[str,
 
 
 def latent_moments(vae: VAE, source: DataSource, batch_size: int = 16) -> tuple[float, float]:
-    """Mean and standard deviation of the latents' numbers over all channels, places and pictures."""
+    """Returns mean and standard deviation of the latents over all channels, positions and pictures."""
     total, squares, numbers = 0.0, 0.0, 0
     for batch, count in evaluation_batches(source, batch_size):
         latents = np.asarray(encode_images(vae, batch["image"]), np.float64)[:count]
@@ -164,7 +165,7 @@ def latent_moments(vae: VAE, source: DataSource, batch_size: int = 16) -> tuple[
 
 
 def diffusers_config(config: VAEConfig, size: int) -> dict[str, Any]:
-    """As diffusers writes an AutoencoderKL's `config.json`."""
+    """Returns the `config.json` that diffusers writes for an AutoencoderKL."""
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -181,7 +182,7 @@ def diffusers_config(config: VAEConfig, size: int) -> dict[str, Any]:
 
 
 def export(vae: VAE, directory: Path, *, config: AutoencoderConfig) -> None:
-    """Write `vae/` with the measured factors."""
+    """Writes `vae/` with the measured shift and scaling factor."""
     from seg4diff_jax.convert.staging import staged_directory
     from seg4diff_jax.convert.write import write_component, write_index
 

@@ -1,8 +1,8 @@
 """The miniature's CLIPs: two text towers and one vision tower, trained on captions and pictures.
 
-Each text tower is scored by itself against the pictures: symmetric InfoNCE over the batch, with a learned temperature
-of its own. What SD3 reads of the text towers is their penultimate states; before they are written, these are given
-unit size (see `with_unit_states`), which changes nothing else.
+Each text tower has its own loss against the pictures: symmetric InfoNCE over the batch, with its own learned
+temperature. SD3 reads the penultimate states of the text towers. On export the towers are scaled so that these states
+have a root mean square of 1 (see `with_unit_states`), which changes nothing else.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ HOTTEST = 100.0
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """Configuration of the task. The three towers have one `projection_dim`; the vocabulary's size is the tokenizer's.
+    """Configuration of the task. All three towers need the same `projection_dim`; the tokenizer sets `vocab_size`.
 
     Attributes:
-      position_size: of the text towers' position embeddings at the start, relative to their token embeddings. With
-        one layer the transformer reads their sum, and small positions leave each word its own identity.
+      position_size: initial size of the text towers' position embeddings, relative to their token embeddings. A tower
+        of one layer gives SD3 the sum of both, and small position embeddings keep words distinct.
       unit_states: scale the text towers on export so that their penultimate states have a root mean square of 1.
-      dtype: of the computation; parameters are fp32.
-      export_dtype: of the written weights.
+      dtype: dtype of the computation; parameters are fp32.
+      export_dtype: dtype of the exported weights.
     """
 
     run: RunConfig
@@ -76,7 +76,7 @@ class ContrastiveConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = infinite(vars(self))
         widths = {self.clip_l.projection_dim, self.clip_g.projection_dim, self.vision.projection_dim}
         if len(widths) > 1:
@@ -97,7 +97,7 @@ class Towers(nnx.Module):
         self.log_scale = nnx.Param(jnp.full(2, np.log(1 / 0.07), jnp.float32))
 
     def embed(self, batch: Batch) -> tuple[Float[Array, "batch projection"], list[Float[Array, "batch projection"]]]:
-        """Unit vectors of the pictures, and of the captions by each text tower; fp32."""
+        """Returns unit vectors of the pictures, and of the captions for each text tower, fp32."""
         pixels = to_model_range(batch["image"])
         texts = [self.clip_l(batch["clip_l"]).pooled, self.clip_g(batch["clip_g"]).pooled]
         return unit_vectors(self.vision(pixels)), [unit_vectors(text) for text in texts]
@@ -125,7 +125,7 @@ def task(config: ContrastiveConfig) -> Task:
 def info_nce(
     images: Float[Array, "batch projection"], texts: Float[Array, "batch projection"], scale: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Symmetric: every picture must pick its text of the batch, and every text its picture."""
+    """Returns the symmetric InfoNCE loss: each picture must find its text in the batch, and each text its picture."""
     logits = scale * images @ texts.T
     own = jnp.arange(len(images))
     losses = (optax.softmax_cross_entropy_with_integer_labels(side, own).mean() for side in (logits, logits.T))
@@ -133,7 +133,7 @@ def info_nce(
 
 
 def loss(towers: Towers, batch: Batch, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Sum of the two text towers' InfoNCE."""
+    """Returns the sum of the two text towers' InfoNCE losses, and its parts."""
     images, texts = towers.embed(batch)
     scales = jnp.minimum(jnp.exp(towers.log_scale[...]), HOTTEST)
     losses = [info_nce(images, text, scale) for text, scale in zip(texts, scales, strict=True)]
@@ -144,9 +144,9 @@ _embed = jax.jit(Towers.embed)
 
 
 def evaluate(towers: Towers, *, source: DataSource, choices: int = 16) -> dict[str, float]:
-    """How often a picture's own caption is the nearest of `choices`, for each text tower, and the mean: `accuracy`.
+    """Returns how often a picture's caption is the nearest of `choices`, per text tower, and the mean, `accuracy`.
 
-    NaN where embeddings are: of similarities that are NaN the first is the largest.
+    Accuracies are NaN where embeddings are NaN: the argmax of NaN similarities would be the first caption.
     """
     right: list[np.ndarray] = []
     for batch, count in evaluation_batches(source, choices):
@@ -166,10 +166,11 @@ def evaluate(towers: Towers, *, source: DataSource, choices: int = 16) -> dict[s
 
 
 def with_unit_states(clip: CLIPText, size: float | Float[Array, ""]) -> CLIPText:
-    """The same tower with its residual stream divided by `size`.
+    """Returns the tower with its residual stream divided by `size`.
 
-    Embeddings and all that is added to the stream are divided; norms undo it wherever the stream is read (up to their
-    epsilon), so only penultimate states change: they come out divided by `size`.
+    The embeddings and all outputs that are added to the stream are divided. Every reader of the stream begins with a
+    norm, which undoes the division (up to its epsilon). So only the penultimate states change: they are divided by
+    `size`.
     """
     scaled = nnx.clone(clip)
     block: Any = scaled.blocks
@@ -184,13 +185,16 @@ def with_unit_states(clip: CLIPText, size: float | Float[Array, ""]) -> CLIPText
 
 
 def penultimate_size(clip: CLIPText, ids: Array) -> float:
-    """Root mean square of the penultimate states, over all positions."""
+    """Returns the root mean square of the penultimate states over all positions."""
     states = jax.jit(lambda clip, ids: clip(ids).penultimate.astype(jnp.float32))(clip, ids)
     return float(jnp.sqrt(jnp.square(states).mean()))
 
 
 def text_config(config: CLIPTextConfig, tokenizer: Any) -> dict[str, Any]:
-    """As transformers writes a CLIPTextModelWithProjection's `config.json`; the end token is found as SD3's is."""
+    """Returns the `config.json` that transformers writes for a CLIPTextModelWithProjection.
+
+    The end token is found in the same way as SD3's.
+    """
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
@@ -205,7 +209,7 @@ def text_config(config: CLIPTextConfig, tokenizer: Any) -> dict[str, Any]:
 
 
 def vision_config(config: CLIPVisionConfig) -> dict[str, Any]:
-    """As transformers writes a CLIPVisionModelWithProjection's `config.json`."""
+    """Returns the `config.json` that transformers writes for a CLIPVisionModelWithProjection."""
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
@@ -217,7 +221,7 @@ def vision_config(config: CLIPVisionConfig) -> dict[str, Any]:
 
 
 def export(towers: Towers, directory: Path, *, config: ContrastiveConfig, tokenizers: Tokenizers) -> None:
-    """Write `text_encoder/`, `text_encoder_2/`, `image_encoder/` and the tokenizers."""
+    """Writes `text_encoder/`, `text_encoder_2/`, `image_encoder/` and the tokenizers."""
     from seg4diff_jax.convert.staging import staged_directory
     from seg4diff_jax.convert.tables import clip_vision
     from seg4diff_jax.convert.write import write_component, write_index, write_model

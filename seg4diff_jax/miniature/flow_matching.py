@@ -1,10 +1,10 @@
-"""The miniature's MM-DiT: rectified flow on latents of scenes, under frozen text towers.
+"""The miniature's MM-DiT: rectified flow on latents of scenes, with frozen text towers.
 
     loss = | v(z_sigma, sigma, caption) - (eps - z) |^2,   sigma = sigmoid(N(mean, std))
 
-Latents come from a cache that the first run writes, or from the autoencoder in every step. The text towers are small
-beside the transformer (about a hundredth of its arithmetic), so their states are computed, not cached: a caption's
-states take five times the room of a picture's latents.
+Latents come from a cache that the first run writes, or from the autoencoder in every step. Text states are computed in
+every step: the text towers need about a hundredth of the transformer's operations, and a cache of a caption's states
+would be five times as large as a picture's latents.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of the model.
+    """Settings of the loss.
 
     Attributes:
-      mean, std, shift: of the noise levels' density, see `flow.logit_normal_sigmas`.
-      image_tokens: how many of a picture's image tokens a step sees, at random places; null: all.
-      caption_dropout: share of captions replaced by the empty prompt, which guidance needs.
-      pooled_dropout: share of pooled vectors replaced by zeros, apart from that.
+      mean, std, shift: parameters of the noise levels' density, see `flow.logit_normal_sigmas`.
+      image_tokens: how many of a picture's image tokens a step sees, at random positions; null: all.
+      caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
+      pooled_dropout: share of pooled vectors replaced by zeros, independently of the captions.
     """
 
     mean: float = 0.0
@@ -81,13 +81,13 @@ class Objective:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         return infinite(vars(self), "objective.")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Zero-shot masks of validation scenes, see `grounding`."""
+    """Settings of the evaluation by zero-shot masks of validation scenes, see `grounding`."""
 
     sigmas: tuple[float, ...] = (0.2, 0.3, 0.5)
     batch_size: int = 16
@@ -97,7 +97,7 @@ class Evaluation:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         return infinite(vars(self), "evaluation.")
 
 
@@ -106,15 +106,15 @@ class FlowMatchingConfig:
     """Configuration of the task.
 
     Attributes:
-      vae, text: directories that the autoencoder's and the contrastive task's runs have exported.
-      start: directory of a checkpoint whose transformer training goes on from; null: from random weights.
+      vae, text: directories that runs of the autoencoder task and of the contrastive task have exported.
+      start: directory of a checkpoint whose transformer is trained further; null: start from random weights.
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
-      prompts: what is made of captions.
-      kernel: of attention; null: by backend and dtype.
-      samples: pictures that are made at each evaluation; null or a count of 0: none.
-      inference_shift: of the schedule that the exported checkpoint names.
-      dtype: of the computation; trained parameters are fp32.
-      export_dtype: of the written weights.
+      prompts: how captions become prompts.
+      kernel: the attention kernel; null: chosen by backend and dtype.
+      samples: images to generate at each evaluation; null or a count of 0: none.
+      inference_shift: shift of the exported checkpoint's schedule.
+      dtype: dtype of the computation; trained parameters are fp32.
+      export_dtype: dtype of the exported weights.
     """
 
     run: RunConfig
@@ -139,7 +139,7 @@ class FlowMatchingConfig:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = infinite(vars(self))
         if self.prompts.filled and self.cache is None:
             found.append("prompts.filled needs the cached scenes' labels: give cache a directory, or leave it out")
@@ -187,7 +187,7 @@ def init(config: FlowMatchingConfig, seed: int, mesh: Mesh) -> Denoiser:
 
 
 def new_transformer(config: MMDiTConfig, rngs: nnx.Rngs, *, dtype: Any = jnp.float32) -> MMDiT:
-    """With blocks that begin as the identity and a velocity that begins at zero (adaLN-zero)."""
+    """Makes a transformer whose blocks start as the identity and whose velocity starts at zero (adaLN-zero)."""
     model = MMDiT(config, dtype=dtype, rngs=rngs)
     linears = [model.norm_out, model.proj_out]
     linears += [stream.modulation for stack in model.stacks for stream in (stack.image, stack.text)]
@@ -208,7 +208,7 @@ def loss(
     empty: TokenIds,
     kernel: Kernel | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean squared error of the velocity. `batch` holds `latents`, or `image`, and `clip_l` and `clip_g`."""
+    """Returns the mean squared error of the velocity. `batch` has `latents` or `image`, and `clip_l` and `clip_g`."""
     for_noise, for_sigma, for_caption, for_pooled, for_tokens = jax.random.split(key, 5)
     latents = clean_latents(denoiser, batch)
     count, tokens, zeros = len(latents), batch["clip_l"].shape[1], empty.clip_l.shape[1]
@@ -236,7 +236,7 @@ def loss(
 
 
 def random_tokens(key: PRNGKeyArray, images: int, tokens: int, kept: int) -> Int[Array, "{images} {kept}"]:
-    """Numbers of `kept` different ones of each image's tokens."""
+    """Draws the indices of `kept` different tokens of each image."""
     return jnp.argsort(jax.random.uniform(key, (images, tokens)), axis=1)[:, :kept]
 
 
@@ -251,7 +251,7 @@ def clean_latents(denoiser: Denoiser, batch: Batch) -> Float[Array, "batch rows 
 
 
 class GroundingItems:
-    """Validation scenes with their class prompts, and pictures."""
+    """A data source of validation scenes: pictures with the fields of `grounding_item`."""
 
     def __init__(self, config: SceneConfig, tokenizers: Tokenizers):
         self.config, self.tokenizers = config, tokenizers
@@ -265,7 +265,7 @@ class GroundingItems:
 
 
 class InMemory:
-    """Items computed once and held."""
+    """A data source of items that are held in memory."""
 
     def __init__(self, items: list[Item]):
         self.items = items
@@ -278,7 +278,7 @@ class InMemory:
 
 
 def _sources(config: FlowMatchingConfig, tokenizers: Tokenizers) -> tuple[DataSource, DataSource]:
-    """Validation and training items; the autoencoder is in memory while they are made, and no longer."""
+    """Makes validation and training items. The autoencoder is in memory only while the items are made."""
     from seg4diff_jax.convert.load import load_component
 
     data = config.data
@@ -303,12 +303,12 @@ def _rows(batch: dict[str, np.ndarray]) -> range:
 
 
 def _fingerprint(vae: VAE) -> float:
-    """Tells one autoencoder from another."""
+    """Returns the sum of an autoencoder's absolute weights, which differs from that of other autoencoders."""
     return float(sum(np.abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(nnx.state(vae))))
 
 
 def with_latents(vae: VAE, source: DataSource, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a source's items with `latents` in fp16 for their `image`, token ids in 16 bits, and no `index`."""
+    """Yields batches of a source's items: `image` replaced by `latents` in fp16, token ids uint16, no `index`."""
     for batch, count in evaluation_batches(source, batch_size):
         latents = np.asarray(encode_images(vae, batch.pop("image")), np.float16)
         ids = {name: batch[name].astype(np.uint16) for name in ("clip_l", "clip_g")}
@@ -336,7 +336,7 @@ def _pictures(
 
 
 def diffusers_config(config: MMDiTConfig, expert_block: int) -> dict[str, Any]:
-    """As diffusers writes an SD3Transformer2DModel's `config.json`, and the block whose attention segments best."""
+    """Returns the `config.json` that diffusers writes for an SD3Transformer2DModel, with the expert block added."""
     return {
         "_class_name": "SD3Transformer2DModel",
         **asdict(config),
@@ -347,7 +347,7 @@ def diffusers_config(config: MMDiTConfig, expert_block: int) -> dict[str, Any]:
 
 
 def export(denoiser: Denoiser, directory: Path, *, config: FlowMatchingConfig, validation: DataSource) -> None:
-    """Write the whole checkpoint: the transformer here, all else as the earlier tasks exported it."""
+    """Writes the whole checkpoint: this task's transformer, and the other components as earlier tasks exported them."""
     from seg4diff_jax.convert.staging import staged_directory
     from seg4diff_jax.convert.write import write_component, write_index
 

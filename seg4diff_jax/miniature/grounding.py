@@ -1,6 +1,6 @@
-"""How well each block's attention finds the words of scenes it was not trained on, with no mask ever learnt from.
+"""Scores zero-shot segmentation by each block's attention, on validation scenes. No masks are trained on.
 
-Every scene is asked for the names of its own classes, as in zero-shot segmentation (Seg4Diff, section 3); one forward
+Each scene's prompt is the names of its own classes, as in zero-shot segmentation (Seg4Diff, section 3). One forward
 pass records all blocks.
 """
 
@@ -28,11 +28,11 @@ from seg4diff_jax.text import Tokenizers, class_prompts
 from seg4diff_jax.training.mask_scores import confusions
 
 MOST_CLASSES = 8
-"""Rows for the classes of one scene."""
+"""Number of rows for the classes of one scene."""
 
 
 def grounding_item(scene: Scene, tokenizers: Tokenizers) -> Item:
-    """A scene's class prompt: token ids, the averaging weights of its classes, and which class each row stands for."""
+    """Returns a scene's labels and class prompt: token ids, averaging weights, and the class of each row."""
     prompts = class_prompts(tokenizers, [CLASSES[index] for index in scene.classes])
     (prompt,) = prompts.prompts
     rows = np.full(MOST_CLASSES, IGNORED, np.uint8)
@@ -45,7 +45,7 @@ def grounding_item(scene: Scene, tokenizers: Tokenizers) -> Item:
 def block_confusions(
     denoiser: Any, batch: Batch, noise: Float[Array, "batch rows columns channels"], sigma: Array, classes: int
 ) -> tuple[Int[Array, "blocks classes classes"], Float[Array, " batch"]]:
-    """Confusion matrix of every block's label maps at one noise level, and each scene's velocity loss there."""
+    """Returns a confusion matrix of every block's label maps at one noise level, and each scene's velocity loss."""
     transformer = denoiser.transformer
     ids = TokenIds(*(batch[name].astype(jnp.int32) for name in ("clip_l", "clip_g")))
     texts = encode_prompts(denoiser.encoders, ids, joint_dim=transformer.config.joint_attention_dim)
@@ -56,17 +56,17 @@ def block_confusions(
 def grounding(
     denoiser: nnx.Module, source: DataSource, *, sigmas: Sequence[float], batch_size: int, seed: int = 0
 ) -> dict[str, float]:
-    """Zero-shot mIoU, in percent, of every block at every noise level.
+    """Returns the zero-shot mIoU, in percent, of every block at every noise level.
 
     Args:
-      denoiser: holds `transformer` and `encoders`.
-      source: items with the fields of `grounding_item` and `latents`.
+      denoiser: a model with `transformer` and `encoders`.
+      source: items with `latents` and the fields of `grounding_item`.
 
     Returns:
-      `miou`, `things` and `stuffs` (their own mean IoU) of the best block at its best noise level, which are `block`
-      and `sigma`; `velocity_loss`, the mean over scenes and noise levels under class prompts; and for every block and
-      level `miou/block@sigma` and `things/block@sigma`. All mIoU are NaN where the loss is no finite number: of scores
-      that are NaN the first class is the largest.
+      `block` and `sigma`: the best block and its best noise level; `miou`, `things` and `stuffs` there, the latter two
+      being the mean IoU of things and of stuffs; `velocity_loss`, the mean over scenes and noise levels with class
+      prompts; and `miou/block@sigma` and `things/block@sigma` for every block and level. All mIoU are NaN where the
+      loss is not finite: with scores of NaN, every pixel would get the first class.
     """
     classes, things = len(CLASSES), range(len(THINGS))
     confusions: dict[float, Any] = dict.fromkeys(sigmas, 0)

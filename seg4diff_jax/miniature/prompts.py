@@ -1,7 +1,8 @@
-"""What a training step reads of its captions: how many tokens, and class names where padding would be.
+"""Makes training prompts from captions: shortens them, and replaces padding by class names.
 
-A caption takes a handful of the text tokens, and among hundreds of image tokens and paddings an untrained attention
-hardly meets it. In a prompt full of names it does, and so learns sooner what each name looks like.
+A caption is only a few tokens among hundreds of image and padding tokens, so an untrained model gives it little
+attention. In a prompt full of class names, words get more attention, and the model learns sooner what each name looks
+like.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from seg4diff_jax.text import Tokenizers
 
 @dataclass(frozen=True)
 class Prompts:
-    """How captions become prompts.
+    """Settings for making prompts from captions.
 
     Attributes:
-      tokens: how many of SD3's 77 text tokens are kept; a longer caption is cut off.
-      filled: share of the prompts that names of the classes shown fill up to the end; the others keep their padding,
-        which a prompt for masks has too.
+      tokens: how many of SD3's 77 text tokens are kept; longer captions are cut off.
+      filled: share of the prompts whose padding is replaced by names of the picture's classes. The other prompts keep
+        their padding, which prompts for masks have too.
     """
 
     tokens: int = 77
@@ -35,7 +36,7 @@ class Prompts:
             raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
-        """What does not fit, a sentence each."""
+        """Returns a sentence for each option that does not fit."""
         found = []
         if not 3 <= self.tokens <= 77:
             found.append(f"prompts.tokens is {self.tokens}; expected 3 to 77: start, words, end")
@@ -45,17 +46,17 @@ class Prompts:
 
 
 class PromptItems:
-    """Items whose captions have become prompts; a prompt is a function of its item's number alone.
+    """A data source whose captions have become prompts. A prompt depends on its item and the item's index alone.
 
     Args:
-      items: with token ids `clip_l` and `clip_g` [77]: start, words, end, padding; and `labels` [height, width] if
-        prompts are to be filled.
-      tokenizers: for which every class name is one token.
+      items: items with token ids `clip_l` and `clip_g` [77]: start, words, end, padding; and with `labels` [height,
+        width] if prompts are filled.
+      tokenizers: tokenizers in which every class name is one token.
     """
 
     def __init__(self, items: DataSource, prompts: Prompts, tokenizers: Tokenizers):
         self.items, self.prompts = items, prompts
-        # The empty prompt is start, end, padding.
+        # The empty prompt is start, end, padding; this is its end and padding.
         self.ends = {name: ids[1:] for name, ids in caption_ids(tokenizers, "").items()}
         every = {name: ids[1:] for name, ids in caption_ids(tokenizers, " ".join(CLASSES)).items()}
         if any(ids[len(CLASSES)] != self.ends[name][0] for name, ids in every.items()):
@@ -77,7 +78,7 @@ class PromptItems:
     def _prompt(
         self, name: str, ids: Integer[np.ndarray, " tokens"], filling: Integer[np.ndarray, " names"]
     ) -> Integer[np.ndarray, " kept"]:
-        """The caption's words, names of classes, end, padding: the first of them that there is room for."""
+        """Returns the caption's words, names of classes, end and padding, cut off to the number of tokens."""
         ends = self.ends[name]
         words = ids[: np.argmax(ids == ends[0])]
         words = np.concatenate([words, self.names[name][filling]])[: self.prompts.tokens - 1]

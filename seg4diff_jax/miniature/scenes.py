@@ -1,4 +1,4 @@
-"""The synthetic world as training data: pictures, labels, captions, drawn when asked for or once for all."""
+"""The synthetic world as training data: pictures, labels and captions, drawn on demand or once into a cache."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from seg4diff_jax.training.stages import counted, stage
 
 FIELDS = ("image", "labels", "caption")
 LONGEST_CAPTION = 256
-"""Bytes that a caption is padded to."""
+"""Number of bytes to which captions are padded."""
 CHUNK = 64
-"""Scenes drawn at a time by one process."""
+"""Number of scenes that one process draws at a time."""
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Which scenes.
+    """Size and number of the scenes, and where they are cached.
 
     Attributes:
-      size: side of the pictures in pixels.
-      train, validation: number of scenes of each split.
-      cache: directory where the training scenes are kept once drawn, at 66 kB each for a side of 128; null: each is
-        drawn anew in every epoch.
+      size: side of the pictures, in pixels.
+      train, validation: number of scenes in each split.
+      cache: directory where the training scenes are stored once drawn (66 kB each for a side of 128); null: every
+        epoch draws them anew.
     """
 
     size: int = 128
@@ -46,7 +46,10 @@ class SceneConfig:
 
 
 class SceneItems:
-    """Scenes of a split; fields: `image` uint8 [size, size, 3], `labels` uint8 [size, size], `caption` uint8 bytes."""
+    """A data source of a split's scenes, with the given fields.
+
+    Fields are `image` uint8 [size, size, 3], `labels` uint8 [size, size], `caption` uint8 [bytes].
+    """
 
     def __init__(self, split: str, count: int, size: int, fields: tuple[str, ...] = FIELDS):
         self.split, self.count, self.size, self.fields = split, count, size, fields
@@ -61,7 +64,7 @@ class SceneItems:
 
 
 class Mapped:
-    """A source whose items have gone through a function, which must be picklable."""
+    """A data source that applies a picklable function to the items of another source."""
 
     def __init__(self, source: DataSource, function: Callable[[Item], Item]):
         self.source, self.function = source, function
@@ -74,7 +77,7 @@ class Mapped:
 
 
 def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> DataSource:
-    """The training scenes; if the configuration names a cache that is absent, all are drawn first, on all cores."""
+    """Returns the training scenes. If the cache that the configuration names is absent, all cores draw it first."""
     source = SceneItems("train", config.train, config.size, fields)
     if config.cache is None:
         return source
@@ -86,7 +89,11 @@ def training_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> Da
 
 
 def make_once(directory: str | Path, make: Callable[[Path], None], doing: str) -> None:
-    """Make a directory that is absent: one process does, and then those that do not see it. `doing`: what that is."""
+    """Makes a directory if it is absent. The first process makes it; then others, if they do not see it.
+
+    Args:
+      doing: name of this stage, for messages.
+    """
     directory = Path(directory)
     if jax.process_index() == 0 and not directory.exists():
         with stage(f"{doing}, once, into {directory}"):
@@ -102,7 +109,7 @@ def validation_scenes(config: SceneConfig, fields: tuple[str, ...] = FIELDS) -> 
 
 
 def scene_sample(size: int) -> int:
-    """Changes when the world does: a cache of former scenes is not taken for one of these."""
+    """Returns a number that changes when the synthetic world changes, so that caches of older scenes are recognised."""
     return int(sum(scene("train", index, size).image.astype(np.int64).sum() for index in range(4)))
 
 
@@ -130,7 +137,7 @@ def _padded(caption: str) -> UInt8[np.ndarray, " bytes"]:
 
 
 def with_token_ids(item: Item, tokenizers: Tokenizers) -> Item:
-    """An item whose `caption` has become `clip_l` and `clip_g`, int32 [tokens]."""
+    """Returns the item with its `caption` replaced by token ids `clip_l` and `clip_g`, int32 [tokens]."""
     caption = bytes(item["caption"]).rstrip(b"\0").decode()
     rest = {field: value for field, value in item.items() if field != "caption"}
     return {**rest, **caption_ids(tokenizers, caption)}

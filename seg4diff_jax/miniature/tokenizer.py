@@ -1,6 +1,6 @@
-"""The miniature's tokenizers: CLIP's byte-pair format, with merges learnt from the words of its small world.
+"""The miniature's tokenizers: CLIP's byte-pair format, with merges learnt from the words of the synthetic world.
 
-Every word of the world is one token; any other text is split into pieces, down to bytes.
+Every word of that world is one token. Any other text is split into pieces, down to single bytes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from seg4diff_jax.miniature.world.shapes import CLASSES
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 LENGTH = 77
-"""Tokens of a prompt, with its start and end tokens and padding, as in SD3."""
+"""Number of tokens of a prompt, start, end and padding included, as in SD3."""
 PADS = {"tokenizer": END, "tokenizer_2": "!"}
-"""SD3's two CLIP tokenizers differ in what they pad with."""
+"""Padding token of each tokenizer, as in SD3, whose two CLIP tokenizers pad differently."""
 
 Pair = tuple[str, str]
 
 
 def byte_characters() -> list[str]:
-    """One printable character for each byte, in the order of CLIP's vocabulary: `!` is first."""
+    """Returns one printable character for each byte, in the order of CLIP's vocabulary: `!` is first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def learn_merges(lexicon: Iterable[str]) -> list[Pair]:
-    """Byte-pair merges (Sennrich et al. 2016) after which each of the words is one token, in order of learning.
+    """Learns byte-pair merges (Sennrich et al. 2016) that make each word one token. Returns them in order of learning.
 
-    The pair that most words hold is merged first; of equals the first in alphabetical order. Words are ASCII.
+    The pair with the highest count is merged first; among equal counts, the first in alphabetical order. Words are
+    ASCII.
     """
     pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in dict.fromkeys(lexicon)]
     merges: list[Pair] = []
@@ -55,7 +56,10 @@ def _merged(pieces: list[str], pair: Pair) -> list[str]:
 
 
 def vocabulary(merges: Sequence[Pair]) -> dict[str, int]:
-    """Token to id: bytes, bytes that end a word, merges, start, end. The end token has the largest id, as in CLIP."""
+    """Returns the id of each token: bytes, bytes that end a word, merges, start, end.
+
+    The end token has the largest id, as in CLIP.
+    """
     characters = byte_characters()
     tokens = [*characters, *(character + END_OF_WORD for character in characters)]
     tokens += [left + right for left, right in merges]
@@ -63,7 +67,7 @@ def vocabulary(merges: Sequence[Pair]) -> dict[str, int]:
 
 
 def write_tokenizer(directory: str | Path, merges: Sequence[Pair], *, pad_token: str) -> None:
-    """Write a directory that transformers' CLIPTokenizer reads: vocabulary, merges and two configuration files."""
+    """Writes a directory that transformers' CLIPTokenizer reads: vocabulary, merges and two configuration files."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ids = vocabulary(merges)
@@ -91,7 +95,7 @@ def write_tokenizer(directory: str | Path, merges: Sequence[Pair], *, pad_token:
 
 
 def write_tokenizers(directory: str | Path) -> None:
-    """Write the miniature's `tokenizer` and `tokenizer_2` into a checkpoint's directory."""
+    """Writes the miniature's `tokenizer` and `tokenizer_2` into a checkpoint's directory."""
     merges = learn_merges(words(CLASSES))
     for name, pad_token in PADS.items():
         write_tokenizer(Path(directory) / name, merges, pad_token=pad_token)

@@ -1,4 +1,4 @@
-"""Captions of the synthetic world: sentences of several forms that name each class in the picture and no other."""
+"""Captions of the synthetic world: sentences of several forms that name all classes in the picture and no others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seg4diff_jax.miniature.world.draws import Draws
 from seg4diff_jax.miniature.world.palettes import COLORS
 
 BARE_SHARE = 0.2
-"""Share of captions that are class names alone, in any order, joined by spaces: what a prompt for masks looks like."""
+"""Share of captions that are class names alone, in random order, joined by spaces, like a prompt for masks."""
 
 PLURALS = {
     "ball": "balls",
@@ -59,12 +59,12 @@ class StuffSeen(NamedTuple):
 
 
 def caption(things: Sequence[ThingSeen], stuffs: Sequence[StuffSeen], upright: bool, draws: Draws) -> str:
-    """A caption.
+    """Returns a random caption of a picture.
 
     Args:
-      things: what is to be named, at least one; several of one class share a plural.
-      stuffs: one, or two in the order of reading: the upper or the left one first.
-      upright: the two stuffs lie one above the other.
+      things: the things to name, at least one; several of one class share a plural.
+      stuffs: one stuff, or two in the order of reading: the upper or the left one first.
+      upright: whether the two stuffs lie one above the other.
     """
     by_class = lambda thing: thing.name
     groups = [list(group) for _, group in groupby(sorted(things, key=by_class), key=by_class)]
@@ -129,7 +129,7 @@ def _spaced(*words: str) -> str:
 
 
 def words(names: Sequence[str]) -> tuple[str, ...]:
-    """Every word and mark that a caption may hold, each once: the names first, then the rest."""
+    """Returns every word and mark that a caption may contain, each once: the class names first, then the rest."""
     forms = (*MEDIA, *ON, *UNDER, *BACKDROP, *ONE_ABOVE_OTHER, *SIDE_BY_SIDE, *ACROSS, *DOWN, *ARTICLES)
     plain = re.sub(r"\{\w+\}", "", " ".join((*forms, "and with an ,")))
     every = [*names, *PLURALS.values(), *COLORS, *SIZES, *NUMBERS, *re.findall(r"\w+|,", plain)]

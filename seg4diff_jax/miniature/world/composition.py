@@ -1,4 +1,4 @@
-"""A scene's layers: where stuffs and things lie, their tones, and the picture and label map that they make."""
+"""Composes a scene: places its stuffs and things in layers, and draws the picture and the label map from the layers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from seg4diff_jax.miniature.world.stuffs import SIDE, TEXTURES
 from seg4diff_jax.miniature.world.things import DRAWN
 
 SAMPLES = 2
-"""Points per pixel and axis: a pixel's colour is their mean, its label that of most of them."""
+"""Samples per pixel and axis. A pixel's colour is the mean of its samples, its label that of most of them."""
 COUNTS = {1: 1.5, 2: 3.0, 3: 3.0, 4: 2.5}
-"""How many things a scene is meant to have, with weights. A few of them find no place."""
+"""Number of things that a scene tries to place, with the weight of each number. A few things find no place."""
 MOST_STUFFS, MOST_THINGS = 2, max(COUNTS)
 TWO_STUFFS = 0.6
 TWINS = 0.15
-"""How often a scene's second thing is of the first one's class."""
+"""Probability that a scene's second thing has the same class as the first."""
 RADIUS = (16.0, 31.0)
 SMALL, LARGE = 20.0, 27.0
-"""Radii, in pixels of a picture of side 128, below and above which a thing is small or large."""
+"""A thing is small below the first radius and large above the second, in pixels of a picture of side 128."""
 TURN = math.pi / 4
 LEAST_SEEN = 0.6
-"""Part of a thing that must be visible."""
+"""Share of a thing that must be visible."""
 LEAST_STUFF = 0.06
-"""Share of the picture that each stuff must keep."""
+"""Share of the picture that each stuff must still cover."""
 THING_CONTRAST, STUFF_CONTRAST = (0.3, 1.0), (0.18, 0.5)
 
 
 @dataclass(frozen=True)
 class PlacedThing:
-    """`x`, `y` and `radius` are in pixels of a picture of side 128."""
+    """A thing with its place; `x`, `y` and `radius` are in pixels of a picture of side 128."""
 
     name: str
     palette: Palette
@@ -56,9 +56,9 @@ class LaidStuff:
 
 @dataclass
 class Composition:
-    """What a scene is made of. Layers are numbered from the rear: first the stuffs, then the things.
+    """The stuffs and things of a scene, and its layers. Layers are numbered from the rear: stuffs first, then things.
 
-    Things are placed from the front to the rear and their layers numbered accordingly, so some numbers stay unused.
+    Things are placed from the front to the rear and take layer numbers downward, so some numbers stay unused.
     """
 
     layer: UInt8[np.ndarray, "samples samples"]
@@ -66,7 +66,7 @@ class Composition:
     stuffs: list[LaidStuff]
     things: list[PlacedThing]
     upright: bool
-    """Two stuffs lie one above the other, not side by side. They are in the order of reading."""
+    """Whether two stuffs lie one above the other, not side by side. The upper or left one comes first."""
 
     def by_layer(self) -> dict[int, LaidStuff | PlacedThing]:
         front = MOST_STUFFS + MOST_THINGS - 1
@@ -74,7 +74,7 @@ class Composition:
 
 
 def compose(draws: Draws, size: int) -> Composition:
-    """Lay the stuffs and place the things of a scene of `size` pixels a side."""
+    """Lays the stuffs and places the things of a scene with a side of `size` pixels."""
     composition = _lay_stuffs(draws, size)
     count = draws.weighted(COUNTS)
     names = draws.shuffled(tuple(DRAWN))[:count]
@@ -88,7 +88,7 @@ def compose(draws: Draws, size: int) -> Composition:
 
 @cache
 def _positions(size: int) -> Float[np.ndarray, " samples"]:
-    """Of the samples along one axis, in pixels of a picture of side 128."""
+    """Returns the positions of the samples along one axis, in pixels of a picture of side 128."""
     return (np.arange(SAMPLES * size, dtype=np.float32) + np.float32(0.5)) * np.float32(SIDE / (SAMPLES * size))
 
 
@@ -113,7 +113,7 @@ def _lay_stuffs(draws: Draws, size: int) -> Composition:
 def _slope(
     x: Float[np.ndarray, "1 columns"], y: Float[np.ndarray, "rows 1"], upright: bool, draws: Draws
 ) -> Float[np.ndarray, "rows columns"]:
-    """Rises downward, or to the right, along a tilted direction; its level lines are waves or straight."""
+    """Returns a map that rises downward if `upright`, else to the right, tilted. Level lines are straight or wavy."""
     angle = draws.uniform(-0.4, 0.4) + (math.pi / 2 if upright else 0)
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
@@ -123,7 +123,7 @@ def _slope(
 
 
 def _place(composition: Composition, name: str, room: list[int], draws: Draws) -> None:
-    """Draw a thing behind those that are there, unless too little of it or of a stuff would be seen."""
+    """Draws a thing behind the things already placed, unless too little of it or of a stuff would be visible."""
     radius = draws.uniform(*RADIUS)
     reach = radius * DRAWN[name].stretch
     x, y = _free_place(composition.things, reach, draws)
@@ -153,7 +153,10 @@ def _place(composition: Composition, name: str, room: list[int], draws: Draws) -
 
 
 def _free_place(things: list[PlacedThing], reach: float, draws: Draws) -> tuple[float, float]:
-    """Of a few random centres the one farthest from overlapping what is there. Edges may cut a thing a little."""
+    """Draws three random centres and returns the one with the largest gap to the things already placed.
+
+    The picture's edges may cut a thing a little.
+    """
     margin = 0.8 * reach
     places = [(draws.uniform(margin, SIDE - margin), draws.uniform(margin, SIDE - margin)) for _ in range(3)]
     gap = lambda place: min(
@@ -164,11 +167,11 @@ def _free_place(things: list[PlacedThing], reach: float, draws: Draws) -> tuple[
 
 
 def picture(composition: Composition) -> UInt8[np.ndarray, "size size 3"]:
-    """Tones in their colours, samples averaged."""
+    """Draws the picture: tones become colours, and each pixel is the mean of its samples."""
     table = np.zeros((MOST_STUFFS + MOST_THINGS, TONES), np.uint32)
     for layer, content in composition.by_layer().items():
         red, green, blue = content.palette.colors.astype(np.uint32).T
-        # Ten bits for each channel hold the sum of four samples, so that one addition adds all three.
+        # Ten bits per channel hold the sum of four samples, so one addition adds all three channels.
         table[layer] = (red << 20) | (green << 10) | blue
     packed = table.ravel().take(composition.layer.astype(np.uint16) * TONES + composition.tone)
     total = packed[0::2, 0::2] + packed[0::2, 1::2] + packed[1::2, 0::2] + packed[1::2, 1::2]
@@ -177,14 +180,15 @@ def picture(composition: Composition) -> UInt8[np.ndarray, "size size 3"]:
 
 
 def label_map(composition: Composition, classes: tuple[str, ...]) -> UInt8[np.ndarray, "size size"]:
-    """For each pixel the index in `classes` of the layer that most of its samples show; of equals, the front one."""
+    """Returns for each pixel the index in `classes` of the layer of most of its samples; of equals, the front layer."""
     layer = composition.layer
     a, b = np.minimum(layer[0::2, 0::2], layer[0::2, 1::2]), np.maximum(layer[0::2, 0::2], layer[0::2, 1::2])
     c, d = np.minimum(layer[1::2, 0::2], layer[1::2, 1::2]), np.maximum(layer[1::2, 0::2], layer[1::2, 1::2])
     first, last = np.minimum(a, c), np.maximum(b, d)
     e, f = np.maximum(a, c), np.minimum(b, d)
     second, third = np.minimum(e, f), np.maximum(e, f)
-    # Sorted, so equal samples are neighbours: two at the end win, then two in the middle, then two at the start.
+    # The samples are sorted, so equal ones are neighbours: the last two win if equal, else the middle two, else the
+    # first two.
     most = np.where(second == third, second, np.where(first == second, first, last))
     most = np.where(third == last, last, most)
     table = np.zeros(MOST_STUFFS + MOST_THINGS, np.uint8)

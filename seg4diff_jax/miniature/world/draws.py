@@ -15,7 +15,7 @@ Real = int | float
 class Draws:
     """A stream of random numbers for element `index` of stream `stream`, both below 2^64.
 
-    Built on Philox's raw output alone: NumPy promises to keep it, but not what its distributions make of it.
+    Uses Philox's raw output alone: NumPy promises never to change that, but may change its distributions.
     """
 
     BLOCK = 256
@@ -25,17 +25,17 @@ class Draws:
         self._block: list[float] = []
 
     def unit(self) -> float:
-        """Uniform in [0, 1)."""
+        """Returns a uniform number in [0, 1)."""
         if not self._block:
             self._block = ((self._philox.random_raw(self.BLOCK) >> np.uint64(11)) * 2.0**-53).tolist()
         return self._block.pop()
 
     def uniform(self, low: Real, high: Real) -> float:
-        """In [low, high)."""
+        """Returns a uniform number in [low, high)."""
         return low + (high - low) * self.unit()
 
     def below(self, count: int) -> int:
-        """Uniform among 0..count - 1."""
+        """Returns a uniform integer from 0 to count - 1."""
         return int(count * self.unit())
 
     def chance(self, probability: float) -> bool:
@@ -45,7 +45,7 @@ class Draws:
         return items[self.below(len(items))]
 
     def weighted(self, weights: dict[T, float]) -> T:
-        """A key, with a probability in proportion to its value."""
+        """Returns a random key of `weights`, with probability in proportion to its value."""
         left = self.unit() * sum(weights.values())
         *firsts, last = weights
         for key in firsts:
@@ -59,7 +59,7 @@ class Draws:
         return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
     def table(self, rows: int, columns: int) -> Float[np.ndarray, "rows columns"]:
-        """Uniform in [0, 1), in steps of 1/256, fp32: many at once."""
+        """Returns uniform numbers in [0, 1), multiples of 1/256, fp32. Faster than many calls of `unit`."""
         count = rows * columns
         raw = self._philox.random_raw(-(-count // 8)).astype("<u8")  # so that bytes come in the same order everywhere
         return raw.view(np.uint8)[:count].reshape(rows, columns).astype(np.float32) / np.float32(256)

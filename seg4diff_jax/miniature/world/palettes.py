@@ -1,4 +1,4 @@
-"""Random colours with names. What they paint, a thing or a stuff, has no part in their choice."""
+"""Random colours with names. The choice does not depend on the class that is painted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLORS = {
     "black": (25, 25, 25),
 }
 JITTER = 18
-"""Each channel of a colour differs from its name's by at most this much."""
+"""Largest difference, in each channel, between a drawn colour and the one in `COLORS`."""
 TONES = 256
 
 
 class Palette(NamedTuple):
-    """The colour of each tone, and the names of the colours at tone 0 and at the last tone."""
+    """The colour of each tone, and the names of the colours of the first and the last tone."""
 
     colors: UInt8[np.ndarray, "tones 3"]
     main: str
@@ -40,7 +40,7 @@ class Palette(NamedTuple):
 
 @cache
 def _partners(least: float, most: float) -> dict[str, tuple[str, ...]]:
-    """For each colour those whose brightness (Rec. 601, 0..1) differs from its own by an amount within limits."""
+    """Returns for each colour the colours whose brightness (Rec. 601, 0..1) differs by `least` to `most`."""
     brightness = {name: (0.299 * r + 0.587 * g + 0.114 * b) / 255 for name, (r, g, b) in COLORS.items()}
     return {
         name: tuple(other for other in COLORS if least <= abs(brightness[other] - brightness[name]) <= most)
@@ -49,11 +49,11 @@ def _partners(least: float, most: float) -> dict[str, tuple[str, ...]]:
 
 
 def palette(draws: Draws, *, contrast: tuple[float, float], without: Collection[str] = ()) -> Palette:
-    """A ramp between two colours, every other time by way of a third.
+    """Draws a ramp between two colours, half of the time by way of a third colour.
 
     Args:
       contrast: least and greatest difference in brightness, 0..1, between the two, before the jitter.
-      without: names of colours to keep away from, as far as the contrast allows.
+      without: names of colours to avoid, as far as the contrast allows.
     """
     main = draws.choice([name for name in COLORS if name not in without])
     partners = _partners(*contrast)[main]

@@ -1,4 +1,4 @@
-"""A sheet of synthetic scenes for people to look at: each picture beside its labels, over its caption."""
+"""Draws a sheet of synthetic scenes: each picture beside its labels, above its caption."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from seg4diff_jax.reporting.overlays import innermost
 
 COLUMNS, MOST = 3, 9
 POOL = 60
-"""How many scenes are a choice large enough."""
+"""Number of scenes from which a sheet is chosen; more are not needed."""
 SIDE = 256
-"""Pixels of a scene on the sheet."""
+"""Side of a scene on the sheet, in pixels."""
 LETTER, GAP = 14, 10
 PAPER, INK = (255, 255, 255), (20, 20, 20)
 
 
 def write_sheet(file: str | Path, scenes: Sequence[Scene]) -> None:
-    """Draw up to `MOST` of the scenes, chosen to show all classes. Names stand on the labels."""
+    """Writes a sheet of up to `MOST` scenes, chosen to show all classes. Class names are written on the labels."""
     shown = _showing_all_classes(scenes)
     font = ImageFont.load_default(LETTER)
     width, height = 2 * SIDE + 2 * GAP, SIDE + 2 * LETTER + 3 * GAP
@@ -41,7 +41,7 @@ def write_sheet(file: str | Path, scenes: Sequence[Scene]) -> None:
 
 
 def _showing_all_classes(scenes: Sequence[Scene]) -> list[Scene]:
-    """Few of the scenes with all classes in them: each time the one that brings the most new ones."""
+    """Chooses scenes that together show all classes: each time the scene with the most new classes."""
     pool = list(scenes)
     chosen: list[Scene] = []
     seen: set[int] = set()

@@ -1,8 +1,8 @@
 """The synthetic world of the miniature: scenes of patterned things over textured stuffs, with labels and a caption.
 
-A scene is a pure function of its split and its index. Every pixel has a class, every class in the picture is named in
-the caption, and colours are random: only patterns and outlines tell classes apart. Patterns repeat about every 8 to 16
-pixels of a picture of side 128, so that an image token of 8 x 8 pixels shows which class it is in.
+A scene is a pure function of its split and its index. Every pixel has a class, and the caption names every class in the
+picture. Colours are random, so classes differ only in pattern and outline. Patterns repeat about every 8 to 16 pixels
+of a picture of side 128, so an image token of 8 x 8 pixels shows its class.
 
     seg4diff scenes DIR --split test --count 500
 
@@ -29,14 +29,14 @@ from seg4diff_jax.miniature.world.things import DRAWN
 THINGS = tuple(DRAWN)
 STUFFS = tuple(TEXTURES)
 CLASSES = (*THINGS, *STUFFS)
-"""Things first, then stuffs, both in alphabetical order. A label is an index into this."""
+"""Names of the classes: things, then stuffs, each in alphabetical order. A label is an index into this tuple."""
 
 SPLITS = ("train", "validation", "test")
-"""A scene's random numbers are those of its split's place in this list and of its index: splits share none."""
+"""The splits. A scene's random numbers depend on its split's position here and on its index, so splits share none."""
 
 
 class Scene(NamedTuple):
-    """A picture, the class of each of its pixels, the classes that are in it (ascending), and a caption."""
+    """A picture, the class of each pixel, the classes in the picture (ascending), and a caption."""
 
     image: UInt8[np.ndarray, "size size 3"]
     labels: UInt8[np.ndarray, "size size"]
@@ -45,10 +45,10 @@ class Scene(NamedTuple):
 
 
 def scene(split: str, index: int, size: int = SIDE) -> Scene:
-    """Scene `index` of a split: always the same. Another `size` shows it with more or fewer pixels.
+    """Returns scene `index` of a split, always the same. Another `size` shows the same scene with more or fewer pixels.
 
-    Another processor may round sines otherwise and so change single pixels by a shade; captions stay as they are.
-    Only a thing that is about to be hidden too much may be there at one size and be left out at another.
+    On another processor sines may be rounded differently, which changes single pixels by a shade; captions stay the
+    same. A thing whose visible part is close to the limit may be in the picture at one size and left out at another.
 
     Raises:
       ValueError: the split is unknown, the index negative, or the size below 32.
@@ -70,13 +70,13 @@ def scene(split: str, index: int, size: int = SIDE) -> Scene:
 
 
 def write_folder(directory: str | Path, scenes: Iterable[Scene]) -> None:
-    """Write `images/00000.png ...`, `labels/00000.png ...`, `classes.txt` and `captions.json`.
+    """Writes `images/00000.png ...`, `labels/00000.png ...`, `classes.txt` and `captions.json`.
 
-    A label's pixel values are class indices; line n of classes.txt, counted from 0, is the name of class n;
+    A label's pixel values are class indices. Line n of classes.txt, counted from 0, is the name of class n.
     captions.json maps a file's stem to its caption.
 
     Raises:
-      FileExistsError: the directory holds images or labels already.
+      FileExistsError: the directory already holds images or labels.
     """
     directory = Path(directory).expanduser()
     for name in ("images", "labels"):

@@ -1,7 +1,7 @@
-"""The stuffs of the synthetic world: textures without an outline, told apart by their pattern alone.
+"""The stuffs of the synthetic world: textures without an outline, which differ in pattern alone.
 
-A texture is a map of tones in 0..1 over the whole picture, which become colours later: 0 is the main colour. `x`
-[1, columns] and `y` [rows, 1] are pixels of a picture of side 128.
+A texture is a map of tones in 0..1 over the whole picture. Tones become colours later; tone 0 is the main colour. `x`
+[1, columns] and `y` [rows, 1] are positions in pixels of a picture of side 128.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from seg4diff_jax.miniature.world.draws import Draws, Real
 
 SIDE = 128
 TABLE = 48
-"""Rows and columns of a table of random numbers: more than a texture has cells along a side."""
+"""Side of a table of random numbers. No texture has more cells along a side."""
 TextureRow = Float[np.ndarray, "1 columns"]
 Column = Float[np.ndarray, "rows 1"]
 Plane = Float[np.ndarray, "rows columns"]
 
 
 def _smooth_noise(x: TextureRow, y: Column, wide: Real, high: Real, draws: Draws) -> Plane:
-    """Hills and hollows about `wide` x `high` pixels in size, in 0..1: a random table under quadratic B-splines."""
+    """Returns smooth noise in 0..1, with hills of about `wide` x `high` pixels (quadratic B-splines of a table)."""
 
     def weights(position: Float[np.ndarray, " n"], period: Real) -> Float[np.ndarray, "n knots"]:
         knots = np.arange(math.ceil(SIDE / period) + 2, dtype=np.float32) - 0.5
@@ -41,9 +41,9 @@ def _whole(position: Float[np.ndarray, "*shape"]) -> np.ndarray:
 def _scattered(
     x: TextureRow, y: Column, cell: Real, jitter: Real, draws: Draws
 ) -> tuple[Plane, Plane, Callable[[Real, Real], Plane]]:
-    """Distance along x and along y to one point in each square cell, off its middle by up to `jitter` cells.
+    """Returns distances along x and along y to one point per square cell, off its middle by up to `jitter` cells.
 
-    The function that comes with it makes a map of random numbers within limits, one for each cell.
+    Also returns a function that makes a map of random numbers between two limits, one number per cell.
     """
     u, v = x / cell + draws.unit(), y / cell + draws.unit()
     row, column = _whole(v[:, 0]), _whole(u[0])

@@ -1,7 +1,8 @@
-"""The things of the synthetic world: an outline and, within it, a pattern of its own that does not depend on colour.
+"""The things of the synthetic world. Each has an outline and, inside it, a pattern of its own, independent of colour.
 
-A thing is drawn in its own frame: x to the right and y down, in pixels of a picture of side 128, around its centre, and
-fits in the disc of its radius. Its pattern is a map of tones in 0..1, which become colours later: 0 is the main colour.
+A thing is drawn in its own frame: x to the right and y down from its centre, in pixels of a picture of side 128. It
+fits into the disc of its radius. Its pattern is a map of tones in 0..1, which become colours later; tone 0 is the main
+colour.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from seg4diff_jax.miniature.world.draws import Draws
 
 Plane = Float[np.ndarray, "rows columns"]
 Drawing = tuple[Bool[np.ndarray, "rows columns"], Float[np.ndarray, "rows columns"]]
-"""What is inside the outline, and the tones (which mean nothing outside)."""
+"""Which points are inside the outline, and the tones, which have no meaning outside."""
 
 
 def _bands(position: Plane) -> Plane:
-    """0 and 1 in turn, each half a unit long."""
+    """Returns alternating bands of 1 and 0, each half a unit long."""
     return ((position - np.floor(position)) < 0.5).astype(np.float32)
 
 
 def _from_line(position: Plane) -> Plane:
-    """Distance, in units, to the nearest whole number."""
+    """Returns the distance, in units, to the nearest whole number."""
     return np.abs(position - np.rint(position))
 
 
 def _ball(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Shaded from a highlight off its middle, with a basketball's seams."""
+    """A ball shaded from a highlight off its middle, with a basketball's seams."""
     shade = np.clip(0.85 - np.hypot(x + 0.35 * radius, y + 0.4 * radius) / (1.5 * radius), 0, 0.75)
     straight = np.minimum(np.abs(x), np.abs(y))
     curved = np.abs(np.hypot(np.abs(x) - 1.15 * radius, y) - 0.62 * radius)
@@ -94,7 +95,7 @@ def _fish(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 def _heart(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Quilted: thin lines along both diagonals."""
+    """A quilted heart: thin lines along both diagonals."""
     u, v = x / (0.79 * radius), -y / (0.79 * radius) + 0.12
     inside = u * u + (1.15 * v - 0.75 * np.sqrt(np.abs(u))) ** 2 < 1
     period = draws.uniform(11, 14)
@@ -103,7 +104,7 @@ def _heart(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 def _leaf(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Pointed at both ends, with a rib and veins that leave it at a slant."""
+    """A leaf pointed at both ends, with a rib and slanted veins."""
     inside = np.hypot(np.abs(x) + 0.75 * radius, y) < 1.25 * radius
     period = draws.uniform(7, 9)
     veins = _from_line((y + 0.9 * np.abs(x)) / period + draws.unit()) < 1.3 / period
@@ -120,7 +121,7 @@ def _moon(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 def _ring(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Bands across it, like a life buoy's; what is behind shows in its hole."""
+    """A ring with bands across it, like a life buoy; its hole shows what is behind."""
     distance = np.hypot(x, y)
     count = max(4, round(2 * math.pi * 0.73 * radius / draws.uniform(13, 17)))
     inside = (distance < radius) & (distance > 0.46 * radius)
@@ -128,7 +129,7 @@ def _ring(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 def _star(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Five points, tiled with triangles."""
+    """A star with five points, tiled with triangles."""
     points = 5 / (2 * math.pi) * np.arctan2(x, -y)
     turn = np.float32(2 * math.pi / 5) * _from_line(points)
     distance = np.hypot(x, y)
@@ -141,7 +142,7 @@ def _star(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 def _target(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
-    """Rings around its middle."""
+    """A disc with rings around its middle."""
     distance = np.hypot(x, y)
     return distance < radius, 1 - _bands((radius - distance) / draws.uniform(9, 12))
 
@@ -157,7 +158,7 @@ def _wheel(x: Plane, y: Plane, radius: float, draws: Draws) -> Drawing:
 
 
 class Thing(NamedTuple):
-    """How to draw a thing, and the factor on its radius that makes all things about as large in area."""
+    """How to draw a thing, and the factor of its radius that gives all things about the same area."""
 
     draw: Callable[[Plane, Plane, float, Draws], Drawing]
     stretch: float
