@@ -1,1 +1,1 @@
-"""What a training step will need of a machine that is not here: `seg4diff plan`."""
+"""Computes what a training step needs of TPUs that this machine does not have: `seg4diff plan`."""

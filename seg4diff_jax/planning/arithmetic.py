@@ -1,8 +1,9 @@
-"""Operations of a traced step: two for each multiply-add of its matrix products and convolutions, loops multiplied out.
+"""Counts the operations of a traced step: two per multiply-add of its matrix products and convolutions.
 
-A compiled program's own cost analysis counts the body of a loop once, and a kernel not at all. Here the program is read
-as JAX traced it: what is computed again in the backward pass is in it, and so are tiles that kernels fill with padding.
-Everything else (norms, activations, softmax) is a small part of a percent of the operations and is left out.
+The cost analysis of a compiled program counts the body of a loop once, and kernels not at all. So this module reads the
+program as JAX traced it, and counts a loop's body as often as it runs. Recomputation in the backward pass is counted,
+and so is the padding in kernels' tiles. All else (norms, activations, softmax) is far below one percent of the
+operations and is left out.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any
 
 
 def operations(jaxpr: Any, chips: int = 1, shares: int = 1) -> float:
-    """Of one chip.
+    """Returns the operations of one chip.
 
-    What the compiler divides is taken to be divided evenly: products over all chips, convolutions over those that have
-    pictures of their own, for their kernels are not split over `tensor`. What is written for each chip (`shard_map`)
-    counts as written. Of a condition's branches the longest counts.
+    The compiler is assumed to divide work evenly: products over all chips, convolutions over the shares of a batch,
+    since their kernels are not split over `tensor`. Programs written for each chip (`shard_map`) count as written. Of
+    the branches of a condition, the one with the most operations counts.
 
     Args:
-      jaxpr: of a function of the whole mesh's arrays.
-      chips: of the mesh.
-      shares: into which a batch is divided.
+      jaxpr: the traced function, of arrays over the whole mesh.
+      chips: number of chips of the mesh.
+      shares: number of shares into which a batch is divided.
 
     Raises:
       ValueError: a loop of unknown length holds products.
@@ -64,7 +65,7 @@ def _convolution(equation: Any) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """Programs among an equation's parameters."""
+    """Yields the programs among an equation's parameters."""
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if hasattr(_plain(each), "eqns"):
@@ -72,5 +73,5 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _plain(jaxpr: Any) -> Any:
-    """Without its constants, if it is closed."""
+    """Returns a program without its constants, if it is a closed one."""
     return getattr(jaxpr, "jaxpr", jaxpr)

@@ -1,6 +1,6 @@
-"""Published checkpoints as far as their configurations say, for plans: which shapes there are, and no numbers.
+"""Configurations of published checkpoints, for plans, which need shapes but no weights.
 
-Only keys that shapes or the computation depend on and that differ from the libraries' defaults are kept.
+Only the keys that affect shapes or the computation, and that differ from the libraries' defaults, are listed.
 """
 
 from __future__ import annotations
@@ -80,18 +80,18 @@ OTHERS: dict[str, dict[str, Any]] = {
         "feed_forward_proj": "gated-gelu",
     },
 }
-"""What every SD3 was published with beside its transformer."""
+"""Configurations of the components, other than the transformer, that all published SD3 checkpoints share."""
 
 
 def describe(model: str) -> Source:
-    """A checkpoint whose weights need not be there.
+    """Returns a checkpoint source whose weights need not exist.
 
     Args:
-      model: `miniature`, a name or Hub id of a published checkpoint, a directory that holds a checkpoint, or one that
-        holds at least `transformer/config.json`: what it lacks beside that is as SD3 was published with.
+      model: `miniature`, a name or Hub id of a published checkpoint, a directory with a checkpoint, or a directory with
+        at least `transformer/config.json`. Components that are missing there are taken from the published SD3.
 
     Raises:
-      CheckpointError: it is none of these, or a configuration is not implemented.
+      CheckpointError: `model` is none of these, or a configuration is not implemented.
     """
     if (name := HUB_IDS.get(model, model)) in TRANSFORMERS:
         return _described(model, {"transformer": TRANSFORMERS[name]})

@@ -1,4 +1,4 @@
-"""TPU chips and slices of them: what one chip has, and the devices of a slice that is described by its name."""
+"""TPU chips and slices: the figures of one chip, and the devices of a slice, from the slice's name."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jax.errors import JaxRuntimeError
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has, as Google's documentation states it.
+    """Figures of one chip, as Google's documentation states them.
 
     Attributes:
-      name: as topologies name it.
+      name: name of the chip in topologies.
       flops: peak bf16 operations per second.
-      memory: bytes of HBM. The compiler keeps some of it to itself.
+      memory: bytes of HBM. The compiler reserves some of them.
       memory_rate: bytes per second to and from HBM.
-      link_rate: bytes per second that reach the chip over its interconnect when all links are busy: half of what is
-        documented for both directions together.
-      axes: of the torus that its slices are.
-      most: chips of one slice.
-      source: of these figures.
+      link_rate: bytes per second that one chip receives over its interconnect when all links are busy. This is half of
+        the documented rate, which is for both directions together.
+      axes: number of axes of a slice's torus.
+      most: largest number of chips in one slice.
+      source: where these figures are documented.
     """
 
     name: str
@@ -50,14 +50,14 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips of one kind, as many along each axis as `sides` says."""
+    """A slice: chips of one kind, with `sides` chips along each axis."""
 
     chip: Chip
     sides: tuple[int, ...]
 
     @classmethod
     def parse(cls, name: str) -> Slice:
-        """From a name such as `v5e:4x4` or `v5p:2x2x1`. Raises ValueError for one that is none."""
+        """Makes a slice from a name such as `v5e:4x4` or `v5p:2x2x1`. Raises ValueError for other names."""
         found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
         chip = CHIPS.get(found[1]) if found else None
         if found is None or chip is None:
@@ -86,11 +86,11 @@ class Slice:
         return math.prod(self.sides)
 
     def devices(self) -> list[Any]:
-        """Devices to compile for. None of them is there.
+        """Returns devices to compile for, which need not exist.
 
         Raises:
-          ModuleNotFoundError: libtpu, which compiles, is not installed.
-          ValueError: it knows no such slice.
+          ModuleNotFoundError: libtpu, which holds the compiler, is not installed.
+          ValueError: libtpu does not know such a slice.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise ModuleNotFoundError(
@@ -99,7 +99,7 @@ class Slice:
             )
         from jax.experimental import topologies
 
-        # A host has 2 x 2 chips, or those that there are.
+        # A host has 2 x 2 chips, or fewer in a smaller slice.
         host = tuple(min(2, side) for side in self.sides) + (1,) * (3 - len(self.sides))
         try:
             described: Any = topologies.get_topology_desc(

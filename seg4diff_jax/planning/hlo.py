@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its text: collectives over the interconnect, and arrays to and from HBM.
+"""Computes the bytes that a compiled program moves, from its text: over the interconnect, and to and from HBM.
 
-The text is one chip's program. The body of a loop stands in it once, and counts as often as the loop is run; one whose
-length is not known (matching's search) counts once.
+The text is one chip's program. It contains the body of a loop once; here the body counts as often as the loop runs it.
+The body of a loop of unknown length (the search in MAGNET's matching) counts once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 CONTROL = {"while": "body", "call": "to_apply", "async-start": "calls", "fusion": "calls"}
-"""Operations that run another computation, and the attribute that names it."""
+"""Operations that run another computation, and the attribute that names this computation."""
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "while", "call"}
 FREE |= {"async-start", "partition-id"}
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -24,7 +24,7 @@ ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation: `shape` is its result's, `rest` what follows the operands."""
+    """One line of a computation. `shape` is the shape of its result, `rest` the text after the operands."""
 
     name: str
     shape: str
@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """What one chip receives in a step by one kind of collective, in so many of them."""
+    """One kind of collective in a step: how often it runs, and the bytes that one chip receives by it."""
 
     kind: str
     times: int
@@ -49,10 +49,10 @@ class Collective(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """Computations by name, and the one that a step begins with.
+    """A compiled program: its computations by name, and the name of the one that runs first.
 
     Attributes:
-      chips: that run it.
+      chips: number of chips that run the program.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
@@ -61,7 +61,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """From `compiled.as_text()`. Raises ValueError if there is no entry computation."""
+        """Parses the text of `compiled.as_text()`. Raises ValueError if there is no entry computation."""
         computations: dict[str, dict[str, Instruction]] = {}
         entry, current = None, None
         for line in text.splitlines():
@@ -77,9 +77,9 @@ class Program:
         return cls(computations, entry, int(chips[1]) if chips else 1)
 
     def collectives(self) -> list[Collective]:
-        """Kinds in use, the busiest first.
+        """Returns the kinds of collectives in use, the one with the most bytes first.
 
-        Of n chips that share arrays of S bytes together (each holds or gets S / n, or each has S to be summed) a chip
+        Let n chips share arrays of S bytes together: each holds or gets S / n, or each has S to be summed. A chip then
         receives S (n - 1) / n in a gather, a scatter or an exchange, twice that in an all-reduce, and S in a permute.
         """
         times: dict[str, int] = {}
@@ -90,9 +90,9 @@ class Program:
         return sorted((Collective(kind, times[kind], received[kind]) for kind in times), key=lambda each: -each.bytes)
 
     def _collectives(self) -> Iterator[tuple[str, Instruction, float, int]]:
-        """Kind, line, bytes of its operands and how often it is run.
+        """Yields each collective's kind, its line, the bytes of its operands and how often it runs.
 
-        One that other work is overlapped with stands in each of the fusions that it is spread over, with one number.
+        A collective that overlaps with other work is listed in several fusions with one channel number; it counts once.
         """
         seen: set[str | None] = set()
         for line, where, count in self._run(fusions=True):
@@ -103,13 +103,13 @@ class Program:
                 yield kind, line, sum(sizes, 0.0), count
 
     def _share(self, kind: str, line: Instruction) -> float:
-        """Bytes received for each byte of the operand."""
+        """Returns the bytes received for each byte of the operand."""
         n = self._group(line)
         shares = {"all-gather": n - 1.0, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
         return shares.get(kind, (n - 1) / n)
 
     def _group(self, line: Instruction) -> int:
-        """How many chips take part in one instance."""
+        """Returns how many chips take part in one instance of a collective."""
         if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line.rest):
             return int(iota[1])
         if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line.rest):
@@ -119,9 +119,9 @@ class Program:
         return listed[1].count(",") + 1 if listed else self.chips
 
     def traffic(self) -> float:
-        """Bytes to and from HBM, if every operation reads what it takes and writes what it makes, once.
+        """Returns the bytes to and from HBM, if every operation reads its operands once and writes its results once.
 
-        Not counted: what the compiler keeps in the chip's own memory, and what kernels read of it again.
+        Arrays that the compiler places in the chip's own memory, and kernels' repeated reads, are not counted.
         """
         shared = (count * size * (1 + self._gain(kind, line)) for kind, line, size, count in self._collectives())
         return sum(shared, 0.0) + sum(
@@ -129,14 +129,14 @@ class Program:
         )
 
     def _gain(self, kind: str, line: Instruction) -> float:
-        """Size of a collective's result, of its operand's."""
+        """Returns the size of a collective's result relative to its operand's."""
         n = self._group(line)
         return {"all-gather": float(n), "reduce-scatter": 1 / n}.get(kind, 1.0)
 
     def _run(
         self, *, fusions: bool, name: str | None = None, count: int = 1
     ) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int]]:
-        """Every instruction with its computation and how often it is run; `fusions`: those inside of fusions too."""
+        """Yields each instruction with its computation and how often it runs; `fusions`: those inside fusions too."""
         where = self.computations.get(self.entry if name is None else name, {})
         for line in where.values():
             yield line, where, count
@@ -146,7 +146,11 @@ class Program:
                 yield from self._run(fusions=fusions, name=inner, count=count * times)
 
     def _times(self, loop: Instruction) -> int:
-        """How often a loop runs its body: as it is said, or what JAX's counters, from 0 by ones, are compared with."""
+        """Returns how often a loop runs its body.
+
+        This is the trip count in the text, or else the bound that JAX's counter, which goes up from 0 by 1, is compared
+        with.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition") or "", {})
@@ -160,21 +164,21 @@ class Program:
             return 0.0
         if line.kind in SLICES:
             return _bytes(line.shape) + _bytes(line.shape, everywhere=True)
-        if line.kind == "slice-start":  # its operand, its result, a flag
+        if line.kind == "slice-start":  # its shape lists the operand, the result and a flag
             made = _arrays(line.shape)[1]
             return _bytes(made) + _bytes(made, everywhere=True)
         shapes = [where[name].shape for name in line.operands if name in where]
         if line.kind == "dynamic-update-slice":
             return 2 * _bytes(shapes[1])
         if line.kind != "fusion":
-            # What is started names its operands among its results.
+            # The shape of an operation that starts another one lists operands among the results.
             named = line.kind.endswith("-start") and line.shape.startswith("(")
             return _bytes(line.shape) + (0.0 if named else sum(map(_bytes, shapes)))
         inner = self.computations.get(line.attribute("calls") or "", {})
         return self._written(inner) + sum(self._read(inner, number, shape) for number, shape in enumerate(shapes))
 
     def _read(self, inner: Mapping[str, Instruction], number: int, shape: str) -> float:
-        """Of a fusion's operand: all of it, or only the slices that are taken of it."""
+        """Returns the bytes that a fusion reads of one operand: all of it, or only the slices that it takes."""
         whole = _bytes(shape)
         name = next(
             (each.name for each in inner.values() if each.kind == "parameter" and each.inside == str(number)), ""
@@ -183,7 +187,7 @@ class Program:
         return min(whole, sum(used, 0.0)) if whole else 0.0
 
     def _used(self, inner: Mapping[str, Instruction], user: Instruction, name: str, whole: float) -> float:
-        """Of a value of this name in a fusion, by one of its instructions."""
+        """Returns the bytes that one instruction of a fusion reads of the value with this name."""
         if user.kind in SLICES:
             return _bytes(user.shape, everywhere=True)
         if user.kind == "fusion":
@@ -196,7 +200,7 @@ class Program:
         return 0.0 if handed_on or in_place else whole
 
     def _written(self, inner: Mapping[str, Instruction]) -> float:
-        """By a fusion: its results, or of those that are changed in place what is new."""
+        """Returns the bytes that a fusion writes: its results, or only the new part of results changed in place."""
         root = next(each for each in inner.values() if each.root)
         results = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
         total = 0.0
@@ -206,7 +210,7 @@ class Program:
                 result = inner[result.operands[0]]
             if result.kind == "dynamic-update-slice":
                 visible = min(visible, _bytes(inner[result.operands[1]].shape, everywhere=True))
-            # A fusion's custom call begins or ends a collective, which counts by itself.
+            # A custom call in a fusion starts or ends a collective, which is counted separately.
             if result.kind not in ("parameter", "custom-call") and not _collective(result):
                 total += visible
         return total
@@ -217,7 +221,7 @@ def _collective(line: Instruction) -> str | None:
 
 
 def _users(inner: Mapping[str, Instruction], name: str) -> Iterator[Instruction]:
-    """Of a value, and of what is the same in another shape."""
+    """Yields the users of a value, and of the value in another shape (bitcast)."""
     for each in inner.values():
         if name in each.operands:
             if each.kind == "bitcast":
@@ -232,7 +236,7 @@ def _arrays(shape: str) -> list[str]:
 
 
 def _bytes(shape: str, *, everywhere: bool = False) -> float:
-    """Of the arrays of a shape; those in the chip's own memory, S(1) and up, only with `everywhere`."""
+    """Returns the bytes of a shape's arrays; those in the chip's own memory, S(1) and up, only with `everywhere`."""
     total = 0.0
     for kind, sides, layout in ARRAY.findall(shape):
         if everywhere or not re.search(r"S\([1-9]", layout):
@@ -259,7 +263,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the parenthesis that closes the one at `start`."""
+    """Returns the position of the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)

@@ -1,4 +1,4 @@
-"""The largest batch that fits, found by compiling for some."""
+"""Finds the largest batch that fits, by compiling for several batch sizes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from seg4diff_jax.planning.plan import Memory, Plan
 
 MOST = 4096
-"""Units of the batch beyond which nobody looks."""
+"""Largest number of units that the search tries."""
 
 
 def largest_batch(plan: Callable[[int], Plan], unit: int) -> Iterator[Plan]:
-    """Plans on the way to the largest batch that fits, that of the last one that does; none fits: there is none.
+    """Yields the plans of a search for the largest batch that fits. The last plan that fits has that batch.
 
-    Memory is close to linear in the batch, so two plans say about where the limit is, and the plans on both sides of it
-    settle it.
+    If no plan fits, no batch does. Memory is nearly linear in the batch size. So two plans give an estimate of the
+    limit, and the plans on both sides of the limit confirm it.
 
     Args:
-      plan: of a batch size.
-      unit: that batch sizes are multiples of.
+      plan: makes the plan of a batch size.
+      unit: batch sizes are multiples of this.
     """
     fitting: dict[int, Memory] = {}
     fits, fails, limit, guess = 0, MOST + 1, float("inf"), 1
@@ -35,10 +35,10 @@ def largest_batch(plan: Callable[[int], Plan], unit: int) -> Iterator[Plan]:
 
 
 def _estimate(fitting: dict[int, Memory], limit: float) -> int:
-    """The most units that would fit if memory went on as between the smallest and the largest batch that do.
+    """Estimates the largest number of units that fits, from the smallest and the largest batch known to fit.
 
-    Not as between neighbours: of two batches the compiler may hold the larger one in less. Nor as to one that does not
-    fit, of which it says too little.
+    Neighbouring batches would not do: the compiler may need less memory for the larger one. Nor would a batch that does
+    not fit: the compiler reports too little memory for it.
     """
     if len(fitting) < 2:
         return 2
@@ -48,5 +48,5 @@ def _estimate(fitting: dict[int, Memory], limit: float) -> int:
 
 
 def _next(fits: int, fails: int, estimate: int) -> int:
-    """The estimate, or the middle if what has failed says that it is too high."""
+    """Returns the batch to try next: the estimate, or the middle if the estimate is known not to fit."""
     return max(estimate, fits + 1) if estimate < fails else (fits + fails) // 2

@@ -1,4 +1,4 @@
-"""MAGNET's model and batch without numbers: what `training.magnet` makes of a checkpoint and of pictures, as shapes."""
+"""MAGNET's model and batch as shapes only: the shapes of what `magnet.task` makes from a checkpoint and pictures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from seg4diff_jax.training.state import name as dotted
 
 
 def described(config: MagnetConfig) -> Checkpoint:
-    """What `open_checkpoint` gives, of a checkpoint that may have no weights and no tokenizers; errors as there."""
+    """Does what `open_checkpoint` does, for checkpoints that may lack weights and tokenizers; same errors."""
     source = describe(config.model)
     configs = {name: value for name, value in source.configs.items() if config.t5 or name != source.family.t5}
     return check(config, Checkpoint(replace(source, configs=configs), None))
 
 
 def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) -> Magnet:
-    """What `training.magnet.init` makes: every parameter's shape and dtype, and where it lies on the mesh."""
+    """Returns the model that `magnet.task.init` makes, as shape, dtype and sharding of every parameter."""
     component = lambda name: abstract_model(name, checkpoint.source.configs[name], jnp.dtype(config.dtype))
     encoders = None
     if config.cache is None:
@@ -39,7 +39,7 @@ def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) ->
 
     def build(transformer: Any, encoders: Encoders | None) -> Magnet:
         with_head = config.objective.mask_head is not None
-        # Adapters to start from have the shapes of fresh ones.
+        # Adapters from a file have the same shapes as fresh ones.
         adapted, head = adapter_files.begin(transformer, config.lora, None, with_head=with_head, seed=0)
         return Magnet(adapted, head, encoders)
 
@@ -54,10 +54,10 @@ def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) ->
 
 
 def item_shapes(config: MagnetConfig, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of each field of a training item, see `mask_items` and `encoded_items`.
+    """Returns shape and dtype of each field of a training item, see `magnet.items` and `magnet.encoded_items`.
 
-    How many tokens the longest name has is not known without tokenizers, where `positions: release` needs it: taken
-    for as many as a prompt has.
+    `positions: release` needs the number of tokens of the longest class name, which is not known without tokenizers.
+    The length of a prompt is used for it.
     """
     size, rows, tokens = image_size(config, checkpoint), config.data.rows, checkpoint.clip_tokens
     ids = {"clip_l": ((tokens,), jnp.int32), "clip_g": ((tokens,), jnp.int32)}

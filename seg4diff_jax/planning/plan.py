@@ -1,4 +1,4 @@
-"""A training step compiled ahead of time for a slice of TPUs: what it holds, computes and moves; whether it fits."""
+"""Compiles a training step ahead of time for a slice of TPUs, to tell its memory, operations, traffic and fit."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip's HBM.
+    """The bytes of one chip's HBM that a step uses.
 
     Attributes:
-      parts: what holds them. Arguments by kind (base, encoders, adapters, optimizer, batch) and what their layout in
-        memory adds (padding), temporaries, output beside what lies in the arguments' memory, code. Where the
-        compiler has given up: what it said.
-      total: of the parts.
-      limit: of the chip; where the compiler has given up, what it would have had.
-      gave_up: the compiler found no program that fits.
+      parts: bytes by use. Arguments by kind (base, encoders, adapters, optimizer, batch), what their layout in memory
+        adds (padding), temporaries, output that is not in donated arguments' memory, and code. If the compiler gave
+        up: the sizes in its message.
+      total: sum of the parts.
+      limit: bytes of HBM of the chip; if the compiler gave up, the bytes that it had available.
+      gave_up: whether the compiler found no program that fits.
     """
 
     parts: dict[str, float]
@@ -50,7 +50,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes that a compiled step moves: to and from one chip's HBM, and to it over the interconnect."""
+    """Bytes that a compiled step moves: to and from one chip's HBM, and to this chip over the interconnect."""
 
     hbm: float
     collectives: tuple[Collective, ...]
@@ -65,11 +65,11 @@ class Plan:
     """What one step needs of one chip.
 
     Attributes:
-      layout: data, fsdp and tensor.
-      needed: operations that the step's gradients take, on one chip.
-      done: those that the program does: what is computed again is among them, and padding.
-      moved: None where the compiler has given up.
-      seconds: that tracing and compiling took.
+      layout: number of chips along data, fsdp and tensor.
+      needed: operations that the step's gradients need, on one chip.
+      done: operations that the program computes, with recomputation and padding.
+      moved: bytes moved; None if the compiler gave up.
+      seconds: time of tracing and compiling.
     """
 
     slice: Slice
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that a step takes at least, by what it takes them for."""
+        """Returns lower bounds of a step's seconds, by resource: compute, HBM and interconnect."""
         chip = self.slice.chip
         bounds = {"compute": self.done / chip.flops}
         if self.moved is not None:
@@ -95,7 +95,7 @@ class Plan:
 
 
 def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
-    """Compile the step of a MAGNET run, from shapes alone.
+    """Compiles the step of a MAGNET run, from shapes alone.
 
     Raises:
       CheckpointError: the checkpoint's configuration cannot be read.
@@ -131,7 +131,7 @@ def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
 
 
 def described_mesh(config: MagnetConfig, where: Slice) -> Mesh:
-    """The run's mesh, of devices that are not there. Raises ValueError when its axes or the batch do not fit them."""
+    """Returns the run's mesh, of devices that need not exist. Raises ValueError if its axes or the batch do not fit."""
     layout = config.run.mesh
     try:
         mesh = make_mesh(layout.data, layout.fsdp, layout.tensor, among=where.devices())
@@ -142,13 +142,18 @@ def described_mesh(config: MagnetConfig, where: Slice) -> Mesh:
 
 
 def on_one_chip(tree: Any) -> float:
-    """Bytes that a chip holds of abstract arrays with shardings."""
+    """Returns the bytes that one chip holds of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def compiled(traced: Any, arguments: dict[str, float], limit: float) -> tuple[Memory, Moved | None]:
-    """What the compiler makes of a traced step whose arguments have these sizes, on a chip with this much memory."""
+    """Compiles a traced step, and returns its memory and traffic; no traffic if the compiler gave up.
+
+    Args:
+      arguments: bytes of the step's arguments, by kind.
+      limit: bytes of HBM of the chip.
+    """
     try:
         program = traced.lower().compile()
     except JaxRuntimeError as error:
@@ -158,7 +163,7 @@ def compiled(traced: Any, arguments: dict[str, float], limit: float) -> tuple[Me
 
 
 def measured(analysis: Any, arguments: dict[str, float], limit: float) -> Memory:
-    """From the compiler's memory analysis."""
+    """Makes a `Memory` from the compiler's memory analysis."""
     parts = {
         **arguments,
         "padding": float(analysis.argument_size_in_bytes) - sum(arguments.values()),
@@ -170,9 +175,10 @@ def measured(analysis: Any, arguments: dict[str, float], limit: float) -> Memory
 
 
 def refused(message: str, arguments: dict[str, float], limit: float) -> Memory:
-    """From the compiler's message that no program fits, in one of the forms it has for it.
+    """Makes a `Memory` from one of the compiler's messages that no program fits.
 
-    Raises JaxRuntimeError when the message is about anything else.
+    Raises:
+      JaxRuntimeError: the message is about anything else.
     """
     size = r"\(?([\d.]+)([KMGT]?)\w*\)?"
     beside = re.search(rf"required for HLO temporaries {size} exceeds available HBM {size}", message)

@@ -1,4 +1,4 @@
-"""A plan as text for people, and as a row of a table."""
+"""Writes plans as lines of text, and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def table(plans: Sequence[Plan]) -> Iterator[str]:
-    """Rows in Markdown."""
+    """Yields the lines of a Markdown table with one row per plan."""
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "|" + "---|" * len(COLUMNS)
     for plan in plans:
@@ -95,7 +95,7 @@ def _cells(plan: Plan) -> Iterator[str]:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # libtpu may be a file that TPU_LIBRARY_PATH names
+    except PackageNotFoundError:  # libtpu may be a plain file that TPU_LIBRARY_PATH names
         return "of unknown version"
 
 
