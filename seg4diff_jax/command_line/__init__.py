@@ -28,15 +28,17 @@ PROGRAMS = {
     "plan": ("seg4diff_jax.command_line.plan", "what training needs of TPUs that are not here"),
     "convert": ("seg4diff_jax.convert.__main__", "checkpoints from PyTorch and back"),
 }
-"""Those with options of their own: the module whose `main` takes them, and what it is for."""
+"""Subcommands with parsers of their own: the module whose `main` takes the arguments, and the help text."""
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
-"""Errors whose messages are for the user; CheckpointError and ImageError are ValueErrors."""
+"""Errors whose messages are shown to the user. CheckpointError and ImageError are ValueErrors."""
 
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit status: 1, after one message on stderr, when its input is at fault or an
-    extra that it needs is not installed."""
+    """Runs one subcommand and returns the exit status.
+
+    The status is 1, after one message on stderr, if the input is wrong or an extra of this package is not installed.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)

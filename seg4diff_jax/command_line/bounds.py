@@ -1,4 +1,4 @@
-"""Bounds of the numbers that tasks' configurations hold, where a dataclass has none of its own."""
+"""Bounds of the numbers in tasks' configurations, for dataclasses that do not check these numbers themselves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from seg4diff_jax.training.sample_pictures import Samples
 WEIGHT, SHARE, COUNT = Bounds(0, math.inf), Bounds(0, 1), Bounds(1, 2**40)
 SEED, MEAN = Bounds(0, LARGEST_SEED), Bounds(-100, 100)
 ARCHITECTURES = (MMDiTConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig)
-"""Configurations of models, whose values are bounded as a checkpoint's are."""
+"""Configurations of models. Their values have the same bounds as in checkpoints."""
 NUMBERS: dict[type, dict[str, Bounds]] = {
     RunConfig: {"seed": SEED, "steps": COUNT, "workers": Bounds(0, 4096)},
     MeshConfig: {"data": COUNT, "fsdp": COUNT, "tensor": COUNT},
@@ -54,7 +54,7 @@ NUMBERS: dict[type, dict[str, Bounds]] = {
 
 
 def out_of_bounds(config: Any, prefix: str = "") -> list[str]:
-    """What is to be said of options, anywhere in a task's configuration, whose numbers are out of bounds."""
+    """Returns a sentence for each number in a task's configuration, at any depth, that is out of bounds."""
     if isinstance(config, ARCHITECTURES):
         return [f"{prefix}{each}" for each in wrong_values(type(config), asdict(config))]
     bounds, found = NUMBERS.get(type(config), {}), []

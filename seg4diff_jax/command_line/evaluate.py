@@ -1,4 +1,4 @@
-"""`evaluate.py`: a model on a benchmark, from options to results and a page of pictures."""
+"""`evaluate.py`: scores a model on a benchmark, and writes results and a page of pictures."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
-"""Errors whose messages are for the user; those of checkpoints, folders and images are ValueErrors."""
+"""Errors whose messages are shown to the user. Errors of checkpoints, folders and images are ValueErrors."""
 
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate what the arguments say. Returns the exit status: 1, after one message on stderr, when input is wrong."""
+    """Evaluates as the arguments say. Returns the exit status: 1, after one message on stderr, for wrong input."""
     try:
         run(parse(list(sys.argv[1:] if arguments is None else arguments)))
     except AT_FAULT as error:
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: Options) -> None:
-    """All processes measure, the first one writes."""
+    """Runs the evaluation. All processes measure; the first one writes the results."""
     started = time.perf_counter()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
     console = stderr_console()
     with console.status("starting"):  # importing JAX takes seconds
         import jax
@@ -119,7 +119,7 @@ def run(options: Options) -> None:
 
 
 def results_directory(options: Options) -> Path:
-    """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
+    """Returns the directory for the results. Raises ValueError if it holds other files or cannot be written."""
     from seg4diff_jax.command_line.segment import check_writable, output_directory
     from seg4diff_jax.evaluation.results import RESULTS
     from seg4diff_jax.evaluation.resumption import DIRECTORY
@@ -139,7 +139,7 @@ def results_directory(options: Options) -> Path:
 
 
 def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chosen, out: Path) -> dict[str, Any]:
-    """All options as plain values, those left open as they turned out. How a run was started is not among them."""
+    """Returns the options as plain values, with defaults resolved. Options of how a run was started are left out."""
     settings = chosen.settings
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
     known["heads"] = [MEAN if head is None else head for head in settings.heads]
@@ -157,16 +157,17 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
 
 
 def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the resolved options those that decide about figures, flat."""
+    """Returns the resolved options that affect the scores, as a flat dictionary."""
     names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "batch_size", "dtype")
     grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
     return {name: resolved[name] for name in names} | grouped
 
 
 def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
-    """The model, the images and what is measured. Options are looked at before gigabytes are read.
+    """Returns the model, the images and the options in their final types. Options are checked before weights are read.
 
-    Raises ValueError when one is not usable; the message says why.
+    Raises:
+      ValueError: an option cannot be used; the message says why.
     """
     from seg4diff_jax.checkpoints import open
     from seg4diff_jax.evaluation.benchmarks import open_benchmark
@@ -176,8 +177,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
     checkpoint = in_step(lambda: open(options.model))
     chosen = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
     settings, side = chosen.settings, checkpoint.trained_size
-    benchmark = in_turn(lambda: open_benchmark(options.data, side, chosen.protocols))  # scenes are written by one
-    if options.batch_size is None:  # batches are filled up to their size: a small set is one small batch
+    benchmark = in_turn(lambda: open_benchmark(options.data, side, chosen.protocols))  # one process writes scenes
+    if options.batch_size is None:  # batches are padded to their size, so a small set gets a small batch
         devices = mesh.size if mesh else 1
         most = devices * math.ceil(len(benchmark.source) / devices)
         settings = replace(settings, batch_size=min(settings.batch_size, most))
@@ -292,7 +293,7 @@ def counted(number: int, what: str) -> str:
 
 @contextmanager
 def progress(console: Console, images: int, passes: int) -> Iterator[OnImages]:
-    """Shows images done, how many pass through the transformer in a second, and the mIoU."""
+    """Shows the number of images done, the transformer's images per second, and the mIoU so far."""
     start, first, score = time.perf_counter(), 0, ""
     with counted_pieces(console, "evaluating", images, pieces="images", remark="compiling") as show:
 
@@ -300,7 +301,7 @@ def progress(console: Console, images: int, passes: int) -> Iterator[OnImages]:
             nonlocal start, first, score
             now, done = time.perf_counter(), min(done, images)
             rate = f"{passes * (done - first) / (now - start):.1f} images/s" if first else "compiling"
-            if not first:  # compiling is what the first batch waits for
+            if not first:  # the first batch includes compilation
                 start, first = now, done
             score = score if miou is None else f", mIoU {miou:.1f} so far"
             show(done, rate + score)

@@ -1,4 +1,4 @@
-"""`seg4diff generate PROMPT... --model MODEL`."""
+"""`seg4diff generate PROMPT... --model MODEL`: generates images from prompts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
 RECORD, GRID = "generation.json", "grid.png"
-"""The record is written last: a directory that has it is complete."""
+"""Files beside the pictures. The record is written last, so a directory with a record is complete."""
 CELL = 256, 512
-"""Shortest and longest side of a picture in the grid."""
+"""Shortest and longest side of a picture in the grid, in pixels."""
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
     console = stderr_console()
     default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.out or str(default), "", options.overwrite)
@@ -111,7 +111,7 @@ def run(options: Any) -> None:
 
 
 def remove_former(out: Path) -> None:
-    """Remove an earlier run's files: those that its record names, and nothing else."""
+    """Removes the files of an earlier run that its record names, and nothing else."""
     try:
         former = {RECORD, GRID, *(Path(picture["file"]).name for picture in read_json(out / RECORD)["pictures"])}
     except (ValueError, KeyError, TypeError):
@@ -122,9 +122,10 @@ def remove_former(out: Path) -> None:
 
 
 def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
-    """The checkpoint, and height and width of the pictures.
+    """Opens the checkpoint. Returns it, and height and width of the pictures.
 
-    Raises ValueError for options that mean nothing or do not suit the model.
+    Raises:
+      ValueError: options are out of bounds or do not fit the model.
     """
     wanted = parse_size(options.size)
     check_seed(options.seed)
@@ -139,13 +140,13 @@ def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
 
 
 def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """The pictures that `pipe.generate` makes of all prompts, `--batch` of them at a time."""
+    """Yields the pictures of all prompts, generated in batches of `--batch`."""
     prompts = one_for_each(options.prompts, options.count)
     batch, factor = min(options.batch, len(prompts)), pipe.view.downsampling
     latents = size[0] // factor, size[1] // factor, pipe.view.channels
     for start in range(0, len(prompts), batch):
         places = range(start, min(start + batch, len(prompts)))
-        # The last batch is filled up with its last picture, so that one program serves all.
+        # The last batch is padded with its last picture, so that all batches use one compiled program.
         filled = [*places, *[places[-1]] * (batch - len(places))]
         yield from pipe.generate(
             [prompts[place] for place in filled],
@@ -163,7 +164,7 @@ def readable(prompt: str) -> str:
 
 
 def file_names(prompts: list[str], count: int) -> list[str]:
-    """As in 00_a_cat.png; with several pictures of each prompt 00_a_cat_1.png."""
+    """Returns file names such as 00_a_cat.png, or 00_a_cat_1.png with several pictures per prompt."""
     digits, own = max(2, len(str(len(prompts) - 1))), len(str(count))
     numbers = [""] if count == 1 else [f"_{number:0{own}}" for number in range(1, count + 1)]
     return [
@@ -174,7 +175,7 @@ def file_names(prompts: list[str], count: int) -> list[str]:
 
 
 def grid(prompts: list[str], count: int, pictures: list[UInt8[np.ndarray, "height width 3"]]) -> Image.Image:
-    """All pictures under their prompts, small ones enlarged and large ones reduced."""
+    """Draws all pictures in a grid, under their prompts. Small pictures are enlarged, large ones reduced."""
     height, width = pictures[0].shape[:2]
     scale = max(1.0, CELL[0] / min(height, width))
     scale = min(scale, CELL[1] / max(height, width))

@@ -1,4 +1,4 @@
-"""What a command says when a device's memory is full."""
+"""The message of a command when the memory of a device is full."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from jax.errors import JaxRuntimeError
 
 TO_LOAD = "give --dtype bfloat16, or use a device with more memory"
-"""The remedy when the weights themselves do not fit."""
+"""What to do when the weights alone do not fit."""
 
 
 @contextmanager
 def explaining_full_memory(remedy: str) -> Iterator[None]:
-    """Raise MemoryError, with what to do, where JAX says that the device's memory is full."""
+    """Raises MemoryError, with what to do, when JAX reports that the device's memory is full."""
     try:
         yield
     except JaxRuntimeError as error:

@@ -1,7 +1,7 @@
-"""`seg4diff plan --config FILE --topology v5e:4x4`: would this training fit a slice of TPUs, and what would bound it?
+"""`seg4diff plan --config FILE --topology v5e:4x4`: does this training fit a slice of TPUs, and what limits its speed?
 
-The step that `train.py` runs is compiled for the slice from shapes alone. Neither the TPUs nor weights need be here.
-Exit status: 0 when it fits, 1 when it does not, 2 when that cannot be told.
+The step that `train.py` runs is compiled for the slice from shapes alone. Neither TPUs nor weights are needed. Exit
+status: 0 if the step fits, 1 if it does not, 2 if that cannot be found out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from seg4diff_jax.configuration import check_arguments
 
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu looks for the TPU machine that this is not
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that others may have it loaded too
+    "TPU_SKIP_MDS_QUERY": "1",  # without it libtpu looks for a TPU machine's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so other processes may load libtpu too
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_WORKER_HOSTNAMES": "localhost",  # these two libtpu misses aloud; the compiler is told its slice by name
+    "TPU_WORKER_HOSTNAMES": "localhost",  # silences libtpu's warnings; the slice is set by name
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 PLANNED = "magnet"
@@ -32,7 +32,7 @@ PLANNED = "magnet"
 
 def main(arguments: Sequence[str]) -> int:
     os.environ.update(SETTINGS)
-    jax.config.update("jax_platforms", "cpu")  # JAX has read its variable already
+    jax.config.update("jax_platforms", "cpu")  # JAX has already read the variable
     from seg4diff_jax.planning.chips import Slice
     from seg4diff_jax.planning.largest import largest_batch
     from seg4diff_jax.planning.plan import plan_magnet
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The task's configuration, and this command's own options by name."""
+    """Returns the task's configuration, and this command's own options by name."""
     task = chosen_task(arguments)
     if task != PLANNED:
         raise ValueError(f"the task is {task}; plans are made for {PLANNED}")

@@ -1,4 +1,4 @@
-"""`seg4diff scenes DIR`: the miniature's synthetic world as a folder of labelled images."""
+"""`seg4diff scenes DIR`: writes scenes of the miniature's synthetic world as a folder of labelled images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`seg4diff segment IMAGE CLASS... --model MODEL`."""
+"""`seg4diff segment IMAGE CLASS... --model MODEL`: segments an image into named classes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def result_arguments(parser: ArgumentParser) -> None:
-    """Where results go, and what the model reads off the image."""
+    """Adds the options for the results' directory, and for how the image is segmented."""
     add: Any = parser.add_argument
     add("--out", type=str, help="directory for the results; default: runs/segment/<image name>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
@@ -57,7 +57,7 @@ def result_arguments(parser: ArgumentParser) -> None:
 
 
 def model_arguments(parser: ArgumentParser) -> None:
-    """What is loaded, and how."""
+    """Adds the options that name the model and say how to load it."""
     add: Any = parser.add_argument
     add("--model", type=str, required=True, help="miniature, a directory, a .safetensors or .gguf file, or a Hub id")
     add("--lora", type=str, metavar="FILE_OR_DIR", help="adapters for the transformer, of any format of convert lora")
@@ -76,7 +76,7 @@ def model_arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     segment = lambda pipe, pixels, **how: pipe.segment(pixels, options.classes, **how)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OneClassWarning)  # which is said before anything is loaded
+        warnings.simplefilter("ignore", OneClassWarning)  # the same is said before the model is loaded
         segment_to_files(options, options.classes, segment)
 
 
@@ -86,16 +86,16 @@ def segment_to_files(
     segment: Callable[..., Segmentation],
     resolved: Mapping[str, Any] | None = None,
 ) -> None:
-    """Load a model, segment an image and write what there is to see.
+    """Loads a model, segments an image and writes the results.
 
     Args:
-      classes: names that are looked at before the weights are read, if any are asked for.
-      segment: takes the pipeline, the pixels and what `result_arguments` say by name.
-      resolved: options to record as they were resolved.
+      classes: class names, checked before the weights are read; None: there are none.
+      segment: takes the pipeline, the pixels and the options of `result_arguments` by name.
+      resolved: resolved values of options, for the record.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
     console = stderr_console()
-    # Names, block, noise level, size, seed and class names are looked at before gigabytes are read.
+    # Names, block, noise level, size, seed and class names are checked before the weights are read, which takes time.
     out = output_directory(options.out, options.image, options.overwrite)
     size = parse_size(options.size)
     check_seed(options.seed)
@@ -144,7 +144,7 @@ def segment_to_files(
 
 
 def open_named(options: Any) -> Checkpoint:
-    """The checkpoint that `model_arguments` name."""
+    """Opens the checkpoint that the options of `model_arguments` name."""
     return open(
         options.model,
         t5=options.t5,
@@ -157,7 +157,7 @@ def open_named(options: Any) -> Checkpoint:
 def load_shown(
     console: Console, checkpoint: Checkpoint, options: Any, blocks: int | None = None
 ) -> tuple[Pipeline, str, float]:
-    """The pipeline that `model_arguments` ask for, the name of its dtype, and the seconds that loading took."""
+    """Loads the pipeline. Returns it, the name of its dtype, and the seconds that loading took."""
     with counted_bytes(console, f"loading {options.model}") as progress, explaining_full_memory(TO_LOAD):
         start = time.perf_counter()
         pipe = checkpoint.load(dtype=options.dtype, blocks=blocks, lora=options.lora, on_progress=progress)
@@ -171,7 +171,7 @@ def load_shown(
 
 
 def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
-    """Where results go. Raises ValueError when something else is there, or when nothing can be written there."""
+    """Returns the directory for the results. Raises ValueError if it holds other files or cannot be written."""
     if out is None:
         directory = Path("runs") / "segment" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         check_writable(directory)
@@ -188,7 +188,7 @@ def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise ValueError unless files can be made in `directory` or, if it is not there yet, where it will be made."""
+    """Raises ValueError unless files can be written in `directory`, or in its first existing parent."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
         with TemporaryFile(dir=existing):
@@ -200,7 +200,7 @@ def check_writable(directory: Path) -> None:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Height and width. Raises ValueError for anything but HxW."""
+    """Returns height and width from text such as 768x1024. Raises ValueError for other text."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)\s*[x×,]\s*(\d+)", text.strip())
@@ -210,7 +210,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def size_seen(pipe: Pipeline, segmentation: Segmentation) -> tuple[int, int]:
-    """Height and width in pixels of what the transformer saw."""
+    """Returns height and width, in pixels, of the image that the transformer saw."""
     rows, columns = segmentation.scores.shape[1:]
     return rows * pipe.view.multiple, columns * pipe.view.multiple
 

@@ -1,4 +1,4 @@
-"""`seg4diff segment-unsupervised IMAGE --model MODEL`."""
+"""`seg4diff segment-unsupervised IMAGE --model MODEL`: segments an image without class names."""
 
 from __future__ import annotations
 

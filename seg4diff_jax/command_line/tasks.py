@@ -1,4 +1,4 @@
-"""The tasks by name: what `train.py` can train."""
+"""The tasks that `train.py` can train, by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seg4diff_jax.training.loop import Task
 
 
 class Entry(NamedTuple):
-    """A task's configuration, a dataclass with the fields `run` and `optimizer`, and what makes the task of it."""
+    """A task's configuration class, with the fields `run` and `optimizer`, and the function that makes the task."""
 
     config: type
     make: Callable[[Any], Task]

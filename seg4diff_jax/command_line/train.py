@@ -1,4 +1,4 @@
-"""`train.py`: a configuration from YAML and dotted overrides, checked, saved, and trained."""
+"""`train.py`: reads a configuration from YAML and dotted overrides, checks it, and trains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from seg4diff_jax.training.termination import Terminated, termination
 
 
 def task_parser(task: str, prog: str, description: str) -> Parser:
-    """All options of one task's configuration."""
+    """Makes a parser for all options of one task's configuration."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add: Any = parser.add_argument
     add("--config", action=configuration_file(TASKS[task].config), help="YAML file; options given after it win")
@@ -42,7 +42,7 @@ def task_parser(task: str, prog: str, description: str) -> Parser:
 
 
 def make_parser(task: str) -> Parser:
-    """The same, and those of a run."""
+    """Makes a parser for all options of one task's configuration, and for `--distributed` and `--resume`."""
     parser = task_parser(task, "train.py", f"Train the task {task}.")
     add: Any = parser.add_argument
     add(
@@ -56,9 +56,10 @@ def make_parser(task: str) -> Parser:
 
 
 def chosen_task(arguments: Sequence[str]) -> str:
-    """The task that the configuration or the command line names.
+    """Returns the task that the configuration or the command line names.
 
-    Raises ValueError when none or an unknown one is named, or the file cannot be read.
+    Raises:
+      ValueError: no task or an unknown one is named, or the file cannot be read.
     """
     found, where = None, ""
     for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
@@ -79,7 +80,7 @@ def chosen_task(arguments: Sequence[str]) -> str:
 
 
 class Parsed(NamedTuple):
-    """What the arguments say: the task's name and configuration, and the latter as plain values, for the record."""
+    """The parsed arguments: the task's name, its configuration, the same as plain values, and two flags."""
 
     task: str
     config: Any
@@ -89,8 +90,12 @@ class Parsed(NamedTuple):
 
 
 def parse(arguments: Sequence[str]) -> Parsed:
-    """Raises ValueError when no task is named or options do not fit, all of them in one message; leaves with a message
-    (SystemExit) for what is of another type, or no option."""
+    """Parses the arguments.
+
+    Raises:
+      ValueError: no task is named, or options do not fit; one message lists them all.
+      SystemExit: a value has the wrong type, or an option is unknown; the message is on stderr.
+    """
     task = chosen_task(arguments)
     check_arguments(arguments, TASKS[task].config)
     parser = make_parser(task)
@@ -101,12 +106,13 @@ def parse(arguments: Sequence[str]) -> Parsed:
 
 
 def configuration(task: str, parser: Parser, options: Any, *, reads: bool) -> tuple[Any, dict[str, Any]]:
-    """A task's configuration of the options that `task_parser` adds, and the same as plain values.
+    """Returns a task's configuration from the options that `task_parser` adds, and the same as plain values.
 
     Args:
-      reads: whether the data will be read, so that beside other things it is said if that cannot be.
+      reads: whether the data will be read, so that its options are checked too.
 
-    Raises ValueError with all that does not fit.
+    Raises:
+      ValueError: options do not fit; the message lists them all.
     """
     options.pop("config", None)
     record = yaml.safe_load(parser.dump(options, skip_unset=False))
@@ -119,19 +125,21 @@ def configuration(task: str, parser: Parser, options: Any, *, reads: bool) -> tu
 
 
 def misfits(config: Any, *, reads: bool) -> list[str]:
-    """All that does not fit in a task's configuration, or to each other."""
+    """Returns a sentence for each option of a task's configuration that does not fit."""
     found = problems(config) + schedule_problems(config.optimizer, config.run.steps)
     said = {each.partition(" is ")[0] for each in found}
     found += [each for each in out_of_bounds(config) if each.partition(" is ")[0] not in said]
-    if found and reads and isinstance(config, MagnetConfig) and config.data.root:  # else who opens the data says it
+    if found and reads and isinstance(config, MagnetConfig) and config.data.root:  # else reading reports this
         found += config.data.misplaced()
     return found
 
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the arguments say. Returns the exit status: 0 also after SIGTERM, 130 after Ctrl-C, once the step is
-    checkpointed, or before any was taken."""
+    """Trains as the arguments say, and returns the exit status: 1 for errors, 130 after Ctrl-C, otherwise 0.
+
+    SIGTERM gives 0. After either signal, a step in progress is finished and checkpointed first.
+    """
     from seg4diff_jax.compilation import keep_compiled_programs
 
     try:
@@ -139,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_compiled_programs()
         if distributed:
             join_processes()
-        check(config.run, config.optimizer)  # which takes no time, and to make a task may take long
+        check(config.run, config.optimizer)  # first, since making a task may take long
         with termination() as stop:
             with stop.dispensable():
                 made = TASKS[task].make(config)
