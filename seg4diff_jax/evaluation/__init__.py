@@ -1,1 +1,1 @@
-"""Zero-shot evaluation on data sets: batches, the compiled path, scores, and what a score is worth."""
+"""Zero-shot evaluation on data sets: batches, counting in compiled programs, scores, and results with baselines."""

@@ -1,7 +1,7 @@
-"""From labelled images to arrays of few shapes, on the host: reading ahead, prompts, canvases.
+"""Makes batches from labelled images, on the host: reads ahead, makes prompts, and pads arrays to few shapes.
 
-Label maps of any sizes lie on canvases whose sides are powers of two, surrounded by the ignored label; classes stand in
-a power of two of rows; the last batch is filled up. So the compiled programs are few whatever a data set holds.
+Label maps of any size are padded with the void label to canvases whose sides are powers of two. The number of class
+rows is a power of two, and the last batch is padded. So few programs are compiled, whatever a data set holds.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
 
 CANVAS = 64
-"""Least side of a canvas."""
+"""Smallest side of a canvas, in pixels."""
 CLASS_ROWS = 8
-"""Least number of class rows."""
+"""Smallest number of class rows."""
 READERS = 4
-"""Threads that decode images: Pillow lets others run meanwhile."""
+"""Number of threads that decode images. Pillow lets other threads run while it decodes."""
 
 
 class Example(NamedTuple):
-    """One image as the model sees it.
+    """One image as the model sees it, with its labels.
 
     Attributes:
-      labels: at their own size; 255 for what does not count.
-      histogram: how many pixels that count each class has.
-      present: classes that the image is known to show, ascending: those that count, and the background where its name
-        is asked for all the same.
-      cut_off: pixels that would count, but lie outside the square that `paper` sees: they have no prediction.
+      index: the image's number in the data set.
+      pixels: the image at the size that the model sees.
+      labels: labels at their own size; 255 for pixels that are not counted.
+      histogram: number of counted pixels of each class.
+      present: classes in the image, ascending: the counted ones, and background if prompts name it without scoring it.
+      cut_off: number of labelled pixels outside the square that the resize `paper` keeps. They have no prediction.
     """
 
     index: int
@@ -57,10 +58,11 @@ class LeftOut(NamedTuple):
     """An image that is not scored.
 
     Attributes:
-      why: `skipped` for one that cannot be read or has no usable label; `unlabelled` for one without a labelled pixel,
-        of which nothing could be asked.
-      message: what is wrong with it, or its name.
-      cut_off: as of `Example`.
+      index: the image's number in the data set.
+      why: `skipped` if the image cannot be read or has no usable label; `unlabelled` if it has no labelled pixel, so
+        that no class can be named in a prompt.
+      message: what is wrong with the image, or its name.
+      cut_off: as for `Example`.
     """
 
     index: int
@@ -70,12 +72,12 @@ class LeftOut(NamedTuple):
 
 
 class PromptRows(NamedTuple):
-    """As many prompts as one pass of the transformer takes.
+    """The prompts of one pass of the transformer, one prompt per row.
 
     Attributes:
-      texts: the prompts; the last is repeated to fill up.
-      image_of_row: which image of the batch each is for.
-      averaging: weights of each class's tokens, 0 for what fills up.
+      texts: the prompts; the last one is repeated as padding.
+      image_of_row: for each row the place of its image in the batch.
+      averaging: weights of each class's tokens, 0 for padding.
     """
 
     texts: tuple[str, ...]
@@ -85,12 +87,13 @@ class PromptRows(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Images with their prompts and labels; rows past the number of `examples` fill up and count for nothing.
+    """Images with their prompts and labels. Rows past the number of `examples` are padding and are not counted.
 
     Attributes:
-      indices: each image's number in the data set, of which its noise is made.
-      truth: labels at the images' own sizes on one canvas, `IGNORED` around them.
-      class_of_row: for each image the class that each row of scores stands for, `IGNORED` for none.
+      indices: each image's number in the data set, which seeds its noise.
+      truth: labels at the images' own sizes, each padded with `IGNORED` to the same canvas.
+      sizes: height and width of each image's labels.
+      class_of_row: for each image the class of each row of scores, `IGNORED` for unused rows.
     """
 
     examples: tuple[Example, ...]
@@ -103,13 +106,14 @@ class EvaluationBatch:
 
 
 class Reader:
-    """The examples of a benchmark; a few threads read ahead.
+    """Reads the examples of a benchmark. A few threads read ahead.
 
     Args:
-      view: how the model sees images.
-      how: they come to its size, see `options.EvaluationResize`; of aspects the nearest of `images.ASPECTS` is
-        kept, so that there are few sizes.
-      ahead: how many images are read before their turn.
+      view: the sizes that the model sees.
+      how: how images are resized, see `options.EvaluationResize`. With `aspect` an image gets the nearest of
+        `images.ASPECTS`, so that there are few sizes.
+      skip_unreadable: leave out images that cannot be read or have no usable label.
+      ahead: how many images are read ahead.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class Reader:
         self.skip_unreadable, self.ahead = skip_unreadable, ahead
 
     def example(self, index: int) -> Example:
-        """Raises ImageError or FolderError when the image or its label is not usable."""
+        """Reads one image and its labels. Raises ImageError or FolderError when one of them cannot be used."""
         item = self.benchmark.source[index]
         image, labels = item["image"], item["labels"]
         background, rule = self.benchmark.background, self.benchmark.rule
@@ -146,14 +150,15 @@ class Reader:
         return Example(index, item["name"], pixels, labels, histogram, shown, int(outside.sum()))
 
     def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
-        """What is seen of an image, at its own resolution. Raises as `example` does."""
+        """Returns the part of an image that the model sees, at its own resolution. Raises as `example` does."""
         image = self.benchmark.source[index]["image"]
         return middle_square(image) if self.how == "paper" else image
 
     def read(self, numbers: Iterable[int]) -> Generator[Example | LeftOut, None, None]:
-        """The images of these numbers, in order.
+        """Yields the images with these numbers, in order.
 
-        Raises ImageError or FolderError, unless such images are to be skipped.
+        Raises:
+          ImageError, FolderError: an image or its label cannot be used, and `skip_unreadable` is False.
         """
         for number, future in ahead_of(numbers, self.example, self.ahead):
             try:
@@ -169,7 +174,7 @@ class Reader:
 
 
 def middle_square(pixels: Shaped[np.ndarray, "height width *channels"]) -> Shaped[np.ndarray, "side side *channels"]:
-    """The square as wide as the shorter side, in the middle."""
+    """Returns the square in the middle of an image, as wide as its shorter side."""
     height, width = pixels.shape[:2]
     view = View.of((height, width), "center")
     return pixels[view.top : view.bottom, view.left : view.right]
@@ -178,7 +183,7 @@ def middle_square(pixels: Shaped[np.ndarray, "height width *channels"]) -> Shape
 def ahead_of(
     numbers: Iterable[int], read: Callable[[int], Example], ahead: int
 ) -> Iterator[tuple[int, Future[Example]]]:
-    """What `read` makes of every number, in order, with up to `ahead` of them under way."""
+    """Calls `read` for every number in threads, at most `ahead` ahead. Yields the numbers and futures in order."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[tuple[int, Future[Example]]] = deque()
         try:
@@ -193,15 +198,15 @@ def ahead_of(
 
 
 Asked = Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
-"""The classes that an image is asked for, ascending, and their prompts."""
+"""Takes an image; returns the classes that its prompts name, ascending, and these prompts."""
 
 
 class PresentClasses:
-    """The paper's protocol: an image is asked for the names of the classes that its label holds, and no others.
+    """The paper's protocol: the prompt of an image names the classes in its label map, and no others.
 
     Args:
-      names: what each class is called.
-      repeats: classes may share a name, and are then told apart by its places in the prompt alone.
+      names: name of each class.
+      repeats: whether classes may share a name. Such classes differ only in their positions in the prompt.
     """
 
     name = "present"
@@ -214,15 +219,15 @@ class PresentClasses:
         self._prompts = prompts
 
     def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
-        """The classes that are asked for, ascending, and their prompts."""
+        """Returns the classes that the prompt names, ascending, and the prompt."""
         return example.present, self._prompts(example.present)
 
 
 class AllClasses:
-    """Every image is asked for the whole vocabulary, packed into as few prompts as hold it.
+    """The prompts of every image name the whole vocabulary, in as few prompts as possible.
 
     Args:
-      without: a class whose name is not asked for.
+      without: a class that no prompt names.
       names, repeats: as for `PresentClasses`.
     """
 
@@ -239,9 +244,10 @@ class AllClasses:
 
 
 def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[str]) -> dict[str, Asked]:
-    """Who asks, for each of `present` and `all` that is named.
+    """Returns the maker of prompts for each kind of prompts in `prompts`: `present`, `all` or both.
 
-    Raises ValueError when class names do not make prompts.
+    Raises:
+      ValueError: prompts cannot be made from the class names.
     """
     repeats = benchmark.names == "release"
     makers: dict[str, Callable[[], Asked]] = {
@@ -257,9 +263,10 @@ def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[st
 
 
 def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) -> EvaluationBatch:
-    """Up to `images` examples in one batch, and as many prompts a pass; none where nothing is asked for.
+    """Puts up to `images` examples into one batch, with up to `images` prompts per pass; no prompts without `asked`.
 
-    Raises ValueError when class names do not make prompts; the message says why.
+    Raises:
+      ValueError: prompts cannot be made from the class names; the message says why.
     """
     height, width = (_power_of_two(max(example.labels.shape[axis] for example in group), CANVAS) for axis in (0, 1))
     truth = np.full((images, height, width), IGNORED, np.uint8)
@@ -278,7 +285,7 @@ def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) 
 
 
 def asked_otherwise(batch: EvaluationBatch, asked: Asked) -> EvaluationBatch:
-    """The same images with other prompts."""
+    """Returns the batch of the same images with other prompts."""
     class_of_row, prompts = _questions(batch.examples, len(batch.pixels), asked)
     return replace(batch, class_of_row=class_of_row, prompts=prompts)
 
@@ -307,8 +314,8 @@ def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> I
 
 
 def _filled(array: np.ndarray, count: int) -> np.ndarray:
-    """With zeros, to `count` rows."""
-    if len(array) == count:  # images are too large to be copied for nothing
+    """Pads an array with zeros to `count` rows."""
+    if len(array) == count:  # avoids a copy: images are large
         return array
     return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
 

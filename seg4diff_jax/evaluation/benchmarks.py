@@ -1,4 +1,4 @@
-"""What is evaluated on: named sources of labelled images, and which classes are reported apart."""
+"""The benchmarks: named sources of labelled images, and groups of classes that are reported separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene, 
 
 SCENE_SPLITS = ("test", "validation", "train")
 OTHERS = ("tfds", "folder", "scenes")
-"""What can be scored besides the published sets."""
+"""Names of the sources of images other than the published sets."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Benchmark:
     """Labelled images whose labels are indices into `classes`, or 255.
 
     Attributes:
-      name: as results call it.
+      name: the benchmark's name in results.
       source: items with `image`, `labels` and `name`.
-      groups: classes whose mean IoU is reported apart.
-      where: where the images lie.
-      split, kind: which part of the set and which of its labels, where it has several.
-      background: index of the class that stands for all others; `rule` says what becomes of it.
+      groups: classes whose mean IoU is reported separately, by the group's name.
+      where: directory of the images.
+      split, kind: the part of the set and the kind of labels, where the set has several.
+      background: index of the class that stands for all others; `rule` says how it is scored.
       names: how prompts spell the classes.
-      unlabelled: what pixels are that nobody labelled, where a set has a choice.
-      listed: the file that names the images; None: they are all.
+      unlabelled: how unlabelled pixels are treated, where a set has a choice.
+      listed: the file that names the images; None: all images of the set.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Benchmark:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What classes are called in prompts."""
+        """The names of the classes in prompts."""
         return spelled(self.classes, self.names)
 
 
 def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN_VOCABULARY,)) -> Benchmark:
-    """What the options name.
+    """Opens the benchmark that the options name.
 
     Args:
-      scene_size: side of synthetic scenes in pixels.
-      protocols: what will be measured. Segments without names have the background scored unless told otherwise.
+      scene_size: side of synthetic scenes, in pixels.
+      protocols: the protocols that will be measured. Unsupervised segmentation scores the background by default.
 
     Raises:
-      FolderError: something is not where it should be, or not as described.
-      ValueError: an option is not usable with what is named.
+      FolderError: files are missing or not as described.
+      ValueError: an option does not fit the benchmark.
     """
     refuse(misfits(data))
     name = named(data)
@@ -87,7 +87,7 @@ def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN
         where = f"{benchmark.where}, of {data.list}"
         benchmark = replace(benchmark, source=Subset(benchmark.source, places), where=where, listed=data.list)
     benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
-    _ = benchmark.prompts  # names that cannot be told apart are found before weights are read
+    _ = benchmark.prompts  # equal names are found before weights are read
     return benchmark
 
 
@@ -126,7 +126,7 @@ def misfits(data: Data) -> list[str]:
 
 
 def _background_rule(data: Data, benchmark: Benchmark, protocols: Sequence[str]) -> Background:
-    """One for all protocols: all count the same pixels. Raises ValueError where there is none."""
+    """Returns the background rule of all protocols, which count the same pixels. Raises ValueError if there is none."""
     unsupervised = UNSUPERVISED in protocols and benchmark.background is not None
     if unsupervised and data.background == "asked":
         raise ValueError("data.background is 'asked', but unsupervised asks for nothing: give scored or ignored")
@@ -147,9 +147,11 @@ def published_benchmark(
     kind: str | None = None,
     unlabelled: Unlabelled | None = None,
 ) -> Benchmark:
-    """A set of `data.sets` in the layout in which it is handed out.
+    """Opens a set of `data.sets`, in the layout in which it is published.
 
-    Raises FolderError when something is not where it should be, ValueError for a split or labels that it has not.
+    Raises:
+      FolderError: files are missing or not as described.
+      ValueError: the set has no such split or labels.
     """
     published = SETS[name]
     source = published.open(root, split, kind, unlabelled)
@@ -168,7 +170,7 @@ def published_benchmark(
 
 
 def prepared_benchmark(root: str | Path, split: str | None = None, kind: str | None = None) -> Benchmark:
-    """A set that tensorflow-datasets has prepared. Raises FolderError or ValueError when it cannot be used."""
+    """Opens a set that tensorflow-datasets has prepared. Raises FolderError or ValueError when it cannot be used."""
     from seg4diff_jax.data.tfds_source import PreparedSet
 
     source = PreparedSet(root, split, kind)
@@ -184,9 +186,10 @@ def prepared_benchmark(root: str | Path, split: str | None = None, kind: str | N
 
 
 def folder_benchmark(root: str | Path, name: str | None = None) -> Benchmark:
-    """A folder of the layout that `data.folder` describes; of the synthetic world, things and stuffs are told apart.
+    """Opens a folder in the layout of `data.folder`. For the synthetic world, things and stuffs are separate groups.
 
-    Raises FolderError when it is not of that layout.
+    Raises:
+      FolderError: the folder has another layout.
     """
     source = LabelledFolder(root)
     groups: dict[str, Sequence[int]] = {}
@@ -196,13 +199,14 @@ def folder_benchmark(root: str | Path, name: str | None = None) -> Benchmark:
 
 
 def scenes_benchmark(count: int, size: int, split: str = "test", cache: Path | None = None) -> Benchmark:
-    """Synthetic scenes of a split, as a folder on the disk that is written first if it is absent.
+    """Opens synthetic scenes of a split, as a folder on the disk. The folder is written first if it is absent.
 
     Args:
-      size: side of the pictures in pixels.
-      cache: directory for such folders. Default: in the user's cache.
+      size: side of the pictures, in pixels.
+      cache: directory for such folders; default: in the user's cache.
 
-    Raises ValueError when there are none, or they are too small.
+    Raises:
+      ValueError: `count` is below 1, or the size too small.
     """
     if count < 1:
         raise ValueError(f"--data.scenes is {count}: expected at least 1")
@@ -215,7 +219,7 @@ def scenes_benchmark(count: int, size: int, split: str = "test", cache: Path | N
 
 
 def _world(size: int) -> str:
-    """Changes when the world does, so that former scenes are not taken for those of today."""
+    """Returns a hash that changes when the synthetic world changes, so that folders of older scenes are not used."""
     digest = hashlib.sha256()
     for index in range(4):
         shown = scene("test", index, size)

@@ -1,4 +1,4 @@
-"""What has been counted over a part of a data set: parts add up, and can be kept in a file."""
+"""The counts over a part of a data set. Counts of several parts can be added, and stored in a file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ Kind = TypeVar("Kind", ConfusionCounts, SegmentCounts)
 
 @dataclass(frozen=True)
 class Counts:
-    """Everything that figures and pictures are made of.
+    """The counts from which all scores are computed and pictures are chosen.
 
     Attributes:
-      counted, matched: what each protocol has counted; without passes where it was not asked for.
-      indices: which images were scored.
-      histograms: how many pixels that count each class has in each of them.
-      cut_off: how many pixels of each that would count lie where nothing is predicted, see `batches.Example`.
-      forwards: how often the transformer was run for each kind of prompts, by one pass; the empty prompt's come last.
-      seconds: compiling and running; of several processes that work at a time, each one's part of the common time.
+      counted, matched: counts of the open-vocabulary and of the unsupervised protocol; no passes if not measured.
+      indices: numbers of the scored images.
+      histograms: number of counted pixels of each class, for each scored image.
+      cut_off: number of labelled pixels without a prediction, for each scored image, see `batches.Example`.
+      forwards: how often one pass ran the transformer, for each kind of prompts; the empty prompt comes last.
+      seconds: seconds of compiling and of running. With several processes, each one's share of the common time.
+      left_out: the images that were not scored.
     """
 
     counted: ConfusionCounts
@@ -45,7 +46,7 @@ class Counts:
     left_out: tuple[LeftOut, ...]
 
     def covered(self) -> list[int]:
-        """Numbers of the images that were looked at, scored or left out, ascending."""
+        """Returns the numbers of all images that were scored or left out, ascending."""
         return sorted([*self.indices.tolist(), *(each.index for each in self.left_out)])
 
     def to_bytes(self) -> bytes:
@@ -60,7 +61,7 @@ class Counts:
 
     @classmethod
     def from_bytes(cls, contents: bytes) -> Counts:
-        """Raises ValueError, KeyError, OSError or zipfile.BadZipFile for what `to_bytes` has not made."""
+        """Reads the bytes of `to_bytes`. Raises ValueError, KeyError, OSError or zipfile.BadZipFile for others."""
         with np.load(BytesIO(contents), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if arrays.pop(CHECKSUM) != _checksum(arrays):
@@ -77,7 +78,7 @@ ARRAYS = [field.name for field in fields(Counts) if field.name not in (*COUNTS_O
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
-    """Of the arrays with their names, which the archive's own checksums do not bind to each other."""
+    """Returns one checksum over all arrays and their names. The archive's own checksums cover single arrays only."""
     found = 0
     for name in sorted(arrays):
         array = arrays[name]
@@ -86,7 +87,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def together(parts: Sequence[Counts]) -> Counts:
-    """Parts of one set as one, images in their order. There must be at least one."""
+    """Adds the counts of parts of one set, at least one part. Images are sorted by number."""
     indices = np.concatenate([part.indices for part in parts])
     order = np.argsort(indices, kind="stable")
     return Counts(
@@ -102,8 +103,8 @@ def together(parts: Sequence[Counts]) -> Counts:
 
 
 def _added(parts: Sequence[Kind], order: Int[np.ndarray, " images"]) -> Kind:
-    """Counts of one protocol as one; what has a place for each image is in their order."""
+    """Adds the counts of one protocol. Numbers per image are put into the given order."""
     *sums, rights = zip(*parts, strict=True)
     right = np.concatenate(rights, axis=-1)
-    right = right[..., order] if right.size else right  # where nothing was counted there are no images in it
+    right = right[..., order] if right.size else right  # a protocol that was not measured has no images
     return type(parts[0])._make([*(sum(arrays) for arrays in sums), right])

@@ -1,4 +1,4 @@
-"""A checkpoint told which of its blocks segments best, and at which noise level."""
+"""Writes into a checkpoint which of its blocks segments best, and at which noise level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seg4diff_jax.convert.sources.open import MINIATURE
 
 
 def name_expert(model: str, block: int, step: int) -> None:
-    """Write `expert_block` and `expert_step` into the transformer's configuration; raises as `configuration` does."""
+    """Writes `expert_block` and `expert_step` into the transformer's configuration. Raises as `configuration` does."""
     path = configuration(model)
     named = read_json(path) | {"expert_block": block, "expert_step": step}
     written = path.with_suffix(".new")
@@ -20,7 +20,11 @@ def name_expert(model: str, block: int, step: int) -> None:
 
 
 def configuration(model: str) -> Path:
-    """Where a checkpoint keeps them. Raises ValueError for one that is no directory in diffusers' layout."""
+    """Returns the file of the transformer's configuration.
+
+    Raises:
+      ValueError: the checkpoint is not a directory in diffusers' layout.
+    """
     directory = MINIATURE if model == "miniature" else Path(model).expanduser()
     path = directory / "transformer" / "config.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The gallery of an evaluation: which of a set's images people are shown, segmented once more."""
+"""Chooses the best, worst and random images for the report, and segments them again to show their masks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ SEED = 0
 def pictured(
     accuracy: Float[np.ndarray, " images"], histograms: Int[np.ndarray, "images classes"], count: int
 ) -> list[tuple[int, Why]]:
-    """A third of `count` images from the top, a third from the bottom, a third at random from those between.
+    """Chooses `count` images: a third the best, a third the worst, and a third at random from the others.
 
-    Best first; within each third from better to worse. The draw depends on the number of images alone. An image of one
-    class is always right when just that is asked for, and shows nothing: it is among the best when others run out.
+    The order is best, random, worst; within each third from better to worse. The random draw depends on the number of
+    images alone. An image of one class is always right if its prompt names just that class. Such an image is among the
+    best only if there are no others.
 
     Args:
-      accuracy: percent of each image's pixels that are right; NaN: none counts, and the image is not shown.
-      histograms: how many pixels each class has in each image.
-      count: of fewer images all are taken.
+      accuracy: percent of each image's counted pixels that are right; NaN if none is counted: the image is not chosen.
+      histograms: number of counted pixels of each class in each image.
+      count: number of images to choose; all if there are fewer.
     """
     count = min(count, int(np.isfinite(accuracy).sum()))
     present = (histograms > 0).sum(axis=1)
@@ -55,14 +56,16 @@ UNMATCHED = -1
 
 @dataclass(frozen=True)
 class Shown:
-    """One image of the data set for people to look at.
+    """One image of the report, segmented by class names.
 
     Attributes:
-      example: the image, its labels and name; `image` are its pixels as they are.
-      predicted: class of every pixel.
-      classes: those that were asked for; `scores` are theirs, on the grid of image tokens.
+      example: the image, its labels and its name.
+      image: the pixels at their own resolution.
+      predicted: the predicted class of every pixel.
+      classes: the classes that the prompts name.
+      scores: scores of these classes, on the grid of image tokens.
       accuracy: percent of the labelled pixels that are right.
-      why: it is shown: see `pictured`.
+      why: the reason for which `pictured` chose the image.
     """
 
     example: Example
@@ -76,13 +79,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class ShownSegments:
-    """One image of the data set in segments without names.
+    """One image of the report, in segments without names.
 
     Attributes:
-      example, image, why: as of `Shown`.
+      example, image, why: as for `Shown`.
       segments: the segment of every pixel.
-      owners: the class that each segment is matched with, `UNMATCHED` for none; always in a match of the whole image.
-      accuracy: percent of the labelled pixels that are right as they are scored: of rows, where rows are matched.
+      owners: the class that each segment is matched with, `UNMATCHED` for none; always from a match of the whole image.
+      accuracy: percent of the labelled pixels that are right by the scored match, which may be row by row.
     """
 
     example: Example
@@ -94,7 +97,7 @@ class ShownSegments:
 
 
 def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[Shown]:
-    """The images that `pictured` names, by the pixels that are right at the first seed."""
+    """Returns the images that `pictured` chooses by accuracy at the first seed, segmented by class names."""
     settings, counting = measurement.settings, measurement.zero_shot
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
@@ -106,7 +109,7 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
             classes, _ = asked(example)
             grid = grid[: len(classes)]
             predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
-            if best.prompts == "all":  # of the whole vocabulary only what is there, or is said to be there
+            if best.prompts == "all":  # keep only classes that are present or predicted
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
                 classes, grid = tuple(classes[at] for at in kept), grid[kept]
             image = measurement.reader.image(example.index)
@@ -115,7 +118,7 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
 
 
 def shown_segments(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[ShownSegments]:
-    """The images that `pictured` names, by the pixels that are right after the match, at the first seed."""
+    """Returns the images that `pictured` chooses by accuracy after the match, at the first seed, as segments."""
     settings, counting = measurement.settings, measurement.unsupervised
     look, block = Look(best.step, settings.seeds[0]), settings.readouts.index(best.readout)
     thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
@@ -139,7 +142,7 @@ def owners_of(
     *,
     absent_classes: bool,
 ) -> Int[np.ndarray, " segments"]:
-    """The class that each segment of an image is matched with, `UNMATCHED` for none."""
+    """Returns the class that each segment of an image is matched with, `UNMATCHED` for none."""
     (unit,) = tables(labels.reshape(1, -1), segments.reshape(1, -1), classes)
     owners = np.full(unit.shape[1], UNMATCHED)
     _, matched, chosen = matched_pairs(unit, absent_classes=absent_classes)
@@ -149,7 +152,7 @@ def owners_of(
 
 
 def _percent(right: Int[np.ndarray, " images"], outcome: Counts) -> Float[np.ndarray, " images"]:
-    """NaN for an image none of whose pixels is counted."""
+    """Returns the percent of each image's counted pixels that are right; NaN if none is counted."""
     counted = outcome.histograms.sum(axis=1)
     return np.where(counted > 0, 100 * right / np.maximum(counted, 1), np.nan)
 
@@ -157,7 +160,7 @@ def _percent(right: Int[np.ndarray, " images"], outcome: Counts) -> Float[np.nda
 def _batches(
     measurement: Measurement, outcome: Counts, chosen: Sequence[tuple[int, Why]]
 ) -> Iterator[tuple[Sequence[int], Sequence[Why], Sequence[Example]]]:
-    """Places of images in the outcome, why they are shown, and they themselves, a batch of one size at a time."""
+    """Yields batches of chosen images of one size: places in the counts, why they were chosen, and the examples."""
     known = {int(outcome.indices[number]): (number, why) for number, why in chosen}
     for some in of_one_size(map(measurement.reader.example, known), measurement.settings.batch_size, []):
         numbers, why = zip(*(known[example.index] for example in some), strict=True)

@@ -1,4 +1,4 @@
-"""Options of `evaluate.py`, and what lists of numbers mean."""
+"""The options of `evaluate.py`, and the parsing of their lists of numbers and names."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
 
 EvaluationResize = Literal[Resize, "paper"]
-"""How an image comes to the model's size: as `images.resize` does it, or the square in its middle alone."""
+"""How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 GRID = "grid"
-"""All thresholds of `segmentation.unsupervised.THRESHOLD_GRID`."""
+"""Value of an option that stands for all thresholds of `segmentation.unsupervised.THRESHOLD_GRID`."""
 MEAN = "mean"
-"""Of all heads of a block."""
+"""Value of `--heads` that stands for the mean of all heads of a block."""
 STEPS = range(1, 29)
 PROMPTS = ("present", "all")
 EMPTY = "empty"
-"""The kind of prompt that segments without names come from."""
+"""The kind of prompt of the unsupervised protocol."""
 PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
-"""Image tokens that a device takes at a time: 4 images of SD3's 1024 x 1024 pixels."""
+"""Default number of image tokens per device and batch: 4 images of SD3's 1024 x 1024 pixels."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which images."""
+    """Which images to evaluate on, and how their classes and labels are treated. See `HELP` for each option."""
 
     name: str | None = None
     root: str | None = None
@@ -45,7 +45,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Unsupervised:
-    """How segments without names are made and scored; as in `segmentation.unsupervised_scores.UnsupervisedProtocol`."""
+    """How unsupervised segments are made and scored, see `segmentation.unsupervised_scores.UnsupervisedProtocol`."""
 
     threshold: float | str | list[float] | None = None
     minmax: Literal["pixel", "token"] = "pixel"
@@ -55,7 +55,7 @@ class Unsupervised:
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and where results go."""
+    """All options of `evaluate.py`: what to measure, and where results go. See `HELP` for each option."""
 
     model: str = "miniature"
     lora: str | None = None
@@ -152,7 +152,10 @@ HELP = {
 
 
 def make_parser() -> Parser:
-    """Dashes on the command line, underscores in a configuration file; unknown names are refused in both."""
+    """Makes the parser. Options have dashes on the command line and underscores in configuration files.
+
+    Unknown options are refused in both.
+    """
     parser = Parser(
         prog="evaluate.py",
         description="Score zero-shot segmentation, by names or without, on a set of labelled images.",
@@ -176,8 +179,12 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Leaves with a message (SystemExit) for options that are not right; ValueError for null and numbers that are
-    none."""
+    """Parses the arguments.
+
+    Raises:
+      SystemExit: an option is unknown or has a wrong value; the message is on stderr.
+      ValueError: an option is null, or a number is NaN or infinite, where that is not allowed.
+    """
     values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
     check_parsed(values, Options)
@@ -186,10 +193,10 @@ def parse(arguments: list[str]) -> Options:
 
 
 def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = True) -> tuple[int, ...]:
-    """The numbers that an option lists, in order.
+    """Returns the numbers that an option lists, in order.
 
     Args:
-      allowed: what each must be in; also what `all` stands for.
+      allowed: the allowed numbers, for which `all` stands too.
 
     Raises:
       ValueError: the option lists something else, nothing, or a number twice.
@@ -212,12 +219,12 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
 
 
 def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
-    """`present`, `all` or both, in the order given. Raises ValueError for anything else."""
+    """Returns `present`, `all` or both, in the order given. Raises ValueError for anything else."""
     return _each_once(value, "--prompts", PROMPTS)
 
 
 def protocols(value: str | list[str]) -> tuple[str, ...]:
-    """`open_vocabulary`, `unsupervised` or both, in the order given. Raises ValueError for anything else."""
+    """Returns `open_vocabulary`, `unsupervised` or both, in the order given. Raises ValueError for anything else."""
     return _each_once(value, "--protocol", PROTOCOLS)
 
 
@@ -235,7 +242,11 @@ def _parts(value: Any) -> list[Any]:
 
 
 def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]:
-    """Those listed, or of the grid for `grid`. Raises ValueError unless they are numbers above 0, each once."""
+    """Returns the listed thresholds, or the whole grid for `grid`.
+
+    Raises:
+      ValueError: a threshold is not a finite number above 0, or is listed twice.
+    """
     if value == GRID:
         from seg4diff_jax.segmentation.unsupervised import THRESHOLD_GRID  # imports JAX, which takes seconds
 
@@ -250,9 +261,10 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
 
 
 def chosen_heads(value: Numbers, heads: int) -> tuple[int | None, ...]:
-    """Which of a block's heads are read, in the order given; None is the mean of all of them.
+    """Returns the heads of a block to read, in the order given; None is the mean of all heads.
 
-    Raises ValueError when the model has no such heads, or one is listed twice.
+    Raises:
+      ValueError: the model has no such heads, or one is listed twice.
     """
     found: list[int | None] = []
     for part in _parts(value):

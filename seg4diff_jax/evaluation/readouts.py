@@ -1,7 +1,7 @@
-"""One model on batches of images, as all protocols read it: images and prompts encoded, attention recorded.
+"""Runs a model on batches of images for all protocols: encodes images and prompts, and records attention.
 
-Of every batch images are encoded once, and prompts once for as long as they are remembered; each noise level and seed
-is one pass of the transformer, in which all blocks and heads asked for are recorded.
+Images of a batch are encoded once. Encoded prompts are cached. Each noise level and seed is one pass of the
+transformer, which records all blocks and heads that are read.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ Latents = Float[Array, "images latent_rows latent_columns channels"]
 
 
 class Readout(NamedTuple):
-    """Where attention is read: a block, and which of its heads; None is the mean of all of them."""
+    """Where attention is read: a block and one of its heads; None is the mean of all heads."""
 
     block: int
     head: int | None = None
 
 
 class Forward:
-    """A model whose attention is read, readout by readout.
-
-    Images are split over the devices of the model's mesh, if it has one.
+    """A model whose attention is read. Images are split over the devices of the model's mesh, if it has one.
 
     Attributes:
-      readouts: all come out of one pass, which ends in the last of their blocks.
+      readouts: where attention is read. One pass reads all of them, and stops at the last of their blocks.
     """
 
     def __init__(self, pipe: Pipeline, readouts: Sequence[Readout]):
@@ -49,7 +47,7 @@ class Forward:
             return encode_images(self.pipe.vae, self.pipe.spread(pixels))
 
     def grid(self, latents: Latents) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
+        """Returns the numbers of rows and columns of image tokens."""
         patch = self.pipe.transformer.config.patch_size
         return latents.shape[1] // patch, latents.shape[2] // patch
 
@@ -63,10 +61,13 @@ class Forward:
         step: int,
         seed: int,
     ) -> Float[Array, "readouts rows tokens clip_tokens"]:
-        """Attention of image tokens to CLIP's tokens, for rows of prompts; see `attention_maps`.
+        """Returns the attention of image tokens to CLIP's tokens, for rows of prompts; see `attention_maps`.
 
         Args:
-          indices: each image's number in the data set, of which its noise is made.
+          indices: each image's number in the data set, which seeds its noise.
+          image_of_row: for each row of prompts the place of its image in the batch.
+          step: noise level, counted from the clean end of 28.
+          seed: seed of the noise.
         """
         pipe = self.pipe
         noise = pipe.spread(image_noise(seed, indices, latents.shape[1:]))
@@ -76,7 +77,7 @@ class Forward:
             return attention_maps(pipe.transformer, images, prompts, readouts=self.readouts)
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
-        """States of the prompts, of which as many are encoded at a time as there are rows: one program serves."""
+        """Encodes prompts. Always encodes `len(texts)` rows at a time, so that one compiled program is enough."""
         return self.pipe.encode_prompts(texts, rows=len(texts))
 
 
@@ -88,10 +89,10 @@ def attention_maps(
     *,
     readouts: tuple[Readout, ...],
 ) -> Float[Array, "readouts rows tokens clip_tokens"]:
-    """Attention of every image token to CLIP's tokens, for rows of prompts.
+    """Returns the attention of every image token to CLIP's tokens, for rows of prompts.
 
     Args:
-      readouts: all come out of one pass, which ends in the last of their blocks.
+      readouts: where attention is read. One pass reads all of them, and stops at the last of their blocks.
     """
     mean_heads = all(readout.head is None for readout in readouts)
     options = ForwardOptions(AttentionRequest(scores=False, mean_heads=mean_heads))

@@ -1,7 +1,7 @@
-"""How far a run has come, shard by shard of its data set, so that an interrupted one can go on.
+"""Stores the progress of a run, shard by shard of its data set, so that an interrupted run can be resumed.
 
-`progress/run.json` says what is measured, `progress/NNNNNN.npz` what was counted over a shard. Files appear whole or
-not at all. When the results are there the directory goes.
+`progress/run.json` says what is measured, and `progress/NNNNNN.npz` has the counts of one shard. A file is either
+complete or absent. The directory is removed once the results are written.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ class Progress:
     """The finished shards of a run.
 
     Args:
-      out: the run's directory; it need not be there.
-      identity: what decides about the figures, plain values.
+      out: directory of the run, which need not exist.
+      identity: the options that affect the scores, as plain values.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]):
         self.directory, self.identity = out / DIRECTORY, json.loads(json.dumps(identity))
 
     def resumed(self) -> int | None:
-        """Images in a shard of the run that is to go on; None where there is none.
+        """Returns the number of images per shard of the run to resume; None if there is no such run.
 
-        Raises ValueError when it was another one, and says what has changed, or when its description is damaged.
+        Raises:
+          ValueError: the run there measured something else (the message says what changed), or run.json is damaged.
         """
         path = self.directory / RUN
         if not path.is_file():
@@ -65,17 +66,17 @@ class Progress:
         return shard
 
     def begin(self, images_per_shard: int) -> None:
-        """Forget what is there."""
+        """Removes the progress of an earlier run, and sets the number of images per shard."""
         self.clear()
         self._images_per_shard = images_per_shard
 
     def done(self, images_per_shard: int, images: int) -> tuple[list[int], Counts | None]:
-        """Numbers of the finished shards, and what was counted over all of them.
+        """Returns the numbers of the finished shards, and the sum of their counts.
 
-        A damaged file counts as none, and so does one whose images are not those of the shard with its number.
+        A shard is not finished if its file is damaged or holds other images than those of the shard.
 
         Args:
-          images: of the whole set.
+          images: number of images of the whole set.
         """
         numbers: list[int] = []
         total: Counts | None = None
@@ -89,7 +90,7 @@ class Progress:
                 _remove(path)
                 continue
             numbers.append(number)
-            total = together([total, part] if total else [part])  # one at a time: many are more than memory holds
+            total = together([total, part] if total else [part])  # one at a time, since memory may not hold all
         return numbers, total
 
     def save(self, number: int, outcome: Counts) -> None:
@@ -111,7 +112,7 @@ def _remove(path: Path) -> None:
 
 
 def _write(path: Path, contents: bytes) -> None:
-    """Whole or not at all, also when the machine goes down meanwhile."""
+    """Writes a file so that it is complete or absent, even if the machine crashes."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
         file.write(contents)

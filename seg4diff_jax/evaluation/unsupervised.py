@@ -1,6 +1,7 @@
-"""Unsupervised: from a model's attention under an empty prompt to pixels matched with classes (Seg4Diff, section 3).
+"""The unsupervised protocol: segments from attention with an empty prompt, matched with classes (Seg4Diff, section 3).
 
-Maps are merged, upsampled and counted on the device, segments matched on the host (`segmentation.unsupervised_tally`):
+Maps are merged, upsampled and counted on the device. Segments are matched on the host
+(`segmentation.unsupervised_tally`):
 
     passes.encode_images -> readouts.attention_maps -> counted_segments -> matched_counts
 """
@@ -24,22 +25,24 @@ from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTall
 
 
 class Look(NamedTuple):
-    """One look at every image: the noise level, counted from the clean end of 28, and the seed of the noise."""
+    """One pass over all images: the noise level, counted from the clean end of 28, and the seed of the noise."""
 
     step: int
     seed: int
 
 
 class SegmentCounts(NamedTuple):
-    """Pixels matched over some images, int64: of each class those right, wrongly claimed and missed (`MatchCounts`).
+    """Pixel counts of matched segments, int64: right, wrongly claimed and missed pixels of each class (`MatchCounts`).
 
-    The places of `looks`, blocks, `protocols` and seeds are those of an `Unsupervised`.
+    The axes `looks`, blocks, `protocols` and seeds are in the order of an `Unsupervised`.
 
     Attributes:
-      permuted: of the maps of the first noise level with their positions permuted, image by image.
-      one_segment: of images that are one segment each.
-      segments: how many all images have; `permuted_segments` those of the permuted maps.
-      right: how many pixels of each image are right.
+      pixels: the counts over all images.
+      segments: number of segments in all images.
+      permuted: counts for the maps of the first noise level, with positions permuted separately in each image.
+      permuted_segments: number of segments of these permuted maps.
+      one_segment: counts if each image is one segment.
+      right: number of right pixels in each image.
     """
 
     pixels: Int[np.ndarray, "looks blocks protocols 3 classes"]
@@ -51,14 +54,14 @@ class SegmentCounts(NamedTuple):
 
 
 class Unsupervised:
-    """Scores of segments without names, for several blocks, noise levels and seeds of one model.
+    """Counts pixels of segments without names, for several blocks, noise levels and seeds of one model.
 
     Attributes:
       looks: every noise level with every seed; each is a pass of its own.
-      tallies: for every look and `(PERMUTED, seed)` one for each block, and one alone for `ONE_SEGMENT`.
+      tallies: one tally per block for every look and every `(PERMUTED, seed)`, and a single one for `ONE_SEGMENT`.
 
     Args:
-      protocols: how segments are made and scored, all from the same passes; without any nothing is counted.
+      protocols: ways to make and score segments, all from the same passes; with none nothing is counted.
     """
 
     def __init__(
@@ -85,9 +88,12 @@ class Unsupervised:
         }
 
     def add(self, latents: Latents, batch: EvaluationBatch) -> None:
-        """Count images. Returns once those before them have been matched, while the device works on these.
+        """Counts a batch of images.
 
-        Raises FloatingPointError when attention is not finite: the weights are damaged.
+        Returns when the images of the call before are matched; the device may still be working on this batch.
+
+        Raises:
+          FloatingPointError: attention is not finite, so the weights are damaged.
         """
         if not self.protocols:
             return
@@ -113,7 +119,11 @@ class Unsupervised:
     def segments(
         self, batch: EvaluationBatch, one: Look, block: int, protocol: int
     ) -> list[Int[np.ndarray, "height width"]]:
-        """The segment of every pixel of each image in one look, by places of the block and of the protocol."""
+        """Returns the segment of every pixel of each image in one look.
+
+        Args:
+          block, protocol: places of the block and of the protocol in their lists.
+        """
         latents, chosen = self.forward.latents(batch.pixels), self.protocols[protocol]
         with self.forward.pipe.settings():
             maps = self._maps(latents, batch, one)[block]
@@ -134,7 +144,7 @@ class Unsupervised:
             tally.add(attention, grid, truth)
 
     def take(self) -> SegmentCounts:
-        """All that has been counted since the last call. Raises as `add` does."""
+        """Returns the counts since the last call. Raises as `add` does."""
         for tallies in self.tallies.values():
             for tally in tallies:
                 tally.finish()
@@ -163,7 +173,13 @@ class Unsupervised:
         return np.array([[tally.right for tally in some] for some in tallies], np.int64).reshape(shape)
 
     def running_miou(self, before: SegmentCounts | None) -> float | None:
-        """Of the best block and protocol in the first look, 0 to 1, over the images matched so far; None for none."""
+        """Returns the mIoU, 0 to 1, of the best block and protocol in the first look, over the images matched so far.
+
+        None if no image is matched yet.
+
+        Args:
+          before: counts of earlier calls to `take`, which are included.
+        """
         pixels = self._pixels(self.looks[:1])[0] + (before.pixels[0] if before else 0)
         scores = [MatchCounts(*each).mean_iou() for of_block in pixels for each in of_block]
         return max((score for score in scores if not np.isnan(score)), default=None)
@@ -178,6 +194,6 @@ def stacked(counts: Iterable[MatchCounts], classes: int) -> Int[np.ndarray, "pro
 def permuted_tokens(
     maps: Float[Array, "blocks images tokens columns"], indices: Int[Array, " images"], seed: Int[Array, ""]
 ) -> Float[Array, "blocks images tokens columns"]:
-    """Each image's maps with its image tokens in random order, the same for all maps."""
+    """Permutes the image tokens of each image's maps at random, with the same order for all maps of the image."""
     order = lambda index: jax.random.permutation(guess_keys(index, seed)[0], maps.shape[2])
     return jnp.take_along_axis(maps, jax.vmap(order)(indices)[None, :, :, None], axis=2)

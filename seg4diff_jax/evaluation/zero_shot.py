@@ -1,6 +1,6 @@
-"""Open vocabulary: from a model's attention to confusion matrices (Seg4Diff, section 3).
+"""The open-vocabulary protocol: confusion matrices from a model's attention (Seg4Diff, section 3).
 
-Scores are upsampled, compared and counted on the device:
+Class scores are upsampled, compared and counted on the device:
 
     passes.encode_images -> readouts.attention_maps -> add_scores -> count
 """
@@ -24,17 +24,17 @@ from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_io
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
 
 MOST_COUNTED = 2**31 - 1
-"""Pixels that a matrix of 32-bit numbers can count."""
+"""Largest number of pixels that a confusion matrix of 32-bit integers can count."""
 PERMUTED, RANDOM = "permuted", "random"
 
 
 class Pass(NamedTuple):
-    """One look at every image.
+    """One pass over all images.
 
     Attributes:
       step: the noise level, counted from the clean end of 28.
-      seed: of the noise.
-      prompts: what is asked for: `present` or `all` classes.
+      seed: seed of the noise.
+      prompts: the classes that prompts name: `present` or `all`.
     """
 
     step: int
@@ -43,12 +43,13 @@ class Pass(NamedTuple):
 
 
 class ConfusionCounts(NamedTuple):
-    """Pixels counted over some images, int64; `passes` and `guesses` are those of a `ZeroShot`, in their order.
+    """Pixel counts over some images, int64. The axes `passes` and `guesses` are in the order of a `ZeroShot`.
 
     Attributes:
-      permuted: of the maps of the first noise level with their positions permuted, image by image.
-      random: of random scores in place of the first readout's.
-      right: how many pixels of each image are right.
+      confusion: confusion matrices of all passes and readouts.
+      permuted: confusion matrices for the maps of the first noise level, with positions permuted in each image.
+      random: confusion matrices for random scores instead of those of the first readout.
+      right: number of right pixels in each image.
     """
 
     confusion: Int[np.ndarray, "passes readouts classes classes"]
@@ -58,7 +59,7 @@ class ConfusionCounts(NamedTuple):
 
 
 class Tally:
-    """Confusion matrices of several readouts: counted on the device, summed up on the host in 64 bits when need be."""
+    """Confusion matrices of several readouts, counted on the device and added up on the host in 64 bits if needed."""
 
     def __init__(self, readouts: int, classes: int):
         self._shape = (readouts, classes, classes)
@@ -69,7 +70,7 @@ class Tally:
     def count(
         self, scores: Float[Array, "readouts images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
     ) -> Int[Array, "readouts images"]:
-        """Add a batch; returns how many pixels of each image are right."""
+        """Counts a batch. Returns the number of right pixels in each image."""
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
         self._pixels += batch.truth.size
@@ -88,12 +89,12 @@ class ZeroShot:
     """Confusion matrices of a set of images, for several blocks, heads, noise levels and seeds of one model.
 
     Attributes:
-      passes: every noise level with every seed, for each kind of prompts; each is a pass of its own.
-      guesses: kind of prompts and seed of the guessers that are counted beside.
-      tallies: for every pass, and for `(PERMUTED, *guess)` and `(RANDOM, *guess)`, see `ConfusionCounts`.
+      passes: every noise level with every seed, for each kind of prompts.
+      guesses: kind of prompts and seed of each baseline that ignores the image (permuted and random scores).
+      tallies: a tally for every pass, every `(PERMUTED, *guess)` and every `(RANDOM, *guess)`, see `ConfusionCounts`.
 
     Args:
-      prompts: kinds of prompts, none of which nothing is counted; `add` takes one batch for each.
+      prompts: kinds of prompts; `add` takes one batch for each. With none nothing is counted.
     """
 
     def __init__(
@@ -120,11 +121,12 @@ class ZeroShot:
         self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
 
     def add(self, latents: Latents, *batches: EvaluationBatch) -> None:
-        """Count the same images, asked for the classes of each kind of prompts.
+        """Counts the same images with each kind of prompts.
 
-        Returns once the images before them have been counted: the host prepares some while others run.
+        Returns when the images of the call before are counted, so the host prepares images while the device works.
 
-        Raises FloatingPointError when scores are not finite: the weights are damaged.
+        Raises:
+          FloatingPointError: scores are not finite, so the weights are damaged.
         """
         before, self._pending = self._pending, []
         for kind, batch in zip(self.prompts, batches, strict=True):
@@ -146,7 +148,7 @@ class ZeroShot:
                 self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
 
     def take(self) -> ConfusionCounts:
-        """All that has been counted since the last call."""
+        """Returns the counts since the last call."""
         self._keep(self._pending)
         self._pending = []
         none = np.zeros((len(self.forward.readouts), 0), np.int64)
@@ -165,16 +167,19 @@ class ZeroShot:
         return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
 
     def running_miou(self, before: ConfusionCounts | None) -> float | None:
-        """Of the best readout in the first pass, 0 to 1, with what was counted before; None where nothing was.
+        """Returns the mIoU, 0 to 1, of the best readout in the first pass so far; None if nothing is counted.
 
         Waits for the device.
+
+        Args:
+          before: counts of earlier calls to `take`, which are included.
         """
         confusions = self.tallies[self.passes[0]].total() + (before.confusion[0] if before else 0)
         scores = [mean_iou(confusion) for confusion in confusions]
         return max((score for score in scores if not np.isnan(score)), default=None)
 
     def scores(self, batch: EvaluationBatch, one: Pass) -> Float[np.ndarray, "readouts images classes rows columns"]:
-        """Class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
+        """Returns class scores of a batch in one pass, on the grid of image tokens; rows as in `batch.class_of_row`."""
         latents = self.forward.latents(batch.pixels)
         conditioning = [self.forward.encoded(rows.texts) for rows in batch.prompts]
         scores = self._scores(batch, latents, conditioning, one)
@@ -211,7 +216,7 @@ def add_scores(
     averaging: Float[Array, "rows classes columns"],
     image_of_row: Int[Array, " rows"],
 ) -> Float[Array, "readouts images classes tokens"]:
-    """Class scores of some prompts, added to those of the others: each class is named by one."""
+    """Adds the class scores of some prompts to those of the others. Each class is named by one prompt."""
     images = scores.shape[1]
     some = jax.lax.map(lambda one: combine_prompts(class_scores(one, averaging), image_of_row, images), maps)
     return split_batch(scores + some, 1)
@@ -227,9 +232,11 @@ def count(
     *,
     grid: tuple[int, int],
 ) -> tuple[Int[Array, "readouts classes classes"], Int[Array, "readouts images"]]:
-    """Upsample scores to each image's own size on the canvas, take the best class of each pixel and count.
+    """Upsamples scores to each image's own size on the canvas, takes the best class of each pixel and counts.
 
-    Also how many pixels of each image are right: -1 where a score is not finite.
+    Returns:
+      the confusion matrices with this batch added, and the number of right pixels in each image; -1 if a score of the
+      image is not finite.
     """
     canvas = (truth.shape[1], truth.shape[2])
     truth, sizes, class_of_row = (split_batch(array) for array in (truth, sizes, class_of_row))
@@ -252,7 +259,7 @@ def count(
 def without_images(
     scores: Float[Array, "readouts images classes tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
 ) -> tuple[Float[Array, "readouts images classes tokens"], Float[Array, "1 images classes tokens"]]:
-    """Scores that cannot know where anything is: each image's own with the tokens in random order, and random ones."""
+    """Returns two baselines that do not know where things are: each image's scores, permuted, and random scores."""
 
     def of_image(index: Array) -> tuple[Array, Array]:
         order, values = guess_keys(index, seed)
@@ -263,6 +270,6 @@ def without_images(
 
 
 def guess_keys(index: Int[Array, ""], seed: Int[Array, ""]) -> Key[Array, " 2"]:
-    """For an image's tokens in random order, and for random scores."""
-    # Folded twice: these numbers have nothing to do with those that the image's noise is made of.
+    """Returns two random keys of an image: one for the permutation of its tokens, one for random scores."""
+    # Two folds make these keys independent of the key of the image's noise.
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), 1))
