@@ -1,10 +1,10 @@
-"""What capturing one block's attention costs: the same forward pass with and without, side by side.
+"""Measures the cost of capturing one block's attention: time and memory of a forward pass with capture and without.
 
     python benchmarks/attention_capture.py                       # SD3-medium's width and depth, 512 px, fp32
     python benchmarks/attention_capture.py --size 1024 --dtype bfloat16
 
-Random weights. Passes alternate, so that a machine's moods fall on both; the median is shown. Memory is XLA's own
-account of temporary buffers.
+Weights are random. The two kinds of passes alternate, so that other load on the machine affects both; the median is
+shown. Memory is XLA's figure for temporary buffers.
 """
 
 from __future__ import annotations

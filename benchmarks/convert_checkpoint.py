@@ -1,11 +1,11 @@
-"""Memory and time of converting a full SD3-medium with T5-XXL (15 GB in fp16), beside `cp` of the same files.
+"""Measures memory and time of converting a full SD3-medium with T5-XXL (15 GB in fp16), and of `cp` of the same files.
 
     python benchmarks/convert_checkpoint.py [--scratch DIR] [--without-t5] [--repeats 2]
 
-Writes a checkpoint of the published shapes in diffusers' layout with random numbers (no download), then copies it and
-converts it in turn, each from a cold page cache and up to the last byte on the disk. Needs twice the checkpoint's size
-of free space. As root all of the page cache is dropped, otherwise the checkpoint alone. Target: at most 2 GiB resident
-at the peak, mapped pages and imports counted, and at most twice the time of cp.
+Writes a checkpoint of random numbers with the published shapes, in diffusers' layout (no download). Then copies and
+converts it in turn, each time from a cold page cache, and until all bytes are on the disk. Needs free space of twice
+the checkpoint's size. As root the whole page cache is dropped, otherwise only the checkpoint's pages. Target: at most
+2 GiB resident at the peak, with mapped pages and imports, and at most twice the time of cp.
 """
 
 from __future__ import annotations

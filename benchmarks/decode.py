@@ -1,12 +1,12 @@
-"""How many images per second one process reads for `evaluate.py`, whatever the model: on the host alone, by stage.
+"""Measures how many images per second one process reads for `evaluate.py`, by stage, on the host and without a model.
 
     python benchmarks/decode.py                              # to 1024 px, SD3-medium's; --size 512
     python benchmarks/decode.py --images 8 --repeats 1       # quicker
 
-Writes pictures and labels of three published sets' layouts, sizes and file formats (smooth noise, about as many bytes
-as photographs), and reads them with the evaluator's own reader. Stages are timed in one thread by its processor time,
-which other programs on the machine hardly change; `reader/s`, images a second of the threads that read ahead and the
-batches put together meanwhile, by the clock on the wall. Files lie in the page cache. Target: 50 images/s.
+Writes pictures and labels in the layouts, sizes and file formats of three published sets (smooth noise, with about as
+many bytes as photographs), and reads them with the evaluator's reader. Stages are timed in one thread by processor
+time, which other programs on the machine hardly change. `reader/s` is images per second, in wall time, of the threads
+that read ahead while batches are put together. Files are in the page cache. Target: 50 images/s.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How recognisable the miniature's pictures are, by its own CLIP: how often one ranks its own caption first of 16.
+"""Measures how often the miniature's CLIP ranks a generated picture's own caption first of 16.
 
     python benchmarks/generated_pictures.py                              # 256 captions of test scenes
     python benchmarks/generated_pictures.py --sheet docs/pictures/samples.png
     python benchmarks/generated_pictures.py --lora runs/magnet/miniature/export
 
-Beside them the scenes that the captions are of, as they are and through the autoencoder, and pictures of other
-captions, which is chance: 1 in 16.
+For comparison it also scores the scenes that the captions describe, unchanged and through the autoencoder, and pictures
+of other captions, whose expected score is chance, 1 in 16.
 """
 
 from __future__ import annotations

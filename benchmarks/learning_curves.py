@@ -1,9 +1,9 @@
-"""Draw how mean IoU came with training, by block, from the logs of one or more runs of flow matching.
+"""Draws mean IoU over training steps, by block, from the logs of one or more runs of flow matching.
 
     python benchmarks/learning_curves.py RUN[,RUN GOING ON FROM IT...] ... --out curves.svg
 
-Each argument is one panel: runs of `train.py` in the order in which one went on from the other, their steps counted on.
-The block that is best at the end has its own colour. Prints the figures that it draws.
+Each argument is one panel: runs of `train.py`, each of which continued the one before; their steps are added up. The
+block that is best at the end has its own colour. Prints the values that it draws.
 """
 
 from __future__ import annotations

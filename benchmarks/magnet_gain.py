@@ -1,11 +1,12 @@
-"""What MAGNET changes on pictures that it does not train on: mIoU and flow-matching loss, before and after.
+"""Measures what MAGNET changes on held-out pictures: mIoU and flow-matching loss, before and after.
 
     python benchmarks/magnet_gain.py -- --held_out.split=test --held_out.count=500 --run.evaluate_every=1000
     python benchmarks/magnet_gain.py --vary run.seed=0 optimizer.learning_rate=1e-3,3e-3 -- --run.steps=300
 
-The first is the miniature's recipe, with three seeds, on its test scenes; runs otherwise score validation scenes.
-Every combination of the varied options is a run of `train.py` (finished runs in --out are not repeated, interrupted
-ones go on); runs that differ only in their seed make one line, mean and spread. What follows `--` goes to train.py.
+The first command is the miniature's recipe, with three seeds, on its test scenes; by default runs score validation
+scenes. Every combination of the varied options is a run of `train.py`. Finished runs in --out are not repeated, and
+interrupted ones are resumed. Runs that differ only in their seed make one line with mean and spread. Arguments after
+`--` go to train.py.
 """
 
 from __future__ import annotations

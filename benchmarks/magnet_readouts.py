@@ -1,12 +1,12 @@
-"""Which reading of the expert block's attention MAGNET makes better: of the miniature, with and without adapters.
+"""Compares readings of the expert block's attention, with MAGNET's adapters and without, on the miniature.
 
     python benchmarks/magnet_readouts.py "[RUN/export,ANOTHER/export]" [--scenes 128]
 
-Three readings of the same maps on validation scenes, each asked for its own classes:
+Three readings of the same maps are scored on validation scenes. The prompt of a scene names its own classes:
 
-    probabilities   arg-max of the head-mean softmax over all keys: what zero-shot segmentation decides by
+    probabilities   arg-max of the head-mean softmax over all keys, as in zero-shot segmentation
     scores          arg-max of the head-mean q.k/sqrt(d)
-    sigmoid         where sigmoid(head-mean score) > 1/2, each class by itself: what `masks_from: scores` trains
+    sigmoid         sigmoid(head-mean score) > 1/2, for each class by itself, which `masks_from: scores` trains
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""A MAGNET training step, ours and the released one's in PyTorch on diffusers and PEFT, at equal batch and shapes.
+"""Measures a MAGNET training step: ours, and the release's in PyTorch on diffusers and PEFT, at equal batch and shapes.
 
     PYTHONPATH=. python benchmarks/magnet_step.py                                            # CPU: 6 blocks, 256 px
     PYTHONPATH=. python benchmarks/magnet_step.py --case.layers=24 --case.size=1024 --case.batch=4 \\
         --case.dtype=bfloat16 --case.remat=blocks                                            # GPU: SD3-medium whole
 
-Random weights of SD3's widths. Every step: latents of pictures (not of `ours, cached`), noise, the transformer whole,
-losses of velocity and masks, gradients of the adapters, clipping, AdamW. Text encoders are left out on both sides. The
-released step keeps the expert block's whole score matrix beside its fused attention, multiplies T5's zeros out and
-encodes every picture anew; its weights are fp32, under fp16 autocast on a GPU. Each one runs in a process of its own.
-Of ours the table also says what the compiled step takes beside its arguments (temp.), and on a CPU what the
-process held before its first step (begun). `of peak`: the operations that the gradients need, whatever is done, over
-what each side's library reaches, in its dtype, in a product of large square matrices.
+Weights are random, with SD3's widths. A step encodes pictures to latents (not in `ours, cached`), draws noise, runs the
+whole transformer, and computes the losses of velocity and masks, the gradients of the adapters, clipping and AdamW.
+Text encoders are left out on both sides. The released step keeps the expert block's whole score matrix beside its fused
+attention, computes with T5's zeros, and encodes every picture in every step; its weights are fp32, with fp16 autocast
+on a GPU. Each variant runs in a process of its own. For ours the table also has the memory that the compiled step takes
+beside its arguments (temp.), and on a CPU the memory of the process before its first step (begun). `of peak` is the
+rate of the operations that the gradients need, without recomputation, relative to the rate that each side's library
+reaches, in its dtype, in a product of large square matrices.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The miniature's masks beside the released algorithm's, in PyTorch on diffusers: same weights, scenes and noise.
+"""Compares our masks with those of the released algorithm in PyTorch on diffusers: miniature, same scenes and noise.
 
     PYTHONPATH=. python benchmarks/released_algorithm.py                 # the 500 test scenes
     PYTHONPATH=. python benchmarks/released_algorithm.py --scenes 20 --model DIR
 
-Both in fp32, each with its own text encoding and autoencoder. The release goes one image at a time through all blocks
-and keeps one block's whole attention matrix; ours goes in batches and stops at the block. Both warm up before the
-clock runs. Prints mIoU of both, the share of pixels with equal labels, the largest difference of scores, and images/s.
+Both compute in fp32, each with its own text encoders and autoencoder. The release runs one image at a time through all
+blocks and keeps one block's whole attention matrix. Ours runs batches and stops at the block. Both warm up before they
+are timed. Prints mIoU of both, the share of pixels with equal labels, the largest difference of scores, and images/s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The released code's MAGNET training step on diffusers and PEFT, from its description; see `magnet_step`."""
+"""The released code's MAGNET training step, rewritten on diffusers and PEFT from its description; see `magnet_step`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""One flow-matching step of the miniature's MM-DiT, with and without what makes it fast, side by side.
+"""Measures a flow-matching step of the miniature's MM-DiT, with and without the options that make it fast.
 
     python benchmarks/training_step.py
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/training_step.py      # huge pages for XLA's buffers, Linux
 
-Random latents and contexts; forward pass, gradient and AdamW. Variants take turns; the median of each is shown.
+Latents and contexts are random. A step is forward pass, gradient and AdamW. The variants alternate, and the median of
+each is shown.
 """
 
 from __future__ import annotations

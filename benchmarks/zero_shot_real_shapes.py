@@ -1,16 +1,15 @@
-"""Images per second at SD3-medium's real shapes: ours, as `evaluate.py` runs it, beside the released algorithm.
+"""Measures images per second at SD3-medium's real shapes: ours, as in `evaluate.py`, and the released algorithm.
 
     python benchmarks/zero_shot_real_shapes.py                                                    # 512 px, fp32
     python benchmarks/zero_shot_real_shapes.py --size 1024 --dtype bfloat16 --batch 1,2,4,8 --repeats 10     # a GPU
     python benchmarks/zero_shot_real_shapes.py --shapes tiny --size 64                            # does it all run?
 
-Both have the same random weights, images, noise and prompt states; no text encoder is run. The release goes one image
-at a time through all 24 blocks in PyTorch on diffusers and keeps block 9's whole attention matrix; ours goes in
-batches, stops at that block's queries and keys, and computes its maps only. One framework is in memory at a time, each
-run in a process of its own, after a pass that is not counted. Writes 8 GB of weights (4 in bfloat16) under --scratch
-for the while. Stages are timed by themselves, so they need not add up to a pass. On a CPU they, and the matmul peak
-that they are held against, are in seconds of the processors kept busy, which other programs on the machine change less
-than the wall's clock; images/s are by the clock.
+Both have the same random weights, images, noise and text states; no text encoder is run. The release, in PyTorch on
+diffusers, runs one image at a time through all 24 blocks and keeps block 9's whole attention matrix. Ours runs batches,
+stops at that block's queries and keys, and computes only its maps. Each side runs in a process of its own, one at a
+time, after a pass that is not counted. During the run 8 GB of weights (4 GB in bfloat16) lie under --scratch. Stages
+are timed separately, so they need not add up to a pass. On a CPU, stages and the matmul peak to which they are compared
+are in processor seconds, which other programs on the machine change less than wall time; images/s are by wall time.
 """
 
 from __future__ import annotations

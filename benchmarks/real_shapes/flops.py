@@ -1,4 +1,4 @@
-"""Operations of one image by the stages that are timed, see `seg4diff_jax.models.flops`."""
+"""Operations per image of each stage that is timed, from `seg4diff_jax.models.flops`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both sides of `zero_shot_real_shapes.py` are given, and what each hands back, in one directory."""
+"""The inputs and the results of both sides of `zero_shot_real_shapes.py`, as files in one directory."""
 
 from __future__ import annotations
 

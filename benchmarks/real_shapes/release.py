@@ -2,8 +2,8 @@
 
     python -m real_shapes.release DIRECTORY
 
-First it writes the random weights that ours is to read. Then images go one at a time through all blocks, and the expert
-block's whole attention matrix is computed and kept (in place of its fused attention: the release computes both).
+First it writes the random weights, which our side reads too. Then images go one at a time through all blocks. The
+expert block's whole attention matrix is computed and kept, instead of its fused attention (the release computes both).
 """
 
 from __future__ import annotations
