@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options) -> None:
     """Runs the evaluation. All processes measure; the first one writes the results."""
     started = time.perf_counter()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
     with console.status("starting"):  # importing JAX takes seconds
         import jax

@@ -64,7 +64,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
     default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.out or str(default), "", options.overwrite)

@@ -93,7 +93,7 @@ def segment_to_files(
       segment: takes the pipeline, the pixels and the options of `result_arguments` by name.
       resolved: resolved values of options, for the record.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing, and is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
     # Names, block, noise level, size, seed and class names are checked before the weights are read, which takes time.
     out = output_directory(options.out, options.image, options.overwrite)

@@ -129,7 +129,7 @@ def misfits(config: Any, *, reads: bool) -> list[str]:
     found = problems(config) + schedule_problems(config.optimizer, config.run.steps)
     said = {each.partition(" is ")[0] for each in found}
     found += [each for each in out_of_bounds(config) if each.partition(" is ")[0] not in said]
-    if found and reads and isinstance(config, MagnetConfig) and config.data.root:  # else reading reports this
+    if found and reads and isinstance(config, MagnetConfig) and config.data.root:  # else reading the data reports it
         found += config.data.misplaced()
     return found
 
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_compiled_programs()
         if distributed:
             join_processes()
-        check(config.run, config.optimizer)  # first, since making a task may take long
+        check(config.run, config.optimizer)  # before the task is made, which may take long
         with termination() as stop:
             with stop.dispensable():
                 made = TASKS[task].make(config)

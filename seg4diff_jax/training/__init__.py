@@ -1,1 +1,1 @@
-"""Training: one loop for every task, and the tasks."""
+"""Training: one loop for every task, with its optimizers, checkpoints and logs."""

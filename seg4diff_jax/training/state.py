@@ -23,7 +23,7 @@ from jaxtyping import Array, UInt32
 from seg4diff_jax.parallel import parameter_shardings
 
 Parameters = dict[str, Any]
-"""Dotted name to array."""
+"""Arrays by dotted name."""
 
 
 class TrainState(NamedTuple):

@@ -38,7 +38,7 @@ def measured_peak(dtype: str) -> float:
     side = SIDE.get(jax.default_backend(), LARGE)
     matrices = [jax.device_put(jnp.full((side, side), 1 / side, dtype), device) for device in devices]
     run = lambda: jax.block_until_ready([_products(matrix) for matrix in matrices])
-    run()  # compiles
+    run()  # the first run compiles
     seconds: list[float] = []
     while sum(seconds) < SECONDS:
         begun = time.perf_counter()
