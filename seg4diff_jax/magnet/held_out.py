@@ -32,12 +32,14 @@ from seg4diff_jax.training.mask_scores import confusions
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """Says which pictures are held out and scored.
+    """Which pictures are held out and scored. Prompts are made as in training: data.names and data.rows apply here too.
 
     Attributes:
-      name, root, split, labels: as for `MaskData`; name null: the training data's set. If that set is a folder, its
-        held-out pictures are removed from the training data. Split null: val of a published set, validation of
-        scenes. Prompts are made as in training: data.names and data.rows apply to held-out pictures too.
+      name: name of the set, as for `MaskData`; null: the training data's set. If that set is a folder, its held-out
+        pictures are removed from the training data.
+      root: directory of the pictures, as for `MaskData`.
+      split: split of the set, as for `MaskData`; null: val of a published set, validation of scenes.
+      labels: which labels to use, as for `MaskData`.
       count: number of pictures, evenly spread over the set; 0: none.
       batch_size: pictures per batch.
       sigmas: noise levels of further velocity losses, beside the expert step's noise level.

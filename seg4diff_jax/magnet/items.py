@@ -41,7 +41,7 @@ OTHERS = ("folder", "scenes", "sa1b")
 
 @dataclass(frozen=True)
 class MaskData:
-    """Chooses the pictures and masks, and the view of each that a training step sees.
+    """Which pictures and masks to train on, and the view of each that a training step sees.
 
     Attributes:
       name: folder (`images/ labels/ classes.txt`), one of the published sets (coco-171, ade20k150, ...), scenes (of

@@ -14,7 +14,8 @@ class NoiseLevels:
     """Density of the noise levels, see `flow.logit_normal_sigmas`.
 
     Attributes:
-      mean, std: of the normal distribution of the logits.
+      mean: mean of the normal distribution of the logits.
+      std: standard deviation of the normal distribution of the logits.
       shift: shift of the noise levels; null: that of the checkpoint's schedule.
     """
 

@@ -24,7 +24,7 @@ from seg4diff_jax.passes import NoisedImages, velocity
 
 @dataclass(frozen=True)
 class MagnetObjective:
-    """Says which losses train the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
+    """Which losses train the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
 
     Attributes:
       targets: `classes`: masks belong to classes, and the prompt is the names of the classes (COCO). `matching`: masks
@@ -36,10 +36,13 @@ class MagnetObjective:
         instead of its sigmoid. For `scores` only.
       mask_head: `conv`: the release's head (`models.mask_head`) refines each token's map in training; None: no head.
         For `scores` only.
-      alpha, gamma: parameters of the focal loss; alpha for `scores` only. gamma is at least 0; for `log_probs` it is 0
-        or at least 1.
-      velocity_weight, focal_weight, dice_weight: weights of the losses in the sum.
-      focal_cost, dice_cost: weights of the losses in the matching's cost. For `matching` only.
+      alpha: weight of a mask's own pixels in the focal loss, 0 to 1. For `scores` only.
+      gamma: exponent of the focal loss, at least 0; for `log_probs` 0 or at least 1.
+      velocity_weight: weight of the flow-matching loss in the sum.
+      focal_weight: weight of the focal loss in the sum.
+      dice_weight: weight of the dice loss in the sum.
+      focal_cost: weight of the focal loss in the matching's cost. For `matching` only.
+      dice_cost: weight of the dice loss in the matching's cost. For `matching` only.
     """
 
     targets: Literal["classes", "matching"] = "classes"

@@ -63,7 +63,9 @@ class Objective:
     """Settings of the loss.
 
     Attributes:
-      mean, std, shift: parameters of the noise levels' density, see `flow.logit_normal_sigmas`.
+      mean: mean of the logits of the noise levels, see `flow.logit_normal_sigmas`.
+      std: standard deviation of these logits.
+      shift: shift of the noise levels.
       image_tokens: how many of a picture's image tokens a step sees, at random positions; null: all.
       caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
       pooled_dropout: share of pooled vectors replaced by zeros, independently of the captions.
@@ -87,7 +89,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of the evaluation by zero-shot masks of validation scenes, see `grounding`."""
+    """Settings of the evaluation by zero-shot masks of validation scenes, see `grounding`.
+
+    Attributes:
+      sigmas: noise levels at which masks are read.
+      batch_size: scenes per batch.
+    """
 
     sigmas: tuple[float, ...] = (0.2, 0.3, 0.5)
     batch_size: int = 16
@@ -106,7 +113,8 @@ class FlowMatchingConfig:
     """Configuration of the task.
 
     Attributes:
-      vae, text: directories that runs of the autoencoder task and of the contrastive task have exported.
+      vae: directory that a run of the autoencoder task has exported.
+      text: directory that a run of the contrastive task has exported.
       start: directory of a checkpoint whose transformer is trained further; null: start from random weights.
       cache: directory of cached latents, written if absent; null: the autoencoder runs in every step.
       prompts: how captions become prompts.

@@ -34,7 +34,8 @@ class SceneConfig:
 
     Attributes:
       size: side of the pictures, in pixels.
-      train, validation: number of scenes in each split.
+      train: number of training scenes.
+      validation: number of validation scenes.
       cache: directory where the training scenes are stored once drawn (66 kB each for a side of 128); null: every
         epoch draws them anew.
     """

@@ -102,7 +102,9 @@ class RunConfig:
       steps: number of updates of the parameters.
       batch_size: items per batch, over all devices and processes.
       seed: seed of parameters, data order and noise.
-      log_every, evaluate_every, checkpoint_every: number of steps between logs, evaluations and checkpoints.
+      log_every: number of steps between two logs.
+      evaluate_every: number of steps between two evaluations.
+      checkpoint_every: number of steps between two checkpoints.
       keep: number of latest checkpoints to keep, beside the best.
       workers: number of processes that prepare data; 0: threads of this process.
       mesh: devices along each axis of the mesh.

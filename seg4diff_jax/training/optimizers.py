@@ -43,7 +43,8 @@ class OptimizerConfig:
         on that cosine.
       warmup: number of updates over which the rate rises linearly.
       weight_decay: decoupled weight decay of matrices and convolutions, not of biases, norms, embeddings and tables.
-      betas, epsilon: Adam's parameters.
+      betas: Adam's decay rates of the first and the second moment.
+      epsilon: Adam's term that keeps the denominator above zero.
       muon: regular expression of the names of matrices that Muon updates instead of Adam. The update is the orthogonal
         matrix nearest to the momentum, with a root mean square of `MUON_SIZE` times the rate. Each matrix of a stack
         is updated by itself.

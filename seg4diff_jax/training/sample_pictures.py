@@ -32,7 +32,8 @@ class Samples:
 
     Attributes:
       count: number of images, side by side, one for each of the first validation captions; 0: none.
-      steps, guidance: as for `Pipeline.generate`.
+      steps: number of sampling steps, as for `Pipeline.generate`.
+      guidance: guidance scale, as for `Pipeline.generate`.
       seed: seed of the noise.
       sampler: as for `Pipeline.generate`; euler even if the checkpoint was saved with another sampler.
     """
