@@ -96,7 +96,7 @@ def named(data: Data) -> str:
 
 
 def misfits(data: Data) -> list[str]:
-    """What of the options does not fit, a sentence each; found without a look at the disk."""
+    """Returns a sentence for each option that does not fit. Reads no files."""
     name, refusals = named(data), Refusals()
     found = refusals.found
     if name not in (*SETS, *OTHERS):
