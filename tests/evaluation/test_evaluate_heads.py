@@ -26,6 +26,7 @@ from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.world.shapes import scene, write_folder
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.segmentation.metrics import mean_iou
+from tests.reference.evaluations import made_up_benchmark, made_up_evaluation
 from tests.reference.inputs import SQUARE
 from tests.reference.release import squashed
 from tests.reference.ties import ignore, undecided
@@ -154,15 +155,18 @@ def test_results_name_the_head_and_the_page_plots_them(tmp_path: Path, capsys):
 
 
 def test_lines_over_blocks_are_of_the_mean_of_heads_even_where_a_single_head_is_better():
-    row = {"step": 8, "seed": 0, "prompts": "present"}
+    (row,) = made_up_evaluation(made_up_benchmark(("cat", "sky"))).rows
     scores = {(1, None): 50.0, (1, 0): 20.0, (1, 1): 60.0, (2, None): 40.0, (2, 0): 45.0, (2, 1): 10.0}
-    rows = [row | {"block": block, "head": head, "miou": miou} for (block, head), miou in scores.items()]
+    rows = [
+        replace(row, block=block, head=head, metrics=replace(row.metrics, miou=miou))
+        for (block, head), miou in scores.items()
+    ]
     way = Way("open_vocabulary", "present")
     found = sweep(way, rows)
     assert (found.best, found.head, found.read) == ((1, 8), 1, None)
     assert found.scores == {(1, 8): (50.0, 0.0), (2, 8): (40.0, 0.0)}
     assert found.heads[2, 0] == (45.0, 0.0)
-    single = sweep(way, [row for row in rows if row["head"] is not None])
+    single = sweep(way, [row for row in rows if row.head is not None])
     assert single.scores == {(1, 8): (60.0, 0.0), (2, 8): (10.0, 0.0)}
     captions = [plot.caption for plot in plots([single], None)]
     assert captions == [
