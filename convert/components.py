@@ -12,9 +12,9 @@ from seg4diff_jax.convert.assemble import abstract
 from seg4diff_jax.convert.configurations import PUBLISHED, check_values
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Architecture
-from seg4diff_jax.convert.files import quoted
 from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stacked_layers import Layered
+from seg4diff_jax.quoting import quoted
 
 COMPONENTS = SD3.components
 """The components of SD3, the only family so far."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3
-from seg4diff_jax.convert.files import quoted
+from seg4diff_jax.quoting import quoted
 
 
 class Bounds(NamedTuple):

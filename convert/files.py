@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.quoting import quoted
 
 LARGEST = 64 << 20
 """Most bytes of a JSON file; vocabularies and indices of shards take a few million."""
@@ -22,10 +23,6 @@ DEPTH = 64
 CONTAINERS = dict, list
 DIGITS = 32
 """Most digits of an integer; the largest that occurs, a size in bytes, has 20."""
-SHOWN = 80
-"""Most characters of a wrong value in a message."""
-TOLD = 300
-"""Most characters of a library's reason in a message."""
 
 
 def read_json(path: Path, why: str = "", *, finite: bool = True) -> dict[str, Any]:
@@ -76,16 +73,6 @@ def parse_json(contents: bytes | str, where: str, *, finite: bool = True, keep: 
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
         raise CheckpointError(f"{where}: not JSON: {error}") from None
     return found
-
-
-def quoted(value: Any) -> str:
-    """Returns a wrong value as messages show it, cut to SHOWN characters."""
-    return cut(repr(value), SHOWN)
-
-
-def cut(text: str, most: int = TOLD) -> str:
-    """Returns the text of a library or a file as messages show it, cut to `most` characters."""
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]], keep: Collection[str]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from seg4diff_jax.convert.components import (
 from seg4diff_jax.convert.configurations import check_depth
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Family, Naming
-from seg4diff_jax.convert.files import quoted
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.models.stacked_layers import Layered
+from seg4diff_jax.quoting import quoted
 
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 

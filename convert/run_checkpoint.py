@@ -19,7 +19,8 @@ from typing import Any
 
 from seg4diff_jax.checksums import checksums
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import cut, quoted, read_json
+from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.quoting import cut, quoted
 
 STATE, CHECKSUMS, DATA, CONFIG, METRICS = "state", "checksums", "data", "config", "metrics"
 NOTES = "_CHECKPOINT_METADATA"

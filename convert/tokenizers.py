@@ -8,8 +8,9 @@ from pathlib import Path
 from seg4diff_jax.convert.components import tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.families import SD3
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.readers import Source
+from seg4diff_jax.quoting import quoted
 from seg4diff_jax.text import Tokenizers, load_tokenizer, load_tokenizers
 
 JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")

@@ -19,14 +19,16 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
+from seg4diff_jax.quoting import quoted
+
 Value = TypeVar("Value")
 LARGEST = 1 << 20
 """Most bytes of a configuration file."""
 VALUES = 20_000
 """Most values in a configuration file. A value counts as often as aliases repeat it."""
 DEPTH = 32
-SHOWN, LONGEST_LINE = 80, 400
-"""Most characters of a wrong value in a message, and of one line of a message."""
+LONGEST_LINE = 400
+"""Most characters of one line of a message."""
 CLASSES = ("class_path", "init_args", "dict_kwargs")
 """Keys by which jsonargparse would import a class. No option has such a name."""
 
@@ -301,9 +303,3 @@ def _sections(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]
         if inner is not None:
             yield prefix + field.name, (inner, optional)
             yield from _sections(inner, f"{prefix}{field.name}.")
-
-
-def quoted(value: Any) -> str:
-    """Returns a wrong value as messages show it. Long ones are cut."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

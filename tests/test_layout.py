@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARRAYS_ONLY = (
-    *("bilinear", "models", "flow", "segmentation", "passes", "numerics", "parallel", "checksums"),
+    *("bilinear", "models", "flow", "segmentation", "passes", "numerics", "parallel", "checksums", "checked"),
     *(f"magnet.{name}" for name in ("losses", "matching", "objective", "targets")),
 )
 """Parts that know no files, tokenizers, pictures or terminals."""
@@ -19,8 +19,9 @@ FOREIGN_TO_ARRAYS |= {"tempfile", "tokenizers", "torch", "transformers", "yaml"}
 
 MAY_IMPORT: dict[str, str] = {
     # Arrays to arrays.
-    "models": "parallel",
+    "models": "checked parallel",
     "numerics": "",
+    "checked": "",
     "flow": "numerics",
     "bilinear": "",
     "segmentation": "bilinear",
@@ -29,12 +30,13 @@ MAY_IMPORT: dict[str, str] = {
     "passes": "flow models parallel segmentation",
     # What is around them, in memory.
     "terminal": "",
+    "quoting": "",
     "versions": "",
     "extras": "",
     "image_files": "",
     "images": "bilinear image_files",
     "compilation": "",
-    "configuration": "",
+    "configuration": "quoting",
     "processes": "parallel",
     "text": "models",
     "class_names": "",
@@ -45,22 +47,24 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation text",
     "reporting": "images pipeline prompt_attention",
     # Checkpoints and data, and what reads or writes them.
-    "convert": "bilinear checksums extras flow models numerics passes segmentation terminal text",
+    "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert models numerics passes text",
-    "data": "convert image_files images segmentation",
+    "analysis": "convert models numerics passes quoting text",
+    "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
-    "training": "compilation configuration convert data flow image_files models numerics parallel passes segmentation "
-    "terminal",
-    "miniature": "analysis configuration convert data flow models parallel passes reporting segmentation text training",
-    "magnet": "bilinear checkpoints convert data flow miniature models parallel passes segmentation text training",
+    "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "
+    "quoting segmentation terminal",
+    "miniature": "analysis checked configuration convert data flow models parallel passes reporting segmentation text "
+    "training",
+    "magnet": "bilinear checked checkpoints convert data flow miniature models parallel passes segmentation text "
+    "training",
     "planning": "checkpoints convert data magnet models parallel training",
     "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
-    "passes pipeline processes reporting segmentation text versions",
+    "passes pipeline processes quoting reporting segmentation text versions",
     # What people start.
     "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation extras "
     "flow images magnet miniature models numerics parallel passes pipeline planning processes prompt_attention "
-    "reporting segmentation terminal text training versions",
+    "quoting reporting segmentation terminal text training versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",
 }

@@ -11,7 +11,7 @@ from typing import Any
 from seg4diff_jax.convert.components import COMPONENTS, tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.families import SD3
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.readers import Source, TorchComponent
 from seg4diff_jax.convert.sources.index import check_index, is_inside, named_components, read_scheduler
 from seg4diff_jax.convert.sources.quantised import refuse_quantization_config
@@ -19,6 +19,7 @@ from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo, read_hea
 from seg4diff_jax.convert.sources.scaled_fp8 import with_scales
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.convert.sources.weight_files import read_weights
+from seg4diff_jax.quoting import quoted
 
 OF_TRANSFORMERS = "model"
 """Stem of transformers' weight files."""

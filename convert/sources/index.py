@@ -9,7 +9,8 @@ from typing import Any
 from seg4diff_jax.convert.components import COMPONENTS, tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.families import SD3
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.quoting import quoted
 
 LONGEST_NAME = 255
 """Most bytes of a file's name that file systems take."""

@@ -30,11 +30,12 @@ import orbax.checkpoint as ocp
 from seg4diff_jax.convert.components import COMPONENTS, abstract_model, checked_block, parse_config
 from seg4diff_jax.convert.configurations import check_depth
 from seg4diff_jax.convert.errors import CheckpointError, raise_all, reason
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.layout import checksum, dtype_named, is_dtype, is_weight
 from seg4diff_jax.convert.names import parameter_shapes
 from seg4diff_jax.convert.readers import Layout, Source, part_of
 from seg4diff_jax.convert.sources.index import check_index, is_inside, read_scheduler
+from seg4diff_jax.quoting import quoted
 
 MANIFEST = "manifest.json"
 FORMAT = "seg4diff-jax checkpoint"

@@ -18,12 +18,13 @@ import ml_dtypes
 import numpy as np
 
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import parse_object, quoted
+from seg4diff_jax.convert.files import parse_object
 from seg4diff_jax.convert.layout import contiguous, raw
 from seg4diff_jax.convert.names import Shape
 from seg4diff_jax.convert.sources.container import HEAD, NO_SAFETENSORS, container_of
 from seg4diff_jax.convert.sources.quantised import INSTEAD
 from seg4diff_jax.convert.sources.stored_tensor import is_addressable, read_bytes
+from seg4diff_jax.quoting import quoted
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

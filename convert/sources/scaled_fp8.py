@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
-from seg4diff_jax.convert.files import parse_object, quoted
+from seg4diff_jax.convert.files import parse_object
 from seg4diff_jax.convert.layout import is_weight
 from seg4diff_jax.convert.names import Shape
 from seg4diff_jax.convert.sources.quantised import INSTEAD, refusal, refuse_foreign_forms
 from seg4diff_jax.convert.sources.safetensors_stream import TensorInfo
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
+from seg4diff_jax.quoting import quoted
 
 MARKER = re.compile(r"(.+\.)?scaled_fp8")
 """Matches the name of a tensor of at most two numbers, of which only the dtype has a meaning."""

@@ -13,12 +13,13 @@ from PIL import Image
 
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.load import load_component
 from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.clip_vision import CLIPVision
 from seg4diff_jax.numerics import settled
+from seg4diff_jax.quoting import quoted
 from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

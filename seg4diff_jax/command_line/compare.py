@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from seg4diff_jax.convert.files import quoted, read_json
+from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.quoting import quoted
 
 RESULTS = "results.json"
 SAME = ("dataset", "split", "labels", "background", "unlabelled", "images", "pixels")

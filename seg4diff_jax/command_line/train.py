@@ -17,7 +17,6 @@ from seg4diff_jax.configuration import (
     check_parsed,
     configuration_file,
     problems,
-    quoted,
     read_configuration,
     refuse,
     unchecked,
@@ -25,6 +24,7 @@ from seg4diff_jax.configuration import (
 from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.processes import join_processes
+from seg4diff_jax.quoting import quoted
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.loop import check, train
 from seg4diff_jax.training.optimizers import schedule_problems

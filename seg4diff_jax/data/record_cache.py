@@ -22,9 +22,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
-from seg4diff_jax.convert.files import cut, quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.staging import staged_directory
 from seg4diff_jax.data.loader import Item
+from seg4diff_jax.quoting import cut, quoted
 
 RECORDS, MANIFEST = "items.arrayrecord", "items.json"
 ONE_BY_ONE = "group_size:1,uncompressed"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import cut, parse_json, quoted
+from seg4diff_jax.convert.files import parse_json
 from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.quoting import cut, quoted
 
 MARKS = (  # UTF-32 is before UTF-16, since its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32-le"),

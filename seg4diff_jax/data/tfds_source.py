@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from seg4diff_jax.convert.files import cut
 from seg4diff_jax.data.folder import listed_ids, read_classes
 from seg4diff_jax.data.labelled import FolderError, first_of, published_kind, published_split, read_fitting, read_values
 from seg4diff_jax.data.loader import Item
+from seg4diff_jax.quoting import cut
 
 INFO, CLASSES = "dataset_info.json", "classes.txt"
 DEPTH = 4

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, quoted
+from seg4diff_jax.configuration import Parser, check_parsed, configuration_file
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
+from seg4diff_jax.quoting import quoted
 
 EvaluationResize = Literal[Resize, "paper"]
 """How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""

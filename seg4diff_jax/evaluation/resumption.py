@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import cut, quoted, read_json
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.evaluation.counts import Counts, together
+from seg4diff_jax.quoting import cut, quoted
 
 DIRECTORY, RUN = "progress", "run.json"
 SHARD = "images_per_shard"

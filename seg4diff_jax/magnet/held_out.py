@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.loader import Batch, Item, evaluation_batches
 from seg4diff_jax.flow import image_noise
@@ -31,7 +32,7 @@ from seg4diff_jax.training.mask_scores import confusions
 
 
 @dataclass(frozen=True)
-class HeldOutData:
+class HeldOutData(Checked):
     """Which pictures are held out and scored. Prompts are made as in training: data.names and data.rows apply here too.
 
     Attributes:
@@ -52,10 +53,6 @@ class HeldOutData:
     count: int = 64
     batch_size: int = 4
     sigmas: tuple[float, ...] = ()
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

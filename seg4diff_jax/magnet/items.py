@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.data.crops import Crop, View
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
@@ -40,7 +41,7 @@ OTHERS = ("folder", "scenes", "sa1b")
 
 
 @dataclass(frozen=True)
-class MaskData:
+class MaskData(Checked):
     """Which pictures and masks to train on, and the view of each that a training step sees.
 
     Attributes:
@@ -75,10 +76,6 @@ class MaskData:
     flip: bool = True
     rows: int = 16
     least_area: float = 0.005
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

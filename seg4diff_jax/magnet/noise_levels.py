@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from seg4diff_jax.checked import Checked
+
 LARGEST_MEAN = 100
 """Largest absolute mean of the logits; with larger means all noise levels are 0 or 1."""
 
 
 @dataclass(frozen=True)
-class NoiseLevels:
+class NoiseLevels(Checked):
     """Density of the noise levels, see `flow.logit_normal_sigmas`.
 
     Attributes:
@@ -22,10 +24,6 @@ class NoiseLevels:
     mean: float = 0.0
     std: float = 0.5
     shift: float | None = None
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.flow import velocity_loss, velocity_target
 from seg4diff_jax.magnet.losses import ALPHA, GAMMA, FocalWeight, MaskLosses, class_losses, mask_losses
 from seg4diff_jax.magnet.matching import DICE_COST, FOCAL_COST
@@ -23,7 +24,7 @@ from seg4diff_jax.passes import NoisedImages, velocity
 
 
 @dataclass(frozen=True)
-class MagnetObjective:
+class MagnetObjective(Checked):
     """Which losses train the expert block's attention. Static under jit. The defaults are the paper's, for COCO.
 
     Attributes:
@@ -56,10 +57,6 @@ class MagnetObjective:
     dice_weight: float = 0.2
     focal_cost: float = FOCAL_COST
     dice_cost: float = DICE_COST
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

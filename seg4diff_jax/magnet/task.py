@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.checkpoints import Checkpoint, open
 from seg4diff_jax.data.loader import Batch, DataSource
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
@@ -61,7 +62,7 @@ REMATERIALISED: dict[str, bool | Callable] = {
 
 
 @dataclass(frozen=True)
-class MagnetConfig:
+class MagnetConfig(Checked):
     """Configuration of the task.
 
     Attributes:
@@ -99,10 +100,6 @@ class MagnetConfig:
     kernel: Kernel | None = None
     samples: Samples | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.miniature.scenes import (
@@ -36,7 +37,7 @@ from seg4diff_jax.training.state import fresh
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Checked):
     """Weights of the losses, relative to the absolute error of pixels, whose weight is 1.
 
     Attributes:
@@ -50,10 +51,6 @@ class Objective:
     edges: float = 1.0
     divergence: float = 1e-4
     distances: float = 0.0
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

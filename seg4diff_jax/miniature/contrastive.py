@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seg4diff_jax.analysis.clip_score import unit_vectors
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, evaluation_batches
 from seg4diff_jax.miniature.scenes import (
@@ -49,7 +50,7 @@ HOTTEST = 100.0
 
 
 @dataclass(frozen=True)
-class ContrastiveConfig:
+class ContrastiveConfig(Checked):
     """Configuration of the task. All three towers need the same `projection_dim`; the tokenizer sets `vocab_size`.
 
     Attributes:
@@ -70,10 +71,6 @@ class ContrastiveConfig:
     unit_states: bool = True
     dtype: Dtype = "float32"
     export_dtype: Dtype = "float16"
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.configuration import infinite
 from seg4diff_jax.data.loader import Batch, DataSource, Item, evaluation_batches
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
@@ -59,7 +60,7 @@ TRAINABLE = nnx.All(nnx.PathContains("transformer"), nnx.Param)
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Checked):
     """Settings of the loss.
 
     Attributes:
@@ -78,17 +79,13 @@ class Objective:
     caption_dropout: float = 0.1
     pooled_dropout: float = 0.0
 
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
-
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""
         return infinite(vars(self), "objective.")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """Settings of the evaluation by zero-shot masks of validation scenes, see `grounding`.
 
     Attributes:
@@ -99,17 +96,13 @@ class Evaluation:
     sigmas: tuple[float, ...] = (0.2, 0.3, 0.5)
     batch_size: int = 16
 
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
-
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""
         return infinite(vars(self), "evaluation.")
 
 
 @dataclass(frozen=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(Checked):
     """Configuration of the task.
 
     Attributes:
@@ -141,10 +134,6 @@ class FlowMatchingConfig:
     inference_shift: float = 3.0
     dtype: Dtype = "float32"
     export_dtype: Dtype = "float16"
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

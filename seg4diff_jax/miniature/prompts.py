@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.miniature.scenes import caption_ids
 from seg4diff_jax.miniature.world.shapes import CLASSES
@@ -19,7 +20,7 @@ from seg4diff_jax.text import Tokenizers
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(Checked):
     """Settings for making prompts from captions.
 
     Attributes:
@@ -30,10 +31,6 @@ class Prompts:
 
     tokens: int = 77
     filled: float = 0.0
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

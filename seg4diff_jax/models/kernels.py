@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from seg4diff_jax.checked import Checked
+
 Tokens = Float[Array, "batch _ heads head_dim"]
 
 CHUNK_BYTES = 16 * 2**20
@@ -30,7 +32,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Checked):
     """The choice of an attention kernel and of its options. Static under jit.
 
     Attributes:
@@ -42,10 +44,6 @@ class Kernel:
     name: Literal["xla", "cudnn", "splash"]
     query_chunk: int | None = None
     interpret: bool = False
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""

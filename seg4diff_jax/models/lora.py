@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.stacked_layers import LayerStack
 
@@ -42,7 +43,7 @@ class Adapter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     """The rank and alpha of adapters, and the linear layers that they adapt.
 
     Attributes:
@@ -58,10 +59,6 @@ class LoRAConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = IMAGE_ATTENTION
     blocks: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.stacked_layers import LayerStack
 
@@ -32,7 +33,7 @@ the batch."""
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """The configuration of an AutoencoderKL, with diffusers' names and defaults. config.json has SD3's values."""
 
     in_channels: int = 3
@@ -46,10 +47,6 @@ class VAEConfig:
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the configuration, one sentence for each problem."""

@@ -28,7 +28,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import cut
 from seg4diff_jax.convert.run_checkpoint import (
     CHECKSUMS,
     CONFIG,
@@ -43,6 +42,7 @@ from seg4diff_jax.convert.run_checkpoint import (
     read_record,
     score,
 )
+from seg4diff_jax.quoting import cut
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.state import TrainState
 

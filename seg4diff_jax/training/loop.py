@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
@@ -94,7 +95,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Settings of a run: its directory, length and batch, and how often it logs, evaluates and checkpoints.
 
     Attributes:
@@ -120,10 +121,6 @@ class RunConfig:
     keep: int = 2
     workers: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

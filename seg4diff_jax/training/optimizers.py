@@ -15,6 +15,8 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, Int
 
+from seg4diff_jax.checked import Checked
+
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 """Limits of the 32-bit numbers that a step computes with: smaller numbers are 0 there, larger ones infinite."""
 BOUNDS: dict[str, tuple[str, Callable[[int | float], bool]]] = {
@@ -33,7 +35,7 @@ ScheduleName = Literal["constant", "cosine", "last_quarter", "detectron2"]
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """Settings of the optimizer.
 
     Attributes:
@@ -66,10 +68,6 @@ class OptimizerConfig:
     accumulate: int = 1
     average: float | None = None
     rates: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
+from seg4diff_jax.checked import Checked
 from seg4diff_jax.configuration import Refusals
 from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
 from seg4diff_jax.models.encoders import Encoders, TokenIds
@@ -27,7 +28,7 @@ class Denoiser(nnx.Module):
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Checked):
     """Which images to generate at each evaluation.
 
     Attributes:
@@ -43,10 +44,6 @@ class Samples:
     guidance: float = 4.0
     seed: int = 0
     sampler: Sampler | None = None
-
-    def __post_init__(self):
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def problems(self) -> list[str]:
         """Returns a sentence for each option that does not fit."""
