@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -39,6 +40,21 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 """Patterns of parameter paths, and how such parameters are split. The first match counts. Every device holds the whole
 of a parameter that matches none."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each axis of the mesh.
+
+    Attributes:
+      data: devices that share a batch and hold the same weights; null: all that the other axes leave.
+      fsdp: devices that share a batch and split the weights.
+      tensor: devices that split heads and hidden units of each picture.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, *, among: Sequence[Any] | None = None) -> Mesh:

@@ -14,12 +14,13 @@ import yaml
 from seg4diff_jax import configuration
 from seg4diff_jax.command_line.plan import parse as parse_plan
 from seg4diff_jax.command_line.tasks import TASKS
+from seg4diff_jax.command_line.train import make_parser
 from seg4diff_jax.command_line.train import parse as parse_training
 from seg4diff_jax.configuration import parse_yaml, read_configuration, section
 from seg4diff_jax.evaluation.options import Data, Options, Unsupervised
 from seg4diff_jax.evaluation.options import parse as parse_evaluation
 from seg4diff_jax.magnet.items import MaskData
-from seg4diff_jax.training.loop import MeshConfig
+from seg4diff_jax.parallel import MeshConfig
 from seg4diff_jax.training.optimizers import OptimizerConfig
 
 TRAINING = ["--task=magnet", "--run.out=o", "--run.steps=9", "--run.batch_size=1", "--model=m"]
@@ -274,3 +275,9 @@ def test_the_files_that_come_with_the_project_are_read():
     assert files
     for file in files:
         assert read_configuration(file) == yaml.safe_load(re.sub(r"(?<![.0-9])(\d+)e-", r"\1.0e-", file.read_text()))
+
+
+def test_the_help_of_magnet_says_what_every_option_does():
+    actions = make_parser("magnet")._actions
+    assert len(actions) > 60
+    assert not [action.option_strings for action in actions if not action.help]

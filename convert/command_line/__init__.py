@@ -31,8 +31,14 @@ def run_command(
     unknown arguments.
     """
     name, options = _parsed(prog, description, commands, list(sys.argv[1:] if arguments is None else arguments))
+    return exit_status(lambda: commands[name].run(options), at_fault)
+
+
+def exit_status(run: Callable[[], None], at_fault: tuple[type[Exception], ...]) -> int:
+    """Runs a command. Returns 0; 1, after one message on stderr, when it raises an error of `at_fault`; 130 when it is
+    interrupted."""
     try:
-        commands[name].run(options)
+        run()
     except at_fault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

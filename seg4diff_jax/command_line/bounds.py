@@ -22,7 +22,8 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.lora import LoRAConfig
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
-from seg4diff_jax.training.loop import MeshConfig, RunConfig
+from seg4diff_jax.parallel import MeshConfig
+from seg4diff_jax.training.loop import RunConfig
 from seg4diff_jax.training.sample_pictures import Samples
 
 WEIGHT, SHARE, COUNT = Bounds(0, math.inf), Bounds(0, 1), Bounds(1, 2**40)

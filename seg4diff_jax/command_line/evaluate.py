@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from seg4diff_jax.command_line import AT_FAULT
 from seg4diff_jax.configuration import Refusals, refuse
+from seg4diff_jax.convert.command_line import exit_status
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
     GROUPS,
@@ -42,22 +44,11 @@ if TYPE_CHECKING:
     from seg4diff_jax.pipeline import Pipeline
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
-AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
-"""Errors whose messages are shown to the user. Errors of checkpoints, folders and images are ValueErrors."""
-
 
 @settled()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluates as the arguments say. Returns the exit status: 1, after one message on stderr, for wrong input."""
-    try:
-        run(parse(list(sys.argv[1:] if arguments is None else arguments)))
-    except AT_FAULT as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(parse(list(sys.argv[1:] if arguments is None else arguments))), AT_FAULT)
 
 
 def run(options: Options) -> None:

@@ -36,7 +36,7 @@ def task_parser(task: str, prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add: Any = parser.add_argument
     add("--config", action=configuration_file(TASKS[task].config), help="YAML file; options given after it win")
-    add("--task", type=str, choices=list(TASKS), default=task)
+    add("--task", type=str, choices=list(TASKS), default=task, help="what is trained")
     parser.add_class_arguments(TASKS[task].config, as_positional=False)
     return parser
 

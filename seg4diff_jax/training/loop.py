@@ -32,7 +32,7 @@ from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.convert.run_checkpoint import finite
 from seg4diff_jax.data.loader import Augment, Batch, DataSource, training_batches
 from seg4diff_jax.numerics import settled
-from seg4diff_jax.parallel import BATCH, batch_share, make_mesh, named_devices
+from seg4diff_jax.parallel import BATCH, MeshConfig, batch_share, make_mesh, named_devices
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.errors import TrainingError
 from seg4diff_jax.training.logs import METRICS, Logs, Throughput
@@ -83,15 +83,6 @@ class Task:
     item: Callable[[int], str] = "item {}".format
     work: Work | None = None
     then: Callable[[Path], dict[str, str]] | None = None
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Number of devices along each axis of the mesh; `data` null: all devices that the other axes leave."""
-
-    data: int | None = None
-    fsdp: int = 1
-    tensor: int = 1
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE, VAEConfig
+from seg4diff_jax.parallel import MeshConfig
 from seg4diff_jax.processes import join_processes
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.training.loop import MeshConfig, RunConfig, Task, train
+from seg4diff_jax.training.loop import RunConfig, Task, train
 from seg4diff_jax.training.optimizers import OptimizerConfig
 from seg4diff_jax.training.sample_pictures import Denoiser, Samples, sample_row
 from seg4diff_jax.training.state import fresh, name

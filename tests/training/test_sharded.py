@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg4diff_jax.training.loop import MeshConfig, train
+from seg4diff_jax.parallel import MeshConfig
+from seg4diff_jax.training.loop import train
 from tests.reference.mesh_layouts import rows
 from tests.reference.processes import finish, start, together
 from tests.reference.small_training import OPTIMIZER, make_run, make_task
