@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -64,7 +63,8 @@ def assemble(
         raise NameTableError("missing parameters:\n  " + "\n  ".join(listed(list(waiting))))
     for path, variable in flat.items():
         buffer = buffers.pop(path)
-        variable.set_value(jax.device_put(buffer, shardings(path, buffer.shape)) if shardings else jnp.asarray(buffer))
+        # Not `jnp.asarray`, which compiles a program for each shape.
+        variable.set_value(jax.device_put(buffer, shardings(path, buffer.shape) if shardings else None))
     return nnx.merge(graph, state)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
@@ -105,7 +104,8 @@ class ModelView:
             raise ValueError(f"noise is {list(given.shape)}; expected {list(shape)} or {[images, *shape]}")
         if not np.isfinite(given).all():
             raise ValueError("noise has values that are not finite; expected standard normal numbers")
-        return jnp.broadcast_to(jnp.asarray(given, jnp.float32), (images, *shape))[np.asarray(places)]
+        whole = np.broadcast_to(given.astype(np.float32), (images, *shape))
+        return jax.device_put(whole[np.asarray(places)])
 
     def by_size(self, images: Sequence[ImageInput], size: tuple[int, int] | None, how: Resize) -> Iterator[SizeGroup]:
         """Reads images, and yields those of one size together. Raises as `read_image` and `size` do."""
