@@ -38,8 +38,7 @@ SMALL = {
 VARIANTS = {
     "sd3": SMALL,
     "sd3.5-medium": SMALL | {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]},
-    "sd3.5-large": SMALL
-    | {"qk_norm": "rms_norm", "num_layers": 6, "num_attention_heads": 5, "caption_projection_dim": 80},
+    "sd3.5-large": SMALL | {"qk_norm": "rms_norm", "num_attention_heads": 5, "caption_projection_dim": 80},
     "scattered dual attention": SMALL | {"dual_attention_layers": [1, 3]},
 }
 
