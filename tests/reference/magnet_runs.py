@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from seg4diff_jax.miniature.world.shapes import scene, write_folder
+from seg4diff_jax.training import throughput
 from tests.reference.processes import one_of_several
 
 
@@ -132,6 +133,7 @@ def fill() -> None:
 
 
 if __name__ == "__main__":
+    throughput.SIDE["cpu"] = 64  # nothing here is about the peak, which takes a second and all cores to measure
     place = sys.argv.index("--")
     words, others = sys.argv[2:place], sys.argv[place + 1 :]
     if one_of_several():
