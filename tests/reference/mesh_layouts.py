@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from seg4diff_jax.flow import FlowSchedule
 from seg4diff_jax.miniature.flow_matching import TRAINABLE, Objective, loss
@@ -24,7 +25,7 @@ from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE, VAEConfig
-from seg4diff_jax.parallel import MeshConfig
+from seg4diff_jax.parallel import MeshConfig, parameter_shardings
 from seg4diff_jax.processes import join_processes
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.training.loop import RunConfig, Task, train
@@ -75,8 +76,19 @@ class Latents:
         return {"latents": latents, "clip_l": ids, "clip_g": ids[::-1].copy(), **shown}
 
 
-def make_denoiser(rngs: nnx.Rngs) -> Denoiser:
-    return Denoiser(MMDiT(TRANSFORMER, rngs=rngs), Encoders(None, CLIPText(CLIP, rngs=rngs), CLIPText(CLIP, rngs=rngs)))
+def make_denoiser(seed: int, mesh: Mesh) -> Denoiser:
+    """CLIPs as `fresh` makes them. The transformer's numbers are numpy's: to draw them in a program takes longer to
+    compile than a training step."""
+    clip = fresh(lambda rngs: CLIPText(CLIP, rngs=rngs))(seed, mesh)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MMDiT(TRANSFORMER, rngs=nnx.Rngs(0))))
+    rule, rng = parameter_shardings(mesh), np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(state):
+        shape = variable.get_value().shape
+        noise = rng.normal(size=shape).astype(np.float32)
+        array = 1 + noise / 10 if path[-1] == "scale" else noise / np.sqrt(shape[-2] if path[-1] == "kernel" else 100)
+        place = rule(name(path), shape)
+        variable.set_value(jax.make_array_from_callback(shape, place, array.astype(np.float32).__getitem__))
+    return Denoiser(nnx.merge(graph, state), Encoders(None, clip, nnx.clone(clip)))
 
 
 def make_task() -> Task:
@@ -87,7 +99,7 @@ def make_task() -> Task:
     how = {"captions": captions, "empty": empty, "samples": samples, "schedule": FlowSchedule(3.0)}
     return Task(
         name="layout",
-        init=fresh(make_denoiser),
+        init=make_denoiser,
         loss=partial(loss, objective=Objective(caption_dropout=0.3), empty=TokenIds(*map(jnp.asarray, empty[:2]))),
         source=Latents(32),
         trainable=TRAINABLE,
