@@ -23,11 +23,15 @@ def extra_of(library: str) -> str | None:
     return None
 
 
-def missing(error: ModuleNotFoundError) -> str | None:
-    """Returns one sentence that says what to install; None if no extra has the missing module."""
+def missing(error: ModuleNotFoundError, wanted: str | None = None) -> str | None:
+    """What to install, in one sentence; None when the module that is missing is of no extra.
+
+    Args:
+      wanted: the extra of what was started. Default: the first that brings the library.
+    """
     library = (error.name or "").split(".")[0]
-    if extra := extra_of(library):
-        return f"{library} is not installed: in the clone of seg4diff_jax type pip install -e '.[{extra}]'"
+    if first := extra_of(library):
+        return f"{library} is not installed: in the clone of seg4diff_jax type pip install -e '.[{wanted or first}]'"
     return None
 
 

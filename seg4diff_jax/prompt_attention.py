@@ -59,8 +59,8 @@ class TextColumns:
             return np.unique(np.concatenate(found))
         if occurrence not in range(len(found)):
             raise ValueError(
-                f"occurrence is {occurrence}; the prompt {self.prompt!r} says {phrase!r} {len(found)} times: "
-                f"expected 0 to {len(found) - 1}"
+                f"occurrence is {occurrence}; the columns show {phrase!r} of the prompt {self.prompt!r} "
+                f"{len(found)} times: expected 0 to {len(found) - 1}"
             )
         return found[occurrence]
 
@@ -97,7 +97,11 @@ def _places(words: Sequence[Word], wanted: list[str]) -> list[Int[np.ndarray, " 
 
 
 def _each_once(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(word for word in words if word[0].isalnum()))
+    kept: dict[tuple[str, ...], str] = {}
+    for word in words:
+        if word[0].isalnum():
+            kept.setdefault(tuple(spelled(word)), word)
+    return [*kept.values()]
 
 
 def _listed(beginning: str, words: Iterable[str]) -> str:
@@ -179,7 +183,7 @@ class PromptAttention(JointAttention):
         Words are whole: "car" is not found in "scar", but "star" is in "Star,".
 
         Args:
-          occurrence: which, counted from 0, where the prompt says it several times. Default: all.
+          occurrence: which, counted from 0, where the columns show it several times. Default: all.
 
         Raises:
           ValueError: the prompt does not say the word, or its tokens are not among the columns.
@@ -190,6 +194,7 @@ class PromptAttention(JointAttention):
         """How much each image token attends to a word: the mean of `probs` over its tokens and over heads.
 
         Float32 [rows, columns]. Of records that were concatenated by the caller with their leading axis of images.
+        The axis before the image tokens is that of heads, and averaged, unless `mean_heads`.
         Arguments as for `columns`.
 
         Raises:

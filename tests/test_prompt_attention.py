@@ -101,7 +101,9 @@ def test_a_word_that_is_said_twice_is_everywhere_or_where_it_is_asked_for(sd3):
     assert record.columns("a cat").tolist() == [*first, *second]
     both = np.mean([record.of("cat", occurrence=place) for place in (0, 1)], axis=0)
     assert relative_error(np.asarray(record.of("cat")), both) <= 1e-6
-    with refusal("occurrence is 2; the prompt 'a cat and a giraffe on a cat' says 'cat' 2 times: expected 0 to 1"):
+    with refusal(
+        "occurrence is 2; the columns show 'cat' of the prompt 'a cat and a giraffe on a cat' 2 times: expected 0 to 1"
+    ):
         record.of("cat", occurrence=2)
 
 

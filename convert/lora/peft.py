@@ -247,7 +247,7 @@ def _by_ending(by_pattern: Mapping[str, Value]) -> list[tuple[str, str, Value]]:
     """Returns each pattern with the ending that names must have to match, and with its value.
 
     Comparing endings first saves time, since there can be many patterns. The ending is "" if a pattern is not a plain
-    name.
+    name with a dot.
     """
     literal = re.compile(r"\^?[\w.]+")
     return [(k, k.rpartition(".")[2] if literal.fullmatch(k) and "." in k else "", v) for k, v in by_pattern.items()]

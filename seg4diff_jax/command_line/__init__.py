@@ -43,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except ModuleNotFoundError as error:
-        if (message := missing(error)) is None:
+        program = arguments[0] if arguments and arguments[0] in PROGRAMS else None
+        if (message := missing(error, program)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        return 1
+        return 2 if program == "plan" else 1  # 1 is its answer that a training does not fit
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -44,8 +44,15 @@ def arguments(parser: ArgumentParser) -> None:
     add("classes", type=str, nargs="*", metavar="CLASS", help="what is in it: the words of the prompt")
     add("--prompt", type=str, help="what is in it, in a sentence instead of CLASS")
     add("--find-expert", action="store_true", help="show how much attention each block's image tokens give to the text")
-    add("--words", type=str, nargs="*", metavar="WORD", help="draw where attention to WORD lies; default: to each word")
+    add(
+        "--words",
+        type=str,
+        nargs="*",
+        metavar="WORD",
+        help="draw where attention to WORD lies, wherever the prompt says it; default: to each CLASS or word",
+    )
     add("--out", type=str, metavar="FILE", help="PNG that --words draws; default: runs/analyze/<image name>-<time>.png")
+    add("--overwrite", action="store_true", help="replace a file that --out names")
     add("--block", type=int, help="transformer block that --words reads; default: the checkpoint's own expert block")
     add("--step", type=int, help="noise level: 1 (nearly clean) to 28 (pure noise); default: the checkpoint's own")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
@@ -53,7 +60,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that it has no PyTorch; none is needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
     if not options.find_expert and options.words is None:
         raise ValueError("say what to analyze: --find-expert, or --words")
@@ -108,13 +115,15 @@ def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
     length = checkpoint.tokenizers.clip_l.model_max_length
     text = text_columns(checkpoint.tokenizers, prompt, (("clip", length),), (0, length))
     words = options.words or options.classes or text.spoken
+    if not words:
+        raise ValueError(f"the prompt {prompt!r} has no word to draw")
     for word in words:
         text.named(word)
-    return Drawing(picture_file(options.out, options.image), words, checkpoint.block(options.block))
+    return Drawing(picture_file(options.out, options.image, options.overwrite), words, checkpoint.block(options.block))
 
 
-def picture_file(out: str | None, image: str) -> Path:
-    """Where the picture of words goes. Raises ValueError for a name that is no PNG's or the image's own."""
+def picture_file(out: str | None, image: str, overwrite: bool) -> Path:
+    """Where the picture of words goes. Raises ValueError for a name that is no PNG's, the image's own or taken."""
     file = Path("runs") / "analyze" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}.png"
     if out is not None:
         file = Path(out).expanduser()
@@ -122,6 +131,8 @@ def picture_file(out: str | None, image: str) -> Path:
             raise ValueError(f"--out is {out}: expected a name that ends in .png")
         if file.resolve() == Path(image).expanduser().resolve():
             raise ValueError(f"--out {out} is the image itself: name another file")
+        if file.is_dir() or (file.exists() and not overwrite):
+            raise ValueError(f"--out {out} is there already: name another file, or give --overwrite")
     check_writable(file.parent)
     return file
 
@@ -144,6 +155,8 @@ def text_attention(
 
 
 def share_table(shares: Float[np.ndarray, "blocks heads"], uniform: float, named: int | None) -> Table:
+    if not np.isfinite(shares).all():
+        raise FloatingPointError("shares of attention are not finite: damaged weights or inputs")
     means = shares.mean(axis=1)
     table = Table("block", "on text", "heads", "", box=None)
     for column in table.columns[:3]:

@@ -207,6 +207,8 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         )
         if value < least
     ]
+    if options.batch_size and options.batch_size > 0:
+        refusals.check(lambda: check_batch_size(options.batch_size or 1, devices))
     block = lambda: checkpoint.block() if options.blocks == "expert" else options.blocks
     step = lambda: checkpoint.step() if options.steps == "expert" else options.steps
     model = checkpoint.transformer
@@ -241,7 +243,6 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
     )
-    check_batch_size(settings.batch_size, devices)
     return Chosen(chosen, prompts, settings)
 
 

@@ -29,8 +29,8 @@ class ImageCaptions:
     """The captions of pictures by the pictures' names. A picture without one has an empty caption.
 
     Args:
-      names: names of the pictures. The key of `sa_NUMBER`, and of COCO's twelve digits, is the number; the key of any
-        other name is the whole name.
+      names: names of the pictures. The key of `sa_NUMBER`, and of digits alone such as COCO's, is the number; the key
+        of any other name is the whole name.
       file: file of captions; None: all captions are empty.
 
     Raises:

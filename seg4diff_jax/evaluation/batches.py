@@ -42,7 +42,8 @@ class Example(NamedTuple):
       labels: labels at their own size; 255 for pixels that are not counted.
       histogram: number of counted pixels of each class.
       present: classes in the image, ascending: the counted ones, and background if prompts name it without scoring it.
-      cut_off: number of labelled pixels outside the square that the resize `paper` keeps. They have no prediction.
+      cut_off: number of pixels that would count, outside the square that the resize `paper` keeps. They have no
+        prediction.
     """
 
     index: int

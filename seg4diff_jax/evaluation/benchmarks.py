@@ -32,7 +32,7 @@ class Benchmark:
       name: the benchmark's name in results.
       source: items with `image`, `labels` and `name`.
       groups: classes whose mean IoU is reported separately, by the group's name.
-      where: directory of the images.
+      where: where the images come from, in words.
       split, kind: the part of the set and the kind of labels, where the set has several.
       background: index of the class that stands for all others; `rule` says how it is scored.
       names: how prompts spell the classes.

@@ -30,7 +30,7 @@ class Counts:
       counted, matched: counts of the open-vocabulary and of the unsupervised protocol; no passes if not measured.
       indices: numbers of the scored images.
       histograms: number of counted pixels of each class, for each scored image.
-      cut_off: number of labelled pixels without a prediction, for each scored image, see `batches.Example`.
+      cut_off: number of pixels that would count, had they a prediction, for each scored image, see `batches.Example`.
       forwards: how often one pass ran the transformer, for each kind of prompts; the empty prompt comes last.
       seconds: seconds of compiling and of running. With several processes, each one's share of the common time.
       left_out: the images that were not scored.

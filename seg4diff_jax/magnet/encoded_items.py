@@ -55,7 +55,7 @@ class Turned:
 
 
 def sum_of_weights(encoder: nnx.Module) -> float:
-    """Sums the absolute values of an encoder's smaller parameters. Other weights give another sum."""
+    """Sums the absolute values of 16 of an encoder's smaller parameters. Other weights give another sum."""
     leaves = [leaf for leaf in jax.tree.leaves(nnx.state(encoder)) if leaf.size <= 2**20][:16]
     return sum(float(np.abs(np.asarray(leaf, np.float64)).sum()) for leaf in leaves)
 

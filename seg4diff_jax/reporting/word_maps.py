@@ -24,10 +24,14 @@ def draw_words(image: ImageInput, attention: PromptAttention, words: str | Seque
     Raises:
       ImageError: the image cannot be read.
       ValueError: as `PromptAttention.of`; or there is no word.
+      FloatingPointError: a map has numbers that are not finite.
     """
-    wanted = attention.text.spoken if words is None else [words] if isinstance(words, str) else words
+    wanted = attention.text.spoken if words is None else [words] if isinstance(words, str) else list(words)
     if not wanted:
         raise ValueError(f"no word to draw of the prompt {attention.prompt!r}")
     maps = {word: np.asarray(attention.of(word)) for word in wanted}
+    for word, each in maps.items():
+        if not np.isfinite(each).all():
+            raise FloatingPointError(f"attention to {word!r} is not finite: damaged weights or inputs")
     pixels = read_image(image)
     return heat_sheet(pixels, [(word, each, heat_picture(pixels, each, CELL_LONGEST)) for word, each in maps.items()])
