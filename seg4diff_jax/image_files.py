@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 MOST_PIXELS = 178_956_970
 """Most pixels of an image. Pillow's limit is the same: twice its `MAX_IMAGE_PIXELS`."""
@@ -85,7 +85,9 @@ def opened_image(file: Path | bytes, name: str) -> Iterator[tuple[Image.Image, b
     except (FileNotFoundError, ImageError):
         raise
     except Exception as error:  # Pillow's decoders raise almost anything at a damaged file
-        raise ImageError(f"{name}: cannot be read as an image: {error}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # its message has an address in it
+        reason = "it is of no format that Pillow reads" if unknown else error
+        raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
 
 
 def _contents(file: Path) -> bytes:

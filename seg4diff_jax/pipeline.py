@@ -290,7 +290,7 @@ class Pipeline:
             return passes.encode_images(self.vae, pixels)
 
     @settled()
-    def encode_prompts(self, prompts: Sequence[str], *, rows: int | None = None) -> TextConditioning:
+    def encode_prompts(self, prompts: str | Sequence[str], *, rows: int | None = None) -> TextConditioning:
         """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
 
         Args:
@@ -299,6 +299,7 @@ class Pipeline:
 
         Raises ValueError when there is no prompt.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         if not prompts:
             raise ValueError('expected at least one prompt, found none; for no text write [""]')
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]

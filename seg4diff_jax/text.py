@@ -300,7 +300,7 @@ def token_spans(tokenizer: Tokenizer, names: Sequence[str], *, repeats: bool = F
 def _name_ids(tokenizer: Tokenizer, names: Sequence[str], repeats: bool = False) -> list[list[int]]:
     """Returns the token ids of each name. Raises ValueError for names that could not be told apart in a prompt."""
     if isinstance(names, str):
-        raise TypeError(f"expected a list of class names, found the string {names!r}; write [{names!r}]")
+        raise TypeError(f"expected a list of class names, found the string {names!r}; write {names.split() or [names]}")
     if not names:
         raise ValueError("the list of class names is empty: expected at least one name")
     other = [name for name in names if not isinstance(name, str)]

@@ -145,7 +145,7 @@ def test_a_picture_opened_from_a_cut_file_is_refused_by_its_name(tmp_path):
 def test_what_is_no_image_file_is_refused_by_name(tmp_path):
     notes = tmp_path / "notes.png"
     notes.write_text("a cat on a sofa")
-    with pytest.raises(ImageError, match=rf"{re.escape(str(notes))}: cannot be read as an image: cannot identify"):
+    with pytest.raises(ImageError, match=rf"{re.escape(str(notes))}: cannot be read as an image: it is of no format"):
         read_image(notes)
     damaged = tmp_path / "photo.ppm"  # Pillow raises a bare ValueError
     damaged.write_bytes(b"P6 4x 5 255 " + bytes(60))

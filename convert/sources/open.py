@@ -112,7 +112,7 @@ def _open(source: str | Path, components: Sequence[str] | None, variant: str | N
         return open_single_file(path)
     if not hub.is_repository_id(str(source)):
         raise CheckpointError(
-            f"{source}: no such file or directory, and not a Hub id like organisation/name; give {FORMS}"
+            f"{source}: no such file or directory, and not a Hub id like organisation/name; give miniature, {FORMS}"
         )
     fetched = [name for name in COMPONENTS if (name in components if components is not None else name != T5)]
     wanted = "fp16" if variant is None else variant

@@ -49,7 +49,7 @@ def arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="*",
         metavar="WORD",
-        help="draw where attention to WORD lies, wherever the prompt says it; default: to each CLASS or word",
+        help="draw where attention to WORD lies, wherever the prompt says it; without WORD: to each CLASS or word",
     )
     add("--out", type=str, metavar="FILE", help="PNG that --words draws; default: runs/analyze/<image name>-<time>.png")
     add("--overwrite", action="store_true", help="replace a file that --out names")

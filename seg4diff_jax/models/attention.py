@@ -43,7 +43,8 @@ class AttentionRequest:
     text_tokens: str | tuple[int, int | None] = "clip"
 
     def __post_init__(self):
-        object.__setattr__(self, "quadrants", tuple(self.quadrants))
+        quadrants = (self.quadrants,) if isinstance(self.quadrants, str) else tuple(self.quadrants)
+        object.__setattr__(self, "quadrants", quadrants)
         unknown = [name for name in self.quadrants if name not in get_args(Quadrant)]
         if unknown:
             raise ValueError(f"no quadrant is called {unknown[0]!r}; there are {', '.join(get_args(Quadrant))}")

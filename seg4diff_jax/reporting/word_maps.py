@@ -13,7 +13,7 @@ from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_she
 
 
 def draw_words(image: ImageInput, attention: PromptAttention, words: str | Sequence[str] | None = None) -> Image.Image:
-    """The image, and over it in grey the map of each word (`PromptAttention.of`): `.save("words.png")` keeps it.
+    """Draws the image, and beside it the map of each word (`PromptAttention.of`) over the image in grey.
 
     Each map is drawn from its least to its greatest value, which its title names in percent.
 
