@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ NAMES = ["cat", "a dog, sitting", "sky", "wall"]
 
 def written(directory: Path, **changes) -> Path:
     benchmark = made_up_benchmark(NAMES)
-    given = {"images": 3, "pixels": 1000, **changes.pop("changes", {})}
-    evaluation = made_up_evaluation(benchmark, changes=given, **changes)
+    given = {"images": 3, "pixels": 1000, **changes.pop("images", {})}
+    change = lambda row: replace(row, images=replace(row.images, **given))
+    evaluation = made_up_evaluation(benchmark, change=change, **changes)
     write(directory, evaluation, benchmark, CONFIG, MADE["seconds"])
     return directory
 
@@ -126,9 +128,9 @@ def test_with_one_seed_a_difference_cannot_be_judged(runs, tmp_path, capsys, mon
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"changes": {"dataset": "voc20"}}, "did not score the same images, so they cannot be compared: dataset"),
-        ({"changes": {"images": 4, "pixels": 1001}}, "images 3 and 4; pixels 1000 and 1001"),
-        ({"changes": {"split": "train"}}, "split "),
+        ({"images": {"dataset": "voc20"}}, "did not score the same images, so they cannot be compared: dataset"),
+        ({"images": {"images": 4, "pixels": 1001}}, "images 3 and 4; pixels 1000 and 1001"),
+        ({"images": {"split": "train"}}, "split "),
         ({"blocks": (1,)}, "have no row in common: the first has present classes, block 3, noise level 8, the second"),
     ],
 )
