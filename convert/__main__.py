@@ -1,4 +1,4 @@
-"""The program `python -m convert COMMAND ...`. Each command has a file of its own in `command_line/`."""
+"""The program `seg4diff convert COMMAND ...`, in a clone also `python -m convert COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS: dict[str, Command] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 1, after one message on stderr, if the command's input is at fault."""
     description = "PyTorch checkpoints to JAX and back."
-    return run_command("python -m convert", description, COMMANDS, arguments, at_fault=(CheckpointError, OSError))
+    return run_command("seg4diff convert", description, COMMANDS, arguments, at_fault=(CheckpointError, OSError))
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ class Checkpoint:
           mesh: devices to spread parameters and batches over (`seg4diff_jax.parallel.make_mesh`). Default: one device.
           blocks: load only this many blocks of the transformer, from the first; masks need those up to the expert
             block.
-          lora: file or directory with low-rank adapters for the transformer, in any format that `python -m convert
+          lora: file or directory with low-rank adapters for the transformer, in any format that `seg4diff convert
             lora` reads: the Seg4Diff release's `lora_weights.pth`, PEFT's, diffusers' or ours. Adapters of blocks that
             are not loaded are left out; anything else that would go unused is an error.
           on_progress: called with the bytes of parameters loaded so far, and with those of all parameters.

@@ -82,7 +82,7 @@ def test_adapters_lie_on_the_mesh(sd3_checkpoint, adapters, expected):
 @pytest.mark.usefixtures("unread")
 def test_tensors_that_are_no_adapters_are_refused_before_weights_are_read(sd3_checkpoint, tmp_path):
     file = write_release(tmp_path / "trained.pth", release_names(factors()) | mask_head())
-    with pytest.raises(CheckpointError, match=r"attn_mlp.*python -m convert lora .*trained.pth DST --adapters-only"):
+    with pytest.raises(CheckpointError, match=r"attn_mlp.*seg4diff convert lora .*trained.pth DST --adapters-only"):
         s4d.load(sd3_checkpoint, lora=file)
 
 

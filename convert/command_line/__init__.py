@@ -1,4 +1,4 @@
-"""Runs the subcommands of `python -m convert` and of `seg4diff`, and prints an error as one message."""
+"""Runs the subcommands of `seg4diff convert` and of `seg4diff`, and prints an error as one message."""
 
 from __future__ import annotations
 

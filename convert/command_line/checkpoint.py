@@ -1,4 +1,4 @@
-"""The command `python -m convert checkpoint SRC DST`."""
+"""The command `seg4diff convert checkpoint SRC DST`."""
 
 from __future__ import annotations
 

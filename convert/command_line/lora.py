@@ -1,4 +1,4 @@
-"""The command `python -m convert lora SRC DST`."""
+"""The command `seg4diff convert lora SRC DST`."""
 
 from __future__ import annotations
 

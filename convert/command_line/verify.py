@@ -1,4 +1,4 @@
-"""The command `python -m convert verify SRC`: runs PyTorch and JAX side by side on a user's own weights."""
+"""The command `seg4diff convert verify SRC`: runs PyTorch and JAX side by side on a user's own weights."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def load_lora(
         raise CheckpointError(
             f"{path}: tensors that are no adapters of the transformer and would go unused: "
             f"{formats.in_short(checkpoint.others)}; "
-            f"leave them out with `python -m convert lora {path} DST --adapters-only`"
+            f"leave them out with `seg4diff convert lora {path} DST --adapters-only`"
         )
     return checkpoint.config, checkpoint.adapters
 

@@ -61,7 +61,7 @@ def find_adapters(path: Path) -> Path:
         if (path / CHECKPOINTS).is_dir():
             raise CheckpointError(
                 f"{path}: a training run that is not finished: take the adapters of one of its checkpoints with "
-                f"`python -m convert lora {path} DST --checkpoint last`, or best"
+                f"`seg4diff convert lora {path} DST --checkpoint last`, or best"
             )
         alone = sorted(file for file in path.glob("[!.]*.safetensors") if file.is_file())
         if len(alone) == 1:

@@ -33,7 +33,7 @@ MINIATURE = Path(str(files("seg4diff_jax.miniature"))) / "checkpoint"
 """The directory that "miniature" stands for: the small SD3 that comes with this package."""
 MARKERS = (native.MANIFEST, "model_index.json")
 FORMS = (
-    f"a directory with {native.MANIFEST} (as `python -m convert checkpoint` writes it) or with model_index.json (as "
+    f"a directory with {native.MANIFEST} (as `seg4diff convert checkpoint` writes it) or with model_index.json (as "
     "diffusers does), the folder of a transformer alone, a single .safetensors file (or .gguf) with a transformer in "
     "it, or the Hub id of a diffusers repository"
 )
@@ -54,7 +54,7 @@ def open_source(
     """Opens a checkpoint for reading.
 
     Args:
-      source: a directory that `python -m convert checkpoint` wrote, a diffusers directory, a single safetensors or GGUF
+      source: a directory that `seg4diff convert checkpoint` wrote, a diffusers directory, a single safetensors or GGUF
         file with a transformer in it, a Hub id `organisation/name` of a diffusers repository, or "miniature".
       components: the components that will be read; nothing else is fetched. Default: all there is; from the Hub all but
         `text_encoder_3`, whose T5-XXL is two thirds of the bytes.

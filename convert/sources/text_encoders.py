@@ -32,7 +32,7 @@ def remedy(source: str | Path) -> str:
     return (
         "Stability's sd3_medium.safetensors and sd3.5_*.safetensors come without text encoders, files of a transformer "
         "alone, such as GGUF, without a VAE too. Give them as "
-        "text_encoders=DIR (--text-encoders DIR in commands), or convert once with `python -m convert checkpoint "
+        "text_encoders=DIR (--text-encoders DIR in commands), or convert once with `seg4diff convert checkpoint "
         f"{source} DST --text-encoders DIR`; DIR is {FORMS}"
     )
 

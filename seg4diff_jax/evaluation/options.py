@@ -84,7 +84,7 @@ GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised}
 
 HELP = {
     "model": "miniature, a directory, a single file, or a Hub id",
-    "lora": "adapters for the transformer: a file or directory of any format that `python -m convert lora` reads",
+    "lora": "adapters for the transformer: a file or directory of any format that `seg4diff convert lora` reads",
     "protocol": (
         "open_vocabulary: classes by their names; unsupervised: segments without names, matched with classes; "
         "open_vocabulary,unsupervised: both, reported apart"

@@ -1,6 +1,6 @@
 """Reads and writes the adapters and the mask head that MAGNET trains.
 
-RUN/export/adapters.safetensors    in our format: `s4d.load(..., lora=RUN/export)`, `python -m convert lora`
+RUN/export/adapters.safetensors    in our format: `s4d.load(..., lora=RUN/export)`, `seg4diff convert lora`
 RUN/export/mask_head.safetensors   if the run has a mask head; only training needs this file
 """
 
@@ -29,7 +29,7 @@ def begin(
     """Adds adapters to the model and makes the mask head; both are fresh, or read from files.
 
     Args:
-      start: file or directory of adapters, in any format that `python -m convert lora` reads; None: fresh adapters.
+      start: file or directory of adapters, in any format that `seg4diff convert lora` reads; None: fresh adapters.
         Layers without adapters in the file get fresh ones, as in PEFT.
       with_head: whether to make a head; the head is fresh if the files hold none.
 
@@ -52,7 +52,7 @@ def begin(
     if tensors and head is None:
         raise ValueError(
             f"{start} has a mask head and objective.mask_head is null: give objective.mask_head conv to train it on, "
-            f"or leave it out with `python -m convert lora {start} DST --to native --adapters-only`"
+            f"or leave it out with `seg4diff convert lora {start} DST --to native --adapters-only`"
         )
     if tensors and head is not None:
         fill_head(head, tensors, start)

@@ -72,7 +72,7 @@ class MagnetConfig(Checked):
       block: the block whose attention is compared with the masks; null: the checkpoint's expert block.
       positions: which tokens of the prompt belong to a class: span, the class's own words; or release, every token that
         also occurs in the class's name.
-      start: file or directory of adapters to start from, in any format of `python -m convert lora`.
+      start: file or directory of adapters to start from, in any format of `seg4diff convert lora`.
       cache: directory of latents and text states, written if absent, so that steps need neither autoencoder nor text
         encoders. A cache needs data.crop center or squash. Null: the encoders run in every step.
       remat: gradient checkpointing: what a block computes again in the backward pass. nothing, blocks (the whole

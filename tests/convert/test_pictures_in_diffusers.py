@@ -40,7 +40,7 @@ LINES = {
         "seg4diff convert lora adapters.safetensors sd3-lora.safetensors --to diffusers",
     ): ADAPTERS,
     ("docs/from_diffusers.md", 'In diffusers, `sd3.load_lora_weights("mine.safetensors")`'): RUN,
-    ("docs/magnet.md", "python -m convert lora runs/mine mine.safetensors"): RUN,
+    ("docs/magnet.md", "seg4diff convert lora runs/mine mine.safetensors"): RUN,
     ("docs/miniature.md", "sd3 = StableDiffusion3Pipeline.from_pretrained("): EXAMPLE,
 }
 """Document and beginning of each line that names such a call; the test that makes a picture by that route."""

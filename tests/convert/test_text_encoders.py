@@ -118,7 +118,7 @@ def test_text_encoders_that_are_wanted_and_absent_are_answered_with_the_remedy(
     message = str(caught.value)
     assert f"{source} has no text_encoder, text_encoder_2. Stability's sd3_medium.safetensors and sd3.5_" in message
     assert "as text_encoders=DIR (--text-encoders DIR in commands), or convert once" in message
-    assert f"`python -m convert checkpoint {source} DST --text-encoders DIR`; " in message
+    assert f"`seg4diff convert checkpoint {source} DST --text-encoders DIR`; " in message
     assert "DIR is a diffusers directory, " in message
 
 
