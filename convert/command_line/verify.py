@@ -42,7 +42,11 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("source", type=str, help="diffusers directory, single .safetensors file, converted directory, or Hub id")
     add("--against", type=str, help="the original, which PyTorch reads, if the source is a converted directory")
-    add("--size", type=int, default=256, help="side of the test picture in pixels")
+    add(
+        "--size",
+        type=int,
+        help="side of the test picture in pixels; default: 256, or the most that the checkpoint takes",
+    )
     add("--dtype", choices=list(BOUNDS), default="float32", help="what both compute in")
     add("--float64", action="store_true", help="run PyTorch in float64 as well, and judge by both distances from it")
     add("--components", nargs="+", choices=list(COMPONENTS), metavar="NAME", help="default: all; Hub: all but T5")
@@ -117,8 +121,10 @@ def _numbers(row: Comparison) -> tuple[str, str, str]:
 def to_json(options: Any, report: Report) -> str:
     """Returns the report as JSON; numbers that are not finite become null."""
     rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in report.rows]
-    about = {name: getattr(options, name) for name in ("source", "against", "text_encoders", "size", "dtype")}
-    return json.dumps({**about, "notes": report.notes, "passed": not report.failures, "rows": rows}, indent=2)
+    about = {name: getattr(options, name) for name in ("source", "against", "text_encoders", "dtype")}
+    return json.dumps(
+        {**about, "size": report.size, "notes": report.notes, "passed": not report.failures, "rows": rows}, indent=2
+    )
 
 
 def _finite(value: Any) -> Any:

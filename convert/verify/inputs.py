@@ -181,12 +181,23 @@ def make_prompt(source: Source) -> Prompt:
     return Prompt(ids, prompts.averaging(), f"prompt {prompts.prompts[0]!r}")
 
 
+def usual_size(source: Source) -> int:
+    """Returns the side of the test picture if none is asked for: 256, or the most that the checkpoint takes."""
+    _, most = _sizes(source)
+    return 256 if most is None else min(256, most)
+
+
+def _sizes(source: Source) -> tuple[int, int | None]:
+    """What sides are multiples of, and the largest; None: there is no transformer that limits them."""
+    multiple = _pixels_per_latent(source)
+    if "transformer" not in source.configs:
+        return multiple, None
+    config = source.parsed["transformer"]
+    return multiple * config.patch_size, multiple * config.patch_size * config.pos_embed_max_size
+
+
 def _check_size(source: Source, size: int) -> None:
-    multiple, most = _pixels_per_latent(source), None
-    if "transformer" in source.configs:
-        config = source.parsed["transformer"]
-        multiple *= config.patch_size
-        most = multiple * config.pos_embed_max_size
+    multiple, most = _sizes(source)
     if size <= 0 or size % multiple or (most is not None and size > most):
         limit = "" if most is None else f", up to {most}"
         raise CheckpointError(f"--size {size}: this checkpoint takes multiples of {multiple}{limit}")

@@ -25,7 +25,7 @@ from seg4diff_jax.convert.readers import Source, TorchComponent, usual_dtype
 from seg4diff_jax.convert.sources.open import NothingLacks, open_source
 from seg4diff_jax.convert.verify import jax_side
 from seg4diff_jax.convert.verify.comparison import BOUNDS, Comparison, Recording, compare, decided_labels
-from seg4diff_jax.convert.verify.inputs import SCORES_ROW, make_inputs
+from seg4diff_jax.convert.verify.inputs import SCORES_ROW, make_inputs, usual_size
 from seg4diff_jax.extras import missing
 from seg4diff_jax.numerics import settled
 
@@ -34,10 +34,11 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a comparison, and notes on what was compared."""
+    """The rows of a comparison, notes on what was compared, and the side of the test picture in pixels."""
 
     rows: list[Comparison]
     notes: list[str]
+    size: int
 
     @property
     def failures(self) -> list[Comparison]:
@@ -49,7 +50,7 @@ def verify(
     source: str | Path,
     against: str | Path | None = None,
     *,
-    size: int = 256,
+    size: int | None = None,
     dtype: DType = "float32",
     float64: bool = False,
     components: Sequence[str] | None = None,
@@ -63,7 +64,7 @@ def verify(
     Args:
       source: what JAX reads: whatever `open_source` opens, converted on the fly.
       against: the original, which PyTorch reads, if `source` is a converted directory. Default: `source`.
-      size: side of the square test picture in pixels.
+      size: side of the square test picture in pixels; None: 256, or the most that the checkpoint takes.
       dtype: dtype of both computations, weights included. For bfloat16 PyTorch runs in float32 as well, which counts as
         exact.
       float64: run PyTorch in float64 as well, which then counts as exact. A row out of its fixed bound passes if
@@ -83,6 +84,7 @@ def verify(
     _check_original(ours, original)
     for each in (ours, original):
         _ = each.schedule, each.expert_block, each.expert_step  # each raises CheckpointError for a wrong value
+    size = usual_size(ours) if size is None else size
     inputs = make_inputs(ours, size)
     rows: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="seg4diff-verify-") as folder:
@@ -119,7 +121,7 @@ def verify(
     if recast := [name for name in ours.configs if _usual(ours, name) != _usual(original, name)]:
         dtypes = f"{_usual(ours, recast[0])}, in the original {_usual(original, recast[0])}"
         notes.append(f"the weights' own rounding is in these errors: {', '.join(recast)} in {dtypes}")
-    return Report(rows, notes)
+    return Report(rows, notes, size)
 
 
 def _open_both(

@@ -368,6 +368,11 @@ def test_rounding_cannot_decide_where_one_class_leads_by_more_than_scores_are_ap
     np.testing.assert_array_equal(decided_labels(ours[:1], theirs[:1]), [[True] * 3])
 
 
+def test_the_miniature_is_verified_at_the_largest_size_that_it_takes(capsys):
+    assert main(["verify", "miniature"]) == 0
+    assert "96 px" in capsys.readouterr().out
+
+
 def test_in_bfloat16_the_distance_of_pytorch_itself_is_the_measure():
     exact = np.ones(1000, np.float32)
     theirs = exact * np.float32(1.01)
