@@ -66,8 +66,9 @@ def forgetful(sd3) -> s4d.Pipeline:
 
 def test_a_converted_directory_gives_the_masks_of_the_original(forgetful, sd3_checkpoint, tmp_path):
     convert_checkpoint(sd3_checkpoint, tmp_path / "native")
-    converted = s4d.load(tmp_path / "native")
     before = len(COMPILATIONS)
+    converted = s4d.load(tmp_path / "native")
+    assert len(COMPILATIONS) == before, "weights of any shape are moved, not computed"
     expected = forgetful.segment(IMAGE, NAMES, block=VARIED)
     programs = len(COMPILATIONS) - before
     found = converted.segment(IMAGE, NAMES, block=VARIED)
@@ -181,6 +182,9 @@ def test_a_prompt_is_encoded_once(forgetful, monkeypatch):
     first = forgetful.encode_prompts(["cat"])
     both = forgetful.encode_prompts(["dog", "cat", "dog"])
     assert encoded == [1, 1]
+    alone = forgetful.encode_prompts("cat")
+    assert encoded == [1, 1], "a string is one prompt, and not one for each letter"
+    assert jax.tree.leaves(alone)[0].shape[0] == 1
     for found, expected in zip(jax.tree.leaves(both), jax.tree.leaves(first), strict=True):
         np.testing.assert_array_equal(found[1], expected[0])
         np.testing.assert_array_equal(found[0], found[2])

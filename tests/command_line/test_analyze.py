@@ -54,6 +54,11 @@ def test_what_cannot_be_analyzed_is_told(sd3_checkpoint, picture, options, messa
     assert message in capsys.readouterr().err
 
 
+def test_shares_that_are_no_numbers_are_refused():
+    with pytest.raises(FloatingPointError, match="shares of attention are not finite: damaged weights or inputs"):
+        analyze.share_table(np.full((2, 3), np.nan), 0.5, None)
+
+
 # ---- where words are ------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +88,8 @@ def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt", "!", "--words"], "error: the prompt '!' has no word to draw"),
+        (["cat", "--words", "--out", "{taken}"], "error: --out {taken} is there already: name another file, or give"),
         (["cat", "--words", "dog"], "error: the prompt 'cat' has no 'dog': its words are cat"),
         (["cat", "--words", "cat", "--block", "6"], "error: block is 6; {checkpoint} has blocks 0..5"),
         (["cat", "--words", "cat", "--out", "words.jpg"], "error: --out is words.jpg: expected a name that ends in"),
@@ -92,8 +99,9 @@ def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkp
         (["cat", "--prompt", "a cat", "--words"], "error: say what is in the image, CLASS... or --prompt: found both"),
     ],
 )
-def test_words_that_cannot_be_drawn_are_told(sd3_checkpoint, picture, options, message, capsys):
-    places = {"picture": picture, "checkpoint": sd3_checkpoint}
+def test_words_that_cannot_be_drawn_are_told(sd3_checkpoint, picture, options, message, tmp_path, capsys):
+    places = {"picture": picture, "checkpoint": sd3_checkpoint, "taken": tmp_path / "taken.png"}
+    places["taken"].write_bytes(b"mine")
     given = [option.format(**places) for option in options]
     assert main(["analyze", picture, *given, "--model", str(sd3_checkpoint)]) == 1
     assert message.format(**places) in capsys.readouterr().err.replace("\n", " ").replace("  ", " ")

@@ -142,6 +142,13 @@ def test_an_evaluation_of_what_fits_is_not_refused():
     assert (settings.heads, settings.seeds) == ((None, 0, 1, 2, 3), (1,))
 
 
+def test_a_batch_that_devices_cannot_share_is_said_with_all_else_that_does_not_fit():
+    from seg4diff_jax import open as open_checkpoint
+
+    with pytest.raises(ValueError, match=r"(?s)^2 things do not fit:.*--batch-size is 4.*--heads is '9'"):
+        evaluation.settle(Options(heads="9", batch_size=4), open_checkpoint("miniature"), 3)
+
+
 @pytest.mark.parametrize("samples", [None, Samples(count=0)])
 def test_a_count_of_0_asks_for_no_pictures(samples):
     assert not asked_for(samples)

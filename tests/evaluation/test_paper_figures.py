@@ -18,7 +18,7 @@ from seg4diff_jax.evaluation.rows import Metrics, Row, ScoredImages
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig, add_lora, attached
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS, UnsupervisedProtocol
-from tests.reference.evaluations import made_up_benchmark, made_up_evaluation
+from tests.reference.evaluations import made_up_benchmark, made_up_evaluation, scored_images
 
 ROOT = Path(__file__).parents[2]
 OPEN_VOCABULARY = """
@@ -80,21 +80,7 @@ SET_OF_COLUMN = {
 MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 SD3 = MMDiTConfig.from_json(MEDIUM)
 SD35 = MMDiTConfig.from_json(MEDIUM | {"qk_norm": "rms_norm", "dual_attention_layers": list(range(13))})
-IMAGES_OF_VOC = ScoredImages(
-    dataset="voc20",
-    split="val",
-    labels=None,
-    background=None,
-    unlabelled=None,
-    list=None,
-    resize="release",
-    lora=None,
-    images=1449,
-    pixels=10**6,
-    cut_off=0,
-    skipped=0,
-    unlabelled_images=0,
-)
+IMAGES_OF_VOC = scored_images("voc20", resize="release", images=1449)
 SCORES = Metrics(50.0, 60.0, 70.0, {}, {}, {})
 ASKED = Row(IMAGES_OF_VOC, "open_vocabulary", "present", "own", SCORES, block=9, step=8, seed=0)
 DIVIDED = replace(

@@ -79,9 +79,10 @@ def made_up_evaluation(
     )
 
 
-def _row(benchmark: Benchmark, prompts: str | None, scores: Metrics) -> Row:
+def scored_images(dataset: str, **changes: Any) -> ScoredImages:
+    """500 images of a set, all of them scored; `changes` are of its fields."""
     images = ScoredImages(
-        dataset=benchmark.name,
+        dataset=dataset,
         split="val",
         labels=None,
         background=None,
@@ -95,6 +96,11 @@ def _row(benchmark: Benchmark, prompts: str | None, scores: Metrics) -> Row:
         skipped=0,
         unlabelled_images=0,
     )
+    return replace(images, **changes)
+
+
+def _row(benchmark: Benchmark, prompts: str | None, scores: Metrics) -> Row:
+    images = scored_images(benchmark.name)
     if prompts is None:
         return Row(images, "unsupervised", "empty", None, scores, merging=UnsupervisedProtocol(0.1))
     return Row(images, "open_vocabulary", prompts, "own", scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,3 +56,14 @@ def test_what_cannot_be_drawn_is_refused(sd3, record):
         s4d.draw_words(IMAGE, sd3.attention(IMAGE, "", blocks=VARIED)[VARIED])
     with pytest.raises(ImageError, match=re.escape("absent.png: no such file")):
         s4d.draw_words(Path("absent.png"), record)
+
+
+def test_a_word_that_the_prompt_says_twice_is_drawn_once_whatever_its_case(sd3):
+    record = sd3.attention(IMAGE, "A cat and a Cat", blocks=VARIED)[VARIED]
+    assert record.text.spoken == ["A", "cat", "and"]
+
+
+def test_maps_that_are_no_numbers_are_refused(record):
+    damaged = jax.tree.map(lambda leaf: leaf * np.nan, record)
+    with pytest.raises(FloatingPointError, match="attention to 'cat' is not finite: damaged weights or inputs"):
+        s4d.draw_words(IMAGE, damaged, ["cat"])
