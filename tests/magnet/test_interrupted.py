@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -85,11 +84,13 @@ def begun(options, compiled, tmp_path_factory) -> dict[str, Stopped]:
     out = tmp_path_factory.mktemp("begun")
     process = start("magnet_runs", "stopped", str(out), "4", "--", *arguments(options), compiled=compiled)
     _, errors = process.communicate(timeout=900)
-    said = re.findall(r"^== (\w+)\n(.*?)(?:^== (\d+)\n|\Z)", errors, re.M | re.S)
-    assert [name for name, *_ in said] == ["whole", "told", "full", "killed"], errors[-6000:]
+    said = {name: out / f"{name}.stderr" for name in ("whole", "told", "full", "killed")}
+    for before, file in zip([None, *said.values()], said.values(), strict=False):
+        assert file.is_file(), errors[-6000:] if before is None else before.read_text()[-6000:]
+    status = lambda file: int(file.read_text()) if file.is_file() else process.returncode
     return {
-        name: Stopped(out / name, int(code) if code else process.returncode, words, checkpointed(out / name))
-        for name, words, code in said
+        name: Stopped(out / name, status(out / f"{name}.status"), file.read_text(), checkpointed(out / name))
+        for name, file in said.items()
     }
 
 

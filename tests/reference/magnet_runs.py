@@ -110,13 +110,15 @@ def stopped(directory: str, step: str, options: list[str]) -> None:
     """One run after the other in this process: one that nothing stops, one that is told to stop, one that fills the
     disk, and last one that is killed, and the process with it.
 
-    Standard error has "== NAME" before what a run says, and "== STATUS" after it.
+    What a run says is in DIR/NAME.stderr, its exit status in DIR/NAME.status. Each has a file of its own, since threads
+    that wrote to the full disk may go on complaining in the middle of a later run's line.
     """
     for name, befalls in {"whole": lambda: None, "told": tell, "full": fill, "killed": kill}.items():
-        print("==", name, file=sys.stderr, flush=True)
+        said = os.open(f"{directory}/{name}.stderr", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, sys.stderr.fileno())
         status = after(step, [*options, f"--run.out={directory}/{name}"], befalls)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print("==", status, file=sys.stderr, flush=True)
+        Path(directory, f"{name}.status").write_text(str(status))
 
 
 def kill() -> None:
