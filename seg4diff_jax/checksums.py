@@ -24,8 +24,8 @@ def checksums(tree: Any) -> dict[str, str]:
     """Returns the checksum of every array of a tree, 8 hexadecimal digits, by the names of `named`.
 
     If the parts of an array are in several processes, all of them must make this call together. Each device sums its
-    own parts, for all arrays in one program without collectives. With collectives in many small programs, some devices
-    could wait in one program and others in the next. The processes then exchange one number for each array.
+    own parts, in programs without collectives: otherwise some devices could wait in one array's program and others in
+    the next. Arrays that are alike share a program. The processes then exchange one number for each array.
     """
     arrays, meshes = named(tree), dict[Any, list[str]]()
     sums = dict.fromkeys(arrays, 0)
@@ -57,30 +57,28 @@ def _sum(array: Any) -> UInt32[Array, ""]:
 
 def _sums_over_devices(mesh: Mesh, arrays: Sequence[jax.Array]) -> UInt32[np.ndarray, " arrays"]:
     """Returns the sums of arrays on a mesh. A part counts once, however many devices hold it."""
-    specs = tuple(cast(NamedSharding, array.sharding).spec for array in arrays)
-    of_devices = sums_of_parts(mesh, specs)(*arrays)
-    first = [{part.device for part in array.addressable_shards if part.replica_id == 0} for array in arrays]
+    of_devices = [sum_of_parts(mesh, cast(NamedSharding, array.sharding).spec)(array) for array in arrays]
     sums = np.zeros(len(arrays), np.uint32)
-    for part in of_devices.addressable_shards:
-        sums += np.asarray(part.data)[0] * np.array([part.device in devices for devices in first], np.uint32)
+    for place, (array, found) in enumerate(zip(arrays, of_devices, strict=True)):
+        first = {part.device for part in array.addressable_shards if part.replica_id == 0}
+        sums[place] = sum(part.data.item() for part in found.addressable_shards if part.device in first) % 2**32
     if mesh.is_multi_process:
         sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     return sums
 
 
 @functools.lru_cache
-def sums_of_parts(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
-    """Returns a jitted function that sums arrays, split by `specs`, on each device: [devices, arrays].
+def sum_of_parts(mesh: Mesh, spec: P) -> jax.stages.Wrapped:
+    """Returns a jitted function that sums an array, split by `spec`, on each device: [devices].
 
     Hashes use each word's place in the whole array, and integer sums do not depend on the order. So the sums of an
     array's parts add up to the sum of the whole.
     """
 
-    def part(*parts: Array) -> UInt32[Array, "1 arrays"]:
-        sums = [_sum_of_words(part, _ways(mesh, spec, part.ndim)) for part, spec in zip(parts, specs, strict=True)]
-        return jnp.stack(sums)[None]
+    def part(array: Array) -> UInt32[Array, " 1"]:
+        return _sum_of_words(array, _ways(mesh, spec, array.ndim))[None]
 
-    return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(mesh.axis_names), check_vma=False))
+    return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names), check_vma=False))
 
 
 def _ways(mesh: Mesh, spec: P, axes: int) -> list[tuple[int, Any]]:

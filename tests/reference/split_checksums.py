@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seg4diff_jax.checksums import checksums, sums_of_parts
+from seg4diff_jax.checksums import checksums, sum_of_parts
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.processes import join_processes
 from seg4diff_jax.training.checkpoints import Checkpoints
@@ -43,8 +43,8 @@ if __name__ == "__main__":
     }
 
     split = {name: placed(values("float32"), place) for name, place in places.items() if place.mesh == mesh}
-    program = sums_of_parts(mesh, tuple(SPLIT[name] for name in split)).lower(*split.values()).compile()
-    collectives = re.findall(r"\b(?:all-|reduce-scatter|collective-)\S*", program.as_text() or "")
+    programs = [sum_of_parts(mesh, SPLIT[name]).lower(array).compile().as_text() for name, array in split.items()]
+    collectives = re.findall(r"\b(?:all-|reduce-scatter|collective-)\S*", "".join(map(str, programs)))
 
     def state(place: NamedSharding) -> TrainState:
         whole = NamedSharding(place.mesh, P())
