@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,26 @@ from seg4diff_jax.convert.staging import staged_directory
 from tests.reference.checkpoints import make_checkpoint
 
 PARTS = ["transformer", "vae", "text_encoder"]
-FOREVER = """
-import sys
+CONVERTERS = """
+import os, signal, sys
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 
-source, target, to = sys.argv[1:]
 while True:
-    print("started", flush=True)
-    convert_checkpoint(source, target, to=to, components=["transformer", "vae", "text_encoder"], overwrite=True)
+    source, target, to = (sys.stdin.readline().rstrip("\\n") for _ in range(3))
+    if not source:
+        break
+    if (converter := os.fork()) == 0:
+        while True:
+            print("started", flush=True)
+            convert_checkpoint(source, target, to=to, components=["transformer", "vae", "text_encoder"], overwrite=True)
+    sys.stdin.readline()
+    os.kill(converter, signal.SIGKILL)
+    os.waitpid(converter, 0)
+    print("killed", flush=True)
+"""
+"""For each source, target and format, a process that converts again and again, until a line says to kill it.
+
+The processes are forks of one that has its imports done, which take longer than a conversion.
 """
 
 
@@ -38,35 +51,52 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("atomic") / "sd3", dtype=torch.float16, t5=False)
 
 
-def kill_while_converting(source: Path, target: Path, to: str, delay: float | None = None) -> float:
+@pytest.fixture(scope="module")
+def converters() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", CONVERTERS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        bufsize=1,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def kill_while_converting(
+    converters: subprocess.Popen[str], source: Path, target: Path, to: str, delay: float | None = None
+) -> float:
     """Convert again and again, and `kill -9` so many seconds after the first conversion began, or the second.
 
     Returns the seconds from the beginning of the first to the kill.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", FOREVER, str(source), str(target), to], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"started\n"
+    assert converters.stdin is not None
+    assert converters.stdout is not None
+    converters.stdin.write(f"{source}\n{target}\n{to}\n")
+    assert converters.stdout.readline() == "started\n"
     start = time.perf_counter()
     if delay is None:
-        assert process.stdout.readline() == b"started\n"
+        assert converters.stdout.readline() == "started\n"
     else:
         time.sleep(delay)
-    process.kill()
-    process.communicate()
-    return time.perf_counter() - start
+    converters.stdin.write("kill\n")
+    seconds = time.perf_counter() - start
+    while (said := converters.stdout.readline()) != "killed\n":
+        assert said == "started\n"
+    return seconds
 
 
 @pytest.mark.parametrize("to", ["native", "diffusers"])
-def test_kill_minus_nine_leaves_the_target_absent_or_complete(layout: Path, tmp_path: Path, to: str):
+def test_kill_minus_nine_leaves_the_target_absent_or_complete(layout: Path, tmp_path: Path, to: str, converters):
     moments = random.Random(0)
     expected = {name: dict(open_source(layout).component(name).parameters()) for name in PARTS}
-    duration = kill_while_converting(layout, tmp_path / "first", to)
+    duration = kill_while_converting(converters, layout, tmp_path / "first", to)
     open_source(tmp_path / "first")
     shutil.rmtree(tmp_path / "first")
     for _ in range(5):
-        kill_while_converting(layout, tmp_path / "target", to, moments.uniform(0, 1.3 * duration))
+        kill_while_converting(converters, layout, tmp_path / "target", to, moments.uniform(0, 1.3 * duration))
         if (tmp_path / "target").exists():
             source = open_source(tmp_path / "target")
             for name, parameters in expected.items():
