@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -288,18 +283,3 @@ def test_scenes_drawn_once_are_those_drawn_every_time(tmp_path):
         assert all(np.array_equal(kept[index][field], value) for field, value in drawn[index].items())
     with pytest.raises(ValueError, match="made of something else \\(count: 70, not 71\\)"):
         training_scenes(SceneConfig(size=32, train=71, cache=config.cache))
-
-
-def test_sigterm_checkpoints_and_exits_with_0(tmp_path):
-    out = tmp_path / "run"
-    command = arguments("autoencoder", AUTOENCODER | {"run.out": str(out), "run.steps": 100000, "run.log_every": 1})
-    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=ROOT, env=os.environ, stderr=subprocess.PIPE)
-    while not (out / "metrics.jsonl").exists() or len(rows(out)) < 2:
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
-    (step,) = [int(path.name) for path in (out / "checkpoints").iterdir()]
-    assert step == rows(out)[-1]["step"]
-    assert f"stopped by SIGTERM after step {step}" in errors.decode()

@@ -77,32 +77,45 @@ def test_ctrl_c_in_the_last_step_stops_nothing_that_is_left_to_do(tmp_path):
     assert exported == [tmp_path / "export"]
 
 
-def test_ctrl_c_at_a_terminal_keeps_the_step_and_says_what_goes_on_with_it(tmp_path):
-    """A terminal sends it to the processes that prepare data too."""
-    out = tmp_path / "a run"
-    options = [f"--{name}={value}" for name, value in (AUTOENCODER | {"run.out": str(out)}).items()]
+def run_until_told(out: Path, options: list[str], by: signal.Signals, rows: int) -> tuple[int, str, int]:
+    """`train.py` in a session of its own, told by a signal once its log has so many rows.
+
+    Ctrl-C goes to the processes that prepare data too, as from a terminal.
+
+    Returns the exit status, standard error, and the last step in the log.
+    """
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *options],
-        cwd=tmp_path,
+        cwd=out.parent,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < 2:
+    while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < rows:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    tell = os.killpg if by is signal.SIGINT else os.kill
+    tell(process.pid, by)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    return process.returncode, errors, rows_of(out)[-1]["step"]
+
+
+def test_ctrl_c_at_a_terminal_keeps_the_step_and_says_what_goes_on_with_it_until_sigterm(tmp_path):
+    out = tmp_path / "a run"
+    options = [f"--{name}={value}" for name, value in (AUTOENCODER | {"run.out": str(out)}).items()]
+    status, errors, step = run_until_told(out, options, signal.SIGINT, 2)
+    assert status == 130, errors
     assert "Traceback" not in errors
-    step = rows_of(out)[-1]["step"]
     (said,) = [line for line in errors.splitlines() if line.startswith("stopped by")]
     assert said.startswith(f"stopped by Ctrl-C after step {step}, which is checkpointed in {out}/checkpoints/{step}: ")
     command = re.search(r"go on with python train\.py (.*)", said)
     assert command is not None
-    assert main([*shlex.split(command[1]), f"--run.steps={step + 1}", "--run.workers=0"]) == 0
-    assert rows_of(out)[-1]["step"] == step + 1
+    status, errors, last = run_until_told(out, shlex.split(command[1]), signal.SIGTERM, len(rows_of(out)) + 1)
+    assert status == 0, errors
+    assert last > step
+    assert max(checkpointed(out)) == last
+    assert f"stopped by SIGTERM after step {last}, which is checkpointed" in errors
 
 
 def test_a_second_ctrl_c_ends_at_once_without_a_traceback(tmp_path):
