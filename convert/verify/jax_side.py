@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -70,16 +70,21 @@ def _read(
     return ((rename(name), contiguous(array, cast)) for name, array in component.parameters(set(names)))
 
 
-def load_layer(component: ComponentReader, names: Iterable[str], dtype: str, prefix: str, make: Callable) -> OneLayer:
+def abstract_layer(make: Callable[[nnx.Rngs], Any]) -> OneLayer:
+    """Returns an abstract model of one block, which `make` builds from its random generators."""
+    return abstract(lambda rngs: OneLayer(make(rngs)))
+
+
+def load_layer(component: ComponentReader, names: Iterable[str], dtype: str, prefix: str, like: OneLayer) -> OneLayer:
     """Returns one block of a model, with the parameters under `prefix`; nothing else is read.
 
     Args:
       names: names of all parameters of the component.
-      make: builds the block from its random generators.
+      like: the block without its numbers, as `abstract_layer` returns it.
     """
     own = [name for name in names if name.startswith(prefix)]
     rename = lambda name: "layer." + name.removeprefix(prefix)
-    return assemble(abstract(lambda rngs: OneLayer(make(rngs))), _read(component, own, dtype, rename))
+    return assemble(like, _read(component, own, dtype, rename))
 
 
 def _load_rest(component: ComponentReader, names: Iterable[str], dtype: str, model: Any) -> Any:
@@ -139,11 +144,11 @@ def t5(
     assert isinstance(model, T5Encoder)
     del model.blocks
     model = _load_rest(component, names, dtype, model)
-    make = lambda rngs: T5Block(model.config, dtype=compute, param_dtype=compute, rngs=rngs)
+    layer = abstract_layer(lambda rngs: T5Block(model.config, dtype=compute, param_dtype=compute, rngs=rngs))
     states = jnp.take(model.token_embedding.embedding[...], jnp.asarray(ids), axis=0).astype(jnp.float32)
     bias = model.relative_bias(ids.shape[1])
     for i in range(model.config.num_layers):
-        states = _t5_layer(load_layer(component, names, dtype, f"blocks.{i}.", make), states, bias)
+        states = _t5_layer(load_layer(component, names, dtype, f"blocks.{i}.", layer), states, bias)
         states.block_until_ready()
         gc.collect()  # modules hold reference cycles
     states = model.final_norm(states).astype(compute)
@@ -216,14 +221,13 @@ def transformer(
     check("transformer: embedded latents", _numpy(state.image[:1]))
     check("transformer: embedded context", text(state))
     check("transformer: conditioning", _numpy(vector[:1]))
+    kind = partial(JointBlock, config, dtype=compute, param_dtype=compute)
+    abstract_block = cache(lambda dual, last: abstract_layer(lambda rngs: kind(dual=dual, last=last, rngs=rngs)))
     everything = AttentionRequest(text_tokens=(0, tokens))
     for_masks = replace(everything, scores=False, mean_heads=True)
     for i in range(config.num_layers):
         dual, last = i in config.dual_attention_layers, i == config.num_layers - 1
-        make = lambda rngs, dual=dual, last=last: JointBlock(
-            config, dual=dual, last=last, rngs=rngs, dtype=compute, param_dtype=compute
-        )
-        block = load_layer(component, names, dtype, f"blocks.{i}.", make)
+        block = load_layer(component, names, dtype, f"blocks.{i}.", abstract_block(dual, last))
         if i == given.block:
             alone = _record_alone(block, state, vector, ForwardOptions(for_masks)).probs
             check(EXPERT_ROW, _numpy(alone[:1]))

@@ -118,9 +118,10 @@ def verify(
         notes.append(f"masks from block {inputs.transformer.block}, {why}")
     if wider:
         notes.append(f"exact: PyTorch in {wider}")
-    if recast := [name for name in ours.configs if _usual(ours, name) != _usual(original, name)]:
-        dtypes = f"{_usual(ours, recast[0])}, in the original {_usual(original, recast[0])}"
-        notes.append(f"the weights' own rounding is in these errors: {', '.join(recast)} in {dtypes}")
+    usual = [] if ours is original else [(name, _usual(ours, name), _usual(original, name)) for name in ours.configs]
+    if recast := [each for each in usual if each[1] != each[2]]:
+        names, (_, own, of_original) = ", ".join(name for name, *_ in recast), recast[0]
+        notes.append(f"the weights' own rounding is in these errors: {names} in {own}, in the original {of_original}")
     return Report(rows, notes, size)
 
 
