@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config, tokenizers_of
+from seg4diff_jax.convert.components import COMPONENTS, parse_config, part_of, tokenizers_of
 from seg4diff_jax.convert.errors import CheckpointError, raise_all
 from seg4diff_jax.convert.layout import contiguous
 from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign_back
 from seg4diff_jax.convert.progress import OnBytes, counter
-from seg4diff_jax.convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes, part_of
+from seg4diff_jax.convert.readers import ComponentReader, Layout, Source, TorchComponent, nbytes
 from seg4diff_jax.convert.sources import native
 from seg4diff_jax.convert.sources.open import open_source, with_published_tokenizers
 from seg4diff_jax.convert.sources.safetensors_stream import write_safetensors
@@ -119,7 +119,7 @@ def _write_native(
         reader.name: native.write_component(
             work / reader.name,
             reader.config,
-            part_of(abstract_model(reader.name, reader.config)),
+            part_of(reader.name, reader.config),
             _cast(reader.parameters(), dtype),
             report,
         )

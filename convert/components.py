@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +13,15 @@ from seg4diff_jax.convert.assemble import abstract
 from seg4diff_jax.convert.configurations import PUBLISHED, check_values
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Architecture
+from seg4diff_jax.convert.names import Shape, parameter_shapes
 from seg4diff_jax.models.sd3.model import MMDiTConfig
 from seg4diff_jax.models.stacked_layers import Layered
 from seg4diff_jax.quoting import quoted
 
 COMPONENTS = SD3.components
 """The components of SD3, the only family so far."""
+PART_SIZE = 1 << 26
+"""Most numbers in one part of a checkpoint: 128 MB in 16 bits, so that a few parts in memory do not matter."""
 
 
 def tokenizers_of(components: list[str]) -> list[str]:
@@ -45,6 +49,39 @@ def _abstract_model(name: str, config: Any, dtype: jnp.dtype, depth: int | None)
     options = {} if depth is None else {"depth": depth}
     make = COMPONENTS[name].model
     return abstract(lambda rngs: make(config, dtype=dtype, param_dtype=dtype, rngs=rngs, **options))
+
+
+def component_shapes(name: str, config: dict[str, Any]) -> dict[str, Shape]:
+    """Returns the shape of every parameter of a component by our per-layer name."""
+    return dict(_shapes(name, parse_config(name, config))[0])
+
+
+@lru_cache
+def _shapes(name: str, config: Any) -> tuple[dict[str, Shape], set[str]]:
+    """Returns the shapes of a component's parameters, and the prefixes of its layers. Every file of it needs them."""
+    model = _abstract_model(name, config, jnp.dtype(jnp.float32), None)
+    layers = {f"{stack.layers}.{i}" for stack in model.layer_stacks for i in range(stack.start, stack.stop)}
+    return parameter_shapes(model), layers
+
+
+def part_of(name: str, config: dict[str, Any]) -> dict[str, str]:
+    """Returns the part of the checkpoint that each parameter of a component belongs to.
+
+    A part is a layer, as in `blocks.7`, or `base`, which holds all else. Each part has at most PART_SIZE numbers,
+    unless it is a single parameter. The further pieces of a large layer are `blocks.7-1`, `blocks.7-2`.
+    """
+    shapes, layers = _shapes(name, parse_config(name, config))
+    parts: dict[str, str] = {}
+    pieces: dict[str, int] = {}
+    filled: dict[str, int] = {}
+    for parameter, shape in shapes.items():
+        prefix = ".".join(parameter.split(".", 2)[:2])
+        owner, size = (prefix if prefix in layers else "base"), math.prod(shape)
+        if filled.get(owner, 0) and filled[owner] + size > PART_SIZE:
+            pieces[owner], filled[owner] = pieces.get(owner, 0) + 1, 0
+        filled[owner] = filled.get(owner, 0) + size
+        parts[parameter] = f"{owner}-{pieces[owner]}" if owner in pieces else owner
+    return parts
 
 
 def expert_block(transformer_config: dict[str, Any]) -> int | None:

@@ -16,27 +16,24 @@ import numpy as np
 
 from seg4diff_jax.convert.components import (
     COMPONENTS,
-    abstract_model,
+    component_shapes,
     expert_block,
     expert_step,
     parse_config,
+    part_of,
     trained_size,
 )
 from seg4diff_jax.convert.configurations import check_depth
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3, Family, Naming
 from seg4diff_jax.convert.layout import contiguous
-from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign, parameter_shapes
+from seg4diff_jax.convert.names import Assignment, NameTableError, Shape, assign
 from seg4diff_jax.convert.sources.stored_tensor import StoredTensor
 from seg4diff_jax.flow import FlowSchedule
-from seg4diff_jax.models.stacked_layers import Layered
 from seg4diff_jax.quoting import quoted
 
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 
-
-PART_SIZE = 1 << 26
-"""Most numbers in one part of a checkpoint: 128 MB in 16 bits, so that a few parts in memory do not matter."""
 
 Layout = dict[str, tuple[Shape, np.dtype]]
 """Shape and dtype of each parameter, by our per-layer name."""
@@ -164,9 +161,8 @@ class TorchComponent:
         if self._assignments is None:
             config = parse_config(self.name, self.config)
             check_depth(self.name, config, self.tensors, self.where)
-            model = abstract_model(self.name, self.config)
             rules = COMPONENTS[self.name].rules[self.naming](config)
-            expected = parameter_shapes(model)
+            expected = component_shapes(self.name, self.config)
             shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self.tensors.items()}
             dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
             where = f"{self.name} ({self.where})"
@@ -174,13 +170,13 @@ class TorchComponent:
                 found = assign(rules, shapes, expected, what=where, prefix=self.prefix, dtypes=dtypes)
             except NameTableError as error:
                 raise CheckpointError(str(error)) from None
-            part = part_of(model)
+            part = part_of(self.name, self.config)
             order = {name: number for number, name in enumerate(dict.fromkeys(part.values()))}
             self._assignments = sorted(found, key=lambda assignment: order[part[assignment.targets[0]]])
         return self._assignments
 
     def layout(self) -> Layout:
-        shapes = parameter_shapes(abstract_model(self.name, self.config))
+        shapes = component_shapes(self.name, self.config)
         return {
             target: (shapes[target], _widened(self.tensors[assignment.source].dtype))
             for assignment in self.assignments()
@@ -217,23 +213,3 @@ def usual_dtype(component: ComponentReader) -> np.dtype:
     for shape, dtype in component.layout().values():
         count[dtype] += math.prod(shape)
     return count.most_common(1)[0][0]
-
-
-def part_of(model: Layered) -> dict[str, str]:
-    """Returns the part of the checkpoint that each parameter belongs to.
-
-    A part is a layer, as in `blocks.7`, or `base`, which holds all else. Each part has at most PART_SIZE numbers,
-    unless it is a single parameter. The further pieces of a large layer are `blocks.7-1`, `blocks.7-2`.
-    """
-    layers = {f"{s.layers}.{i}" for s in model.layer_stacks for i in range(s.start, s.stop)}
-    parts: dict[str, str] = {}
-    pieces: dict[str, int] = {}
-    filled: dict[str, int] = {}
-    for name, shape in parameter_shapes(model).items():
-        prefix = ".".join(name.split(".", 2)[:2])
-        owner, size = (prefix if prefix in layers else "base"), math.prod(shape)
-        if filled.get(owner, 0) and filled[owner] + size > PART_SIZE:
-            pieces[owner], filled[owner] = pieces.get(owner, 0) + 1, 0
-        filled[owner] = filled.get(owner, 0) + size
-        parts[name] = f"{owner}-{pieces[owner]}" if owner in pieces else owner
-    return parts

@@ -27,13 +27,12 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from seg4diff_jax.convert.components import COMPONENTS, abstract_model, checked_block, parse_config
+from seg4diff_jax.convert.components import COMPONENTS, checked_block, component_shapes, parse_config, part_of
 from seg4diff_jax.convert.configurations import check_depth
 from seg4diff_jax.convert.errors import CheckpointError, raise_all, reason
 from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.layout import checksum, dtype_named, is_dtype, is_weight
-from seg4diff_jax.convert.names import parameter_shapes
-from seg4diff_jax.convert.readers import Layout, Source, part_of
+from seg4diff_jax.convert.readers import Layout, Source
 from seg4diff_jax.convert.sources.index import check_index, is_inside, read_scheduler
 from seg4diff_jax.quoting import quoted
 
@@ -229,8 +228,7 @@ class NativeComponent:
     def check(self) -> None:
         named = (name for part in self.records.values() for name in part)
         check_depth(self.name, parse_config(self.name, self.config), named, str(self.folder))
-        model = abstract_model(self.name, self.config)
-        expected, part = parameter_shapes(model), part_of(model)
+        expected, part = component_shapes(self.name, self.config), part_of(self.name, self.config)
         integers = [(name, dtype) for name, (_, dtype) in self.layout().items() if not is_weight(dtype)]
         found = {name: (tuple(r["shape"]), owner) for owner, rs in self.records.items() for name, r in rs.items()}
         raise_all(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from flax import nnx
 
-from seg4diff_jax.convert import readers
+from seg4diff_jax.convert import components
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.components import abstract_model
 from seg4diff_jax.convert.load import load_component
@@ -97,6 +97,7 @@ PEAK = """
 import sys
 import numpy as np
 from pathlib import Path
+from seg4diff_jax.convert import components
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 
 def resident(key):
@@ -126,7 +127,7 @@ def test_memory_in_converting_is_bounded_by_layers_not_by_the_model(tmp_path: Pa
 def test_a_large_layer_is_written_in_parts_of_bounded_size(
     monkeypatch: pytest.MonkeyPatch, layout: Path, tmp_path: Path
 ):
-    monkeypatch.setattr(readers, "PART_SIZE", 5_000)
+    monkeypatch.setattr(components, "PART_SIZE", 5_000)
     convert_checkpoint(layout, tmp_path / "native", components=["text_encoder"])
     reader = open_source(tmp_path / "native").component("text_encoder")
     records = reader.records  # pyright: ignore[reportAttributeAccessIssue]
