@@ -113,6 +113,9 @@ class Checkpoint:
     source: Source
     tokenizers_read: Tokenizers | None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source.origin}: {', '.join(self.source.configs)})"
+
     # ---- what it says -----------------------------------------------------------------------------------------------
 
     @property

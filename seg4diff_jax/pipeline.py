@@ -54,9 +54,9 @@ class Pipeline:
       mesh: the devices that parameters and batches are spread over, or None for one device.
     """
 
-    transformer: MMDiT
-    encoders: Encoders
-    tokenizers: Tokenizers
+    transformer: MMDiT = field(repr=False)
+    encoders: Encoders = field(repr=False)
+    tokenizers: Tokenizers = field(repr=False)
     schedule: FlowSchedule
     expert_block: int | None
     trained_size: int

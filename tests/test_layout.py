@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, str] = {
     "prompt_attention": "models text",
     "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options prompt_attention "
     "segmentation text",
-    "reporting": "images pipeline prompt_attention",
+    "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",

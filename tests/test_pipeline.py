@@ -64,6 +64,14 @@ def forgetful(sd3) -> s4d.Pipeline:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
+def test_checkpoints_and_pipelines_say_in_a_line_what_they_are(sd3, sd3_checkpoint):
+    assert repr(s4d.open(sd3_checkpoint)) == (
+        f"Checkpoint({sd3_checkpoint}: transformer, vae, text_encoder, text_encoder_2)"
+    )
+    known = f"schedule={sd3.schedule}, expert_block=None, trained_size={sd3.trained_size}, expert_step=8, mesh=None"
+    assert repr(sd3) == f"Pipeline({known})"
+
+
 def test_a_converted_directory_gives_the_masks_of_the_original(forgetful, sd3_checkpoint, tmp_path):
     convert_checkpoint(sd3_checkpoint, tmp_path / "native")
     converted = s4d.load(tmp_path / "native")

@@ -30,7 +30,7 @@ from seg4diff_jax.images import read_image
 from seg4diff_jax.passes import MEAN_PROBS, NoisedImages
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.prompt_attention import text_columns
-from seg4diff_jax.reporting.word_maps import draw_words
+from seg4diff_jax.reporting.drawings import draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
 

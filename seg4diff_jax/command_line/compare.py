@@ -189,7 +189,7 @@ def remarks(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[s
             f"{which} one seed only: what seeds alone change is not known, so a difference cannot be judged; measure "
             "both with several, as in --seeds 0,1,2"
         ]
-    return [f"bold: more than {SURE} times the seeds' spread, the root of the sum of both runs' variances over seeds"]
+    return [f"*: more than {SURE} times the seeds' spread, the root of the sum of both runs' variances over seeds"]
 
 
 def table(title: str, what: str, differences: Sequence[Difference]) -> Table:
@@ -201,7 +201,7 @@ def table(title: str, what: str, differences: Sequence[Difference]) -> Table:
     for each in differences:
         known = each.difference is not None and each.spread is not None
         sure = known and abs(each.difference or 0.0) > SURE * (each.spread or 0.0)
-        change = "–" if each.difference is None else f"{each.difference:+.2f}"
+        change = "–" if each.difference is None else f"{each.difference:+.2f}{' *' if sure else '  '}"
         made.add_row(
             Text(each.name),
             number(each.first),

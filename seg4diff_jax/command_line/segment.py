@@ -139,7 +139,7 @@ def segment_to_files(
     }
     with console.status("drawing"):
         shares = write_segmentation(out, pixels, segmentation, record)
-    console.print(area_table(shares))
+    Console(highlight=False).print(area_table(shares))
     console.print(f"wrote {out}: {', '.join(FILES)}")
 
 

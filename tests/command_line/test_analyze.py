@@ -11,7 +11,7 @@ from PIL import Image
 from seg4diff_jax.command_line import analyze, main
 from seg4diff_jax.command_line.analyze import text_attention
 from seg4diff_jax.models.attention import AttentionRequest
-from seg4diff_jax.reporting.word_maps import draw_words
+from seg4diff_jax.reporting.drawings import draw_words
 from tests.reference.inputs import SQUARE, an_image
 
 

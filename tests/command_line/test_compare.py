@@ -111,7 +111,7 @@ def test_differences_beyond_the_seeds_spread_are_told_from_others():
     assert (far.difference, near.difference) == (20.0, 1.0)
     assert far.spread == near.spread == pytest.approx(2.0)
     cells = list(compare.table("", "", [far, near]).columns[3].cells)
-    assert [cell.style for cell in cells] == ["bold", ""]
+    assert [(cell.plain, cell.style) for cell in cells] == [("+20.00 *", "bold"), ("+1.00  ", "")]
 
 
 def test_with_one_seed_a_difference_cannot_be_judged(runs, tmp_path, capsys, monkeypatch):

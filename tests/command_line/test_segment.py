@@ -121,9 +121,13 @@ def test_there_is_a_picture_of_the_masks_and_one_of_each_class(result):
         assert min(Image.open(result / name).size) > 300
 
 
-def test_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, printed):
-    assert printed["stdout"] == ""
-    for part in ("blocks 0..3 of 0..5, float32", "90 x 120 pixels, seen as 64 x 96", "compiling", "dog", "wrote"):
+def test_areas_are_printed_and_progress_goes_to_stderr_and_only_the_needed_blocks_are_loaded(result, printed, expected):
+    rows = [line.rsplit(maxsplit=2) for line in printed["stdout"].splitlines()]
+    areas = [f"{100 * np.mean(expected.labels == number):.1f}" for number in range(len(CLASSES))]
+    assert [[each.strip() for each in row] for row in rows[1:]] == [
+        [name, area, "%"] for name, area in zip(CLASSES, areas, strict=True)
+    ]
+    for part in ("blocks 0..3 of 0..5, float32", "90 x 120 pixels, seen as 64 x 96", "compiling", "wrote"):
         assert part in printed["stderr"]
 
 

@@ -32,7 +32,7 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/checkpoints.py",
             "seg4diff_jax/pipeline.py",
             "seg4diff_jax/planning/checkpoints.py",
-            "seg4diff_jax/reporting/word_maps.py",
+            "seg4diff_jax/reporting/drawings.py",
             "seg4diff_jax/miniature/flow_matching.py",
             "seg4diff_jax/magnet/task.py",
             "seg4diff_jax/magnet/items.py",

@@ -1,4 +1,4 @@
-"""Attention to the words of a prompt as a picture."""
+"""Results over the image that they are of, as a picture: masks, and attention to the words of a prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,29 @@ from PIL import Image
 
 from seg4diff_jax.images import ImageInput, read_image
 from seg4diff_jax.prompt_attention import PromptAttention
-from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_sheet
+from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_sheet, overlay
+from seg4diff_jax.segmentation.open_vocabulary import Segmentation
+from seg4diff_jax.segmentation.unsupervised import UnsupervisedSegmentation
+
+
+def draw_masks(image: ImageInput, masks: Segmentation | UnsupervisedSegmentation) -> Image.Image:
+    """Draws translucent, outlined masks over the image, with their names on them and a legend with their areas.
+
+    A small image is shown larger, a very large one smaller. Segments without names are called `segment 1` and so on.
+
+    Args:
+      image: that the masks are of: what `Pipeline.segment` took.
+
+    Raises:
+      ImageError: the image cannot be read.
+      ValueError: the masks are of an image of another size.
+    """
+    pixels = read_image(image)
+    if masks.labels.shape != pixels.shape[:2]:
+        found, expected = (" x ".join(map(str, each.shape[:2])) for each in (masks.labels, pixels))
+        raise ValueError(f"masks of {found} pixels on an image of {expected}: draw them on the image that they are of")
+    named = masks.named() if isinstance(masks, UnsupervisedSegmentation) else masks
+    return overlay(pixels, named.labels, named.classes)
 
 
 def draw_words(image: ImageInput, attention: PromptAttention, words: str | Sequence[str] | None = None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Words' maps over the picture: one call from a record to a sheet."""
+"""Masks and words' maps over the picture: one call from a result to a picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 import seg4diff_jax as s4d
 from seg4diff_jax.image_files import ImageError
 from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture
+from seg4diff_jax.reporting.segmentation_files import write_segmentation
 from tests.reference.inputs import SIZE, VARIED, an_image
 
 IMAGE = an_image(*SIZE)
@@ -42,6 +43,19 @@ def test_the_sheet_holds_the_heat_map_of_each_word_that_is_named(record, tmp_pat
     one = s4d.draw_words(IMAGE, record, "cat")
     assert holds(one, heat_picture(IMAGE, np.asarray(record.of("cat")), CELL_LONGEST))
     assert one.width * one.height < sheet.width * sheet.height
+
+
+def test_masks_are_drawn_as_the_command_line_draws_them(sd3, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    masks = sd3.segment(IMAGE, ["cat", "sea"], block=VARIED)
+    write_segmentation(tmp_path / "out", IMAGE, masks, {})
+    for image in (IMAGE, tmp_path / "photo.png"):
+        np.testing.assert_array_equal(s4d.draw_masks(image, masks), Image.open(tmp_path / "out" / "overlay.png"))
+    segments = s4d.UnsupervisedSegmentation(masks.labels, masks.scores)
+    named = s4d.Segmentation(masks.labels, masks.scores, ("segment 1", "segment 2"), ("",))
+    np.testing.assert_array_equal(s4d.draw_masks(IMAGE, segments), s4d.draw_masks(IMAGE, named))
+    with pytest.raises(ValueError, match=r"^masks of \d+ x \d+ pixels on an image of 20 x 30: draw them on the image"):
+        s4d.draw_masks(an_image(20, 30), masks)
 
 
 def test_by_default_every_word_is_drawn_once(record):
