@@ -34,7 +34,6 @@ from seg4diff_jax.quoting import quoted
 
 FLOAT8 = {np.dtype("float8_e4m3fn"), np.dtype("float8_e5m2")}
 
-
 Layout = dict[str, tuple[Shape, np.dtype]]
 """Shape and dtype of each parameter, by our per-layer name."""
 
