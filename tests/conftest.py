@@ -28,7 +28,7 @@ from jaxtyping import install_import_hook
 
 
 def modules_with_shapes() -> list[str]:
-    """Those of the package whose signatures say shapes. To check all others too takes a quarter of a test's time."""
+    """Those of the package whose signatures say shapes. To check the others costs tests of checkpoints a fifth."""
     root = Path(__file__).parents[1]
     folders = os.walk(root / "seg4diff_jax", followlinks=True)
     files = (Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))

@@ -114,8 +114,8 @@ def stopped(directory: str, step: str, options: list[str]) -> None:
     that wrote to the full disk may go on complaining in the middle of a later run's line.
     """
     for name, befalls in {"whole": lambda: None, "told": tell, "full": fill, "killed": kill}.items():
-        said = os.open(f"{directory}/{name}.stderr", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, sys.stderr.fileno())
+        with Path(directory, f"{name}.stderr").open("w") as said:
+            os.dup2(said.fileno(), sys.stderr.fileno())
         status = after(step, [*options, f"--run.out={directory}/{name}"], befalls)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         Path(directory, f"{name}.status").write_text(str(status))
