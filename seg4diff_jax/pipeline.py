@@ -220,15 +220,16 @@ class Pipeline:
         prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; expected one for all, or one for each")
-        options, wanted = ForwardOptions(request or AttentionRequest(), kernel), self._blocks(blocks)
+        request, wanted = request or AttentionRequest(), self._blocks(blocks)
         results: dict[int, dict[int, PromptAttention]] = {}
         for group in self.view.by_size(images, size, resize):
             (noised,) = self._noised(group, len(images), (seed,), noise, step)
             asked = {place: prompts[place] for place in group.places}
             texts = self.spread(self.encode_prompts([*asked.values()]))
             with self.settings():
+                options = ForwardOptions(request, kernel)
                 records = passes.attention(self.transformer, noised, texts, blocks=wanted, options=options)
-            results |= prompt_attention(records, asked, texts, self.tokenizers, group.grid, options)
+            results |= prompt_attention(records, asked, texts, self.tokenizers, group.grid, request)
         return results[0] if single else [results[place] for place in range(len(images))]
 
     # ---- pictures ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.models.attention import ForwardOptions, JointAttention
+from seg4diff_jax.models.attention import AttentionRequest, JointAttention
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.text import Tokenizer, Tokenizers
 
@@ -217,17 +217,15 @@ def prompt_attention(
     texts: TextConditioning,
     tokenizers: Tokenizers,
     grid: tuple[int, int],
-    options: ForwardOptions,
+    request: AttentionRequest,
 ) -> dict[int, dict[int, PromptAttention]]:
     """Records of a batch as those of each image, whose arrays keep a leading axis of 1.
 
     Args:
       prompts: of each row of the batch, in order, under the image's place in a list.
-      options: what the records were made with.
+      request: what the records were made with.
     """
-    request = options.about(texts).request
-    assert request is not None, "records were requested"
-    shown = request.text_tokens
+    shown = request.about(texts).text_tokens
     assert not isinstance(shown, str), "the conditioning names its segments"
 
     def of_image(row: int, prompt: str) -> dict[int, PromptAttention]:

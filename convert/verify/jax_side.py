@@ -255,8 +255,10 @@ def _embed(model: MMDiT, latents: Array, timesteps: Array, conditioning: TextCon
 @partial(jax.jit, static_argnames=("options",))
 def _joint_block(
     block: OneLayer, state: StreamState, vector: Array, options: ForwardOptions
-) -> tuple[StreamState, JointAttention | None]:
-    return block.layer(state, vector, options)
+) -> tuple[StreamState, JointAttention]:
+    assert options.request is not None, "blocks are compared by their records"
+    state, joint = block.layer(state, vector, options)
+    return state, options.request.read(joint)
 
 
 @partial(jax.jit, static_argnames=("options",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer, repeat_last
 
+Stream = Literal["image", "text"]
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
 
 
@@ -54,6 +55,62 @@ class AttentionRequest:
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"text_tokens is {self.text_tokens}; expected 0 <= first < last, or None for the end")
 
+    @property
+    def normalized_queries(self) -> tuple[Stream, ...]:
+        queries = {quadrant.split("_to_")[0] for quadrant in self.quadrants} if self.probs else set()
+        return tuple(stream for stream in get_args(Stream) if stream in queries)
+
+    def about(self, conditioning: TextConditioning) -> AttentionRequest:
+        """With a segment's name as the numbers of its tokens. Raises ValueError when the text has none such."""
+        if not isinstance(self.text_tokens, str):
+            return self
+        return replace(self, text_tokens=conditioning.tokens(self.text_tokens))
+
+    def read(self, joint: JointQKV) -> JointAttention:
+        """Shows every token: of the last as many as it stands for."""
+        if isinstance(self.text_tokens, str):
+            raise ValueError(f"text_tokens is {self.text_tokens!r}; without a conditioning expected first and last")
+        joint, image_tokens = joint.with_every_token(), joint.image_tokens
+        start, stop = self.text_tokens
+        stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
+        if image_tokens + start >= stop:
+            raise ValueError(
+                f"text_tokens is {self.text_tokens}; this text has {joint.k.shape[1] - image_tokens} tokens"
+            )
+        tokens = {"image": slice(0, image_tokens), "text": slice(image_tokens + start, stop)}
+        parts: dict[str, Any] = {}
+        for quadrant in self.quadrants:
+            queries, keys = (tokens[stream] for stream in quadrant.split("_to_"))
+            scores = attention_scores(joint.q[:, queries], joint.k[:, keys])
+            normalizer = joint.normalizer if self.probs else None
+            probs = None if normalizer is None else jnp.exp(scores - normalizer[:, :, queries, None])
+            if self.mean_heads:
+                scores, probs = (None if array is None else array.mean(axis=1) for array in (scores, probs))
+            parts[quadrant] = AttentionMap(scores=scores if self.scores else None, probs=probs)
+        if self.qkv:
+            parts |= {"q": joint.q, "k": joint.k, "v": joint.v}
+        return JointAttention(**parts)
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What is kept of a captured block's attention: maps (`AttentionRequest`), or figures computed of them.
+
+    Attributes:
+      normalized_queries: the streams whose queries' log-normalisers are read. Empty: none is.
+    """
+
+    @property
+    def normalized_queries(self) -> tuple[Stream, ...]: ...
+
+    def about(self, conditioning: TextConditioning) -> Reader:
+        """Returns the reader for a text, with what it asks by name found there. Raises ValueError if it is not."""
+        ...
+
+    def read(self, joint: JointQKV) -> Any:
+        """Returns the block's record: a pytree of arrays."""
+        ...
+
 
 IMAGE_TO_TEXT = AttentionRequest()
 """The default: image-to-text scores and probabilities of CLIP's tokens, heads kept."""
@@ -64,21 +121,18 @@ class ForwardOptions:
     """How blocks are computed, and what those that are captured return. Static under jit.
 
     Attributes:
-      request: what each record holds; None: no block is recorded.
+      request: what each record holds; None: no block is recorded. A reader that holds arrays is for use inside jit.
       kernel: attention kernel; None: by backend and dtype (`default_kernel`).
       remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
     """
 
-    request: AttentionRequest | None = IMAGE_TO_TEXT
+    request: Reader | None = IMAGE_TO_TEXT
     kernel: Kernel | None = None
     remat: bool | Callable = False
 
     def about(self, conditioning: TextConditioning) -> ForwardOptions:
-        """With a requested segment as the numbers of its tokens. Raises ValueError when the text has none such."""
-        if self.request is None or not isinstance(self.request.text_tokens, str):
-            return self
-        tokens = conditioning.tokens(self.request.text_tokens)
-        return replace(self, request=replace(self.request, text_tokens=tokens))
+        """With what the request asks by name found in the text. Raises ValueError when it is not there."""
+        return self if self.request is None else replace(self, request=self.request.about(conditioning))
 
 
 DEFAULT_OPTIONS, UNRECORDED = ForwardOptions(), ForwardOptions(request=None)
@@ -129,32 +183,56 @@ class QKV:
     last_count: int = field(default=1, metadata={"static": True})
 
 
-def join(image: QKV, text: QKV) -> QKV:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class JointQKV:
+    """All that a block's attention record is made of: queries, keys and values of the joint sequence, image first.
+
+    Attributes:
+      normalizer: log-normaliser of each query's softmax, of all queries or of the image's; None: not computed.
+      image_tokens: how many tokens are the image's. Static.
+      last_count: how many equal tokens the last one stands for. Static.
+    """
+
+    q: Float[Array, "batch tokens heads head_dim"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    k: Float[Array, "batch tokens heads head_dim"] | Any
+    v: Float[Array, "batch tokens heads head_dim"] | Any
+    normalizer: Float[Array, "batch heads queries"] | Any | None
+    image_tokens: int = field(metadata={"static": True})
+    last_count: int = field(metadata={"static": True})
+
+    def with_every_token(self) -> JointQKV:
+        """Repeats the last token, and its log-normaliser, as often as it stands for others."""
+        q, k, v = (repeat_last(x, self.last_count, axis=1) for x in (self.q, self.k, self.v))
+        normalizer = self.normalizer
+        if normalizer is not None and normalizer.shape[2] > self.image_tokens:
+            normalizer = repeat_last(normalizer, self.last_count, axis=2)
+        return JointQKV(q, k, v, normalizer, self.image_tokens, 1)
+
+
+def join(image: QKV, text: QKV) -> JointQKV:
     q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((image.q, text.q), (image.k, text.k), (image.v, text.v)))
-    return QKV(q, k, v, text.last_count)
+    return JointQKV(q, k, v, None, image.q.shape[1], text.last_count)
 
 
 def joint_attention(
     image: QKV, text: QKV, options: ForwardOptions = UNRECORDED
-) -> tuple[
-    Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointAttention | None
-]:
-    """Attention over both streams' tokens: the output of each stream, and the record if one is requested."""
+) -> tuple[Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointQKV]:
+    """Attention over both streams' tokens: the output of each stream, and what the options' request reads."""
     joint, request = join(image, text), options.request
-    image_tokens = image.q.shape[1]
     output, normalizer = attend(
         joint.q,
         joint.k,
         joint.v,
         kernel=options.kernel,
-        normalizer=request is not None and request.probs,
+        normalizer=request is not None and bool(request.normalized_queries),
         last_key_count=joint.last_count,
     )
-    record = None if request is None else _record(joint, image_tokens, normalizer, request)
-    return output[:, :image_tokens], output[:, image_tokens:], record
+    cut = joint.image_tokens
+    return output[:, :cut], output[:, cut:], replace(joint, normalizer=normalizer)
 
 
-def attention_record(image: QKV, text: QKV, options: ForwardOptions = DEFAULT_OPTIONS) -> JointAttention:
+def attention_record(image: QKV, text: QKV, options: ForwardOptions = DEFAULT_OPTIONS) -> Any:
     """The record alone: nothing after q and k is computed (values are returned if requested, but not used).
 
     Raises ValueError when the options request none.
@@ -162,43 +240,8 @@ def attention_record(image: QKV, text: QKV, options: ForwardOptions = DEFAULT_OP
     joint, request = join(image, text), options.request
     if request is None:
         raise ValueError("no record is requested: expected options with a request")
-    image_tokens = image.q.shape[1]
     normalizer = None
-    if request.probs:
-        only_image_rows = not any(quadrant.startswith("text") for quadrant in request.quadrants)
-        queries = image.q if only_image_rows else joint.q
+    if request.normalized_queries:
+        queries = image.q if request.normalized_queries == ("image",) else joint.q
         normalizer = log_normalizer(queries, joint.k, kernel=options.kernel, last_key_count=joint.last_count)
-    return _record(joint, image_tokens, normalizer, request)
-
-
-def _record(
-    joint: QKV,
-    image_tokens: int,
-    normalizer: Float[Array, "batch heads queries"] | None,
-    request: AttentionRequest,
-) -> JointAttention:
-    """Shows every token: of the last as many as it stands for."""
-    count = joint.last_count
-    joint = jax.tree.map(lambda x: repeat_last(x, count, axis=1), joint)
-    if normalizer is not None and normalizer.shape[2] > image_tokens:
-        normalizer = repeat_last(normalizer, count, axis=2)
-    if isinstance(request.text_tokens, str):
-        raise ValueError(f"text_tokens is {request.text_tokens!r}; without a conditioning expected first and last")
-    start, stop = request.text_tokens
-    stop = joint.k.shape[1] if stop is None else min(image_tokens + stop, joint.k.shape[1])
-    if image_tokens + start >= stop:
-        raise ValueError(
-            f"text_tokens is {request.text_tokens}; this text has {joint.k.shape[1] - image_tokens} tokens"
-        )
-    tokens = {"image": slice(0, image_tokens), "text": slice(image_tokens + start, stop)}
-    parts: dict[str, Any] = {}
-    for quadrant in request.quadrants:
-        queries, keys = (tokens[stream] for stream in quadrant.split("_to_"))
-        scores = attention_scores(joint.q[:, queries], joint.k[:, keys])
-        probs = jnp.exp(scores - normalizer[:, :, queries, None]) if normalizer is not None else None
-        if request.mean_heads:
-            scores, probs = (None if array is None else array.mean(axis=1) for array in (scores, probs))
-        parts[quadrant] = AttentionMap(scores=scores if request.scores else None, probs=probs)
-    if request.qkv:
-        parts |= {"q": joint.q, "k": joint.k, "v": joint.v}
-    return JointAttention(**parts)
+    return request.read(replace(joint, normalizer=normalizer))

@@ -225,13 +225,16 @@ def _attend_fused_backward(kernel: Kernel, residuals, cotangents):
     def plain(q: Tokens, k: Tokens, v: Tokens):
         return FUSED[kernel.name](q, k, v, kernel)[0]
 
-    pull_output = jax.vjp(plain, q, k, v)[1]
-    q_bar, k_bar, v_bar = pull_output(output_bar)
-    mean_key, pull_values = jax.vjp(partial(plain, q, k), k)
-    weight = jnp.moveaxis(normalizer_bar, 1, 2)[..., None] * q.shape[-1] ** -0.5
-    q_bar = q_bar + (weight * mean_key).astype(q.dtype)
-    k_bar = k_bar + pull_values((weight * q).astype(k.dtype))[0]
-    return q_bar, k_bar, v_bar
+    def of_normalizer():
+        mean_key, pull_values = jax.vjp(partial(plain, q, k), k)
+        weight = jnp.moveaxis(normalizer_bar, 1, 2)[..., None] * q.shape[-1] ** -0.5
+        return (weight * mean_key).astype(q.dtype), pull_values((weight * q).astype(k.dtype))[0]
+
+    q_bar, k_bar, v_bar = jax.vjp(plain, q, k, v)[1](output_bar)
+    # One scan runs captured blocks and others, whose normaliser nobody reads: its gradient is zero in them.
+    is_read = jnp.any(normalizer_bar != 0)
+    more_q, more_k = jax.lax.cond(is_read, of_normalizer, lambda: (jnp.zeros_like(q), jnp.zeros_like(k)))
+    return q_bar + more_q, k_bar + more_k, v_bar
 
 
 _attend_fused.defvjp(_attend_fused_forward, _attend_fused_backward)

@@ -1,17 +1,18 @@
 """Runs the blocks of a transformer of any family: all of them, or those up to the last one that is read.
 
 A block has joint attention of image and text. `qkv(state, vector)` returns the input of that attention, and
-`block(state, vector, options)` the state after the block and its attention record.
+`block(state, vector, options)` the state after the block and what a record is made of (`JointQKV`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention, attention_record
@@ -41,16 +42,6 @@ class Trunk(Protocol):
         ...
 
 
-class Run(NamedTuple):
-    """Consecutive blocks that one scan runs: rows `start` to `stop` of stack number `stack`."""
-
-    stack: int
-    start: int
-    stop: int
-    first_block: int
-    captured: bool
-
-
 def run_blocks(
     trunk: Trunk,
     state: Any,
@@ -58,31 +49,52 @@ def run_blocks(
     stop: int,
     capture: Collection[int] = (),
     options: ForwardOptions = DEFAULT_OPTIONS,
-) -> tuple[Any, dict[int, JointAttention]]:
+) -> tuple[Any, dict[int, Any]]:
     """Runs blocks 0 to `stop` (exclusive). Returns the state after them, and the records of those in `capture`.
 
-    A segment of the text must be requested by its token numbers, not by name (`ForwardOptions.about`).
+    Blocks of one kind are one scan whichever are captured: several would each hold a copy of a block's parameters. A
+    segment of the text must be requested by its token numbers, not by name (`ForwardOptions.about`).
     """
-    records: dict[int, JointAttention] = {}
-    unrecorded = replace(options, request=None)
-    for run in _runs(trunk.layer_stacks, capture, stop):
-        wanted = options if run.captured else unrecorded
-        step = lambda state, block, wanted=wanted: block(state, vector, wanted)
-        state, stacked = scan_layers(step, state, trunk.stacks[run.stack], run.start, run.stop, options.remat)
-        if run.captured:
-            rows = range(run.stop - run.start)
-            records |= {run.first_block + i: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in rows}
+    records: dict[int, Any] = {}
+    for stack, blocks in zip(trunk.stacks, trunk.layer_stacks, strict=True):
+        captured = [block in capture for block in range(blocks.start, min(blocks.stop, stop))]
+        if captured:
+            state, kept = _run_alike(stack, state, vector, captured, options)
+            numbers = [blocks.start + row for row, wanted in enumerate(captured) if wanted]
+            records |= {block: jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i, block in enumerate(numbers)}
     return state, records
 
 
-def _runs(stacks: tuple[LayerStack, ...], capture: Collection[int], stop: int) -> Iterator[Run]:
-    """Splits blocks 0 to `stop` into runs for one scan each: blocks of one stack, all captured or none."""
-    for number, stack in enumerate(stacks):
-        blocks = range(stack.start, min(stack.stop, stop))
-        for captured, group in itertools.groupby(blocks, key=lambda block: block in capture):
-            first, *rest = group
-            begin = first - stack.start
-            yield Run(number, begin, begin + 1 + len(rest), first, captured)
+def _run_alike(
+    stack: Any, state: Any, vector: Float[Array, "batch dim"], captured: list[bool], options: ForwardOptions
+) -> tuple[Any, Any]:
+    """Runs blocks of one kind, of a stack the first `len(captured)`; stacks the records of those that are captured."""
+    options = options if any(captured) else replace(options, request=None)
+    request = options.request
+    run = lambda state, block: block(state, vector, options)
+    scan = partial(scan_layers, stack=stack, stop=len(captured), remat=options.remat)
+    if request is None:
+        return scan(lambda state, block: (run(state, block)[0], None), state)
+    if all(captured):
+        read_each = lambda state, joint: (state, request.read(joint))
+        return scan(lambda state, block: read_each(*run(state, block)), state)
+
+    # Of some blocks, records are written into arrays that the scan carries along. Without the checkpoint, every block
+    # would keep for the backward pass what a record's maps need, captured or not.
+    read = jax.checkpoint(request.read, prevent_cse=False)
+    is_captured, places = jnp.array(captured), jnp.cumsum(jnp.array(captured)) - 1
+
+    def step(carry, block):
+        state, records, row = carry
+        state, joint = run(state, block)
+        write = lambda records, joint: jax.tree.map(lambda to, x: to.at[places[row]].set(x), records, read(joint))
+        records = jax.lax.cond(is_captured[row], write, lambda records, _: records, records, joint)
+        return (state, records, row + 1), None
+
+    shapes = jax.eval_shape(lambda: request.read(run(state, take_layer(stack, 0))[1]))
+    records = jax.tree.map(lambda x: jnp.zeros((sum(captured), *x.shape), x.dtype), shapes)
+    (state, records, _), _ = scan(step, (state, records, 0))
+    return state, records
 
 
 def attention_at(

@@ -63,6 +63,15 @@ def test_output_normaliser_and_all_gradients_are_exact(kernel, queries, keys):
         assert float(jnp.abs(mine - expected).max() / jnp.abs(expected).max()) <= 1e-5
 
 
+def test_a_normaliser_that_is_not_read_changes_no_gradient(kernel):
+    q, k, v, weight = (draw(2, length, 3, 16, seed=i) for i, length in enumerate((70, 90, 90, 70)))
+    loss = lambda normalizer, *x: (attend(*x, kernel=kernel, normalizer=normalizer)[0] * weight).sum()
+    with_it, without = (
+        jax.grad(functools.partial(loss, normalizer), (0, 1, 2))(q, k, v) for normalizer in (True, False)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), with_it, without)
+
+
 def test_normaliser_without_values_is_the_same(kernel):
     q, k = draw(2, 70, 3, 16), draw(2, 90, 3, 16, seed=1)
     expected = explicit(q, k, k)[1]
@@ -98,8 +107,8 @@ def test_a_captured_map_costs_no_array_of_tokens_by_tokens():
 
     def capture(image, text):
         request = AttentionRequest(text_tokens=(0, 77))
-        output, _, record = joint_attention(image, text, ForwardOptions(request, Kernel("xla")))
-        return output.sum() + record.probs.sum()
+        output, _, joint = joint_attention(image, text, ForwardOptions(request, Kernel("xla")))
+        return output.sum() + request.read(joint).probs.sum()
 
     for function in (capture, jax.grad(capture, argnums=(0, 1))):
         assert largest_array(function, shape(tokens), shape(text)) < tokens * tokens

@@ -310,6 +310,40 @@ def test_the_program_does_not_grow_with_depth():
     assert equations(12) == equations(30)
 
 
+WIDE = SMALL | {
+    "num_layers": 6,
+    "num_attention_heads": 16,
+    "attention_head_dim": 32,
+    "caption_projection_dim": 512,
+}
+"""Parameters of a block take 27 MB, far more than the states of a few tokens."""
+
+
+@pytest.mark.parametrize("capture", [(2,), (0, 3)])
+@pytest.mark.parametrize("of", ["velocity", "gradients with remat"])
+def test_captured_blocks_need_no_more_copies_of_a_blocks_parameters(capture, of):
+    """Each scan over blocks holds a copy of one block's parameters: one for each run of captured blocks, it was."""
+    config = MMDiTConfig.from_json(WIDE)
+    model = abstract(lambda rngs: MMDiT(config, rngs=rngs))
+    inputs = jax.eval_shape(lambda: make_inputs(WIDE, (8, 8)))
+
+    def program(captured):
+        def loss(latents, model, rest):
+            options = ForwardOptions(remat=of != "velocity")
+            velocity, records = model(latents, **rest, capture=captured, options=options)
+            return (velocity**2).sum() + sum((leaf**2).sum() for leaf in jax.tree.leaves(records))
+
+        return loss if of == "velocity" else jax.grad(loss)
+
+    rest = {name: value for name, value in inputs.items() if name != "latents"}
+    plain, capturing = (
+        jax.jit(program(captured)).lower(inputs["latents"], model, rest).compile().memory_analysis().temp_size_in_bytes
+        for captured in ((), capture)
+    )
+    assert plain > 20e6
+    assert capturing <= 1.1 * plain
+
+
 @RUNS
 def test_maps_under_vmap_equal_maps_of_a_batch(pair, inputs, everything):
     _, ours = pair

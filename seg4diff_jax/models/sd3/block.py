@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seg4diff_jax.models.attention import QKV, UNRECORDED, ForwardOptions, JointAttention, joint_attention
+from seg4diff_jax.models.attention import QKV, UNRECORDED, ForwardOptions, JointQKV, joint_attention
 from seg4diff_jax.models.kernels import attend
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.parallel import split_batch
@@ -151,14 +151,14 @@ class JointBlock(nnx.Module):
         state: StreamState,
         vector: Float[Array, "batch dim"],
         options: ForwardOptions = UNRECORDED,
-    ) -> tuple[StreamState, JointAttention | None]:
-        """Returns both streams after this block, and its attention record if one is requested.
+    ) -> tuple[StreamState, JointQKV]:
+        """Returns both streams after this block, and what the options' request reads of its joint attention.
 
         Args:
           vector: embedding of the timestep and the pooled text, which modulates both streams.
         """
         image_mod, text_mod = modulations = self._modulations(vector)
-        image_heads, text_heads, record = joint_attention(*self._qkv(state, modulations), options)
+        image_heads, text_heads, joint = joint_attention(*self._qkv(state, modulations), options)
         attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
         if self.image.dual_attention is not None:
             shift, scale, gate = image_mod[6:]
@@ -169,4 +169,4 @@ class JointBlock(nnx.Module):
         if self.text.mlp is not None:
             attended = text_mod[2][:, None] * self.text.attention.merge(text_heads)
             text = self.text.update(text, attended, text_mod[3:6])
-        return replace(state, image=image, text=text), record
+        return replace(state, image=image, text=text), joint
