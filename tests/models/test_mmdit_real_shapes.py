@@ -14,6 +14,8 @@ from diffusers import SD3Transformer2DModel
 
 from seg4diff_jax.convert.assemble import abstract
 from seg4diff_jax.convert.tables import mmdit as table
+from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.encoders import segments
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from tests.reference.attention import explicit_softmax
 from tests.reference.random_weights import SD3_QUERIES, randomize_, relative_error, temper_
@@ -78,7 +80,8 @@ def test_velocity_and_every_image_to_text_map_equal_diffusers(case, tmp_path):
 
     ours = load_saved(abstract(lambda rngs: MMDiT(config, rngs=rngs)), table.diffusers(config), tmp_path)
     run = jax.jit(functools.partial(MMDiT.__call__, capture=range(config.num_layers)))
-    found, records = run(ours, jnp.asarray(latents), jnp.asarray([515.072]), jnp.asarray(context), jnp.asarray(pooled))
+    conditioning = TextConditioning(jnp.asarray(context), jnp.asarray(pooled), segments=segments(77, TEXT - 77))
+    found, records = run(ours, jnp.asarray(latents), jnp.asarray([515.072]), conditioning)
     assert relative_error(found, velocity) <= 1e-4
     assert len(records) == config.num_layers
     assert max(relative_error(records[i].probs, expected) for i, expected in enumerate(maps)) <= 1e-4
