@@ -160,25 +160,32 @@ def velocity_loss(
 
 def euler(
     velocity: Callable[
-        [Float[Array, "batch height width channels"], Float[Array, ""]], Float[Array, "batch height width channels"]
+        [Float[Array, "batch height width channels"], Float[Array, ""], Int[Array, ""], Any],
+        tuple[Float[Array, "batch height width channels"], Any],
     ],
     noise: Float[Array, "batch height width channels"],
     sigmas: Float[Array, " steps"],
-) -> Float[Array, "batch height width channels"]:
+    kept: Any = None,
+) -> tuple[Float[Array, "batch height width channels"], Any]:
     """Integrates the velocity from noise to clean latents with Euler steps, in one scan. Latents are fp32.
 
     Args:
-      velocity: function of latents and a noise level that returns their velocity.
+      velocity: function of latents, their noise level, the step's number from 0, and what the step before handed on.
+        It returns the velocity, and what to hand on.
       sigmas: falling noise levels; the last step goes from the last of them to 0.
+      kept: what is handed to the first step.
+
+    Returns the latents, and what the last step handed on.
     """
 
-    def step(latents: Array, levels: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, following = levels
-        return latents + (following - sigma) * velocity(latents, sigma), None
+    def step(carry: tuple[Array, Any], levels: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any], None]:
+        (latents, kept), (sigma, following, number) = carry, levels
+        found, kept = velocity(latents, sigma, number, kept)
+        return (latents + (following - sigma) * found, kept), None
 
     sigmas = sigmas.astype(jnp.float32)
-    latents, _ = jax.lax.scan(step, noise.astype(jnp.float32), (sigmas, jnp.append(sigmas[1:], 0.0)))
-    return latents
+    levels = sigmas, jnp.append(sigmas[1:], 0.0), jnp.arange(len(sigmas))
+    return jax.lax.scan(step, (noise.astype(jnp.float32), kept), levels)[0]
 
 
 def guided(

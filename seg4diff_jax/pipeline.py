@@ -29,6 +29,7 @@ from seg4diff_jax.numerics import settled
 from seg4diff_jax.parallel import spread
 from seg4diff_jax.pipeline_options import AttentionOptions, SegmentOptions, UnsupervisedOptions
 from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
+from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
@@ -38,9 +39,6 @@ from seg4diff_jax.segmentation.unsupervised import (
     unsupervised_segmentation,
 )
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, tokenize
-
-REMEMBERED = 256
-"""Prompts whose encoding a pipeline keeps: about 2.5 MB each at SD3's sizes in fp32."""
 
 
 @dataclass
@@ -62,7 +60,7 @@ class Pipeline:
     trained_size: int
     expert_step: int = 8
     mesh: Mesh | None = None
-    _conditioning: dict[str, TextConditioning] = field(default_factory=dict, repr=False)
+    _conditioning: PromptCache = field(default_factory=PromptCache, repr=False)
 
     # ---- masks ------------------------------------------------------------------------------------------------------
 
@@ -262,22 +260,36 @@ class Pipeline:
           ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
           FloatingPointError: the model gave pixels that are not finite: damaged weights.
         """
+        prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
+        self.schedule.check_sampler(sampler)
+        run = self.generating_run(prompts or [""], negative_prompt, steps, guidance, seed, noise, size)
+        if not prompts:
+            return []
+        with self.settings():
+            latents = passes.sample_latents(self.transformer, *run, kernel=kernel)
+            pictures = passes.finite_pictures(self.vae, latents)
+        return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
+
+    def generating_run(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        steps: int = 28,
+        guidance: float = 7.0,
+        seed: int = 0,
+        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> passes.GeneratingRun:
+        """What pictures of these prompts are sampled from. Arguments and errors as for `generate`."""
         if self.transformer.depth < self.transformer.config.num_layers:
             loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
             raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
-        self.schedule.check_sampler(sampler)
-        prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
         wanted = self.view.size((0, 0), size, "square")
         eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
         sigmas, scale = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
-        if not prompts:
-            return []
         away = (self.encode_prompts([negative_prompt]), scale) if guidance > 1 else None
         eps, texts = self.spread((eps, self.encode_prompts(prompts)))
-        with self.settings():
-            latents = passes.sample_latents(self.transformer, eps, texts, sigmas, away, kernel=kernel)
-            pictures = passes.finite_pictures(self.vae, latents)
-        return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
+        return passes.GeneratingRun(eps, texts, sigmas, away)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -292,30 +304,17 @@ class Pipeline:
 
     @settled()
     def encode_prompts(self, prompts: str | Sequence[str], *, rows: int | None = None) -> TextConditioning:
-        """Context [batch, tokens, features] and pooled vectors. The `REMEMBERED` prompts used last are kept.
-
-        Args:
-          rows: how many are encoded at a time, at least as many as are new, so that one program serves. Default: what
-            is new, filled up to a power of two.
+        """Context [batch, tokens, features] and pooled vectors. `prompt_cache` says what `rows` are and what is kept.
 
         Raises ValueError when there is no prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not prompts:
             raise ValueError('expected at least one prompt, found none; for no text write [""]')
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditioning]
+        joint_dim = self.transformer.config.joint_attention_dim
+        encode = lambda new: passes.encode_prompts(self.encoders, tokenize(self.tokenizers, new), joint_dim=joint_dim)
         with self.settings():
-            if new:
-                filled = new + new[:1] * ((rows or 2 ** (len(new) - 1).bit_length()) - len(new))
-                joint_dim = self.transformer.config.joint_attention_dim
-                encoded = passes.encode_prompts(self.encoders, tokenize(self.tokenizers, filled), joint_dim=joint_dim)
-                self._conditioning |= zip(new, passes.each_prompt(encoded), strict=False)
-            stacked = passes.stacked_prompts([self._conditioning[prompt] for prompt in prompts])
-        for prompt in prompts:  # the dictionary's order is that of last use
-            self._conditioning[prompt] = self._conditioning.pop(prompt)
-        for prompt in list(self._conditioning)[:-REMEMBERED]:
-            del self._conditioning[prompt]
-        return stacked
+            return self._conditioning.conditioning(prompts, encode, rows)
 
     def _noised(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -20,7 +21,17 @@ from diffusers import StableDiffusion3Pipeline
 
 import seg4diff_jax as s4d
 from seg4diff_jax.flow import FlowSchedule, euler, guided, image_noise
-from seg4diff_jax.passes import decode_pictures, sample_latents
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.passes import (
+    GeneratingRun,
+    Looking,
+    NoisedImages,
+    attention,
+    decode_pictures,
+    sample_latents,
+    sample_looking,
+    velocity,
+)
 from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import SIZE, SQUARE, a_noise
 from tests.reference.processes import flags
@@ -131,18 +142,19 @@ def test_euler_follows_a_straight_path_to_its_end_in_any_number_of_steps():
     noise, clean = jnp.asarray(noise_of(2, SIZE))
     for steps in (1, 7):
         sigmas = jnp.asarray(FlowSchedule().sigmas(steps))
-        ends = euler(lambda latents, sigma: (noise - clean)[None], noise[None], sigmas)
+        ends, _ = euler(lambda *step: ((noise - clean)[None], step[-1]), noise[None], sigmas)
         np.testing.assert_allclose(ends[0], clean, atol=1e-5)
 
 
 def test_euler_takes_the_steps_of_a_loop_written_out():
     sigmas = FlowSchedule().sigmas(6)
-    field = lambda latents, sigma: jnp.sin(3 * latents) + sigma
+    field = lambda latents, sigma, number, kept: (jnp.sin(3 * latents) + sigma, kept.at[number].set(sigma))
     expected = np.array(noise_of(1, (16, 16)), np.float64)
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         expected += (following - sigma) * (np.sin(3 * expected) + sigma)
-    found = euler(field, jnp.asarray(noise_of(1, (16, 16))), jnp.asarray(sigmas))
+    found, handed_on = euler(field, jnp.asarray(noise_of(1, (16, 16))), jnp.asarray(sigmas), jnp.zeros(6))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(handed_on, sigmas, rtol=1e-6)
 
 
 def test_guidance_runs_from_the_negative_prompt_through_the_prompt():
@@ -167,6 +179,51 @@ def test_one_program_serves_every_guidance_prompt_and_seed_and_no_guidance_costs
     sd3.generate("a dog", steps=2, size=(32, 48), guidance=1.0)
     sd3.generate("a dog", steps=2, size=(32, 48), guidance=0.0)
     assert sample_latents._cache_size() == programs + 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_records_from_a_generating_run_are_those_of_a_pass_on_its_latents_of_that_step(sd3, guidance):
+    """Of the half that follows the prompt; and looking changes no picture."""
+    prompts, steps = ["a cat", "two red buses"], 4
+    run = sd3.generating_run(prompts, steps=steps, guidance=guidance, size=(32, 48))
+    looking, reader = Looking((1, 3, 5), (3, 0)), AttentionRequest(text_tokens=(0, None))
+    latents, records = sample_looking(sd3.transformer, *run, reader, looking=looking)
+    np.testing.assert_allclose(latents, sample_latents(sd3.transformer, *run), atol=1e-5)
+    assert set(records) == {1, 3, 5}
+    levels = [*np.asarray(run.sigmas), 0.0]
+    for place, step in enumerate(looking.steps):
+        # Euler's latents after some steps are those of a run that ends there.
+        reached, after = run.noise, np.float32
+        for sigma, following in itertools.pairwise(levels[: step + 1]):
+            reached = reached + (after(following) - after(sigma)) * velocity_under(sd3, reached, after(sigma), run)
+        seen = NoisedImages(reached, reached, after(levels[step]))
+        expected = attention(sd3.transformer, seen, run.texts, blocks=looking.blocks, options=ForwardOptions(reader))
+        for block, record in records.items():
+            np.testing.assert_allclose(record.probs[place], expected[block].probs, atol=1e-5)
+
+
+def velocity_under(pipe: s4d.Pipeline, latents: jax.Array, sigma: np.float32, run: GeneratingRun) -> jax.Array:
+    seen = NoisedImages(latents, latents, sigma)
+    towards, _ = velocity(pipe.transformer, seen, run.texts)
+    if run.guidance is None:
+        return towards
+    negative = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(latents), axis=0), run.guidance[0])
+    return guided(towards, velocity(pipe.transformer, seen, negative)[0], run.guidance[1])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "steps", "message"),
+    [
+        ((1,), (4,), "step 4 is not of this run: its 4 steps are 0..3"),
+        ((1,), (-1,), "step -1 is not of this run"),
+        ((6,), (1,), r"cannot capture blocks \[6\]"),
+        ((), (1,), "expected at least one block and one step"),
+    ],
+)
+def test_steps_and_blocks_that_a_run_does_not_have_are_refused(sd3, blocks, steps, message):
+    run = sd3.generating_run(["a cat"], steps=4, size=(32, 48))
+    with pytest.raises(ValueError, match=message):
+        sample_looking(sd3.transformer, *run, AttentionRequest(), looking=Looking(blocks, steps))
 
 
 # ---- lists, noise ---------------------------------------------------------------------------------------------------

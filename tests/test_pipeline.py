@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 import seg4diff_jax as s4d
-from seg4diff_jax import passes
-from seg4diff_jax import pipeline as module
+from seg4diff_jax import passes, prompt_cache
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.sources import hub
@@ -58,7 +57,7 @@ def first_four_blocks(without_tokenizers, sd3_checkpoint) -> s4d.Pipeline:
 @pytest.fixture
 def forgetful(sd3) -> s4d.Pipeline:
     """The small SD3 that has encoded nothing yet."""
-    return dataclasses.replace(sd3, _conditioning={})
+    return dataclasses.replace(sd3, _conditioning=prompt_cache.PromptCache())
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -236,7 +235,7 @@ def test_attention_is_the_models_own_record_of_every_block(sd3, first_four_block
 def test_attention_is_by_default_of_as_many_tokens_as_a_prompt_of_this_tokenizer_has(first_four_blocks, monkeypatch):
     monkeypatch.setattr(first_four_blocks.tokenizers.clip_l, "model_max_length", 40)
     monkeypatch.setattr(first_four_blocks.tokenizers.clip_g, "model_max_length", 40)
-    pipe = dataclasses.replace(first_four_blocks, _conditioning={})
+    pipe = dataclasses.replace(first_four_blocks, _conditioning=prompt_cache.PromptCache())
     assert pipe.attention(IMAGE, "cat", blocks=1)[1].probs.shape == (1, 4, 63, 40)
 
 
@@ -419,11 +418,11 @@ def test_scores_that_are_not_finite_are_no_masks(sd3):
 
 
 def test_prompts_remembered_are_bounded(forgetful, monkeypatch):
-    monkeypatch.setattr(module, "REMEMBERED", 3)
+    monkeypatch.setattr(prompt_cache, "REMEMBERED", 3)
     first = forgetful.encode_prompts(["a", "b", "c", "d"])
-    assert list(forgetful._conditioning) == ["b", "c", "d"]
+    assert list(forgetful._conditioning.kept) == ["b", "c", "d"]
     forgetful.encode_prompts(["b", "e"])
-    assert list(forgetful._conditioning) == ["d", "b", "e"]  # "c" was used least recently
+    assert list(forgetful._conditioning.kept) == ["d", "b", "e"]  # "c" was used least recently
     again = forgetful.encode_prompts(["a", "b", "c", "d"])
     np.testing.assert_allclose(first.context, again.context, atol=1e-5)
     with pytest.raises(ValueError, match="at least one prompt"):

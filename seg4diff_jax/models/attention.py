@@ -22,6 +22,7 @@ Stream = Literal["image", "text"]
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class AttentionRequest:
     """What a captured block returns. Static under jit.

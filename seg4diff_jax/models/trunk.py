@@ -6,16 +6,16 @@ A block has joint attention of image and text. `qkv(state, vector)` returns the 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention, attention_record
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, attention_record
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, take_layer
 
@@ -87,14 +87,23 @@ def _run_alike(
     def step(carry, block):
         state, records, row = carry
         state, joint = run(state, block)
-        write = lambda records, joint: jax.tree.map(lambda to, x: to.at[places[row]].set(x), records, read(joint))
-        records = jax.lax.cond(is_captured[row], write, lambda records, _: records, records, joint)
+        records = keep_if(is_captured[row], records, places[row], lambda: read(joint))
         return (state, records, row + 1), None
 
-    shapes = jax.eval_shape(lambda: request.read(run(state, take_layer(stack, 0))[1]))
-    records = jax.tree.map(lambda x: jnp.zeros((sum(captured), *x.shape), x.dtype), shapes)
-    (state, records, _), _ = scan(step, (state, records, 0))
+    one = jax.eval_shape(lambda: request.read(run(state, take_layer(stack, 0))[1]))
+    (state, records, _), _ = scan(step, (state, room_for(sum(captured), one), 0))
     return state, records
+
+
+def room_for(count: int, record: Any) -> Any:
+    """Returns zeros for `count` records with the shapes of one, along a leading axis."""
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), record)
+
+
+def keep_if(wanted: Bool[Array, ""], records: Any, place: Int[Array, ""], make: Callable[[], Any]) -> Any:
+    """Writes the record that `make` returns at a place of `records` if it is wanted. If not, `make` is not run."""
+    write = lambda records: jax.tree.map(lambda to, x: to.at[place].set(x), records, make())
+    return jax.lax.cond(wanted, write, lambda records: records, records)
 
 
 def attention_at(
@@ -105,9 +114,10 @@ def attention_at(
     *,
     block: int,
     options: ForwardOptions = DEFAULT_OPTIONS,
-) -> JointAttention:
+) -> Any:
     """Returns the attention record of one block, and runs nothing after it.
 
+    It is as the options' request reads it, by default a `JointAttention`.
     Of that block only q, k and the log-normaliser are computed, and what else the record holds. Arguments are as for
     `MMDiT.__call__`. The model may hold only the blocks up to `block`.
 
@@ -125,7 +135,7 @@ def attentions_at(
     *,
     blocks: Collection[int],
     options: ForwardOptions = DEFAULT_OPTIONS,
-) -> dict[int, JointAttention]:
+) -> dict[int, Any]:
     """Returns the attention records of several blocks from one pass, which stops at the last as `attention_at` does.
 
     Raises:

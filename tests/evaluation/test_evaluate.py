@@ -29,6 +29,7 @@ from seg4diff_jax.evaluation.scores import constant_choices, metrics
 from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, without_images
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene
+from seg4diff_jax.prompt_cache import PromptCache
 from tests.reference.inputs import SQUARE
 from tests.reference.random_weights import relative_error
 from tests.reference.ties import ignore, undecided
@@ -168,7 +169,7 @@ def test_neither_batch_size_nor_images_left_out_before_it_change_an_images_noise
 
 
 def test_images_of_other_sizes_classes_and_number_are_scored_by_the_same_programs(sd3, tmp_path):
-    sd3 = replace(sd3, _conditioning={})  # which knows no prompt yet
+    sd3 = replace(sd3, _conditioning=PromptCache())  # which knows no prompt yet
     settings = Settings(blocks=(0,), steps=(8,), seeds=(0,), batch_size=4)
     first = write_images(tmp_path / "first", [(100, 120), (70, 65), (128, 128), (90, 90)])
     evaluate(sd3, folder_benchmark(first), settings)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, JointAttention
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.block import MLP, JointBlock, StreamState, modulate
 from seg4diff_jax.models.sd3.config import MMDiTConfig
@@ -113,8 +113,10 @@ class MMDiT(nnx.Module):
         *,
         capture: Collection[int] = (),
         options: ForwardOptions = DEFAULT_OPTIONS,
-    ) -> tuple[Float[Array, "batch height width out"], dict[int, JointAttention]]:
+    ) -> tuple[Float[Array, "batch height width out"], dict[int, Any]]:
         """Returns the velocity at noisy latents, and the attention records of the blocks in `capture`.
+
+        Records are as the options' request reads them, by default `JointAttention`.
 
         Args:
           latents: noisy latents. Height and width are multiples of the patch size and fit the positional table.
