@@ -1,4 +1,7 @@
-"""Measures the cost of capturing one block's attention: time and memory of a forward pass with capture and without.
+"""Measures the cost of looking at attention: time and memory of a forward pass that captures it and one that does not.
+
+Maps are captured of one block; statistics (shares of attention, value norms, similarities) and principal components of
+all blocks.
 
     python benchmarks/attention_capture.py                       # SD3-medium's width and depth, 512 px, fp32
     python benchmarks/attention_capture.py --size 1024 --dtype bfloat16
@@ -21,6 +24,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
+from seg4diff_jax.analysis.block_statistics import StatisticsReader
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import segments
@@ -68,7 +72,12 @@ def main(
         capture = () if request is None else (block,)
         return lambda model, *x: model(*x, capture=capture, options=ForwardOptions(request))
 
+    def all_statistics(model, *x):
+        reader = StatisticsReader(jnp.ones((batch, 1, 154)))
+        return model(*x, capture=range(layers), options=ForwardOptions(reader))
+
     programs = {name: forward(request) for name, request in REQUESTS.items()}
+    programs["statistics of all blocks"] = all_statistics
     programs[f"nothing after block {block}"] = lambda model, *x: attention_at(
         model, *x, block=block, options=ForwardOptions(REQUESTS["scores and probabilities, heads averaged"])
     )
@@ -88,15 +97,22 @@ def main(
     device, kernel = jax.devices()[0].device_kind, default_kernel(jnp.dtype(dtype), MMDiTConfig.attention_head_dim).name
     tokens = (size // 16) ** 2 + 154
     table = Table(title=f"{layers} blocks, {tokens} tokens, batch {batch}, {dtype}, {kernel} on {device}")
-    for column in ("forward pass", "seconds", "of no capture", "temporary MiB", "compile seconds"):
+    for column in ("forward pass", "seconds", "of no capture", "temporary MiB", "of no capture", "compile seconds"):
         table.add_column(column, justify="left" if column == "forward pass" else "right")
+    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
     base = statistics.median(seconds["no capture"])
-    for name, program in compiled.items():
+    for name in compiled:
         median = statistics.median(seconds[name])
-        memory = program.memory_analysis().temp_size_in_bytes / 2**20
-        ratio = f"{100 * median / base:.1f} %"
-        table.add_row(name, f"{median:.3f}", ratio, f"{memory:.0f}", f"{compile_seconds[name]:.1f}")
-    console = Console(width=110)
+        more_time, more_memory = median / base, memory[name] / memory["no capture"]
+        table.add_row(
+            name,
+            f"{median:.3f}",
+            f"{100 * more_time:.1f} %",
+            f"{memory[name] / 2**20:.0f}",
+            f"{100 * more_memory:.1f} %",
+            f"{compile_seconds[name]:.1f}",
+        )
+    console = Console(width=120)
     console.print(table)
     console.print(f"one array of tokens x tokens, all heads, fp32: {batch * 24 * tokens**2 * 4 / 2**20:.0f} MiB")
     console.print(f"jax {jax.__version__}, {repeats} passes each, medians")

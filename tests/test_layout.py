@@ -43,13 +43,14 @@ MAY_IMPORT: dict[str, str] = {
     "batching": "flow images models",
     "pipeline_options": "images models segmentation",
     "prompt_attention": "models text",
+    "prompt_cache": "models passes",
     "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options prompt_attention "
-    "segmentation text",
+    "prompt_cache segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert models numerics passes quoting text",
+    "analysis": "convert images models numerics passes pipeline prompt_attention quoting text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "

@@ -8,34 +8,27 @@ The first shows which block attends to text most, the second draws where the att
 
 from __future__ import annotations
 
-import math
 import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.analysis.attention_share import text_shares, uniform_share
+from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.command_line.segment import check_writable, load_shown, model_arguments, open_named
-from seg4diff_jax.flow import LARGEST_SEED, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import read_image
-from seg4diff_jax.passes import MEAN_PROBS, NoisedImages
-from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.passes import MEAN_PROBS
 from seg4diff_jax.prompt_attention import text_columns
 from seg4diff_jax.reporting.drawings import draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
-
-BAR = 40
-"""Characters that stand for all of a block's attention."""
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -75,8 +68,8 @@ def run(options: Any) -> None:
     pipe, _, _ = load_shown(console, checkpoint, options, blocks)
     if options.find_expert:
         with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
-            shares, uniform = text_attention(pipe, pixels, prompt, step, options.seed)
-        Console(highlight=False).print(share_table(shares, uniform, pipe.expert_block))
+            found = on_pictures(pipe, [pixels], [prompt], step=step, seed=options.seed)
+        Console(highlight=False).print(share_table(found, pipe.expert_block))
     if drawing is not None:
         file, words, block = drawing
         with console.status("compiling and drawing"), explaining_full_memory(TO_LOAD):
@@ -137,40 +130,32 @@ def picture_file(out: str | None, image: str, overwrite: bool) -> Path:
     return file
 
 
-def text_attention(
-    pipe: Pipeline, pixels: np.ndarray, prompt: str, step: int, seed: int
-) -> tuple[Float[np.ndarray, "blocks heads"], float]:
-    """Share of the image tokens' attention that is on text, by block and head; and that of no preference.
-
-    The image is seen as a square of the trained size.
-    """
-    texts = pipe.encode_prompts([prompt])
-    latents = pipe.encode_images([pixels], (pipe.trained_size, pipe.trained_size))
-    noise = image_noise(seed, [0], latents.shape[1:])
-    images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)))
-    with pipe.settings():
-        shares = text_shares(pipe.transformer, images, texts)
-    tokens = math.prod(images.grid(pipe.transformer.config.patch_size))
-    return np.asarray(shares)[0], uniform_share(tokens, texts.full_context.shape[1])
-
-
-def share_table(shares: Float[np.ndarray, "blocks heads"], uniform: float, named: int | None) -> Table:
-    if not np.isfinite(shares).all():
-        raise FloatingPointError("shares of attention are not finite: damaged weights or inputs")
+def share_table(found: PromptStatistics, named: int | None) -> Table:
+    """Of each block: its share of attention on text, and the norms of its values. Of the first prompt."""
+    shares = found.text_shares[0]
+    words = found.on(*found.prompt_groups)[0].mean(axis=1)
+    of_image, of_text, of_words = (
+        found.value_norms(*groups)[0] for groups in (found.groups[:1], found.text_groups, found.prompt_groups)
+    )
     means = shares.mean(axis=1)
-    table = Table("block", "on text", "heads", "", box=None)
-    for column in table.columns[:3]:
+    marks = {"most on text": means, "largest text norm": of_text / of_image}
+    table = Table("block", "on text", "heads", "on words", "norm: image", "text", "words", "", box=None)
+    for column in table.columns[:-1]:
         column.justify = "right"
-    for block, (mean, heads) in enumerate(zip(means, shares, strict=True)):
-        marks = ["most"] * int(block == means.argmax()) + ["the checkpoint's expert"] * int(block == named)
-        bar = "█" * round(BAR * float(mean))
-        style = "bold" if block == means.argmax() else ""
+    for block, heads in enumerate(shares):
+        remarks = [mark for mark, values in marks.items() if block == values.argmax()]
+        remarks += ["the checkpoint's expert"] * int(block == named)
         table.add_row(
             str(block),
-            f"{100 * mean:.1f} %",
+            f"{100 * means[block]:.1f} %",
             f"{100 * heads.min():.0f}..{100 * heads.max():.0f} %",
-            " ".join([bar, *marks]),
-            style=style,
+            f"{100 * words[block]:.1f} %",
+            *(f"{norms[block]:.1f}" if np.isfinite(norms[block]) else "-" for norms in (of_image, of_text, of_words)),
+            ", ".join(remarks),
+            style="bold" if block == means.argmax() else "",
         )
-    table.caption = f"Attention without any preference would put {100 * uniform:.1f} % on text."
+    table.caption = (
+        f"Attention without any preference would put {100 * found.uniform_text_shares[0]:.1f} % on text. "
+        "Words: the prompt's tokens without start, end and padding. Norms: mean L2 norm of the tokens' values."
+    )
     return table
