@@ -22,7 +22,7 @@ ENTRIES = {
         *("__init__", "__main__", "pipeline", "checkpoints", "convert.__main__"),
         *(f"command_line.{name}" for name in CORE_COMMANDS),
     ),
-    "evaluate": ("command_line.evaluate", "data.tfds_source", "data.sets"),
+    "evaluate": ("command_line.evaluate", "command_line.statistics", "data.tfds_source", "data.sets"),
     "train": ("command_line.train", "command_line.tasks"),
     "plan": ("command_line.plan", "planning.plan"),
 }

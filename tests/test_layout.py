@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, str] = {
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert images models numerics passes pipeline prompt_attention quoting text",
+    "analysis": "convert images models numerics passes pipeline prompt_attention quoting reporting text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "
@@ -63,8 +63,8 @@ MAY_IMPORT: dict[str, str] = {
     "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
     "passes pipeline processes quoting reporting segmentation text versions",
     # What people start.
-    "command_line": "analysis batching checkpoints class_names compilation configuration convert evaluation extras "
-    "flow images magnet miniature models numerics parallel passes pipeline planning processes prompt_attention "
+    "command_line": "analysis batching checkpoints class_names compilation configuration convert data evaluation "
+    "extras flow images magnet miniature models numerics parallel passes pipeline planning processes prompt_attention "
     "quoting reporting segmentation terminal text training versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",

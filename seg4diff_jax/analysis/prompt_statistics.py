@@ -57,10 +57,7 @@ class PromptStatistics:
     def value_norms(self, *groups: str) -> Float[np.ndarray, "prompts blocks"]:
         """Mean L2 norm of the values of some groups' tokens together, all heads as one vector. NaN without tokens."""
         places = [self.groups.index(group) for group in groups]
-        sizes = self.sizes[:, None, places]
-        norms = np.where(sizes > 0, self.blocks.whole_value_norms[..., places], 0)
-        with np.errstate(invalid="ignore"):
-            return (norms * sizes).sum(axis=-1) / sizes.sum(axis=-1)
+        return over_tokens(np.asarray(self.blocks.whole_value_norms)[..., places], self.sizes[:, None, places])
 
     @property
     def text_groups(self) -> tuple[str, ...]:
@@ -72,8 +69,22 @@ class PromptStatistics:
         return tuple(group for group in self.groups if group.endswith(" prompt"))
 
 
+def over_tokens(
+    values: Float[np.ndarray, "*lead groups"], sizes: Float[np.ndarray, "*_ groups"]
+) -> Float[np.ndarray, "*lead"]:
+    """Returns the mean over the tokens of all groups. Groups without tokens, whose values are NaN, do not count."""
+    with np.errstate(invalid="ignore"):
+        return (np.where(sizes > 0, values, 0) * sizes).sum(axis=-1) / sizes.sum(axis=-1)
+
+
 def on_pictures(
-    pipe: Pipeline, pictures: Sequence[ImageInput], prompts: Sequence[str], *, step: int | None = None, seed: int = 0
+    pipe: Pipeline,
+    pictures: Sequence[ImageInput],
+    prompts: Sequence[str],
+    *,
+    step: int | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> PromptStatistics:
     """Returns the statistics of all loaded blocks on noised pictures, each under its prompt, in one pass.
 
@@ -81,7 +92,8 @@ def on_pictures(
 
     Args:
       step: noise level, counted from the clean end of 28. Default: the checkpoint's own.
-      seed: of the noise; each picture has noise of its own, by its position.
+      seed: of the noise; each picture has noise of its own, by its position in its set.
+      first: position of the first of these pictures in the set.
 
     Raises:
       ValueError: there is not one prompt for each picture, or an option is not usable.
@@ -90,7 +102,8 @@ def on_pictures(
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts; expected one for each")
     size = pipe.trained_size, pipe.trained_size
-    noise = pipe.view.noise(None, list(range(len(pictures))), len(pictures), size, seed)
+    places = list(range(first, first + len(pictures)))
+    noise = pipe.view.noise(None, places, len(places), size, seed)
     latents = pipe.encode_images(pictures, size)
     sigma = pipe.schedule.sigma_at(pipe.expert_step if step is None else step)
     latents, noise = pipe.spread((latents, noise))
@@ -111,6 +124,7 @@ def while_generating(
     guidance: float = 7.0,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    first: int = 0,
 ) -> tuple[list[PromptStatistics], list[UInt8[np.ndarray, "height width 3"]]]:
     """Generates a picture of each prompt; returns the statistics of all blocks at some steps, and the pictures.
 
@@ -119,6 +133,7 @@ def while_generating(
     Args:
       at_steps: numbers of steps, counted as noise levels are: 1 is the last one, at the clean end, `steps` pure noise.
       steps, guidance, seed, size: as for `Pipeline.generate`.
+      first: position of the first of these prompts in a list, by which the noise of its picture is drawn.
 
     Raises:
       ValueError: as `Pipeline.generate`; or the run has no such step, or no prompt or step is given.
@@ -129,7 +144,9 @@ def while_generating(
     if beyond := [step for step in at_steps if not 1 <= step <= steps]:
         expected = f"expected 1 (the last) to {steps} (the first)"
         raise ValueError(f"step {beyond[0]} to look at is not of this run: {expected}")
-    run = pipe.generating_run(prompts, steps=steps, guidance=guidance, seed=seed, size=size)
+    size = pipe.view.size((0, 0), size, "square")
+    noise = np.asarray(pipe.view.noise(None, list(range(first, first + len(prompts))), len(prompts), size, seed))
+    run = pipe.generating_run(prompts, steps=steps, guidance=guidance, noise=noise, size=size)
     groups = token_groups(pipe.tokenizers, prompts, run.texts)
     looking = Looking(tuple(range(pipe.transformer.depth)), tuple(steps - step for step in at_steps))
     with pipe.settings():

@@ -2,14 +2,17 @@
 
     seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
     seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
+    seg4diff analyze --prompts prompts.txt --statistics runs/blocks --model sd3
 
-The first shows which block attends to text most, the second draws where the attention to words lies.
+The first shows which block attends to text most, the second draws where the attention to words lies. The third writes a
+page of every block's shares of attention and value norms, in the runs that generate pictures of the prompts.
 """
 
 from __future__ import annotations
 
 import os
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ from seg4diff_jax.text import class_prompts
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
-    add("image", type=str, help="image file")
+    add("image", type=str, nargs="?", help="image file; with --statistics also a folder of labelled images, or nothing")
     add("classes", type=str, nargs="*", metavar="CLASS", help="what is in it: the words of the prompt")
     add("--prompt", type=str, help="what is in it, in a sentence instead of CLASS")
     add("--find-expert", action="store_true", help="show how much attention each block's image tokens give to the text")
@@ -44,6 +47,22 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="WORD",
         help="draw where attention to WORD lies, wherever the prompt says it; without WORD: to each CLASS or word",
     )
+    add(
+        "--statistics",
+        type=str,
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="write a page of all blocks' shares of attention and value norms; default: runs/analyze/<name>-<time>",
+    )
+    add("--prompts", type=str, metavar="FILE", help="a prompt a line: --statistics of the runs that generate pictures")
+    add("--seeds", type=int, default=1, help="how many seeds --statistics takes, from --seed on")
+    add("--count", type=int, help="how many images of a folder, or prompts of a file; default: all")
+    add(
+        "--at-steps", type=int, nargs="+", metavar="STEP", help="noise levels of --statistics; default: --step or 8, 28"
+    )
+    add("--steps", type=int, default=28, help="of the runs that generate pictures")
+    add("--guidance", type=float, default=7.5, help="of the runs that generate pictures")
     add("--out", type=str, metavar="FILE", help="PNG that --words draws; default: runs/analyze/<image name>-<time>.png")
     add("--overwrite", action="store_true", help="replace a file that --out names")
     add("--block", type=int, help="transformer block that --words reads; default: the checkpoint's own expert block")
@@ -55,8 +74,16 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
+    if options.statistics is not None:
+        import_module("seg4diff_jax.command_line.statistics").run(options)  # its plots and pages are of an extra
+        return
     if not options.find_expert and options.words is None:
-        raise ValueError("say what to analyze: --find-expert, or --words")
+        raise ValueError("say what to analyze: --find-expert, --words or --statistics")
+    if options.image is None:
+        raise ValueError("name an image: only --statistics can do without")
+    given = {"--prompts": options.prompts, "--at-steps": options.at_steps, "--count": options.count}
+    if only := [name for name, value in given.items() if value is not None] + ["--seeds"] * (options.seeds != 1):
+        raise ValueError(f"{only[0]} is of --statistics, which is not given")
     if options.words is None and (options.out is not None or options.block is not None):
         raise ValueError("--out and --block are of --words, which is not given")
     check_seed(options.seed)
@@ -133,29 +160,27 @@ def picture_file(out: str | None, image: str, overwrite: bool) -> Path:
 def share_table(found: PromptStatistics, named: int | None) -> Table:
     """Of each block: its share of attention on text, and the norms of its values. Of the first prompt."""
     shares = found.text_shares[0]
-    words = found.on(*found.prompt_groups)[0].mean(axis=1)
-    of_image, of_text, of_words = (
-        found.value_norms(*groups)[0] for groups in (found.groups[:1], found.text_groups, found.prompt_groups)
-    )
     means = shares.mean(axis=1)
-    marks = {"most on text": means, "largest text norm": of_text / of_image}
-    table = Table("block", "on text", "heads", "on words", "norm: image", "text", "words", "", box=None)
+    on_words = found.on(*found.prompt_groups)[0].mean(axis=1)
+    of_image = found.value_norms("image")[0]
+    ratios = [found.value_norms(*groups)[0] / of_image for groups in (found.text_groups, found.prompt_groups)]
+    table = Table("block", "on text", "heads", "on words", "norm of text", "of words", "", box=None)
     for column in table.columns[:-1]:
         column.justify = "right"
+    star = lambda values, block: "*" if block == np.argmax(np.nan_to_num(values)) else " "
     for block, heads in enumerate(shares):
-        remarks = [mark for mark, values in marks.items() if block == values.argmax()]
-        remarks += ["the checkpoint's expert"] * int(block == named)
         table.add_row(
             str(block),
-            f"{100 * means[block]:.1f} %",
+            f"{100 * means[block]:.1f} %{star(means, block)}",
             f"{100 * heads.min():.0f}..{100 * heads.max():.0f} %",
-            f"{100 * words[block]:.1f} %",
-            *(f"{norms[block]:.1f}" if np.isfinite(norms[block]) else "-" for norms in (of_image, of_text, of_words)),
-            ", ".join(remarks),
+            f"{100 * on_words[block]:.1f} %{star(on_words, block)}",
+            *(f"{each[block]:.2f}{star(each, block)}" if np.isfinite(each[block]) else "-" for each in ratios),
+            "the checkpoint's expert" if block == named else "",
             style="bold" if block == means.argmax() else "",
         )
     table.caption = (
-        f"Attention without any preference would put {100 * found.uniform_text_shares[0]:.1f} % on text. "
-        "Words: the prompt's tokens without start, end and padding. Norms: mean L2 norm of the tokens' values."
+        f"* the largest. Attention without any preference would put {100 * found.uniform_text_shares[0]:.1f} % on "
+        "text. Words: the prompt's tokens without start, end and padding. Norms: of the tokens' values, as a multiple "
+        "of the image tokens'."
     )
     return table

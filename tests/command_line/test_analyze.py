@@ -27,9 +27,10 @@ def test_the_table_shows_each_blocks_share_and_marks_the_largest(sd3, sd3_checkp
     request = AttentionRequest(text_tokens=(0, None), mean_heads=True)
     records = sd3.attention(picture, "house tree", request=request, size=(SQUARE, SQUARE))
     expected = {block: 100 * float(np.asarray(record.probs).sum(-1).mean()) for block, record in records.items()}
-    found = {int(line[1]): float(line[2]) for line in re.finditer(r"^ *(\d+) +([\d.]+) %", table, re.MULTILINE)}
+    rows = re.finditer(r"^ *(\d+) +([\d.]+) %(\*?) ", table, re.MULTILINE)
+    found = {int(line[1]): float(line[2]) for line in rows}
     assert found == pytest.approx(expected, abs=0.06)
-    marked = re.search(r"^ *(\d+) .* most on text", table, re.MULTILINE)
+    marked = re.search(r"^ *(\d+) +[\d.]+ %\* ", table, re.MULTILINE)
     assert marked is not None
     assert int(marked[1]) == max(expected, key=lambda block: expected[block])
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int, Integer
 from PIL import Image
 
-from seg4diff_jax.evaluation.report.inline_pictures import IGNORED_COLOR, Picture, drawing, photograph
 from seg4diff_jax.reporting.colors import class_colors, hexadecimal, neutral_colors
+from seg4diff_jax.reporting.inline_pictures import IGNORED_COLOR, Picture, drawing, photograph
 from seg4diff_jax.reporting.overlays import heat_picture, percent
 
 if TYPE_CHECKING:

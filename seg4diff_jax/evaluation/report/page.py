@@ -1,6 +1,6 @@
 """An evaluation as one page for a browser and for print: `report.html`, which needs nothing beside it.
 
-What it shows is put together here; how it looks is `templates/report.html.jinja` and `templates/report.css`.
+What it shows is put together here; how it looks is `templates/report.html.jinja` and `reporting/templates/page.css`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
@@ -32,7 +31,8 @@ from seg4diff_jax.evaluation.rows import (
     mean_figures,
 )
 from seg4diff_jax.evaluation.scores import class_groups
-from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, hexadecimal, ink_on, tint
+from seg4diff_jax.reporting.colors import class_colors, hexadecimal, ink_on, tint
+from seg4diff_jax.reporting.page_templates import page_environment
 
 if TYPE_CHECKING:
     from seg4diff_jax.evaluation.run import Evaluation
@@ -85,13 +85,7 @@ def write_page(
       config: what was run, plain values; `model` is told in the heading, all of it at the end.
       made: `device`, `versions` and `seconds` as `results.json` has them.
     """
-    environment = Environment(
-        loader=PackageLoader("seg4diff_jax", "evaluation/report/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("evaluation/report/templates")
     environment.filters |= {"number": number, "plain": plain, "tint": shade}
     page = environment.get_template("report.html.jinja").render(contents(evaluation, benchmark, config, made))
     (directory / PAGE).write_text(page + "\n", encoding="utf-8")
@@ -132,7 +126,6 @@ def contents(
         "absent": [name for name in benchmark.classes if best_iou[name] is None],
         "others": [way.title for way in ways][1:2],
         "confused": worst_classes(evaluation, benchmark),
-        "page_colors": PAGE_COLORS,
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
         "grids": grids(evaluation, benchmark, ways),
         "cut_off": images.cut_off,

@@ -1,0 +1,186 @@
+"""`seg4diff analyze --statistics`: shares of attention, value norms and similarities of every block, over many samples.
+
+    seg4diff analyze photo.jpg cat sofa --model sd3 --statistics
+    seg4diff analyze DIR --count 50 --model sd3 --statistics
+    seg4diff analyze --prompts FILE --seeds 3 --model sd3 --statistics
+
+The first is of one image, the second of a folder of labelled images, the third of the runs that generate pictures of
+prompts. Images are noised to a level; a generating run is looked at in its own steps. It has the paper's settings: 28
+steps, guidance 7.5, noise levels 8 and 28.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures, while_generating
+from seg4diff_jax.analysis.statistics_page import MOST_PICTURES, statistics_page
+from seg4diff_jax.analysis.summary import Summary, summarize
+from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.command_line.memory import explaining_full_memory
+from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
+from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.text_files import read_lines
+from seg4diff_jax.flow import check_guidance, check_seed
+from seg4diff_jax.images import read_image
+from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.terminal import Bar, stderr_console
+from seg4diff_jax.text import class_prompts
+from seg4diff_jax.versions import versions
+
+RECORD, PAGE = "statistics.json", "statistics.html"
+PAPER_LEVELS = 8, 28
+"""Noise levels, counted from the clean end of 28, at which the paper looks at generating runs."""
+
+
+class Sample(NamedTuple):
+    """What is looked at: a prompt, and the image that it is of; None: one is generated."""
+
+    prompt: str
+    image: UInt8[np.ndarray, "height width 3"] | None
+
+
+def run(options: Any) -> None:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
+    console = stderr_console()
+    if options.find_expert or options.words is not None or options.out is not None or options.block is not None:
+        raise ValueError("--statistics is of all blocks: leave out --find-expert, --words, --out and --block")
+    subject = Path(options.image or options.prompts or "prompt")
+    default = Path("runs") / "analyze" / f"{subject.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = output_directory(options.statistics or str(default), "", options.overwrite)
+    check_guidance(options.guidance)
+    for name in ("seeds", "count"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
+    seeds = [check_seed(options.seed + number) for number in range(options.seeds)]
+    checkpoint = open_named(options)
+    samples = list(asked_samples(checkpoint, options))
+    if not samples:
+        raise ValueError(f"{options.prompts or options.image} has no prompt, or no image that shows a class")
+    generating = samples[0].image is None
+    levels = asked_levels(checkpoint, options, generating)
+    pipe, dtype, _ = load_shown(console, checkpoint, options)
+
+    found: dict[int, list[PromptStatistics]] = defaultdict(list)
+    pictures: list[tuple[str, np.ndarray]] = []
+    remedy = explaining_full_memory("choose --dtype bfloat16")
+    with Bar(console, "measuring", len(samples) * len(seeds)) as bar, remedy:
+        for place, (sample, seed) in enumerate((sample, seed) for sample in samples for seed in seeds):
+            measured, picture = measure(pipe, sample, place // len(seeds), levels, seed, options)
+            for level, statistics in zip(levels, measured, strict=True):
+                found[level].append(statistics)
+            if len(pictures) < MOST_PICTURES and (generating or seed == seeds[0]):
+                pictures.append((sample.prompt, picture))
+            bar.update(place + 1)
+    summaries = {level: summarize(each) for level, each in found.items()}
+
+    what = "generating run" if generating else "noised image"
+    about = f"{counted(len(samples) * len(seeds), what)}, {counted(len(seeds), 'seed')}"
+    if generating:
+        about += f", {options.steps} steps, guidance {options.guidance:g}, the half that follows the prompt"
+    last = options.steps if generating else PAPER_LEVELS[-1]
+    titles = {f"Noise level {level} of {last}": summary for level, summary in summaries.items()}
+    page = statistics_page(titles, model=options.model, about=about, expert=pipe.expert_block, pictures=pictures)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text(page, encoding="utf-8")
+    record = {
+        **options.as_dict(),
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+        "levels": {level: as_json(summary) for level, summary in summaries.items()},
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for level, summary in summaries.items():
+        hints = ", ".join(f"{hint} {block}" for hint, block in summary.candidates.items())
+        print(f"noise level {level}: block by hint: {hints}")
+    console.print(f"wrote {out}: {PAGE}, {RECORD}")
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def asked_samples(checkpoint: Checkpoint, options: Any) -> Iterator[Sample]:
+    """Yields what the options name. Raises ValueError when they name nothing, or two things."""
+    prompt = options.prompt
+    if options.image is None:
+        if bool(prompt) == bool(options.prompts):
+            found = "both" if prompt else "neither"
+            raise ValueError(f"without an image, say what to generate: --prompt or --prompts FILE: found {found}")
+        prompts = read_lines(options.prompts, "a prompt a line") if options.prompts else [prompt]
+        yield from (Sample(each, None) for each in prompts[: options.count])
+        return
+    if options.prompts is not None:
+        raise ValueError("--prompts is for generating runs: leave out the image")
+    if not Path(options.image).is_dir():
+        if bool(options.classes) == (prompt is not None):
+            found = "both" if options.classes else "neither"
+            raise ValueError(f"say what is in the image, CLASS... or --prompt: found {found}")
+        yield Sample(prompt or _only_prompt(checkpoint, options.classes), read_image(options.image))
+        return
+    if options.classes or prompt is not None:
+        raise ValueError("the prompt of a folder's image is its own classes: leave out CLASS and --prompt")
+    folder = LabelledFolder(options.image)
+    for index in range(min(len(folder), options.count or len(folder))):
+        item = folder[index]
+        present = [name for number, name in enumerate(folder.classes) if (item["labels"] == number).any()]
+        if present:
+            yield Sample(_only_prompt(checkpoint, present), item["image"])
+
+
+def _only_prompt(checkpoint: Checkpoint, names: list[str]) -> str:
+    prompt, *more = class_prompts(checkpoint.tokenizers, names).prompts
+    if more:
+        raise ValueError(f"{len(names)} class names need {1 + len(more)} prompts; expected what fits in one")
+    return prompt
+
+
+def asked_levels(checkpoint: Checkpoint, options: Any, generating: bool) -> list[int]:
+    """Returns the noise levels, counted from the clean end. Raises ValueError for one that there is not."""
+    last = options.steps if generating else PAPER_LEVELS[-1]
+    if generating:
+        checkpoint.schedule.sigmas(options.steps)
+        levels = options.at_steps or [max(1, round(level * last / PAPER_LEVELS[-1])) for level in PAPER_LEVELS]
+    else:
+        levels = options.at_steps or [checkpoint.step(options.step)]
+    if beyond := [level for level in levels if not 1 <= level <= last]:
+        raise ValueError(f"--at-steps names {beyond[0]}: expected 1 (nearly clean) to {last} (pure noise)")
+    return sorted(set(levels))
+
+
+def measure(
+    pipe: Pipeline, sample: Sample, place: int, levels: list[int], seed: int, options: Any
+) -> tuple[list[PromptStatistics], UInt8[np.ndarray, "height width 3"]]:
+    """Returns a sample's statistics at each noise level, and its picture."""
+    if sample.image is None:
+        how = {"steps": options.steps, "guidance": options.guidance, "seed": seed, "first": place}
+        found, (picture,) = while_generating(pipe, [sample.prompt], at_steps=levels, **how)
+        return found, picture
+    how = {"seed": seed, "first": place}
+    return [on_pictures(pipe, [sample.image], [sample.prompt], step=step, **how) for step in levels], sample.image
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """The summary as plain values. Numbers that do not exist are null."""
+    plain = lambda values: [None if not np.isfinite(value) else float(value) for value in values]
+    return {
+        "samples": summary.samples,
+        "uniform_share_of_text": summary.uniform,
+        "candidates": summary.candidates,
+        "blocks": {name: {"mean": plain(m), "deviation": plain(d)} for name, (m, d) in summary.quantities.items()},
+        "heads": {
+            "image to text": [plain(heads) for heads in summary.text_shares],
+            "norm of text as a multiple of the image's": [plain(heads) for heads in summary.norm_ratios],
+        },
+    }
