@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.models.kernels import Kernel
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
-    from seg4diff_jax.reporting.drawings import draw_masks, draw_words
+    from seg4diff_jax.reporting.drawings import draw_maps, draw_masks, draw_words
 
 __all__ = [
     "AttentionRequest",
@@ -32,6 +32,7 @@ __all__ = [
     "Segmentation",
     "UnsupervisedSegmentation",
     "__version__",
+    "draw_maps",
     "draw_masks",
     "draw_words",
     "load",
@@ -55,7 +56,7 @@ _HOMES = {
     "models.kernels": ("Kernel",),
     "parallel": ("make_mesh",),
     "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
-    "reporting.drawings": ("draw_masks", "draw_words"),
+    "reporting.drawings": ("draw_maps", "draw_masks", "draw_words"),
 }
 
 

@@ -2,10 +2,12 @@
 
     seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
     seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
+    seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat --by heads --model sd3 --out heads.png
     seg4diff analyze --prompts prompts.txt --statistics runs/blocks --model sd3
 
-The first shows which block attends to text most, the second draws where the attention to words lies. The third writes a
-page of every block's shares of attention and value norms, in the runs that generate pictures of the prompts.
+The first shows which block attends to text most, the second draws where the attention to words lies, the third what
+each head of a block has of it. The last writes a page of every block's shares of attention and value norms, in the runs
+that generate pictures of the prompts.
 """
 
 from __future__ import annotations
@@ -18,20 +20,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jsonargparse import ArgumentParser
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures
+from seg4diff_jax.analysis.word_views import LEVELS, Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.command_line.segment import check_writable, load_shown, model_arguments, open_named
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.passes import MEAN_PROBS
+from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.prompt_attention import text_columns
-from seg4diff_jax.reporting.drawings import draw_words
+from seg4diff_jax.reporting.drawings import draw_maps, draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
+
+VIEWS = "heads", "blocks", "levels", "directions"
+ALL_BLOCKS = VIEWS[1:]
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -48,6 +56,12 @@ def arguments(parser: ArgumentParser) -> None:
         help="draw where attention to WORD lies, wherever the prompt says it; without WORD: to each CLASS or word",
     )
     add(
+        "--by",
+        choices=list(VIEWS),
+        help="with one WORD: its map by head, by block, by block and noise level (levels), or in both directions",
+    )
+    add("--pads", action="store_true", help="draw the maps of an empty prompt's tokens: start, end and pads")
+    add(
         "--statistics",
         type=str,
         nargs="?",
@@ -63,9 +77,9 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("--steps", type=int, default=28, help="of the runs that generate pictures")
     add("--guidance", type=float, default=7.5, help="of the runs that generate pictures")
-    add("--out", type=str, metavar="FILE", help="PNG that --words draws; default: runs/analyze/<image name>-<time>.png")
+    add("--out", type=str, metavar="FILE", help="PNG that is drawn; default: runs/analyze/<image name>-<time>.png")
     add("--overwrite", action="store_true", help="replace a file that --out names")
-    add("--block", type=int, help="transformer block that --words reads; default: the checkpoint's own expert block")
+    add("--block", type=int, help="transformer block that is drawn; default: the checkpoint's own expert block")
     add("--step", type=int, help="noise level: 1 (nearly clean) to 28 (pure noise); default: the checkpoint's own")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     model_arguments(parser)
@@ -77,33 +91,64 @@ def run(options: Any) -> None:
     if options.statistics is not None:
         import_module("seg4diff_jax.command_line.statistics").run(options)  # its plots and pages are of an extra
         return
-    if not options.find_expert and options.words is None:
-        raise ValueError("say what to analyze: --find-expert, --words or --statistics")
+    draws = options.words is not None or options.pads
+    if not options.find_expert and not draws:
+        raise ValueError("say what to analyze: --find-expert, --words, --pads or --statistics")
+    if options.pads and (options.words is not None or options.by or options.classes or options.prompt is not None):
+        raise ValueError("--pads is of an empty prompt: leave out CLASS, --prompt, --words and --by")
+    if options.pads and options.find_expert:
+        raise ValueError("--pads is of an empty prompt and --find-expert of one with words: ask for one at a time")
     if options.image is None:
         raise ValueError("name an image: only --statistics can do without")
-    given = {"--prompts": options.prompts, "--at-steps": options.at_steps, "--count": options.count}
+    given = {"--prompts": options.prompts, "--count": options.count}
+    if options.by != "levels":
+        given["--at-steps"] = options.at_steps
     if only := [name for name, value in given.items() if value is not None] + ["--seeds"] * (options.seeds != 1):
         raise ValueError(f"{only[0]} is of --statistics, which is not given")
-    if options.words is None and (options.out is not None or options.block is not None):
-        raise ValueError("--out and --block are of --words, which is not given")
+    if not draws and (options.out is not None or options.block is not None):
+        raise ValueError("--out and --block are of --words and --pads, which are not given")
+    if options.by is not None and (options.words is None or len(options.words) != 1):
+        raise ValueError("--by takes one word: give it to --words")
     check_seed(options.seed)
     pixels = read_image(options.image)
     checkpoint = open_named(options)
-    step, prompt = checkpoint.step(options.step), said(checkpoint, options)
-    drawing = None if options.words is None else asked_drawing(checkpoint, prompt, options)
-    blocks = None if options.find_expert or drawing is None else drawing.block + 1
+    step, prompt = checkpoint.step(options.step), "" if options.pads else said(checkpoint, options)
+    for level in options.at_steps or ():
+        checkpoint.step(level)
+    drawing = asked_drawing(checkpoint, prompt, options) if draws else None
+    blocks = None
+    if drawing is not None and not options.find_expert and options.by not in ALL_BLOCKS:
+        blocks = drawing.block + 1
     pipe, _, _ = load_shown(console, checkpoint, options, blocks)
     if options.find_expert:
         with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
             found = on_pictures(pipe, [pixels], [prompt], step=step, seed=options.seed)
         Console(highlight=False).print(share_table(found, pipe.expert_block))
     if drawing is not None:
-        file, words, block = drawing
         with console.status("compiling and drawing"), explaining_full_memory(TO_LOAD):
-            record = pipe.attention(pixels, prompt, blocks=block, step=step, seed=options.seed, request=MEAN_PROBS)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draw_words(pixels, record[block], words).save(file)
-        console.print(f"wrote {file}: block {block}, noise level {step}")
+            picture = drawn(pipe, pixels, prompt, drawing, step, options)
+            drawing.file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(drawing.file)
+        where = "all blocks" if options.by in ALL_BLOCKS else f"block {drawing.block}"
+        levels = "several noise levels" if options.by == "levels" else f"noise level {step}"
+        console.print(f"wrote {drawing.file}: {where}, {levels}")
+
+
+def drawn(pipe: Pipeline, pixels: np.ndarray, prompt: str, drawing: Drawing, step: int, options: Any) -> Image.Image:
+    """The picture that `--words`, `--words WORD --by ...` or `--pads` asks for."""
+    if options.pads:
+        return draw_maps(pixels, of_pads(pipe, pixels, drawing.block, step, options.seed))
+    if options.by is None:
+        how = {"blocks": drawing.block, "step": step, "seed": options.seed, "request": MEAN_PROBS}
+        return draw_words(pixels, pipe.attention(pixels, prompt, **how)[drawing.block], drawing.words)
+    seen, depth = Seen(pixels, prompt, drawing.words[0], step, options.seed), pipe.transformer.depth
+    if options.by == "heads":
+        return draw_maps(pixels, by_heads(pipe, seen, drawing.block))
+    if options.by == "blocks":
+        return draw_maps(pixels, by_blocks(pipe, seen))
+    if options.by == "directions":
+        return draw_maps(pixels, both_directions(pipe, seen), columns=min(4, 2 * depth))
+    return draw_maps(pixels, by_levels(pipe, seen, options.at_steps or LEVELS), columns=depth)
 
 
 def said(checkpoint: Checkpoint, options: Any) -> str:
@@ -134,8 +179,8 @@ def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
     """
     length = checkpoint.tokenizers.clip_l.model_max_length
     text = text_columns(checkpoint.tokenizers, prompt, (("clip", length),), (0, length))
-    words = options.words or options.classes or text.spoken
-    if not words:
+    words = [] if options.pads else options.words or options.classes or text.spoken
+    if not words and not options.pads:
         raise ValueError(f"the prompt {prompt!r} has no word to draw")
     for word in words:
         text.named(word)

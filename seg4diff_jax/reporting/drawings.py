@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from seg4diff_jax.images import ImageInput, read_image
@@ -55,5 +56,22 @@ def draw_words(image: ImageInput, attention: PromptAttention, words: str | Seque
     for word, each in maps.items():
         if not np.isfinite(each).all():
             raise FloatingPointError(f"attention to {word!r} is not finite: damaged weights or inputs")
+    return draw_maps(image, list(maps.items()))
+
+
+def draw_maps(
+    image: ImageInput, maps: Sequence[tuple[str, Float[np.ndarray, "rows columns"]]], columns: int | None = None
+) -> Image.Image:
+    """Draws the image, and beside it maps of its image tokens over the image in grey, each under its title.
+
+    Each map is drawn from its least to its greatest value, which are beside the title in percent.
+
+    Args:
+      image: that the maps are of, at any size.
+      columns: maps in a row, under the image. Default: as many as give the sheet about the shape of a screen.
+
+    Raises ImageError when the image cannot be read.
+    """
     pixels = read_image(image)
-    return heat_sheet(pixels, [(word, each, heat_picture(pixels, each, CELL_LONGEST)) for word, each in maps.items()])
+    cells = [(title, each, heat_picture(pixels, each, CELL_LONGEST)) for title, each in maps]
+    return heat_sheet(pixels, cells, columns)

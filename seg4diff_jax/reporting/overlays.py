@@ -210,28 +210,36 @@ def heat_picture(
 def heat_sheet(
     pixels: UInt8[np.ndarray, "height width 3"],
     maps: Sequence[tuple[str, Float[np.ndarray, "rows columns"], Image.Image]],
+    columns: int | None = None,
 ) -> Image.Image:
     """The image and heat maps of it, each under its name with its least and its greatest score in percent.
 
     Args:
       maps: name, scores and `heat_picture` of each, all of one size.
+      columns: maps in a row; the image then has a row of its own. Default: as `contact_sheet` lays out.
     """
     cells = [
         (name, f"{100 * scores.min():.2g} to {100 * scores.max():.2g} %", picture) for name, scores, picture in maps
     ]
     image = Image.fromarray(pixels).resize(cells[0][2].size, Image.Resampling.LANCZOS)
-    return contact_sheet([("image", "least to greatest:", image), *cells])
+    if columns is None:
+        return contact_sheet([("image", "least to greatest:", image), *cells])
+    blank = ("", "", Image.new("RGB", image.size, PAPER))
+    return contact_sheet([("image", "least to greatest:", image), *[blank] * (columns - 1), *cells], columns=columns)
 
 
-def contact_sheet(cells: Sequence[tuple[str, str, Image.Image]], longest: int = 4096) -> Image.Image:
-    """Lays out pictures of one size in rows, on a sheet with about the shape of a screen.
+def contact_sheet(
+    cells: Sequence[tuple[str, str, Image.Image]], longest: int = 4096, columns: int | None = None
+) -> Image.Image:
+    """Lays out pictures of one size in rows.
 
     Args:
       cells: title (dark, at the left), remark (faint, at the right) and picture of each cell.
       longest: most pixels of the sheet's longer side.
+      columns: cells in a row. Default: as many as give the sheet about the shape of a screen.
     """
     width, height = cells[0][2].size
-    columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.5 * height / width))))
+    columns = columns or min(len(cells), max(1, round(math.sqrt(len(cells) * 1.5 * height / width))))
     rows = math.ceil(len(cells) / columns)
     size = max(13, round(max(width / 26, min(columns * width / 100, width / 14))))
     gap, title = size, round(1.8 * size)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seg4diff_jax.analysis.word_views import Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
 from seg4diff_jax.command_line import analyze, main
 from seg4diff_jax.models.attention import AttentionRequest
-from seg4diff_jax.reporting.drawings import draw_words
+from seg4diff_jax.reporting.drawings import draw_maps, draw_words
 from tests.reference.inputs import SQUARE, an_image
 
 
@@ -61,6 +62,30 @@ def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, ca
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
 
 
+@pytest.mark.parametrize("by", ["heads", "blocks", "levels", "directions"])
+def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, by):
+    out, seen = tmp_path / "views.png", Seen(picture, "a cat by the sea", "cat", 5)
+    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--step", "5", "--by", by, "--block", "2"]
+    levels = ["--at-steps", "3", "28"] if by == "levels" else []
+    assert main([*command, *levels, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
+    views, columns = {
+        "heads": lambda: (by_heads(sd3, seen, 2), None),
+        "blocks": lambda: (by_blocks(sd3, seen), None),
+        "levels": lambda: (by_levels(sd3, seen, (3, 28)), 6),
+        "directions": lambda: (both_directions(sd3, seen), 4),
+    }[by]()
+    expected = np.asarray(draw_maps(picture, views, columns), int)
+    assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
+
+
+def test_maps_of_pads_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path):
+    out = tmp_path / "pads.png"
+    command = ["analyze", picture, "--pads", "--block", "1", "--step", "5", "--model", str(sd3_checkpoint)]
+    assert main([*command, "--out", str(out)]) == 0
+    expected = np.asarray(draw_maps(picture, of_pads(sd3, picture, 1, 5)), int)
+    assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
+
+
 def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkpoint, picture, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.chdir(tmp_path)
@@ -83,7 +108,14 @@ def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkp
         (["cat", "--words", "cat", "--block", "6"], "error: block is 6; {checkpoint} has blocks 0..5"),
         (["cat", "--words", "cat", "--out", "words.jpg"], "error: --out is words.jpg: expected a name that ends in"),
         (["cat", "--words", "--out", "{picture}"], "error: --out {picture} is the image itself: name another file"),
-        (["cat", "--find-expert", "--block", "2"], "error: --out and --block are of --words, which is not given"),
+        (["cat", "--find-expert", "--block", "2"], "error: --out and --block are of --words and --pads, which are not"),
+        (["cat", "sea", "--words", "--by", "heads"], "error: --by takes one word: give it to --words"),
+        (["cat", "--words", "cat", "sea", "--by", "heads"], "error: --by takes one word: give it to --words"),
+        (["cat", "--find-expert", "--by", "heads"], "error: --by takes one word: give it to --words"),
+        (["cat", "--pads"], "error: --pads is of an empty prompt: leave out CLASS, --prompt, --words and --by"),
+        (["--pads", "--find-expert"], "error: --pads is of an empty prompt and --find-expert of one with words"),
+        (["cat", "--words", "cat", "--by", "levels", "--at-steps", "29"], "error: step is 29"),
+        (["cat", "--words", "cat", "--by", "heads", "--at-steps", "3"], "error: --at-steps is of --statistics"),
         (["--words"], "error: say what is in the image, CLASS... or --prompt: found neither"),
         (["cat", "--prompt", "a cat", "--words"], "error: say what is in the image, CLASS... or --prompt: found both"),
     ],
