@@ -20,6 +20,8 @@ PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (150, 150, 150)
 MASK_OPACITY = 0.5
 CELL_LONGEST = 448
 """Pixels along the longer side of a heat map on a sheet."""
+SHEET_LONGEST = 4096
+"""Most pixels along the longer side of a sheet."""
 
 
 def save_labels(path, labels: Int[np.ndarray, "height width"], classes: int) -> None:
@@ -229,7 +231,7 @@ def heat_sheet(
 
 
 def contact_sheet(
-    cells: Sequence[tuple[str, str, Image.Image]], longest: int = 4096, columns: int | None = None
+    cells: Sequence[tuple[str, str, Image.Image]], longest: int = SHEET_LONGEST, columns: int | None = None
 ) -> Image.Image:
     """Lays out pictures of one size in rows.
 
@@ -239,7 +241,8 @@ def contact_sheet(
       columns: cells in a row. Default: as many as give the sheet about the shape of a screen.
     """
     width, height = cells[0][2].size
-    columns = columns or min(len(cells), max(1, round(math.sqrt(len(cells) * 1.5 * height / width))))
+    if columns is None:
+        columns = min(len(cells), max(1, round(math.sqrt(len(cells) * 1.5 * height / width))))
     rows = math.ceil(len(cells) / columns)
     size = max(13, round(max(width / 26, min(columns * width / 100, width / 14))))
     gap, title = size, round(1.8 * size)
