@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.analysis.block_statistics import StatisticsReader
+from seg4diff_jax.analysis.principal_components import ComponentsReader
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import segments
@@ -76,8 +77,11 @@ def main(
         reader = StatisticsReader(jnp.ones((batch, 1, 154)))
         return model(*x, capture=range(layers), options=ForwardOptions(reader))
 
+    def all_components(model, *x):
+        return model(*x, capture=range(layers), options=ForwardOptions(ComponentsReader()))
+
     programs = {name: forward(request) for name, request in REQUESTS.items()}
-    programs["statistics of all blocks"] = all_statistics
+    programs |= {"statistics of all blocks": all_statistics, "principal components of all blocks": all_components}
     programs[f"nothing after block {block}"] = lambda model, *x: attention_at(
         model, *x, block=block, options=ForwardOptions(REQUESTS["scores and probabilities, heads averaged"])
     )

@@ -61,7 +61,11 @@ def principal_components(
     Args:
       joint: one basis for all images, centred by the mean over all. Then `explained` is of all of them together, and
         the same for each.
+
+    Raises ValueError for a count below 1.
     """
+    if count < 1:
+        raise ValueError(f"count is {count}; expected at least one component")
     batch, tokens, dim = features.shape
     if not joint:
         return Components(*jax.vmap(partial(_components_of_one, count=count))(features))

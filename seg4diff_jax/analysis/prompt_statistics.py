@@ -77,6 +77,16 @@ def over_tokens(
         return (np.where(sizes > 0, values, 0) * sizes).sum(axis=-1) / sizes.sum(axis=-1)
 
 
+def noised_squares(
+    pipe: Pipeline, pictures: Sequence[ImageInput], *, step: int | None = None, seed: int = 0, first: int = 0
+) -> NoisedImages:
+    """Encodes pictures, each as a square of the trained size, at a noise level. Arguments as for `on_pictures`."""
+    size, places = (pipe.trained_size, pipe.trained_size), list(range(first, first + len(pictures)))
+    noise = pipe.view.noise(None, places, len(places), size, seed)
+    latents, noise = pipe.spread((pipe.encode_images(pictures, size), noise))
+    return NoisedImages(latents, noise, np.float32(pipe.schedule.sigma_at(pipe.expert_step if step is None else step)))
+
+
 def on_pictures(
     pipe: Pipeline,
     pictures: Sequence[ImageInput],
@@ -101,13 +111,7 @@ def on_pictures(
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts; expected one for each")
-    size = pipe.trained_size, pipe.trained_size
-    places = list(range(first, first + len(pictures)))
-    noise = pipe.view.noise(None, places, len(places), size, seed)
-    latents = pipe.encode_images(pictures, size)
-    sigma = pipe.schedule.sigma_at(pipe.expert_step if step is None else step)
-    latents, noise = pipe.spread((latents, noise))
-    images = NoisedImages(latents, noise, np.float32(sigma))
+    images = noised_squares(pipe, pictures, step=step, seed=seed, first=first)
     texts = pipe.encode_prompts(prompts)
     groups = token_groups(pipe.tokenizers, prompts, texts)
     with pipe.settings():

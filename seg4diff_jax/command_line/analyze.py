@@ -24,7 +24,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures
+from seg4diff_jax.analysis.principal_components import block_components
+from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, noised_squares, on_pictures
 from seg4diff_jax.analysis.word_views import LEVELS, Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
@@ -34,6 +35,7 @@ from seg4diff_jax.images import read_image
 from seg4diff_jax.passes import MEAN_PROBS
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.prompt_attention import text_columns
+from seg4diff_jax.reporting.component_sheet import component_sheet
 from seg4diff_jax.reporting.drawings import draw_maps, draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
@@ -60,6 +62,7 @@ def arguments(parser: ArgumentParser) -> None:
         choices=list(VIEWS),
         help="with one WORD: its map by head, by block, by block and noise level (levels), or in both directions",
     )
+    add("--components", action="store_true", help="draw the principal components of all blocks' queries, keys, values")
     add("--pads", action="store_true", help="draw the maps of an empty prompt's tokens: start, end and pads")
     add(
         "--statistics",
@@ -91,11 +94,13 @@ def run(options: Any) -> None:
     if options.statistics is not None:
         import_module("seg4diff_jax.command_line.statistics").run(options)  # its plots and pages are of an extra
         return
-    draws = options.words is not None or options.pads
-    if not options.find_expert and not draws:
-        raise ValueError("say what to analyze: --find-expert, --words, --pads or --statistics")
-    if options.pads and (options.words is not None or options.by or options.classes or options.prompt is not None):
-        raise ValueError("--pads is of an empty prompt: leave out CLASS, --prompt, --words and --by")
+    asked = [f"--{name}" for name in ("words", "pads", "components") if getattr(options, name) not in (None, False)]
+    if not options.find_expert and not asked:
+        raise ValueError("say what to analyze: --find-expert, --words, --pads, --components or --statistics")
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} are pictures of their own: ask for one at a time")
+    if options.pads and (options.by or options.classes or options.prompt is not None):
+        raise ValueError("--pads is of an empty prompt: leave out CLASS, --prompt and --by")
     if options.pads and options.find_expert:
         raise ValueError("--pads is of an empty prompt and --find-expert of one with words: ask for one at a time")
     if options.image is None:
@@ -105,8 +110,10 @@ def run(options: Any) -> None:
         given["--at-steps"] = options.at_steps
     if only := [name for name, value in given.items() if value is not None] + ["--seeds"] * (options.seeds != 1):
         raise ValueError(f"{only[0]} is of --statistics, which is not given")
-    if not draws and (options.out is not None or options.block is not None):
-        raise ValueError("--out and --block are of --words and --pads, which are not given")
+    if not asked and options.out is not None:
+        raise ValueError("--out is of --words, --pads and --components, which are not given")
+    if options.block is not None and (not asked or _of_all_blocks(options)):
+        raise ValueError("--block is of --words (but not of all --by) and of --pads, which are not given")
     if options.by is not None and (options.words is None or len(options.words) != 1):
         raise ValueError("--by takes one word: give it to --words")
     check_seed(options.seed)
@@ -115,10 +122,9 @@ def run(options: Any) -> None:
     step, prompt = checkpoint.step(options.step), "" if options.pads else said(checkpoint, options)
     for level in options.at_steps or ():
         checkpoint.step(level)
-    drawing = asked_drawing(checkpoint, prompt, options) if draws else None
-    blocks = None
-    if drawing is not None and not options.find_expert and options.by not in ALL_BLOCKS:
-        blocks = drawing.block + 1
+    drawing = asked_drawing(checkpoint, prompt, options) if asked else None
+    last = None if drawing is None or options.find_expert else drawing.block
+    blocks = None if last is None else last + 1
     pipe, _, _ = load_shown(console, checkpoint, options, blocks)
     if options.find_expert:
         with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
@@ -129,26 +135,33 @@ def run(options: Any) -> None:
             picture = drawn(pipe, pixels, prompt, drawing, step, options)
             drawing.file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(drawing.file)
-        where = "all blocks" if options.by in ALL_BLOCKS else f"block {drawing.block}"
+        where = "all blocks" if drawing.block is None else f"block {drawing.block}"
         levels = "several noise levels" if options.by == "levels" else f"noise level {step}"
         console.print(f"wrote {drawing.file}: {where}, {levels}")
 
 
 def drawn(pipe: Pipeline, pixels: np.ndarray, prompt: str, drawing: Drawing, step: int, options: Any) -> Image.Image:
-    """The picture that `--words`, `--words WORD --by ...` or `--pads` asks for."""
-    if options.pads:
-        return draw_maps(pixels, of_pads(pipe, pixels, drawing.block, step, options.seed))
-    if options.by is None:
-        how = {"blocks": drawing.block, "step": step, "seed": options.seed, "request": MEAN_PROBS}
-        return draw_words(pixels, pipe.attention(pixels, prompt, **how)[drawing.block], drawing.words)
-    seen, depth = Seen(pixels, prompt, drawing.words[0], step, options.seed), pipe.transformer.depth
-    if options.by == "heads":
-        return draw_maps(pixels, by_heads(pipe, seen, drawing.block))
+    """The picture that `--words`, `--words WORD --by ...`, `--pads` or `--components` asks for."""
+    if options.components:
+        images, texts = noised_squares(pipe, [pixels], step=step, seed=options.seed), pipe.encode_prompts([prompt])
+        with pipe.settings():
+            found = block_components(pipe.transformer, images, texts)
+        return component_sheet(np.asarray(found.scores)[0], images.grid(pipe.transformer.config.patch_size))
+    depth, word = pipe.transformer.depth, drawing.words[0] if drawing.words else ""
+    seen = Seen(pixels, prompt, word, step, options.seed)
     if options.by == "blocks":
         return draw_maps(pixels, by_blocks(pipe, seen))
     if options.by == "directions":
         return draw_maps(pixels, both_directions(pipe, seen), columns=min(4, 2 * depth))
-    return draw_maps(pixels, by_levels(pipe, seen, options.at_steps or LEVELS), columns=depth)
+    if options.by == "levels":
+        return draw_maps(pixels, by_levels(pipe, seen, options.at_steps or LEVELS), columns=depth)
+    assert drawing.block is not None, "all that is left is of one block"
+    if options.by == "heads":
+        return draw_maps(pixels, by_heads(pipe, seen, drawing.block))
+    if options.pads:
+        return draw_maps(pixels, of_pads(pipe, pixels, drawing.block, step, options.seed))
+    how = {"blocks": drawing.block, "step": step, "seed": options.seed, "request": MEAN_PROBS}
+    return draw_words(pixels, pipe.attention(pixels, prompt, **how)[drawing.block], drawing.words)
 
 
 def said(checkpoint: Checkpoint, options: Any) -> str:
@@ -165,11 +178,11 @@ def said(checkpoint: Checkpoint, options: Any) -> str:
 
 
 class Drawing(NamedTuple):
-    """What `--words` asks for: a PNG file, words of the prompt, and the block whose attention to them it shows."""
+    """What is to be drawn: a PNG file, words of the prompt, and the block whose attention it shows; None: all."""
 
     file: Path
     words: list[str]
-    block: int
+    block: int | None
 
 
 def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
@@ -179,12 +192,17 @@ def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
     """
     length = checkpoint.tokenizers.clip_l.model_max_length
     text = text_columns(checkpoint.tokenizers, prompt, (("clip", length),), (0, length))
-    words = [] if options.pads else options.words or options.classes or text.spoken
-    if not words and not options.pads:
+    words = options.words or options.classes or text.spoken
+    if options.words is not None and not words:
         raise ValueError(f"the prompt {prompt!r} has no word to draw")
-    for word in words:
+    for word in words if options.words is not None else ():
         text.named(word)
-    return Drawing(picture_file(options.out, options.image, options.overwrite), words, checkpoint.block(options.block))
+    file = picture_file(options.out, options.image, options.overwrite)
+    return Drawing(file, words, None if _of_all_blocks(options) else checkpoint.block(options.block))
+
+
+def _of_all_blocks(options: Any) -> bool:
+    return options.components or options.by in ALL_BLOCKS
 
 
 def picture_file(out: str | None, image: str, overwrite: bool) -> Path:

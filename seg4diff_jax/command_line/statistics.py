@@ -53,8 +53,9 @@ class Sample(NamedTuple):
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
-    if options.find_expert or options.words is not None or options.out is not None or options.block is not None:
-        raise ValueError("--statistics is of all blocks: leave out --find-expert, --words, --out and --block")
+    others = ("find_expert", "words", "by", "pads", "components", "out", "block")
+    if given := [name for name in others if getattr(options, name) not in (None, False)]:
+        raise ValueError(f"--statistics is of all blocks, by itself: leave out --{given[0].replace('_', '-')}")
     subject = Path(options.image or options.prompts or "prompt")
     default = Path("runs") / "analyze" / f"{subject.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.statistics or str(default), "", options.overwrite)

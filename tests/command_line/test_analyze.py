@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seg4diff_jax.analysis.principal_components import block_components
+from seg4diff_jax.analysis.prompt_statistics import noised_squares
 from seg4diff_jax.analysis.word_views import Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
 from seg4diff_jax.command_line import analyze, main
 from seg4diff_jax.models.attention import AttentionRequest
+from seg4diff_jax.reporting.component_sheet import component_sheet
 from seg4diff_jax.reporting.drawings import draw_maps, draw_words
 from tests.reference.inputs import SQUARE, an_image
 
@@ -65,9 +68,9 @@ def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, ca
 @pytest.mark.parametrize("by", ["heads", "blocks", "levels", "directions"])
 def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, by):
     out, seen = tmp_path / "views.png", Seen(picture, "a cat by the sea", "cat", 5)
-    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--step", "5", "--by", by, "--block", "2"]
-    levels = ["--at-steps", "3", "28"] if by == "levels" else []
-    assert main([*command, *levels, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
+    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--step", "5", "--by", by]
+    more = {"levels": ["--at-steps", "3", "28"], "heads": ["--block", "2"]}.get(by, [])
+    assert main([*command, *more, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
     views, columns = {
         "heads": lambda: (by_heads(sd3, seen, 2), None),
         "blocks": lambda: (by_blocks(sd3, seen), None),
@@ -76,6 +79,18 @@ def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, pictur
     }[by]()
     expected = np.asarray(draw_maps(picture, views, columns), int)
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
+
+
+def test_components_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path):
+    out = tmp_path / "components.png"
+    command = ["analyze", picture, "cat", "--components", "--step", "5", "--seed", "3", "--out", str(out)]
+    assert main([*command, "--model", str(sd3_checkpoint)]) == 0
+    images = noised_squares(sd3, [picture], step=5, seed=3)
+    found = block_components(sd3.transformer, images, sd3.encode_prompts(["cat"]))
+    expected = np.asarray(component_sheet(np.asarray(found.scores)[0], images.grid(2)), int)
+    drawn = np.asarray(Image.open(out), int)
+    assert drawn.shape == expected.shape
+    assert np.percentile(np.abs(drawn - expected), 99) <= 4  # pictures are made by two compiled programs
 
 
 def test_maps_of_pads_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path):
@@ -108,11 +123,15 @@ def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkp
         (["cat", "--words", "cat", "--block", "6"], "error: block is 6; {checkpoint} has blocks 0..5"),
         (["cat", "--words", "cat", "--out", "words.jpg"], "error: --out is words.jpg: expected a name that ends in"),
         (["cat", "--words", "--out", "{picture}"], "error: --out {picture} is the image itself: name another file"),
-        (["cat", "--find-expert", "--block", "2"], "error: --out and --block are of --words and --pads, which are not"),
+        (["cat", "--find-expert", "--block", "2"], "error: --block is of --words (but not of all --by) and of"),
+        (["cat", "--find-expert", "--out", "a.png"], "error: --out is of --words, --pads and --components, which are"),
+        (["cat", "--components", "--block", "2"], "error: --block is of --words (but not of all --by) and of --pads"),
+        (["cat", "--components", "--words", "cat"], "error: --words and --components are pictures of their own"),
+        (["--components"], "error: say what is in the image, CLASS... or --prompt: found neither"),
         (["cat", "sea", "--words", "--by", "heads"], "error: --by takes one word: give it to --words"),
         (["cat", "--words", "cat", "sea", "--by", "heads"], "error: --by takes one word: give it to --words"),
         (["cat", "--find-expert", "--by", "heads"], "error: --by takes one word: give it to --words"),
-        (["cat", "--pads"], "error: --pads is of an empty prompt: leave out CLASS, --prompt, --words and --by"),
+        (["cat", "--pads"], "error: --pads is of an empty prompt: leave out CLASS, --prompt and --by"),
         (["--pads", "--find-expert"], "error: --pads is of an empty prompt and --find-expert of one with words"),
         (["cat", "--words", "cat", "--by", "levels", "--at-steps", "29"], "error: step is 29"),
         (["cat", "--words", "cat", "--by", "heads", "--at-steps", "3"], "error: --at-steps is of --statistics"),

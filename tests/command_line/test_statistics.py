@@ -103,8 +103,9 @@ def test_one_image_and_one_prompt_have_figures_too(sd3_checkpoint, folder, tmp_p
         (["--prompt", "a cat", "--steps", "4", "--at-steps", "5"], "--at-steps names 5: expected 1"),
         (["--prompt", "a cat", "--seeds", "0"], "--seeds is 0: expected at least 1"),
         (["--prompt", "a cat", "--count", "0"], "--count is 0: expected at least 1"),
-        (["--prompt", "a cat", "--block", "1"], "--statistics is of all blocks: leave out --find-expert, --words"),
-        (["--prompt", "a cat", "--find-expert"], "--statistics is of all blocks"),
+        (["--prompt", "a cat", "--block", "1"], "--statistics is of all blocks, by itself: leave out --block"),
+        (["--prompt", "a cat", "--find-expert"], "by itself: leave out --find-expert"),
+        (["--prompt", "a cat", "--components"], "by itself: leave out --components"),
     ],
 )
 def test_what_has_no_statistics_is_told(sd3_checkpoint, folder, tmp_path, options, message, capsys):
