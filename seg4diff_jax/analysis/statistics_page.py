@@ -56,6 +56,8 @@ def statistics_page(
 def _level(title: str, summary: Summary) -> dict[str, Any]:
     shares = {name: spread for name, spread in summary.quantities.items() if " to " in name}
     others = {name: spread for name, spread in summary.quantities.items() if name not in shares}
+    if summary.mean_ious is not None:
+        others["mIoU by labels, %"] = Spread(summary.mean_ious, np.zeros_like(summary.mean_ious))
     return {
         "title": title,
         "candidates": summary.candidates,

@@ -32,6 +32,7 @@ class Summary:
       quantities: shares of attention, 0 to 1 and averaged over heads, value norms, and similarities, by name.
       text_shares: how much of the image's attention is on text, by head; means over samples.
       norm_ratios: the mean norm of each head's values of text tokens, as a multiple of the image tokens'.
+      mean_ious: each block's mean IoU in percent, where images have labels.
     """
 
     samples: int
@@ -39,13 +40,15 @@ class Summary:
     quantities: dict[str, Spread]
     text_shares: Float[np.ndarray, "blocks heads"]
     norm_ratios: Float[np.ndarray, "blocks heads"]
+    mean_ious: Float[np.ndarray, " blocks"] | None = None
 
     @property
     def candidates(self) -> dict[str, int]:
-        """Blocks that stand out without any label: the paper's two hints to the expert, and the prompt's own words."""
+        """Blocks that stand out: by the paper's two hints to the expert without labels, by words, and by labels."""
         ratio = self.quantities["norm of text"].mean / self.quantities["norm of image"].mean
         on = {"most on text": "image to text", "most on words": "image to words"}
         found = {hint: self.quantities[name].mean for hint, name in on.items()} | {"largest text norm": ratio}
+        found |= {} if self.mean_ious is None else {"best mIoU by labels": self.mean_ious}
         return {hint: int(np.nanargmax(values)) for hint, values in found.items() if not np.isnan(values).all()}
 
 

@@ -15,13 +15,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures, while_generating
 from seg4diff_jax.analysis.statistics_page import MOST_PICTURES, statistics_page
@@ -29,8 +30,11 @@ from seg4diff_jax.analysis.summary import Summary, summarize
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
-from seg4diff_jax.data.folder import LabelledFolder
+from seg4diff_jax.data.subset import Subset
 from seg4diff_jax.data.text_files import read_lines
+from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
+from seg4diff_jax.evaluation.measurement import Settings
+from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.flow import check_guidance, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.pipeline import Pipeline
@@ -41,6 +45,10 @@ from seg4diff_jax.versions import versions
 RECORD, PAGE = "statistics.json", "statistics.html"
 PAPER_LEVELS = 8, 28
 """Noise levels, counted from the clean end of 28, at which the paper looks at generating runs."""
+
+
+SCORED_AT_ONCE = 4
+"""Images that are scored by their labels in one batch."""
 
 
 class Sample(NamedTuple):
@@ -83,7 +91,10 @@ def run(options: Any) -> None:
             if len(pictures) < MOST_PICTURES and (generating or seed == seeds[0]):
                 pictures.append((sample.prompt, picture))
             bar.update(place + 1)
-    summaries = {level: summarize(each) for level, each in found.items()}
+        summaries = {level: summarize(each) for level, each in found.items()}
+        if (folder := labelled(options)) is not None:
+            for level, scores in scores_by_block(pipe, folder, levels, seeds).items():
+                summaries[level] = replace(summaries[level], mean_ious=scores)
 
     what = "generating run" if generating else "noised image"
     about = f"{counted(len(samples) * len(seeds), what)}, {counted(len(seeds), 'seed')}"
@@ -132,12 +143,36 @@ def asked_samples(checkpoint: Checkpoint, options: Any) -> Iterator[Sample]:
         return
     if options.classes or prompt is not None:
         raise ValueError("the prompt of a folder's image is its own classes: leave out CLASS and --prompt")
-    folder = LabelledFolder(options.image)
-    for index in range(min(len(folder), options.count or len(folder))):
-        item = folder[index]
+    folder = labelled(options)
+    assert folder is not None
+    for index in range(len(folder.source)):
+        item = folder.source[index]
         present = [name for number, name in enumerate(folder.classes) if (item["labels"] == number).any()]
         if present:
             yield Sample(_only_prompt(checkpoint, present), item["image"])
+
+
+def labelled(options: Any) -> Benchmark | None:
+    """The folder's images, the first `--count` of them; None where no folder is looked at."""
+    if options.image is None or not Path(options.image).is_dir():
+        return None
+    benchmark = folder_benchmark(options.image)
+    source: Any = benchmark.source
+    return replace(benchmark, source=Subset(source, range(len(source))[: options.count]))
+
+
+def scores_by_block(
+    pipe: Pipeline, folder: Benchmark, levels: list[int], seeds: list[int]
+) -> dict[int, Float[np.ndarray, " blocks"]]:
+    """Returns each block's mean IoU in percent at each noise level, the mean over seeds, as `evaluate.py` scores."""
+    blocks = tuple(range(pipe.transformer.depth))
+    settings = Settings(blocks, tuple(levels), tuple(seeds), batch_size=min(SCORED_AT_ONCE, len(folder.source)))
+    found = {(level, block): list[float]() for level in levels for block in blocks}
+    for row in evaluate(pipe, folder, settings).rows:
+        assert row.step is not None
+        assert row.block is not None
+        found[row.step, row.block].append(np.nan if row.metrics.miou is None else row.metrics.miou)
+    return {level: np.array([np.mean(found[level, block]) for block in blocks]) for level in levels}
 
 
 def _only_prompt(checkpoint: Checkpoint, names: list[str]) -> str:
@@ -179,6 +214,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "samples": summary.samples,
         "uniform_share_of_text": summary.uniform,
         "candidates": summary.candidates,
+        "mean IoU by labels, %": None if summary.mean_ious is None else plain(summary.mean_ious),
         "blocks": {name: {"mean": plain(m), "deviation": plain(d)} for name, (m, d) in summary.quantities.items()},
         "heads": {
             "image to text": [plain(heads) for heads in summary.text_shares],

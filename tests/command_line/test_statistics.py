@@ -12,6 +12,9 @@ from PIL import Image
 from seg4diff_jax.analysis.prompt_statistics import on_pictures, while_generating
 from seg4diff_jax.analysis.summary import summarize
 from seg4diff_jax.command_line import main
+from seg4diff_jax.evaluation.benchmarks import folder_benchmark
+from seg4diff_jax.evaluation.measurement import Settings
+from seg4diff_jax.evaluation.run import evaluate
 from tests.reference.inputs import SQUARE, an_image
 
 PROMPTS = ["a cat by the sea", "two red buses"]
@@ -75,7 +78,12 @@ def test_images_of_a_folder_are_asked_for_the_classes_that_they_show(sd3, sd3_ch
     images = [np.asarray(Image.open(folder / "images" / f"{index}.png")) for index, _ in shown]
     each = enumerate(zip(images, shown, strict=True))
     found = [on_pictures(sd3, [image], [prompt], step=5, first=place) for place, (image, (_, prompt)) in each]
-    assert_summarized(levels_of(out)["5"], found)
+    (level,) = levels_of(out).values()
+    settings = Settings(tuple(range(sd3.transformer.depth)), (5,), (0,), batch_size=3)
+    scores = {row.block: row.metrics.miou for row in evaluate(sd3, folder_benchmark(folder), settings).rows}
+    assert level["mean IoU by labels, %"] == pytest.approx([scores[block] for block in range(len(scores))], abs=0.05)
+    assert level["candidates"].pop("best mIoU by labels") == np.argmax(level["mean IoU by labels, %"])
+    assert_summarized(level, found)
 
 
 def test_one_image_and_one_prompt_have_figures_too(sd3_checkpoint, folder, tmp_path, monkeypatch):
