@@ -169,11 +169,14 @@ def said(checkpoint: Checkpoint, options: Any) -> str:
     if bool(options.classes) == (options.prompt is not None):
         found = "both" if options.classes else "neither"
         raise ValueError(f"say what is in the image, CLASS... or --prompt: found {found}")
-    if options.prompt is not None:
-        return options.prompt
-    prompt, *more = class_prompts(checkpoint.tokenizers, options.classes).prompts
+    return only_prompt(checkpoint, options.classes) if options.prompt is None else options.prompt
+
+
+def only_prompt(checkpoint: Checkpoint, names: list[str]) -> str:
+    """The prompt of class names. Raises ValueError for names that do not fit in one."""
+    prompt, *more = class_prompts(checkpoint.tokenizers, names).prompts
     if more:
-        raise ValueError(f"{len(options.classes)} class names need {1 + len(more)} prompts; expected what fits in one")
+        raise ValueError(f"{len(names)} class names need {1 + len(more)} prompts; expected what fits in one")
     return prompt
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_picture
 from seg4diff_jax.analysis.statistics_page import MOST_PICTURES, statistics_page
 from seg4diff_jax.analysis.summary import Summary, summarize
 from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.command_line.analyze import only_prompt, said
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
 from seg4diff_jax.data.subset import Subset
@@ -39,7 +40,6 @@ from seg4diff_jax.flow import check_guidance, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.terminal import Bar, stderr_console
-from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
 
 RECORD, PAGE = "statistics.json", "statistics.html"
@@ -52,8 +52,9 @@ SCORED_AT_ONCE = 4
 
 
 class Sample(NamedTuple):
-    """What is looked at: a prompt, and the image that it is of; None: one is generated."""
+    """What is looked at: a prompt, and the image that it is of, in its place in a list. No image: one is generated."""
 
+    place: int
     prompt: str
     image: UInt8[np.ndarray, "height width 3"] | None
 
@@ -73,31 +74,32 @@ def run(options: Any) -> None:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
     seeds = [check_seed(options.seed + number) for number in range(options.seeds)]
     checkpoint = open_named(options)
-    samples = list(asked_samples(checkpoint, options))
-    if not samples:
-        raise ValueError(f"{options.prompts or options.image} has no prompt, or no image that shows a class")
-    generating = samples[0].image is None
+    folder = labelled(options)
+    count, samples = asked_samples(checkpoint, options, folder)
+    generating = options.image is None
     levels = asked_levels(checkpoint, options, generating)
     pipe, dtype, _ = load_shown(console, checkpoint, options)
 
     found: dict[int, list[PromptStatistics]] = defaultdict(list)
     pictures: list[tuple[str, np.ndarray]] = []
     remedy = explaining_full_memory("choose --dtype bfloat16")
-    with Bar(console, "measuring", len(samples) * len(seeds)) as bar, remedy:
-        for place, (sample, seed) in enumerate((sample, seed) for sample in samples for seed in seeds):
-            measured, picture = measure(pipe, sample, place // len(seeds), levels, seed, options)
+    with Bar(console, "measuring", count * len(seeds)) as bar, remedy:
+        for sample, number, seed in ((sample, *each) for sample in samples for each in enumerate(seeds)):
+            measured, picture = measure(pipe, sample, levels, seed, options)
             for level, statistics in zip(levels, measured, strict=True):
                 found[level].append(statistics)
-            if len(pictures) < MOST_PICTURES and (generating or seed == seeds[0]):
+            if len(pictures) < MOST_PICTURES and (generating or number == 0):
                 pictures.append((sample.prompt, picture))
-            bar.update(place + 1)
+            bar.update(sample.place * len(seeds) + number + 1)
+        if not found:
+            raise ValueError(f"{options.image}: no image shows a class")
         summaries = {level: summarize(each) for level, each in found.items()}
-        if (folder := labelled(options)) is not None:
+        if folder is not None:
             for level, scores in scores_by_block(pipe, folder, levels, seeds).items():
                 summaries[level] = replace(summaries[level], mean_ious=scores)
 
     what = "generating run" if generating else "noised image"
-    about = f"{counted(len(samples) * len(seeds), what)}, {counted(len(seeds), 'seed')}"
+    about = f"{counted(len(found[levels[0]]), what)}, {counted(len(seeds), 'seed')}"
     if generating:
         about += f", {options.steps} steps, guidance {options.guidance:g}, the half that follows the prompt"
     last = options.steps if generating else PAPER_LEVELS[-1]
@@ -123,33 +125,37 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def asked_samples(checkpoint: Checkpoint, options: Any) -> Iterator[Sample]:
-    """Yields what the options name. Raises ValueError when they name nothing, or two things."""
+def asked_samples(checkpoint: Checkpoint, options: Any, folder: Benchmark | None) -> tuple[int, Iterable[Sample]]:
+    """Returns what the options name, and how many that are at most.
+
+    Images of a folder are read one by one; those that show no class are left out.
+
+    Raises ValueError when the options name nothing, or two things.
+    """
     prompt = options.prompt
     if options.image is None:
         if bool(prompt) == bool(options.prompts):
             found = "both" if prompt else "neither"
             raise ValueError(f"without an image, say what to generate: --prompt or --prompts FILE: found {found}")
         prompts = read_lines(options.prompts, "a prompt a line") if options.prompts else [prompt]
-        yield from (Sample(each, None) for each in prompts[: options.count])
-        return
+        if not (prompts := [each for each in prompts if each][: options.count]):
+            raise ValueError(f"{options.prompts} has no prompt: expected one a line")
+        return len(prompts), [Sample(place, each, None) for place, each in enumerate(prompts)]
     if options.prompts is not None:
         raise ValueError("--prompts is for generating runs: leave out the image")
-    if not Path(options.image).is_dir():
-        if bool(options.classes) == (prompt is not None):
-            found = "both" if options.classes else "neither"
-            raise ValueError(f"say what is in the image, CLASS... or --prompt: found {found}")
-        yield Sample(prompt or _only_prompt(checkpoint, options.classes), read_image(options.image))
-        return
+    if folder is None:
+        return 1, [Sample(0, said(checkpoint, options), read_image(options.image))]
     if options.classes or prompt is not None:
         raise ValueError("the prompt of a folder's image is its own classes: leave out CLASS and --prompt")
-    folder = labelled(options)
-    assert folder is not None
-    for index in range(len(folder.source)):
-        item = folder.source[index]
-        present = [name for number, name in enumerate(folder.classes) if (item["labels"] == number).any()]
-        if present:
-            yield Sample(_only_prompt(checkpoint, present), item["image"])
+
+    def read() -> Iterator[Sample]:
+        for place in range(len(folder.source)):
+            item = folder.source[place]
+            present = [name for number, name in enumerate(folder.classes) if (item["labels"] == number).any()]
+            if present:
+                yield Sample(place, only_prompt(checkpoint, present), item["image"])
+
+    return len(folder.source), read()
 
 
 def labelled(options: Any) -> Benchmark | None:
@@ -175,13 +181,6 @@ def scores_by_block(
     return {level: np.array([np.mean(found[level, block]) for block in blocks]) for level in levels}
 
 
-def _only_prompt(checkpoint: Checkpoint, names: list[str]) -> str:
-    prompt, *more = class_prompts(checkpoint.tokenizers, names).prompts
-    if more:
-        raise ValueError(f"{len(names)} class names need {1 + len(more)} prompts; expected what fits in one")
-    return prompt
-
-
 def asked_levels(checkpoint: Checkpoint, options: Any, generating: bool) -> list[int]:
     """Returns the noise levels, counted from the clean end. Raises ValueError for one that there is not."""
     last = options.steps if generating else PAPER_LEVELS[-1]
@@ -196,14 +195,14 @@ def asked_levels(checkpoint: Checkpoint, options: Any, generating: bool) -> list
 
 
 def measure(
-    pipe: Pipeline, sample: Sample, place: int, levels: list[int], seed: int, options: Any
+    pipe: Pipeline, sample: Sample, levels: list[int], seed: int, options: Any
 ) -> tuple[list[PromptStatistics], UInt8[np.ndarray, "height width 3"]]:
     """Returns a sample's statistics at each noise level, and its picture."""
     if sample.image is None:
-        how = {"steps": options.steps, "guidance": options.guidance, "seed": seed, "first": place}
+        how = {"steps": options.steps, "guidance": options.guidance, "seed": seed, "first": sample.place}
         found, (picture,) = while_generating(pipe, [sample.prompt], at_steps=levels, **how)
         return found, picture
-    how = {"seed": seed, "first": place}
+    how = {"seed": seed, "first": sample.place}
     return [on_pictures(pipe, [sample.image], [sample.prompt], step=step, **how) for step in levels], sample.image
 
 

@@ -76,8 +76,8 @@ def test_images_of_a_folder_are_asked_for_the_classes_that_they_show(sd3, sd3_ch
     assert main(["analyze", str(folder), "--statistics", str(out), "--step", "5", "--model", str(sd3_checkpoint)]) == 0
     shown = [(0, "cat grass"), (2, "sea")]
     images = [np.asarray(Image.open(folder / "images" / f"{index}.png")) for index, _ in shown]
-    each = enumerate(zip(images, shown, strict=True))
-    found = [on_pictures(sd3, [image], [prompt], step=5, first=place) for place, (image, (_, prompt)) in each]
+    each = zip(images, shown, strict=True)
+    found = [on_pictures(sd3, [image], [prompt], step=5, first=place) for image, (place, prompt) in each]
     (level,) = levels_of(out).values()
     settings = Settings(tuple(range(sd3.transformer.depth)), (5,), (0,), batch_size=3)
     scores = {row.block: row.metrics.miou for row in evaluate(sd3, folder_benchmark(folder), settings).rows}
