@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from seg4diff_jax.flow import image_noise, is_whole
 from seg4diff_jax.images import ImageInput, Resize, check_size, model_size, read_image, resize, to_model_range
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.vae import VAEConfig
+
+Item = TypeVar("Item")
 
 
 class SizeGroup(NamedTuple):
@@ -144,8 +146,8 @@ def finite_maps(maps: np.ndarray, block: int) -> np.ndarray:
     return maps
 
 
-def one_for_each(prompts: Sequence[str], images_per_prompt: int) -> list[str]:
-    """Repeats each prompt for its images, and returns one prompt for each image. Images of one prompt are consecutive.
+def one_for_each(prompts: Sequence[Item], images_per_prompt: int) -> list[Item]:
+    """Repeats what each prompt has, such as itself, for its images: one for each. Images of one prompt are consecutive.
 
     Raises ValueError unless `images_per_prompt` is a whole number, at least 1.
     """

@@ -7,10 +7,12 @@ others, which stay as the user set them. Both list the options of jax 0.10 and o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 FIXED: dict[str, Any] = {
     # These change the width of numbers, or the random numbers.
@@ -121,3 +123,11 @@ def _context(option: str) -> Any:
     named = getattr(jax, option.removeprefix("jax_"), None)
     holders: Any = jax.config
     return holders._value_holders[option] if named is None else named
+
+
+@contextmanager
+def computing(dtype: Any, mesh: Mesh | None) -> Iterator[None]:
+    """JAX's options settled, the mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
+    spread = nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with settled(), spread, jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+        yield

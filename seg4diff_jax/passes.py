@@ -162,6 +162,15 @@ def velocity(
     return transformer(latents, timesteps, texts, capture=capture, options=options)
 
 
+def text_maps(
+    transformer: MMDiT, images: NoisedImages, texts: TextConditioning, *, block: int, kernel: Kernel | None = None
+) -> Float[Array, "prompts image_tokens text_tokens"]:
+    """Returns the image-to-text probabilities of CLIP's tokens in one block, averaged over heads."""
+    record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
+    assert record.probs is not None
+    return record.probs
+
+
 @partial(jax.jit, static_argnames=("block", "kernel"))
 def read_class_scores(
     transformer: MMDiT,
@@ -178,10 +187,9 @@ def read_class_scores(
       averaging: weights of each class's tokens in each prompt (`ClassPrompts.averaging`).
       block: the number of the block that is read.
     """
-    record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
-    assert record.probs is not None
+    maps = text_maps(transformer, images, texts, block=block, kernel=kernel)
     owner = jnp.arange(len(images)) if images.image_of_prompt is None else images.image_of_prompt
-    scores = combine_prompts(class_scores(record.probs, jnp.asarray(averaging)), owner, len(images))
+    scores = combine_prompts(class_scores(maps, jnp.asarray(averaging)), owner, len(images))
     return scores.reshape(*scores.shape[:2], *images.grid(transformer.config.patch_size))
 
 
@@ -199,6 +207,13 @@ class GeneratingRun(NamedTuple):
     texts: TextConditioning
     sigmas: Float[Array, " steps"]
     guidance: tuple[TextConditioning, Float[Array, ""]] | None
+
+
+def check_whole(transformer: MMDiT) -> None:
+    """Raises ValueError unless all blocks of the transformer are loaded."""
+    loaded, last = transformer.depth - 1, transformer.config.num_layers - 1
+    if loaded < last:
+        raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
 
 
 @partial(jax.jit, static_argnames=("kernel",))

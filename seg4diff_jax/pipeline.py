@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Unpack, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from seg4diff_jax import passes
 from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, mean_over_seeds, one_for_each
-from seg4diff_jax.class_names import OneClassWarning, one_class
-from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole
+from seg4diff_jax.class_names import list_for_each, one_class, warn_of_single
+from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance
+from seg4diff_jax.generated_masks import mask_step, pictures_with_masks, prompt_words, refuse_unread
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
@@ -25,9 +25,21 @@ from seg4diff_jax.models.encoders import Encoders
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
-from seg4diff_jax.numerics import settled
+from seg4diff_jax.numerics import computing, settled
 from seg4diff_jax.parallel import spread
-from seg4diff_jax.pipeline_options import AttentionOptions, SegmentOptions, UnsupervisedOptions
+from seg4diff_jax.pipeline_options import (
+    AttentionOptions,
+    GenerateOptions,
+    ManyMasksOptions,
+    ManyOptions,
+    MasksOptions,
+    Picture,
+    PictureWithMasks,
+    SegmentOptions,
+    UnsupervisedOptions,
+    checked_block,
+    checked_blocks,
+)
 from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
@@ -112,14 +124,10 @@ class Pipeline:
         Warns (`class_names.OneClassWarning`) of a list of a single class, which takes every pixel.
         """
         images, single = listed(image)
-        shared = single or (len(classes) > 0 and all(isinstance(name, str) for name in classes))
-        lists: list[Any] = [classes] * len(images) if shared else list(classes)
-        if len(images) != len(lists):
-            raise ValueError(f"{len(images)} images and {len(lists)} lists of class names; expected one for each")
+        lists = list_for_each(classes, len(images), "images", single)
         block, _, seeds = self._block(block), self._sigma(step), listed_seeds(seed, noise)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
-        for remark in dict.fromkeys(filter(None, map(one_class, lists))):
-            warnings.warn(remark, OneClassWarning, stacklevel=3)
+        warn_of_single(map(one_class, lists), stacklevel=4)
         results: dict[int, Segmentation] = {}
         for group in self.view.by_size(images, size, resize):
             asked = [prompts[place] for place in group.places]
@@ -172,8 +180,10 @@ class Pipeline:
         seeds = listed_seeds(seed, noise)
         for group in self.view.by_size(images, size, resize):
             noised = self._noised(group, len(images), seeds, noise, step)
+            texts = self.spread(self.encode_prompts([""] * len(group.places)))
             with self.settings():
-                attention = mean_over_seeds([self._empty_prompt_attention(seen, block, kernel) for seen in noised])
+                read = partial(passes.text_maps, self.transformer, texts=texts, block=block, kernel=kernel)
+                attention = mean_over_seeds([read(seen) for seen in noised])
                 merged, counts = merged_maps_of_images(attention, threshold, minmax)
             maps, counts = np.asarray(merged), np.asarray(counts)
             grids = finite_maps(maps, block).reshape(*maps.shape[:2], *group.grid)
@@ -218,7 +228,7 @@ class Pipeline:
         prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; expected one for all, or one for each")
-        request, wanted = request or AttentionRequest(), self._blocks(blocks)
+        request, wanted = request or AttentionRequest(), checked_blocks(blocks, self.transformer.depth)
         results: dict[int, dict[int, PromptAttention]] = {}
         for group in self.view.by_size(images, size, resize):
             (noised,) = self._noised(group, len(images), (seed,), noise, step)
@@ -232,6 +242,14 @@ class Pipeline:
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
+    @overload
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> Picture: ...
+    @overload
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[ManyOptions]) -> list[Picture]: ...
+    @overload
+    def generate(self, prompt: str, **options: Unpack[MasksOptions]) -> PictureWithMasks: ...
+    @overload
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[ManyMasksOptions]) -> list[PictureWithMasks]: ...
     @settled()
     def generate(
         self,
@@ -246,15 +264,23 @@ class Pipeline:
         images_per_prompt: int = 1,
         sampler: Sampler | None = None,
         kernel: Kernel | None = None,
-    ) -> UInt8[np.ndarray, "height width 3"] | list[UInt8[np.ndarray, "height width 3"]]:
+        segment: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        block: int | None = None,
+        at_step: int | None = None,
+    ) -> Picture | list[Picture] | PictureWithMasks | list[PictureWithMasks]:
         """Pictures of prompts, uint8 [height, width, 3]: one for one prompt, otherwise a list, made in one batch.
+
+        With `segment` each comes with its masks, read in the run itself: a pair of a picture and a `Segmentation`.
 
         Args:
           prompt: one, or a list. With several `images_per_prompt`, those of the first prompt come first.
           negative_prompt: what guidance leads away from.
           guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
-          seed, noise, size, kernel: as for `segment`; the default size is the trained square.
+          seed, noise, size, block, kernel: as for `segment`; the default size is the trained square.
           sampler: "euler", SD3's own, also where the checkpoint was saved with another, which otherwise is an error.
+          segment: words of the prompt, or several that follow one another, for all prompts; or a list for each prompt.
+            Of a single one, which takes every pixel, `class_names.OneClassWarning` warns.
+          at_step: step to read, counted as noise levels: 1 is the last. Default: the checkpoint's, scaled to `steps`.
 
         Raises:
           ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
@@ -266,9 +292,14 @@ class Pipeline:
         if not prompts:
             return []
         with self.settings():
-            latents = passes.sample_latents(self.transformer, *run, kernel=kernel)
-            pictures = passes.finite_pictures(self.vae, latents)
-        return pictures[0] if isinstance(prompt, str) and images_per_prompt == 1 else pictures
+            if segment is None:
+                refuse_unread(block, at_step)
+                made = passes.finite_pictures(self.vae, passes.sample_latents(self.transformer, *run, kernel=kernel))
+            else:
+                words = prompt_words(self.tokenizers, prompt, segment, images_per_prompt)
+                looking = passes.Looking((self._block(block),), (steps - mask_step(at_step, self.expert_step, steps),))
+                made = pictures_with_masks(self.transformer, self.vae, run, words, looking, kernel)
+        return made[0] if isinstance(prompt, str) and images_per_prompt == 1 else made
 
     def generating_run(
         self,
@@ -281,9 +312,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
     ) -> passes.GeneratingRun:
         """What pictures of these prompts are sampled from. Arguments and errors as for `generate`."""
-        if self.transformer.depth < self.transformer.config.num_layers:
-            loaded, last = self.transformer.depth - 1, self.transformer.config.num_layers - 1
-            raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
+        passes.check_whole(self.transformer)
         wanted = self.view.size((0, 0), size, "square")
         eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
         sigmas, scale = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
@@ -331,16 +360,6 @@ class Pipeline:
             latents = passes.encode_images(self.vae, self.spread(group.pixels))
         return [passes.NoisedImages(latents, self.spread(each), self._sigma(step)) for each in noises]
 
-    def _empty_prompt_attention(
-        self, images: passes.NoisedImages, block: int, kernel: Kernel | None
-    ) -> Float[Array, "images image_tokens text_tokens"]:
-        """Image-to-text probabilities of the CLIP tokens of the prompt "", averaged over heads."""
-        texts, options = self.spread(self.encode_prompts([""] * len(images))), ForwardOptions(passes.MEAN_PROBS, kernel)
-        with self.settings():
-            record = passes.attention(self.transformer, images, texts, blocks=(block,), options=options)[block]
-        assert record.probs is not None
-        return record.probs
-
     def _scores(
         self, images: passes.NoisedImages, prompts: list[ClassPrompts], block: int, kernel: Kernel | None
     ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
@@ -359,34 +378,15 @@ class Pipeline:
         """On the mesh's devices, leading axes split where they divide."""
         return spread(arrays, self.mesh)
 
-    @contextmanager
-    def settings(self) -> Iterator[None]:
-        """JAX's options settled, the mesh, and products of fp32 in fp32: accelerators would take fewer bits."""
-        exact = self.transformer.context_embed.dtype == jnp.float32
-        mesh = nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-        with settled(), mesh, jax.default_matmul_precision("highest" if exact else None):
-            yield
+    def settings(self) -> AbstractContextManager[None]:
+        """JAX's options while this model computes: `numerics.computing`."""
+        return computing(self.transformer.context_embed.dtype, self.mesh)
 
     def _sigma(self, step: int | None) -> Float[Array, ""]:
         return jnp.float32(self.schedule.sigma_at(self.expert_step if step is None else step))
 
     def _block(self, block: int | None) -> int:
-        chosen = self.expert_block if block is None else block
-        if chosen is None:
-            raise ValueError("this checkpoint does not say which block segments best: name one with block=")
-        if not is_whole(chosen, 0, self.transformer.depth - 1):
-            whose = ", the checkpoint's own," if block is None else ""
-            raise ValueError(
-                f"block{whose} is {chosen!r}; the loaded transformer has blocks 0..{self.transformer.depth - 1}"
-                + (f": load with blocks={chosen + 1} or more, or name one with block=" if block is None else "")
-            )
-        return int(chosen)
-
-    def _blocks(self, blocks: int | Collection[int] | None) -> tuple[int, ...]:
-        if blocks is None:
-            return tuple(range(self.transformer.depth))
-        several = (blocks,) if isinstance(blocks, int | np.integer) else blocks
-        return tuple(sorted({self._block(block) for block in several}))
+        return checked_block(block, self.expert_block, self.transformer.depth)
 
     @property
     def vae(self) -> VAE:

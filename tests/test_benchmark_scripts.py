@@ -103,3 +103,11 @@ def test_three_readings_of_the_same_maps_are_scored(tmp_path):
     assert len(scores) == 3
     assert all(0 <= score <= 100 for score in scores)
     assert scores[0] > scores[1]  # the miniature's masks lie in the probabilities
+
+
+def test_a_run_with_masks_is_timed_beside_one_without():
+    printed = run("generated_masks.py", "--size=32", "--layers=2", "--steps=1", "--repeats=1", "--miniature_repeats=1")
+    for kind in ("miniature, 64 px, 28 steps", "2 blocks, 32 px, 1 steps"):
+        rows = [line for line in printed.splitlines() if kind in line]
+        assert len(rows) == 2
+        assert all(float(cell) > 0 for row in rows for cell in row.split("│")[4:-1])

@@ -41,11 +41,12 @@ MAY_IMPORT: dict[str, str] = {
     "text": "models",
     "class_names": "",
     "batching": "flow images models",
-    "pipeline_options": "images models segmentation",
+    "pipeline_options": "flow images models segmentation",
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
-    "pipeline": "batching class_names flow images models numerics parallel passes pipeline_options prompt_attention "
-    "prompt_cache segmentation text",
+    "generated_masks": "batching class_names flow models parallel passes prompt_attention segmentation text",
+    "pipeline": "batching class_names flow generated_masks images models numerics parallel passes pipeline_options "
+    "prompt_attention prompt_cache segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
@@ -64,8 +65,8 @@ MAY_IMPORT: dict[str, str] = {
     "passes pipeline processes quoting reporting segmentation text versions",
     # What people start.
     "command_line": "analysis batching checkpoints class_names compilation configuration convert data evaluation "
-    "extras flow images magnet miniature models numerics parallel passes pipeline planning processes prompt_attention "
-    "quoting reporting segmentation terminal text training versions",
+    "extras flow generated_masks images magnet miniature models numerics parallel passes pipeline pipeline_options "
+    "planning processes prompt_attention quoting reporting segmentation terminal text training versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",
 }

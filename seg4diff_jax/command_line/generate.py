@@ -6,7 +6,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from PIL import Image
 
 from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.checkpoints import Checkpoint
+from seg4diff_jax.class_names import OneClassWarning, one_word
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import (
     load_shown,
@@ -30,9 +32,17 @@ from seg4diff_jax.command_line.segment import (
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
+from seg4diff_jax.generated_masks import mask_step, words_of
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.pipeline_options import RunOptions
 from seg4diff_jax.reporting.overlays import contact_sheet
-from seg4diff_jax.reporting.segmentation_files import file_name
+from seg4diff_jax.reporting.segmentation_files import (
+    file_name,
+    remove_segmentation,
+    write_class_masks,
+    write_segmentation,
+)
+from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
@@ -60,6 +70,15 @@ def arguments(parser: ArgumentParser) -> None:
     add("--count", type=int, default=1, help="pictures of each prompt")
     add("--batch", type=int, default=1, help="pictures made at once; more need more memory and change none")
     add("--size", type=str, metavar="HxW", help="height x width of the pictures, as in 768x1024; default: as trained")
+    add(
+        "--segment", type=str, nargs="+", metavar="WORD", help="words of all prompts to write masks of, read in the run"
+    )
+    add("--block", type=int, help="transformer block to read masks from; default: the checkpoint's own expert block")
+    add(
+        "--at-step",
+        type=int,
+        help="step to read masks in: 1 (the last) to --steps (the first); default: the checkpoint's, scaled to --steps",
+    )
     model_arguments(parser)
 
 
@@ -69,11 +88,14 @@ def run(options: Any) -> None:
     default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.out or str(default), "", options.overwrite)
     checkpoint, size = open_checked(options)
+    reading = masks_checked(options, checkpoint)
+    if reading and (remark := one_word(options.segment)):
+        console.print(f"warning: {remark}")
     pipe, dtype, loading = load_shown(console, checkpoint, options)
 
     out.mkdir(parents=True, exist_ok=True)
     remove_former(out)
-    names, pictures = file_names(options.prompts, options.count), []
+    names, pictures, masks = file_names(options.prompts, options.count), [], []
     remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
     with (
         Bar(console, "generating", len(names)) as bar,
@@ -81,9 +103,10 @@ def run(options: Any) -> None:
         explaining_full_memory(remedy),
     ):
         start = time.perf_counter()
-        for name, picture in zip(names, generated(pipe, options, size), strict=True):
+        for name, (picture, segmentation) in zip(names, generated(pipe, options, size, reading), strict=True):
             Image.fromarray(picture).save(out / name)
             pictures.append(picture)
+            masks.append(segmentation)
             bar.update(len(pictures))
         total = time.perf_counter() - start
     seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
@@ -97,6 +120,7 @@ def run(options: Any) -> None:
         grid(each, options.count, pictures).save(out / GRID)
     record = {
         **options.as_dict(),
+        **reading,
         "out": str(out),
         "dtype": dtype,
         "size": list(size),
@@ -105,20 +129,32 @@ def run(options: Any) -> None:
         "versions": versions(),
         "pictures": [{"file": name, "prompt": prompt} for name, prompt in zip(names, each, strict=True)],
     }
+    if reading:
+        with console.status("drawing masks"):
+            for made, picture, segmentation in zip(record["pictures"], pictures, masks, strict=True):
+                made["masks"] = f"{Path(made['file']).stem}_masks"
+                how = {key: value for key, value in record.items() if key != "pictures"} | made
+                write_segmentation(out / made["masks"], picture, segmentation, how)
+                write_class_masks(out / made["masks"], segmentation)
     (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    wrote = [*names, GRID, RECORD] if len(pictures) > 1 else [*names, RECORD]
+    folders = [f"{made['masks']}/" for made in record["pictures"]] if reading else []
+    wrote = [*names, *folders, *([GRID] if len(pictures) > 1 else []), RECORD]
     console.print(f"wrote {out}: {', '.join(wrote if len(wrote) < 9 else [*wrote[:3], '...', *wrote[-3:]])}")
 
 
 def remove_former(out: Path) -> None:
-    """Removes the files of an earlier run that its record names, and nothing else."""
+    """Removes the files of an earlier run that its record names, its masks among them, and nothing else."""
     try:
-        former = {RECORD, GRID, *(Path(picture["file"]).name for picture in read_json(out / RECORD)["pictures"])}
+        pictures = read_json(out / RECORD)["pictures"]
+        former = {RECORD, GRID, *(Path(picture["file"]).name for picture in pictures)}
+        masks = {Path(picture["masks"]).name for picture in pictures if "masks" in picture}
     except (ValueError, KeyError, TypeError):
         return
     for path in out.iterdir():
         if path.name in former and (path.is_file() or path.is_symlink()):
             path.unlink()
+        elif path.name in masks and path.is_dir() and not path.is_symlink():
+            remove_segmentation(path)
 
 
 def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
@@ -139,8 +175,30 @@ def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
     return checkpoint, checkpoint.size(wanted)
 
 
-def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yields the pictures of all prompts, generated in batches of `--batch`."""
+def masks_checked(options: Any, checkpoint: Checkpoint) -> dict[str, int]:
+    """Returns the block and the step to read masks in, by name; none if no masks are asked for.
+
+    Raises:
+      ValueError: a word is not in each prompt; or block or step are out of bounds, or given without --segment.
+    """
+    if options.segment is None:
+        if options.block is not None or options.at_step is not None:
+            raise ValueError("--block and --at-step say where masks are read: name words of the prompt with --segment")
+        return {}
+    for prompt in options.prompts:
+        words_of(checkpoint.tokenizers, prompt, options.segment)
+    step = mask_step(options.at_step, checkpoint.step(), options.steps)
+    return {"block": checkpoint.block(options.block), "at_step": step}
+
+
+def generated(
+    pipe: Pipeline, options: Any, size: tuple[int, int], reading: Mapping[str, int]
+) -> Iterator[tuple[UInt8[np.ndarray, "height width 3"], Segmentation | None]]:
+    """Yields the pictures of all prompts, generated in batches of `--batch`, and their masks if these are asked for.
+
+    Args:
+      reading: what `masks_checked` returned.
+    """
     prompts = one_for_each(options.prompts, options.count)
     batch, factor = min(options.batch, len(prompts)), pipe.view.downsampling
     latents = size[0] // factor, size[1] // factor, pipe.view.channels
@@ -148,15 +206,22 @@ def generated(pipe: Pipeline, options: Any, size: tuple[int, int]) -> Iterator[U
         places = range(start, min(start + batch, len(prompts)))
         # The last batch is padded with its last picture, so that all batches use one compiled program.
         filled = [*places, *[places[-1]] * (batch - len(places))]
-        yield from pipe.generate(
-            [prompts[place] for place in filled],
-            negative_prompt=options.negative,
-            steps=options.steps,
-            guidance=options.guidance,
-            noise=np.asarray(image_noise(options.seed, filled, latents)),
-            size=size,
-            sampler=options.sampler,
-        )[: len(places)]
+        batched = [prompts[place] for place in filled]
+        how: RunOptions = {
+            "negative_prompt": options.negative,
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "noise": np.asarray(image_noise(options.seed, filled, latents)),
+            "size": size,
+            "sampler": options.sampler,
+        }
+        if reading:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OneClassWarning)  # the same is said before the model is loaded
+                made = pipe.generate(batched, segment=options.segment, **reading, **how)
+        else:
+            made = [(picture, None) for picture in pipe.generate(batched, **how)]
+        yield from made[: len(places)]
 
 
 def readable(prompt: str) -> str:

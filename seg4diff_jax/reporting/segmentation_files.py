@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 RECORD = "segmentation.json"
 """The file that is written last: a directory that has it is complete."""
 FILES = ("overlay.png", "labels.png", "heatmaps.png", "heatmaps/", "scores.npz", RECORD)
+CLASS_MASKS = "binary"
+"""The folder of `write_class_masks`."""
 HEAT_LONGEST = 1024
 
 
@@ -66,18 +68,54 @@ def write_heat_maps(directory: Path, pixels: UInt8[np.ndarray, "height width 3"]
     """Writes the heat map of each class, and a contact sheet of all. Earlier heat maps are deleted."""
     folder = directory / "heatmaps"
     folder.mkdir(exist_ok=True)
-    for former in folder.glob("[0-9][0-9]*_*.png"):
-        former.unlink()
-    digits = max(2, len(str(len(segmentation.classes) - 1)))
+    remove_class_files(folder)
     image = Image.fromarray(pixels)
     image.thumbnail((HEAT_LONGEST, HEAT_LONGEST), Image.Resampling.LANCZOS)
     small, maps = np.asarray(image), []
-    for index, (name, score) in enumerate(zip(segmentation.classes, segmentation.scores, strict=True)):
+    files = class_files(segmentation.classes)
+    for file, name, score in zip(files, segmentation.classes, segmentation.scores, strict=True):
         picture = heat_picture(small, score, HEAT_LONGEST)
-        picture.save(folder / f"{index:0{digits}}_{file_name(name)}.png", compress_level=2)
+        picture.save(folder / file, compress_level=2)
         picture.thumbnail((CELL_LONGEST, CELL_LONGEST), Image.Resampling.BOX)
         maps.append((name, score, picture))
     heat_sheet(small, maps).save(directory / "heatmaps.png")
+
+
+def write_class_masks(directory: Path, segmentation: Segmentation) -> None:
+    """Writes each class's mask as binary/NN_name.png, 8-bit grey at the image's size: 255 for the class, 0 elsewhere.
+
+    Earlier ones are deleted.
+    """
+    folder = directory / CLASS_MASKS
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_class_files(folder)
+    for index, file in enumerate(class_files(segmentation.classes)):
+        Image.fromarray(np.where(segmentation.labels == index, np.uint8(255), np.uint8(0))).save(folder / file)
+
+
+def remove_segmentation(directory: Path) -> None:
+    """Removes what `write_segmentation` and `write_class_masks` write, and the directory if nothing else is in it."""
+    folders = [path for name in ("heatmaps", CLASS_MASKS) if not (path := directory / name).is_symlink()]
+    for file in (directory / name for name in FILES if not name.endswith("/")):
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+    for folder in folders:
+        remove_class_files(folder)
+    for folder in (*folders, directory):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def remove_class_files(folder: Path) -> None:
+    """Removes files that are named as those of `class_files`."""
+    for former in folder.glob("[0-9][0-9]*_*.png"):
+        former.unlink()
+
+
+def class_files(classes: Sequence[str]) -> list[str]:
+    """Returns a file name for each class, such as 00_cat.png."""
+    digits = max(2, len(str(len(classes) - 1)))
+    return [f"{index:0{digits}}_{file_name(name)}.png" for index, name in enumerate(classes)]
 
 
 def file_name(name: str) -> str:

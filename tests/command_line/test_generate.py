@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import seg4diff_jax as s4d
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line import main
 from seg4diff_jax.command_line.generate import RECORD, file_names, grid, remove_former
-from tests.reference.inputs import an_image
+from seg4diff_jax.reporting.segmentation_files import FILES as FILES_OF_MASKS
+from tests.reference.inputs import VARIED, an_image
+from tests.reference.ties import assert_same_labels
 
 PROMPTS = ["a cat on the grass", "two red buses, at night"]
 FILES = [
@@ -127,6 +131,90 @@ def test_the_grid_shows_small_pictures_enlarged_and_large_ones_reduced(size):
     assert 256 < min(sheet.size) <= max(sheet.size) < 1200
 
 
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+LOOKING = ["--segment", "cat", "the grass", "--block", str(VARIED), "--at-step", "2"]
+MASKED = ["a cat on the grass", "the grass, a cat"]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, sd3_checkpoint) -> Path:
+    out = tmp_path_factory.mktemp("masked")
+    model = ["--model", str(sd3_checkpoint), "--out", str(out)]
+    assert main(["generate", *MASKED, *OPTIONS, "--batch", "3", *LOOKING, *model]) == 0
+    return out
+
+
+def test_beside_each_picture_lie_its_masks_as_segment_writes_them(masked, sd3):
+    expected = sd3.generate(
+        MASKED,
+        segment=["cat", "the grass"],
+        block=VARIED,
+        at_step=2,
+        negative_prompt="sky",
+        steps=3,
+        guidance=5.0,
+        seed=3,
+        size=(64, 96),
+    )
+    for name, (picture, masks) in zip(["00_a_cat_on_the_grass", "01_the_grass_a_cat"], expected, strict=True):
+        folder = masked / f"{name}_masks"
+        assert np.abs(np.asarray(Image.open(masked / f"{name}.png")).astype(int) - picture).max() <= 1
+        assert {path.name for path in folder.iterdir()} == {*(file.rstrip("/") for file in FILES_OF_MASKS), "binary"}
+        labels = np.asarray(Image.open(folder / "labels.png"))
+        assert_same_labels(labels.astype(np.int32), masks.labels, masks.scores)
+        for index, file in enumerate(["00_cat.png", "01_the_grass.png"]):
+            mask = Image.open(folder / "binary" / file)
+            assert mask.mode == "L"
+            np.testing.assert_array_equal(np.asarray(mask), np.where(labels == index, 255, 0))
+        record = json.loads((folder / "segmentation.json").read_text())
+        assert [each["name"] for each in record["classes"]] == ["cat", "the grass"]
+        assert (record["file"], record["at_step"]) == (f"{name}.png", 2)
+
+
+def test_the_record_names_the_masks_and_where_they_were_read(masked):
+    record = json.loads((masked / RECORD).read_text())
+    assert (record["segment"], record["block"], record["at_step"]) == (["cat", "the grass"], VARIED, 2)
+    assert [made["masks"] for made in record["pictures"]] == [
+        "00_a_cat_on_the_grass_masks",
+        "01_the_grass_a_cat_masks",
+    ]
+
+
+def test_masks_of_an_earlier_run_are_replaced_and_other_files_stay(masked, tmp_path, sd3_checkpoint):
+    out = tmp_path / "out"
+    shutil.copytree(masked, out)
+    (out / "00_a_cat_on_the_grass_masks" / "mine.txt").touch()
+    arguments = ["generate", "sofa", "--steps", "1", "--guidance", "1", "--size", "32x32", "--out", str(out)]
+    assert main([*arguments, "--model", str(sd3_checkpoint), "--overwrite"]) == 0
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert found == ["00_a_cat_on_the_grass_masks/mine.txt", "00_sofa.png", RECORD]
+    assert not (out / "01_the_grass_a_cat_masks").exists()
+
+
+def test_a_folder_that_a_record_names_keeps_what_is_not_of_masks(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "00_mine.png").touch()
+    (tmp_path / "kept" / "binary").mkdir(parents=True)
+    (tmp_path / "kept" / "heatmaps").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "kept" / "photo.png").touch()
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    masks = ["kept", "linked", "..", ".", "absent"]
+    (tmp_path / RECORD).write_text(json.dumps({"pictures": [{"file": "a.png", "masks": name} for name in masks]}))
+    remove_former(tmp_path)
+    assert (tmp_path / "kept" / "photo.png").exists()
+    assert (tmp_path / "elsewhere" / "00_mine.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "kept", "linked"]
+
+
+def test_a_single_word_is_warned_of_once(tmp_path, sd3_checkpoint, capsys):
+    arguments = ["generate", "a cat", "--steps", "1", "--size", "32x32", "--segment", "cat", "--block", "0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", s4d.OneClassWarning)
+        assert main([*arguments, "--model", str(sd3_checkpoint), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.replace("\n", " ").count("is the only word") == 1
+
+
 # ---- what is wrong --------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +229,15 @@ def test_the_grid_shows_small_pictures_enlarged_and_large_ones_reduced(size):
         ({"size": "64x90"}, "multiples of 16"),
         ({"seed": "-1"}, "seed is -1"),
         ({"t5": "true", "tokenizers": "absent"}, "absent has no folder tokenizer"),
+        ({"at-step": "2"}, "--block and --at-step say where masks are read: name words of the prompt with --segment"),
+        ({"block": "2"}, "--block and --at-step say where masks are read: name words of the prompt with --segment"),
+        ({"segment": "dog"}, "the prompt 'a cat' has no 'dog': its words are a, cat"),
+        ({"segment": "cat"}, "does not say which block segments best"),
+        ({"segment": "cat", "block": "6"}, "block is 6"),
+        (
+            {"segment": "cat", "block": "1", "at-step": "29"},
+            "at_step is 29; expected a whole number, 1 (the last step)",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_status_1_before_weights_are_read(

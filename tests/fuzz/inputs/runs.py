@@ -131,7 +131,8 @@ def read_cache(root: Path) -> Any:
 def make_pictured(root: Path) -> None:
     for name in ("00_a_cat.png", "01_a_dog.png", "kept.png"):
         (root / name).write_bytes(b"pixels")
-    pictures = [{"file": "00_a_cat.png", "prompt": "a cat"}, {"file": "01_a_dog.png", "prompt": "a dog"}]
+    (root / "00_a_cat_masks").mkdir()
+    pictures = [{"file": "00_a_cat.png", "masks": "00_a_cat_masks"}, {"file": "01_a_dog.png", "prompt": "a dog"}]
     (root / RECORD).write_text(json.dumps({"seed": 0, "pictures": pictures}))
 
 
