@@ -100,16 +100,17 @@ def test_a_checkpoint_without_tokenizers_is_refused_when_the_published_ones_cann
 
 
 def test_a_checkpoint_without_tokenizers_has_the_published_ones(
-    sd3, sd3_checkpoint, without_tokenizers, monkeypatch, tmp_path
+    forgetful, sd3_checkpoint, without_tokenizers, monkeypatch, tmp_path
 ):
     asked = []
     monkeypatch.setattr(hub, "fetch_tokenizers", lambda components: asked.append(components) or sd3_checkpoint)
     pipe = s4d.load(without_tokenizers, blocks=1)
     assert asked == [["transformer", "vae", "text_encoder", "text_encoder_2"]]
-    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, sd3.encode_prompts(["a cat"]).context)
+    expected = forgetful.encode_prompts(["a cat"]).context  # alone, too: of a batch the last bits may be others
+    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, expected)
     partly = shutil.copytree(sd3_checkpoint, tmp_path / "partly", ignore=shutil.ignore_patterns("tokenizer_2"))
     pipe = s4d.load(partly, blocks=1)  # one of its own, one published
-    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, sd3.encode_prompts(["a cat"]).context)
+    assert np.array_equal(pipe.encode_prompts(["a cat"]).context, expected)
 
 
 def test_t5_that_is_not_there_is_refused(checkpoint_factory):

@@ -27,6 +27,7 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
             "seg4diff_jax/command_line/segment.py",
+            "seg4diff_jax/command_line/statistics.py",
             "seg4diff_jax/evaluation/benchmarks.py",
             "seg4diff_jax/command_line/evaluate.py",
             "seg4diff_jax/checkpoints.py",
