@@ -52,8 +52,9 @@ def run_blocks(
 ) -> tuple[Any, dict[int, Any]]:
     """Runs blocks 0 to `stop` (exclusive). Returns the state after them, and the records of those in `capture`.
 
-    Blocks of one kind are one scan whichever are captured: several would each hold a copy of a block's parameters. A
-    segment of the text must be requested by its token numbers, not by name (`ForwardOptions.about`).
+    Blocks of one kind are one scan whichever are captured: of several, XLA on CPUs holds a further copy of a block's
+    parameters for each of a single block (findings/xla_cpu_scan_of_one_step.sh). A segment of the text must be
+    requested by its token numbers, not by name (`ForwardOptions.about`).
     """
     records: dict[int, Any] = {}
     for stack, blocks in zip(trunk.stacks, trunk.layer_stacks, strict=True):

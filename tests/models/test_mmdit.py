@@ -322,7 +322,7 @@ WIDE = SMALL | {
 @pytest.mark.parametrize("capture", [(2,), (0, 3)])
 @pytest.mark.parametrize("of", ["velocity", "gradients with remat"])
 def test_captured_blocks_need_no_more_copies_of_a_blocks_parameters(capture, of):
-    """Each scan over blocks holds a copy of one block's parameters: one for each run of captured blocks, it was."""
+    """A scan of one captured block, between others, held another copy, in the backward pass too."""
     config = MMDiTConfig.from_json(WIDE)
     model = abstract(lambda rngs: MMDiT(config, rngs=rngs))
     inputs = jax.eval_shape(lambda: make_inputs(WIDE, (8, 8)))
