@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,6 +15,7 @@ from seg4diff_jax.models.kernels import Kernel, attend
 from seg4diff_jax.models.lora import LoRA, LoRAConfig, add_lora
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.models.trunk import attention_at
 from seg4diff_jax.parallel import AXES
 from seg4diff_jax.planning.arithmetic import operations
 from seg4diff_jax.planning.checkpoints import TRANSFORMERS
@@ -95,17 +94,25 @@ def test_the_backward_pass_is_handed_no_copy_of_the_weights_and_no_whole_scores(
     graph, adapters, base = nnx.split(model, LoRA, ...)
     inputs = abstract_inputs((8, 8, 16), (5, 24), 20)
 
-    def loss(adapters, base, inputs, remat):
-        options = ForwardOptions(kernel=Kernel("xla", query_chunk=7), remat=remat)
-        velocity, records = nnx.merge(graph, adapters, base)(*inputs, capture=(3,), options=options)
+    def whole(model, options):
+        velocity, records = model(*inputs, capture=(3,), options=options)
         return (velocity**2).mean() + records[3].scores.mean()
 
-    text = lambda remat: str(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapters, base, inputs))
-    copy = "f32[3,32,128]"  # of the MLPs of the blocks before the captured one
-    assert copy in text(jax.checkpoint_policies.everything_saveable)
-    assert copy not in text(remat)
-    assert "f32[1,2,7,21]" in text(remat), "scores of a chunk of the queries"
-    assert "f32[3,3,1,2,7,21]" not in text(remat), "of all chunks of these blocks"
+    def part(model, options):
+        return attention_at(model, *inputs, block=3, options=options).scores.mean()
+
+    def text(loss, remat):
+        options = ForwardOptions(kernel=Kernel("xla", query_chunk=7), remat=remat)
+        run = lambda adapters, base: loss(nnx.merge(graph, adapters, base), options)
+        return str(jax.make_jaxpr(jax.grad(run))(adapters, base))
+
+    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
+    copy = "f32[3,32,128]"  # of the MLPs of blocks 0 to 2, which are part of a stack of five
+    assert copy in text(part, jax.checkpoint_policies.everything_saveable)
+    assert copy not in text(part, remat)
+    for loss, blocks in ((whole, 5), (part, 3)):
+        assert "f32[1,2,7,21]" in text(loss, remat), "scores of a chunk of the queries"
+        assert f"f32[{blocks},3,1,2,7,21]" not in text(loss, remat), "of all chunks of these blocks"
 
 
 # ---- a compiled program's text --------------------------------------------------------------------------------------
