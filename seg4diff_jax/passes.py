@@ -272,6 +272,8 @@ def sample_looking(
     """
     if not looking.steps or not looking.blocks:
         raise ValueError(f"{looking}: expected at least one block and one step")
+    if len(set(looking.steps)) < len(looking.steps):
+        raise ValueError(f"{looking}: expected each step once")
     if beyond := [step for step in looking.steps if not 0 <= step < len(sigmas)]:
         raise ValueError(f"step {beyond[0]} is not of this run: its {len(sigmas)} steps are 0..{len(sigmas) - 1}")
     options = ForwardOptions(reader, kernel).about(prompts)

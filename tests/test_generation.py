@@ -218,6 +218,7 @@ def velocity_under(pipe: s4d.Pipeline, latents: jax.Array, sigma: np.float32, ru
         ((1,), (-1,), "step -1 is not of this run"),
         ((6,), (1,), r"cannot capture blocks \[6\]"),
         ((), (1,), "expected at least one block and one step"),
+        ((1,), (2, 0, 2), "expected each step once"),
     ],
 )
 def test_steps_and_blocks_that_a_run_does_not_have_are_refused(sd3, blocks, steps, message):

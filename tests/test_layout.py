@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, str] = {
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert images models numerics passes pipeline prompt_attention quoting reporting text",
+    "analysis": "convert flow images models numerics passes pipeline prompt_attention quoting reporting text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "

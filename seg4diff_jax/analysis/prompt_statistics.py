@@ -18,6 +18,7 @@ from seg4diff_jax.analysis.block_statistics import (
     uniform_shares,
 )
 from seg4diff_jax.analysis.token_groups import TokenGroups, token_groups
+from seg4diff_jax.flow import Sampler
 from seg4diff_jax.images import ImageInput
 from seg4diff_jax.passes import Looking, NoisedImages, finite_pictures, sample_looking
 from seg4diff_jax.pipeline import Pipeline
@@ -128,6 +129,7 @@ def while_generating(
     guidance: float = 7.0,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    sampler: Sampler | None = None,
     first: int = 0,
 ) -> tuple[list[PromptStatistics], list[UInt8[np.ndarray, "height width 3"]]]:
     """Generates a picture of each prompt; returns the statistics of all blocks at some steps, and the pictures.
@@ -136,11 +138,11 @@ def while_generating(
 
     Args:
       at_steps: numbers of steps, counted as noise levels are: 1 is the last one, at the clean end, `steps` pure noise.
-      steps, guidance, seed, size: as for `Pipeline.generate`.
+      steps, guidance, seed, size, sampler: as for `Pipeline.generate`.
       first: position of the first of these prompts in a list, by which the noise of its picture is drawn.
 
     Raises:
-      ValueError: as `Pipeline.generate`; or the run has no such step, or no prompt or step is given.
+      ValueError: as `Pipeline.generate`; or the run has no such step, one is named twice, or none, or no prompt.
       FloatingPointError: statistics or pixels are not finite: damaged weights.
     """
     if not prompts or not at_steps:
@@ -148,6 +150,7 @@ def while_generating(
     if beyond := [step for step in at_steps if not 1 <= step <= steps]:
         expected = f"expected 1 (the last) to {steps} (the first)"
         raise ValueError(f"step {beyond[0]} to look at is not of this run: {expected}")
+    pipe.schedule.check_sampler(sampler)
     size = pipe.view.size((0, 0), size, "square")
     noise = np.asarray(pipe.view.noise(None, list(range(first, first + len(prompts))), len(prompts), size, seed))
     run = pipe.generating_run(prompts, steps=steps, guidance=guidance, noise=noise, size=size)

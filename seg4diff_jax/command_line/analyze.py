@@ -16,7 +16,7 @@ import os
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from jsonargparse import ArgumentParser
@@ -30,7 +30,7 @@ from seg4diff_jax.analysis.word_views import LEVELS, Seen, both_directions, by_b
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.command_line.segment import check_writable, load_shown, model_arguments, open_named
-from seg4diff_jax.flow import LARGEST_SEED, check_seed
+from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.passes import MEAN_PROBS
 from seg4diff_jax.pipeline import Pipeline
@@ -73,13 +73,14 @@ def arguments(parser: ArgumentParser) -> None:
         help="write a page of all blocks' shares of attention and value norms; default: runs/analyze/<name>-<time>",
     )
     add("--prompts", type=str, metavar="FILE", help="a prompt a line: --statistics of the runs that generate pictures")
-    add("--seeds", type=int, default=1, help="how many seeds --statistics takes, from --seed on")
+    add("--seeds", type=int, help="how many seeds --statistics takes, from --seed on; default: 1")
     add("--count", type=int, help="how many images of a folder, or prompts of a file; default: all")
     add(
         "--at-steps", type=int, nargs="+", metavar="STEP", help="noise levels of --statistics; default: --step or 8, 28"
     )
-    add("--steps", type=int, default=28, help="of the runs that generate pictures")
-    add("--guidance", type=float, default=7.5, help="of the runs that generate pictures")
+    add("--steps", type=int, help="of the runs that generate pictures; default: 28")
+    add("--guidance", type=float, help="of the runs that generate pictures; default: 7.5")
+    add("--sampler", choices=list(get_args(Sampler)), help="of these runs, as for generate")
     add("--out", type=str, metavar="FILE", help="PNG that is drawn; default: runs/analyze/<image name>-<time>.png")
     add("--overwrite", action="store_true", help="replace a file that --out names")
     add("--block", type=int, help="transformer block that is drawn; default: the checkpoint's own expert block")
@@ -105,15 +106,18 @@ def run(options: Any) -> None:
         raise ValueError("--pads is of an empty prompt and --find-expert of one with words: ask for one at a time")
     if options.image is None:
         raise ValueError("name an image: only --statistics can do without")
-    given = {"--prompts": options.prompts, "--count": options.count}
+    of_statistics = ["prompts", "count", "seeds", "steps", "guidance", "sampler"]
     if options.by != "levels":
-        given["--at-steps"] = options.at_steps
-    if only := [name for name, value in given.items() if value is not None] + ["--seeds"] * (options.seeds != 1):
-        raise ValueError(f"{only[0]} is of --statistics, which is not given")
+        of_statistics.append("at_steps")
+    if only := [name for name in of_statistics if getattr(options, name) is not None]:
+        others = " or of --by levels" if only[0] == "at_steps" else ""
+        raise ValueError(f"--{only[0].replace('_', '-')} is of --statistics{others}, which is not given")
+    if options.by == "levels" and options.step is not None and not options.find_expert:
+        raise ValueError("--by levels draws several noise levels: name them with --at-steps instead of --step")
     if not asked and options.out is not None:
         raise ValueError("--out is of --words, --pads and --components, which are not given")
     if options.block is not None and (not asked or _of_all_blocks(options)):
-        raise ValueError("--block is of --words (but not of all --by) and of --pads, which are not given")
+        raise ValueError("--block is of --words, of --by heads and of --pads: what is asked for is of all blocks")
     if options.by is not None and (options.words is None or len(options.words) != 1):
         raise ValueError("--by takes one word: give it to --words")
     check_seed(options.seed)
@@ -228,18 +232,20 @@ def share_table(found: PromptStatistics, named: int | None) -> Table:
     shares = found.text_shares[0]
     means = shares.mean(axis=1)
     on_words = found.on(*found.prompt_groups)[0].mean(axis=1)
+    if not found.sizes[0, [found.groups.index(group) for group in found.prompt_groups]].sum():
+        on_words = np.full_like(on_words, np.nan)  # a prompt without words has no share on them: not one of zero
     of_image = found.value_norms("image")[0]
     ratios = [found.value_norms(*groups)[0] / of_image for groups in (found.text_groups, found.prompt_groups)]
     table = Table("block", "on text", "heads", "on words", "norm of text", "of words", "", box=None)
     for column in table.columns[:-1]:
         column.justify = "right"
-    star = lambda values, block: "*" if block == np.argmax(np.nan_to_num(values)) else " "
+    star = lambda values, block: "*" if np.isfinite(values).any() and block == np.nanargmax(values) else " "
     for block, heads in enumerate(shares):
         table.add_row(
             str(block),
             f"{100 * means[block]:.1f} %{star(means, block)}",
             f"{100 * heads.min():.0f}..{100 * heads.max():.0f} %",
-            f"{100 * on_words[block]:.1f} %{star(on_words, block)}",
+            f"{100 * on_words[block]:.1f} %{star(on_words, block)}" if np.isfinite(on_words[block]) else "-",
             *(f"{each[block]:.2f}{star(each, block)}" if np.isfinite(each[block]) else "-" for each in ratios),
             "the checkpoint's expert" if block == named else "",
             style="bold" if block == means.argmax() else "",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
+from rich.console import Console
 
 from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_pictures, while_generating
 from seg4diff_jax.analysis.statistics_page import MOST_PICTURES, statistics_page
 from seg4diff_jax.analysis.summary import Summary, summarize
 from seg4diff_jax.checkpoints import Checkpoint
-from seg4diff_jax.command_line.analyze import only_prompt, said
+from seg4diff_jax.command_line.analyze import said
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
 from seg4diff_jax.data.subset import Subset
@@ -40,9 +41,12 @@ from seg4diff_jax.flow import check_guidance, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.terminal import Bar, stderr_console
+from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
 
 RECORD, PAGE = "statistics.json", "statistics.html"
+STEPS, GUIDANCE = 28, 7.5
+"""Of generating runs, as in the paper."""
 PAPER_LEVELS = 8, 28
 """Noise levels, counted from the clean end of 28, at which the paper looks at generating runs."""
 
@@ -63,21 +67,24 @@ def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
     others = ("find_expert", "words", "by", "pads", "components", "out", "block")
-    if given := [name for name in others if getattr(options, name) not in (None, False)]:
+    if given := [name for name in others if (value := getattr(options, name)) is not None and value is not False]:
         raise ValueError(f"--statistics is of all blocks, by itself: leave out --{given[0].replace('_', '-')}")
     subject = Path(options.image or options.prompts or "prompt")
     default = Path("runs") / "analyze" / f"{subject.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     out = output_directory(options.statistics or str(default), "", options.overwrite)
-    check_guidance(options.guidance)
+    refuse_unused(options)
+    steps, guidance = options.steps or STEPS, GUIDANCE if options.guidance is None else options.guidance
+    check_guidance(guidance)
+    of_run = {"steps": steps, "guidance": guidance, "sampler": options.sampler}
     for name in ("seeds", "count"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
-    seeds = [check_seed(options.seed + number) for number in range(options.seeds)]
+    seeds = [check_seed(options.seed + number) for number in range(options.seeds or 1)]
     checkpoint = open_named(options)
     folder = labelled(options)
-    count, samples = asked_samples(checkpoint, options, folder)
+    count, samples = asked_samples(checkpoint, options, folder, console)
     generating = options.image is None
-    levels = asked_levels(checkpoint, options, generating)
+    levels = asked_levels(checkpoint, options, steps if generating else None)
     pipe, dtype, _ = load_shown(console, checkpoint, options)
 
     found: dict[int, list[PromptStatistics]] = defaultdict(list)
@@ -85,14 +92,14 @@ def run(options: Any) -> None:
     remedy = explaining_full_memory("choose --dtype bfloat16")
     with Bar(console, "measuring", count * len(seeds)) as bar, remedy:
         for sample, number, seed in ((sample, *each) for sample in samples for each in enumerate(seeds)):
-            measured, picture = measure(pipe, sample, levels, seed, options)
+            measured, picture = measure(pipe, sample, levels, seed, of_run)
             for level, statistics in zip(levels, measured, strict=True):
                 found[level].append(statistics)
             if len(pictures) < MOST_PICTURES and (generating or number == 0):
                 pictures.append((sample.prompt, picture))
             bar.update(sample.place * len(seeds) + number + 1)
         if not found:
-            raise ValueError(f"{options.image}: no image shows a class")
+            raise ValueError(f"{options.image}: no image shows a class, or all show more than one prompt holds")
         summaries = {level: summarize(each) for level, each in found.items()}
         if folder is not None:
             for level, scores in scores_by_block(pipe, folder, levels, seeds).items():
@@ -101,14 +108,16 @@ def run(options: Any) -> None:
     what = "generating run" if generating else "noised image"
     about = f"{counted(len(found[levels[0]]), what)}, {counted(len(seeds), 'seed')}"
     if generating:
-        about += f", {options.steps} steps, guidance {options.guidance:g}, the half that follows the prompt"
-    last = options.steps if generating else PAPER_LEVELS[-1]
+        guided = f"guidance {guidance:g}, the half that follows the prompt" if guidance > 1 else "no guidance"
+        about += f", {counted(steps, 'step')}, {guided}"
+    last = steps if generating else PAPER_LEVELS[-1]
     titles = {f"Noise level {level} of {last}": summary for level, summary in summaries.items()}
     page = statistics_page(titles, model=options.model, about=about, expert=pipe.expert_block, pictures=pictures)
     out.mkdir(parents=True, exist_ok=True)
     (out / PAGE).write_text(page, encoding="utf-8")
     record = {
         **options.as_dict(),
+        **({"steps": steps, "guidance": guidance} if generating else {}),
         "dtype": dtype,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
@@ -125,10 +134,13 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def asked_samples(checkpoint: Checkpoint, options: Any, folder: Benchmark | None) -> tuple[int, Iterable[Sample]]:
+def asked_samples(
+    checkpoint: Checkpoint, options: Any, folder: Benchmark | None, console: Console
+) -> tuple[int, Iterable[Sample]]:
     """Returns what the options name, and how many that are at most.
 
-    Images of a folder are read one by one; those that show no class are left out.
+    Images of a folder are read one by one; those that show no class are left out, and those whose classes need several
+    prompts, which the console hears.
 
     Raises ValueError when the options name nothing, or two things.
     """
@@ -152,8 +164,11 @@ def asked_samples(checkpoint: Checkpoint, options: Any, folder: Benchmark | None
         for place in range(len(folder.source)):
             item = folder.source[place]
             present = [name for number, name in enumerate(folder.classes) if (item["labels"] == number).any()]
-            if present:
-                yield Sample(place, only_prompt(checkpoint, present), item["image"])
+            prompts = class_prompts(checkpoint.tokenizers, present).prompts if present else ()
+            if len(prompts) > 1:
+                console.print(f"left out {item['name']}: its {len(present)} classes need {len(prompts)} prompts")
+            elif prompts:
+                yield Sample(place, prompts[0], item["image"])
 
     return len(folder.source), read()
 
@@ -181,11 +196,30 @@ def scores_by_block(
     return {level: np.array([np.mean(found[level, block]) for block in blocks]) for level in levels}
 
 
-def asked_levels(checkpoint: Checkpoint, options: Any, generating: bool) -> list[int]:
-    """Returns the noise levels, counted from the clean end. Raises ValueError for one that there is not."""
-    last = options.steps if generating else PAPER_LEVELS[-1]
-    if generating:
-        checkpoint.schedule.sigmas(options.steps)
+def refuse_unused(options: Any) -> None:
+    """Raises ValueError for an option that would change nothing."""
+    several = options.prompts is not None or (options.image is not None and Path(options.image).is_dir())
+    if options.count is not None and not several:
+        raise ValueError("--count is of a folder or of --prompts: this is one sample")
+    if options.image is None and options.step is not None:
+        raise ValueError("a generating run is looked at in --at-steps: leave out --step")
+    if options.step is not None and options.at_steps:
+        raise ValueError("--step and --at-steps both name noise levels: leave out one")
+    for name in ("steps", "guidance", "sampler"):
+        if options.image is not None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is of generating runs: leave out the image, or --{name}")
+
+
+def asked_levels(checkpoint: Checkpoint, options: Any, steps: int | None) -> list[int]:
+    """Returns the noise levels, counted from the clean end. Raises ValueError for one that there is not.
+
+    Args:
+      steps: of a generating run; None: images are noised.
+    """
+    last = steps or PAPER_LEVELS[-1]
+    if steps:
+        checkpoint.schedule.sigmas(steps)
+        checkpoint.schedule.check_sampler(options.sampler)
         levels = options.at_steps or [max(1, round(level * last / PAPER_LEVELS[-1])) for level in PAPER_LEVELS]
     else:
         levels = options.at_steps or [checkpoint.step(options.step)]
@@ -195,15 +229,15 @@ def asked_levels(checkpoint: Checkpoint, options: Any, generating: bool) -> list
 
 
 def measure(
-    pipe: Pipeline, sample: Sample, levels: list[int], seed: int, options: Any
+    pipe: Pipeline, sample: Sample, levels: list[int], seed: int, run: Mapping[str, Any]
 ) -> tuple[list[PromptStatistics], UInt8[np.ndarray, "height width 3"]]:
-    """Returns a sample's statistics at each noise level, and its picture."""
+    """Returns a sample's statistics at each noise level, and its picture. `run`: options of a generating run."""
+    prompts, first = [sample.prompt], sample.place
     if sample.image is None:
-        how = {"steps": options.steps, "guidance": options.guidance, "seed": seed, "first": sample.place}
-        found, (picture,) = while_generating(pipe, [sample.prompt], at_steps=levels, **how)
+        found, (picture,) = while_generating(pipe, prompts, at_steps=levels, seed=seed, first=first, **run)
         return found, picture
-    how = {"seed": seed, "first": sample.place}
-    return [on_pictures(pipe, [sample.image], [sample.prompt], step=step, **how) for step in levels], sample.image
+    found = [on_pictures(pipe, [sample.image], prompts, step=step, seed=seed, first=first) for step in levels]
+    return found, sample.image
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,13 @@ def test_statistics_of_a_run_are_those_of_a_pass_on_its_latents_and_the_picture_
 def test_runs_that_cannot_be_looked_at_are_refused(sd3, prompts, at_steps, message):
     with pytest.raises(ValueError, match=message):
         while_generating(sd3, prompts, at_steps=at_steps, steps=3, size=(32, 48))
+
+
+def test_another_sampler_than_eulers_is_refused_as_for_pictures(sd3):
+    pipe = dataclasses.replace(sd3, schedule=dataclasses.replace(sd3.schedule, sampler="DPMSolverMultistepScheduler"))
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler"):
+        while_generating(pipe, ["a cat"], at_steps=[1], steps=1, size=(32, 48))
+    while_generating(pipe, ["a cat"], at_steps=[1], steps=1, size=(32, 48), sampler="euler")
 
 
 def test_one_prompt_for_each_picture_is_expected(sd3):

@@ -68,8 +68,10 @@ def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, ca
 @pytest.mark.parametrize("by", ["heads", "blocks", "levels", "directions"])
 def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, by):
     out, seen = tmp_path / "views.png", Seen(picture, "a cat by the sea", "cat", 5)
-    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--step", "5", "--by", by]
-    more = {"levels": ["--at-steps", "3", "28"], "heads": ["--block", "2"]}.get(by, [])
+    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--by", by]
+    more = (
+        ["--at-steps", "3", "28"] if by == "levels" else ["--step", "5", *(["--block", "2"] if by == "heads" else [])]
+    )
     assert main([*command, *more, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
     views, columns = {
         "heads": lambda: (by_heads(sd3, seen, 2), None),
@@ -123,9 +125,9 @@ def test_without_a_name_each_class_or_word_is_drawn_where_a_time_says(sd3_checkp
         (["cat", "--words", "cat", "--block", "6"], "error: block is 6; {checkpoint} has blocks 0..5"),
         (["cat", "--words", "cat", "--out", "words.jpg"], "error: --out is words.jpg: expected a name that ends in"),
         (["cat", "--words", "--out", "{picture}"], "error: --out {picture} is the image itself: name another file"),
-        (["cat", "--find-expert", "--block", "2"], "error: --block is of --words (but not of all --by) and of"),
+        (["cat", "--find-expert", "--block", "2"], "error: --block is of --words, of --by heads and of --pads"),
         (["cat", "--find-expert", "--out", "a.png"], "error: --out is of --words, --pads and --components, which are"),
-        (["cat", "--components", "--block", "2"], "error: --block is of --words (but not of all --by) and of --pads"),
+        (["cat", "--components", "--block", "2"], "error: --block is of --words, of --by heads and of --pads"),
         (["cat", "--components", "--words", "cat"], "error: --words and --components are pictures of their own"),
         (["--components"], "error: say what is in the image, CLASS... or --prompt: found neither"),
         (["cat", "sea", "--words", "--by", "heads"], "error: --by takes one word: give it to --words"),

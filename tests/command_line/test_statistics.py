@@ -110,7 +110,12 @@ def test_one_image_and_one_prompt_have_figures_too(sd3_checkpoint, folder, tmp_p
         (["--prompts", "{folder}/none.txt"], "none.txt"),
         (["--prompt", "a cat", "--steps", "4", "--at-steps", "5"], "--at-steps names 5: expected 1"),
         (["--prompt", "a cat", "--seeds", "0"], "--seeds is 0: expected at least 1"),
-        (["--prompt", "a cat", "--count", "0"], "--count is 0: expected at least 1"),
+        (["--prompts", "{file}", "--count", "0"], "--count is 0: expected at least 1"),
+        (["--prompt", "a cat", "--count", "2"], "--count is of a folder or of --prompts: this is one sample"),
+        (["--prompt", "a cat", "--step", "3"], "a generating run is looked at in --at-steps: leave out --step"),
+        (["{image}", "cat", "--step", "3", "--at-steps", "5"], "--step and --at-steps both name noise levels"),
+        (["{image}", "cat", "--guidance", "3"], "--guidance is of generating runs: leave out the image"),
+        (["--prompt", "a cat", "--block", "0"], "by itself: leave out --block"),
         (["--prompt", "a cat", "--block", "1"], "--statistics is of all blocks, by itself: leave out --block"),
         (["--prompt", "a cat", "--find-expert"], "by itself: leave out --find-expert"),
         (["--prompt", "a cat", "--components"], "by itself: leave out --components"),
@@ -128,8 +133,10 @@ def test_what_has_no_statistics_is_told(sd3_checkpoint, folder, tmp_path, option
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [["--prompts", "a.txt"], ["--at-steps", "3"], ["--count", "2"], ["--seeds", "2"]])
+@pytest.mark.parametrize(
+    "option", [["--prompts", "a.txt"], ["--at-steps", "3"], ["--count", "2"], ["--seeds", "2"], ["--steps", "3"]]
+)
 def test_options_of_statistics_are_refused_without_them(sd3_checkpoint, folder, option, capsys):
     image = str(folder / "images" / "0.png")
     assert main(["analyze", image, "cat", "--find-expert", *option, "--model", str(sd3_checkpoint)]) == 1
-    assert f"{option[0]} is of --statistics, which is not given" in capsys.readouterr().err.replace("\n", " ")
+    assert f"{option[0]} is of --statistics" in capsys.readouterr().err.replace("\n", " ")
