@@ -170,18 +170,21 @@ def load_shown(
     return pipe, dtype, seconds
 
 
-def output_directory(out: str | None, image: str, overwrite: bool) -> Path:
-    """Returns the directory for the results. Raises ValueError if it holds other files or cannot be written."""
+def output_directory(out: str | None, image: str, overwrite: bool, option: str = "--out") -> Path:
+    """Returns the directory for the results. Raises ValueError if it holds other files or cannot be written.
+
+    `option` is the one that names the directory.
+    """
     if out is None:
         directory = Path("runs") / "segment" / f"{Path(image).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         check_writable(directory)
         return directory
     directory = Path(out).expanduser()
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--out {out} is a file: expected a directory")
+        raise ValueError(f"{option} {out} is a file: expected a directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ValueError(
-            f"--out {out} is not empty: name another, or give --overwrite to replace an earlier run's files"
+            f"{option} {out} is not empty: name another, or give --overwrite to replace an earlier run's files"
         )
     check_writable(directory)
     return directory

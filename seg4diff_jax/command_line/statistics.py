@@ -71,7 +71,9 @@ def run(options: Any) -> None:
         raise ValueError(f"--statistics is of all blocks, by itself: leave out --{given[0].replace('_', '-')}")
     subject = Path(options.image or options.prompts or "prompt")
     default = Path("runs") / "analyze" / f"{subject.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    out = output_directory(options.statistics or str(default), "", options.overwrite)
+    if Path(options.statistics).is_file():
+        raise ValueError(f"--statistics {options.statistics} is a file: put the image before --statistics")
+    out = output_directory(options.statistics or str(default), "", options.overwrite, "--statistics")
     refuse_unused(options)
     steps, guidance = options.steps or STEPS, GUIDANCE if options.guidance is None else options.guidance
     check_guidance(guidance)

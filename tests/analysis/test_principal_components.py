@@ -125,7 +125,7 @@ def test_iterations_end_when_the_leading_directions_rest_or_at_the_maximum():
     assert iterations(np.zeros((30, 20), np.float32)) < 3
     flat = np.random.default_rng(0).standard_normal((300, 200), np.float32)
     flat -= flat.mean(axis=0)
-    assert iterations(flat) <= MOST_ITERATIONS
+    assert 10 < iterations(flat) <= MOST_ITERATIONS  # more than where directions stand out
     # Near-equal components are not told apart to the last digit, but no more variance is to be had.
     explained = np.asarray(principal_components(jnp.asarray(flat)[None]).explained[0])
     squares = np.square(np.linalg.svd(flat.astype(np.float64), compute_uv=False))

@@ -133,6 +133,14 @@ def test_what_has_no_statistics_is_told(sd3_checkpoint, folder, tmp_path, option
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_by_its_option(sd3_checkpoint, folder, capsys):
+    image, model = str(folder / "images" / "0.png"), ["--model", str(sd3_checkpoint)]
+    assert main(["analyze", "--statistics", image, "--prompt", "a cat", *model]) == 1
+    assert "is a file: put the image before --statistics" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["analyze", image, "--prompt", "a cat", "--statistics", str(folder), *model]) == 1
+    assert f"--statistics {folder} is not empty" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     "option", [["--prompts", "a.txt"], ["--at-steps", "3"], ["--count", "2"], ["--seeds", "2"], ["--steps", "3"]]
 )
