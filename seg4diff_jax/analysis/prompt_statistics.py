@@ -55,6 +55,13 @@ class PromptStatistics:
         of_image = np.asarray(self.blocks.shares)[..., 0, :]
         return of_image[..., [self.groups.index(group) for group in groups]].sum(axis=-1)
 
+    @property
+    def word_shares(self) -> Float[np.ndarray, "prompts blocks"]:
+        """How much of the image's attention is on the prompt's words, mean over heads. NaN where it has none: not 0."""
+        words = [self.groups.index(group) for group in self.prompt_groups]
+        has_words = self.sizes[:, words].sum(axis=1, keepdims=True) > 0
+        return np.where(has_words, self.on(*self.prompt_groups).mean(axis=2), np.nan)
+
     def value_norms(self, *groups: str) -> Float[np.ndarray, "prompts blocks"]:
         """Mean L2 norm of the values of some groups' tokens together, all heads as one vector. NaN without tokens."""
         places = [self.groups.index(group) for group in groups]

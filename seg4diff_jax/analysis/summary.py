@@ -68,22 +68,19 @@ def summarize(found: Sequence[PromptStatistics]) -> Summary:
 def _quantities(found: PromptStatistics) -> dict[str, Float[np.ndarray, "samples blocks"]]:
     shares, similarity = np.asarray(found.blocks.shares), np.asarray(found.blocks.similarity)
     from_text = over_tokens(shares[..., 1:, 0].mean(axis=2), found.sizes[:, None, 1:])
-    on_words = found.on(*found.prompt_groups).mean(axis=2)
-    # A prompt without words, as the empty one is, has no share on words: not one of zero.
-    has_words = found.sizes[:, [found.groups.index(group) for group in found.prompt_groups]].sum(axis=1) > 0
     quantities = {
         "image to text": found.text_shares.mean(axis=2),
-        "image to words": np.where(has_words[:, None], on_words, np.nan),
+        "image to words": found.word_shares,
         "text to image": from_text,
         **{f"image to {group}": found.on(group).mean(axis=2) for group in found.text_groups},
         "norm of image": found.value_norms("image"),
         "norm of text": found.value_norms(*found.text_groups),
         "norm of words": found.value_norms(*found.prompt_groups),
     }
-    words = [found.groups.index(group) for group in found.prompt_groups[:1]]
+    words = [found.groups.index(group) for group in found.prompt_groups]
     for row, projection in enumerate(("queries", "keys", "values")):
-        if words:
-            quantities[f"{projection}: similarity of image and words"] = similarity[:, :, row, 0, words[0]]
+        with_words = over_tokens(similarity[:, :, row, 0, words], found.sizes[:, None, words])
+        quantities[f"{projection}: similarity of image and words"] = with_words
     return quantities
 
 

@@ -75,9 +75,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--prompts", type=str, metavar="FILE", help="a prompt a line: --statistics of the runs that generate pictures")
     add("--seeds", type=int, help="how many seeds --statistics takes, from --seed on; default: 1")
     add("--count", type=int, help="how many images of a folder, or prompts of a file; default: all")
-    add(
-        "--at-steps", type=int, nargs="+", metavar="STEP", help="noise levels of --statistics; default: --step or 8, 28"
-    )
+    add("--at-steps", type=int, nargs="+", metavar="STEP", help="noise levels of --statistics, or of --by levels")
     add("--steps", type=int, help="of the runs that generate pictures; default: 28")
     add("--guidance", type=float, help="of the runs that generate pictures; default: 7.5")
     add("--sampler", choices=list(get_args(Sampler)), help="of these runs, as for generate")
@@ -231,9 +229,7 @@ def share_table(found: PromptStatistics, named: int | None) -> Table:
     """Of each block: its share of attention on text, and the norms of its values. Of the first prompt."""
     shares = found.text_shares[0]
     means = shares.mean(axis=1)
-    on_words = found.on(*found.prompt_groups)[0].mean(axis=1)
-    if not found.sizes[0, [found.groups.index(group) for group in found.prompt_groups]].sum():
-        on_words = np.full_like(on_words, np.nan)  # a prompt without words has no share on them: not one of zero
+    on_words = found.word_shares[0]
     of_image = found.value_norms("image")[0]
     ratios = [found.value_norms(*groups)[0] / of_image for groups in (found.text_groups, found.prompt_groups)]
     table = Table("block", "on text", "heads", "on words", "norm of text", "of words", "", box=None)

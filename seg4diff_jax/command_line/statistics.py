@@ -75,7 +75,8 @@ def run(options: Any) -> None:
         raise ValueError(f"--statistics {options.statistics} is a file: put the image before --statistics")
     out = output_directory(options.statistics or str(default), "", options.overwrite, "--statistics")
     refuse_unused(options)
-    steps, guidance = options.steps or STEPS, GUIDANCE if options.guidance is None else options.guidance
+    steps = STEPS if options.steps is None else options.steps
+    guidance = GUIDANCE if options.guidance is None else options.guidance
     check_guidance(guidance)
     of_run = {"steps": steps, "guidance": guidance, "sampler": options.sampler}
     for name in ("seeds", "count"):
@@ -218,8 +219,8 @@ def asked_levels(checkpoint: Checkpoint, options: Any, steps: int | None) -> lis
     Args:
       steps: of a generating run; None: images are noised.
     """
-    last = steps or PAPER_LEVELS[-1]
-    if steps:
+    last = PAPER_LEVELS[-1] if steps is None else steps
+    if steps is not None:
         checkpoint.schedule.sigmas(steps)
         checkpoint.schedule.check_sampler(options.sampler)
         levels = options.at_steps or [max(1, round(level * last / PAPER_LEVELS[-1])) for level in PAPER_LEVELS]

@@ -109,6 +109,7 @@ def test_one_image_and_one_prompt_have_figures_too(sd3_checkpoint, folder, tmp_p
         (["--prompts", "{empty}"], "empty.txt"),
         (["--prompts", "{folder}/none.txt"], "none.txt"),
         (["--prompt", "a cat", "--steps", "4", "--at-steps", "5"], "--at-steps names 5: expected 1"),
+        (["--prompt", "a cat", "--steps", "0"], "steps is 0"),
         (["--prompt", "a cat", "--seeds", "0"], "--seeds is 0: expected at least 1"),
         (["--prompts", "{file}", "--count", "0"], "--count is 0: expected at least 1"),
         (["--prompt", "a cat", "--count", "2"], "--count is of a folder or of --prompts: this is one sample"),
