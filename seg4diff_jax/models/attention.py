@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer, repeat_last
+from seg4diff_jax.models.perturbation import Blur, Perturbing, perturbed_attend
 
 Stream = Literal["image", "text"]
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
@@ -125,15 +127,22 @@ class ForwardOptions:
       request: what each record holds; None: no block is recorded. A reader that holds arrays is for use inside jit.
       kernel: attention kernel; None: by backend and dtype (`default_kernel`).
       remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
+      perturbing: blocks that are perturbed, and in which rows; it holds arrays, and is for use inside jit. Records show
+        the attention as it is before it is perturbed.
     """
 
     request: Reader | None = IMAGE_TO_TEXT
     kernel: Kernel | None = None
     remat: bool | Callable = False
+    perturbing: Perturbing | None = None
 
     def about(self, conditioning: TextConditioning) -> ForwardOptions:
-        """With what the request asks by name found in the text. Raises ValueError when it is not there."""
-        return self if self.request is None else replace(self, request=self.request.about(conditioning))
+        """With what is asked by name found in the text. Raises ValueError when it is not there."""
+        request, perturbing = self.request, self.perturbing
+        if request is None and perturbing is None:
+            return self
+        request, perturbing = (asks and asks.about(conditioning) for asks in (request, perturbing))
+        return replace(self, request=request, perturbing=perturbing)
 
 
 DEFAULT_OPTIONS, UNRECORDED = ForwardOptions(), ForwardOptions(request=None)
@@ -220,8 +229,11 @@ def joint_attention(
     image: QKV, text: QKV, options: ForwardOptions = UNRECORDED
 ) -> tuple[Float[Array, "batch image heads head_dim"], Float[Array, "batch text heads head_dim"], JointQKV]:
     """Attention over both streams' tokens: the output of each stream, and what the options' request reads."""
-    joint, request = join(image, text), options.request
-    output, normalizer = attend(
+    joint, cut, request, perturbing = join(image, text), image.q.shape[1], options.request, options.perturbing
+    attended = attend
+    if perturbing is not None and isinstance(perturbing.change, Blur):
+        attended = partial(perturbed_attend, perturbing=perturbing)
+    output, normalizer = attended(
         joint.q,
         joint.k,
         joint.v,
@@ -229,7 +241,6 @@ def joint_attention(
         normalizer=request is not None and bool(request.normalized_queries),
         last_key_count=joint.last_count,
     )
-    cut = joint.image_tokens
     return output[:, :cut], output[:, cut:], replace(joint, normalizer=normalizer)
 
 

@@ -58,40 +58,58 @@ def run_blocks(
     """
     records: dict[int, Any] = {}
     for stack, blocks in zip(trunk.stacks, trunk.layer_stacks, strict=True):
-        captured = [block in capture for block in range(blocks.start, min(blocks.stop, stop))]
-        if captured:
-            state, kept = _run_alike(stack, state, vector, captured, options)
-            numbers = [blocks.start + row for row, wanted in enumerate(captured) if wanted]
-            records |= {block: jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i, block in enumerate(numbers)}
+        numbers = range(blocks.start, min(blocks.stop, stop))
+        if numbers:
+            state, kept = _run_alike(stack, state, vector, numbers, capture, options)
+            captured = [block for block in numbers if block in capture]
+            records |= {block: jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i, block in enumerate(captured)}
     return state, records
 
 
 def _run_alike(
-    stack: Any, state: Any, vector: Float[Array, "batch dim"], captured: list[bool], options: ForwardOptions
+    stack: Any,
+    state: Any,
+    vector: Float[Array, "batch dim"],
+    numbers: range,
+    capture: Collection[int],
+    options: ForwardOptions,
 ) -> tuple[Any, Any]:
-    """Runs blocks of one kind, of a stack the first `len(captured)`; stacks the records of those that are captured."""
-    options = options if any(captured) else replace(options, request=None)
-    request = options.request
+    """Runs blocks of one kind, the first of a stack; stacks the records of those that are captured.
+
+    `numbers` are the numbers of the blocks in the model.
+    """
+    captured = [block in capture for block in numbers]
+    request, perturbing = options.request if any(captured) else None, options.perturbing
+    perturbed = [perturbing is not None and block in perturbing.blocks for block in numbers]
+    perturbing = perturbing if any(perturbed) else None
+    options = replace(options, request=request, perturbing=perturbing)
     run = lambda state, block: block(state, vector, options)
-    scan = partial(scan_layers, stack=stack, stop=len(captured), remat=options.remat)
-    if request is None:
+    scan = partial(scan_layers, stack=stack, stop=len(numbers), remat=options.remat)
+    if request is None and perturbing is None:
         return scan(lambda state, block: (run(state, block)[0], None), state)
-    if all(captured):
+    if request is not None and perturbing is None and all(captured):
         read_each = lambda state, joint: (state, request.read(joint))
         return scan(lambda state, block: read_each(*run(state, block)), state)
 
     # Of some blocks, records are written into arrays that the scan carries along. Without the checkpoint, every block
     # would keep for the backward pass what a record's maps need, captured or not.
-    read = jax.checkpoint(request.read, prevent_cse=False)
+    read = jax.checkpoint(lambda joint: None if request is None else request.read(joint), prevent_cse=False)
     is_captured, places = jnp.array(captured), jnp.cumsum(jnp.array(captured)) - 1
+    is_perturbed = jnp.array(perturbed)
 
     def step(carry, block):
-        state, records, row = carry
-        state, joint = run(state, block)
-        records = keep_if(is_captured[row], records, places[row], lambda: read(joint))
-        return (state, records, row + 1), None
+        before, records, row = carry
+        if perturbing is None:
+            after, joint = run(before, block)
+        else:
+            own = perturbing.where(is_perturbed[row])
+            after, joint = block(before, vector, replace(options, perturbing=own))
+            after = own.passed_by(before, after)
+        if request is not None:
+            records = keep_if(is_captured[row], records, places[row], lambda: read(joint))
+        return (after, records, row + 1), None
 
-    one = jax.eval_shape(lambda: request.read(run(state, take_layer(stack, 0))[1]))
+    one = jax.eval_shape(lambda: None if request is None else request.read(run(state, take_layer(stack, 0))[1]))
     (state, records, _), _ = scan(step, (state, room_for(sum(captured), one), 0))
     return state, records
 

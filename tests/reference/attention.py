@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import SD3Transformer2DModel
+from torch.nn import functional
 
 
 class ExplicitSoftmax:
@@ -31,12 +34,56 @@ class ExplicitSoftmax:
         self.q, self.k, self.v = q, k, v
         self.scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         self.probs = self.scores.softmax(-1)
-        joint = (self.probs @ v).transpose(1, 2).flatten(2)
+        joint = (self.mixing(hidden_states.shape[1]) @ v).transpose(1, 2).flatten(2)
         image, text = joint[:, : hidden_states.shape[1]], joint[:, hidden_states.shape[1] :]
         image = attn.to_out[0](image)
         if encoder_hidden_states is None:
             return image
         return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+    def mixing(self, image_tokens: int) -> torch.Tensor:
+        """The weights of the values."""
+        return self.probs
+
+
+@dataclass
+class BlurredSoftmax(ExplicitSoftmax):
+    """As ExplicitSoftmax, with image-to-text probabilities of some text tokens blurred by PyTorch in some rows."""
+
+    sigma: float
+    taps: int
+    pad: str
+    over: str
+    text_tokens: tuple[int, int]
+    rows: list[bool]
+    grid: tuple[int, int]
+
+    def mixing(self, image_tokens: int) -> torch.Tensor:
+        mixing = self.probs.clone()
+        columns = slice(image_tokens + self.text_tokens[0], image_tokens + self.text_tokens[1])
+        maps = mixing[self.rows, :, :image_tokens, columns]
+        if self.over == "text":
+            blurred = self.blurred(maps)
+        else:
+            plane = maps.unflatten(2, self.grid)
+            for axis in (2, 3):
+                plane = self.blurred(plane.movedim(axis, -1)).movedim(-1, axis)
+            blurred = plane.flatten(2, 3)
+            blurred *= maps.sum(-1, keepdim=True) / blurred.sum(-1, keepdim=True)
+        mixing[self.rows, :, :image_tokens, columns] = blurred
+        return mixing
+
+    def blurred(self, x: torch.Tensor) -> torch.Tensor:
+        """Along the last axis."""
+        reach = self.taps // 2
+        distances = torch.arange(self.taps) - reach
+        weights = torch.exp(-0.5 * (distances / self.sigma) ** 2).to(x.dtype)
+        rows = x.flatten(0, -2)[:, None]
+        if self.pad == "reflect":
+            padded = functional.pad(rows, (reach, reach), mode="reflect")
+        else:
+            padded = torch.cat([rows[..., :reach].flip(-1), rows, rows[..., rows.shape[-1] - reach :].flip(-1)], -1)
+        return functional.conv1d(padded, (weights / weights.sum())[None, None]).reshape(x.shape)
 
 
 def explicit_softmax(model: SD3Transformer2DModel) -> list[ExplicitSoftmax]:
