@@ -29,7 +29,8 @@ from seg4diff_jax.generated_masks import Words, mask_step, segmented
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import segments
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
-from seg4diff_jax.passes import MEAN_PROBS, GeneratingRun, Looking, sample_latents, sample_looking
+from seg4diff_jax.passes import MEAN_PROBS
+from seg4diff_jax.sampling import GeneratingRun, Looking, sample_latents, sample_looking
 
 SD3_MEDIUM = {"num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 PROMPT, NAMES = "a star on grass", ("star", "grass")
@@ -94,12 +95,12 @@ def of_random_blocks(size: int, layers: int, steps: int) -> tuple[Callable[[], A
     words = Words(PROMPT, NAMES, (np.array([2]), np.array([4])))
 
     def with_masks() -> jax.Array:
-        latents, records = sample_looking(model, *run, MEAN_PROBS, looking=looking)
+        latents, records = sample_looking(model, run, MEAN_PROBS, looking=looking)
         maps = np.asarray(records[looking.blocks[0]].probs)[0, 0]
         segmented(maps, (size // 16, size // 16), (size, size), words)
         return latents
 
-    return lambda: sample_latents(model, *run), with_masks
+    return lambda: sample_latents(model, run), with_masks
 
 
 if __name__ == "__main__":

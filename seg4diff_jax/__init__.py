@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from seg4diff_jax.image_files import ImageError
     from seg4diff_jax.models.attention import AttentionRequest, JointAttention
     from seg4diff_jax.models.kernels import Kernel
+    from seg4diff_jax.models.perturbation import Blur, Perturbation, skip_layers
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
     from seg4diff_jax.reporting.drawings import draw_maps, draw_masks, draw_words
 
 __all__ = [
     "AttentionRequest",
+    "Blur",
     "Checkpoint",
     "CheckpointError",
     "FolderError",
@@ -27,6 +29,7 @@ __all__ = [
     "JointAttention",
     "Kernel",
     "OneClassWarning",
+    "Perturbation",
     "Pipeline",
     "PromptAttention",
     "Segmentation",
@@ -38,6 +41,7 @@ __all__ = [
     "load",
     "make_mesh",
     "open",
+    "skip_layers",
 ]
 
 try:
@@ -54,6 +58,7 @@ _HOMES = {
     "image_files": ("ImageError",),
     "models.attention": ("AttentionRequest", "JointAttention"),
     "models.kernels": ("Kernel",),
+    "models.perturbation": ("Blur", "Perturbation", "skip_layers"),
     "parallel": ("make_mesh",),
     "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
     "reporting.drawings": ("draw_maps", "draw_masks", "draw_words"),

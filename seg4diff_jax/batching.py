@@ -74,6 +74,17 @@ class ModelView:
             return model_size(*image, trained=self.trained, **limits)
         return check_size((self.trained, self.trained) if size is None else size, **limits)
 
+    def common_size(self, images: Sequence[ImageInput], size: tuple[int, int] | None) -> tuple[int, int]:
+        """Returns the height and width at which the model sees images of one size: `size`, or the images' aspect.
+
+        Raises as `read_image` and `size` do; ValueError too for images of several sizes without `size`.
+        """
+        own = [read_image(image).shape[:2] for image in images]
+        each = {self.size((height, width), size, "aspect") for height, width in own}
+        if len(each) > 1:
+            raise ValueError(f"the images are of {len(each)} sizes: name one for all pictures with size=")
+        return each.pop()
+
     def pixels(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: tuple[int, int], how: Resize
     ) -> Float[np.ndarray, "images height width 3"]:

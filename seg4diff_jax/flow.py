@@ -198,6 +198,16 @@ def guided(
     return away + scale * (towards - away)
 
 
+def steps_from_image(steps: int, strength: float) -> int:
+    """Returns how many of the last steps a run takes that starts from an image, as in diffusers' image to image.
+
+    Raises ValueError unless strength is a number above 0 and at most 1.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float | np.number) or not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength!r}; expected a number above 0 and at most 1")
+    return max(1, steps - int(max(steps - min(steps * strength, steps), 0)))
+
+
 def check_guidance(scale: float) -> float:
     """Returns the guidance scale as a float. Raises ValueError unless it is a finite number."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not np.isfinite(scale):

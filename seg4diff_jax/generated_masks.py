@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from seg4diff_jax import passes
 from seg4diff_jax.batching import finite_maps, one_for_each
 from seg4diff_jax.class_names import list_for_each, one_word, warn_of_single
 from seg4diff_jax.flow import is_whole
@@ -20,7 +19,9 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.passes import MEAN_PROBS, finite_pictures
 from seg4diff_jax.prompt_attention import spelled, text_columns
+from seg4diff_jax.sampling import GeneratingRun, Looking, sample_looking
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, upsampled_labels
 from seg4diff_jax.text import Tokenizers
 
@@ -28,17 +29,19 @@ STEPS = 28
 """The steps that a checkpoint's expert step is counted in."""
 
 
-def mask_step(at_step: int | None, expert_step: int, steps: int) -> int:
+def mask_step(at_step: int | None, expert_step: int, steps: int, taken: int | None = None) -> int:
     """Returns the number of the step that masks are read in: 1 is the last one, at the clean end, `steps` pure noise.
 
     Args:
       at_step: that number, or None: the checkpoint's expert step, as far along a run of `steps` as it is along 28.
+      taken: how many steps the run takes, where it starts from an image. Default: all.
 
     Raises ValueError if the run has no such step.
     """
+    first = steps if taken is None else taken
     chosen = max(1, round(expert_step * steps / STEPS)) if at_step is None else at_step
-    if not is_whole(chosen, 1, steps):
-        raise ValueError(f"at_step is {chosen!r}; expected a whole number, 1 (the last step) to {steps} (the first)")
+    if not is_whole(chosen, 1, first):
+        raise ValueError(f"at_step is {chosen!r}; expected a whole number, 1 (the last step) to {first} (the first)")
     return int(chosen)
 
 
@@ -99,9 +102,9 @@ def words_of(tokenizers: Tokenizers, prompt: str, names: Sequence[str]) -> Words
 def pictures_with_masks(
     transformer: MMDiT,
     vae: VAE,
-    run: passes.GeneratingRun,
+    run: GeneratingRun,
     words: Sequence[Words],
-    looking: passes.Looking,
+    looking: Looking,
     kernel: Kernel | None = None,
 ) -> list[tuple[UInt8[np.ndarray, "height width 3"], Segmentation]]:
     """Returns the pictures of a run, each with the segmentation into its words.
@@ -111,13 +114,13 @@ def pictures_with_masks(
       looking: the one block and the one step that are read.
 
     Raises:
-      ValueError: as `passes.sample_looking`.
+      ValueError: as `sampling.sample_looking`.
       FloatingPointError: pixels or scores are not finite: damaged weights.
     """
-    latents, records = passes.sample_looking(transformer, *run, passes.MEAN_PROBS, looking=looking, kernel=kernel)
-    pictures, (block,) = passes.finite_pictures(vae, latents), looking.blocks
+    latents, records = sample_looking(transformer, run, MEAN_PROBS, looking=looking, kernel=kernel)
+    pictures, (block,) = finite_pictures(vae, latents), looking.blocks
     maps, patch = finite_maps(on_host(records[block].probs)[0], block), transformer.config.patch_size
-    grid = run.noise.shape[1] // patch, run.noise.shape[2] // patch
+    grid = run.latents.shape[1] // patch, run.latents.shape[2] // patch
     each = zip(pictures, maps, words, strict=True)
     return [(picture, segmented(own, grid, picture.shape[:2], of)) for picture, own, of in each]
 

@@ -2,37 +2,35 @@
 
     pixels    -> encode_images  -> latents        -> NoisedImages -> attention -> class scores
     token ids -> encode_prompts -> conditioning                   -> velocity
-    noise     -> sample_latents -> latents        -> decode_pictures
+    latents   -> decode_pictures
 
-`attention` stops at the last block that is read. `velocity` runs all blocks, and can return attention as well.
+`attention` stops at the last block that is read. `velocity` runs all blocks, and can return attention as well. From
+noise to latents: `sampling`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from seg4diff_jax.flow import FlowSchedule, add_noise, euler, guided
+from seg4diff_jax.flow import FlowSchedule, add_noise
 from seg4diff_jax.models.attention import (
     DEFAULT_OPTIONS,
     AttentionRequest,
     ForwardOptions,
     JointAttention,
-    JointQKV,
-    Reader,
-    Stream,
 )
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.encoders import Encoders, TokenIds, join_states
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.models.trunk import attentions_at, keep_if, room_for
+from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
@@ -193,156 +191,7 @@ def read_class_scores(
     return scores.reshape(*scores.shape[:2], *images.grid(transformer.config.patch_size))
 
 
-# ---- from noise to pictures -----------------------------------------------------------------------------------------
-
-
-class GeneratingRun(NamedTuple):
-    """What a generating run starts from: a row for each picture, all sizes and options checked.
-
-    Attributes:
-      guidance: the negative prompt's conditioning and the guidance scale; None: no guidance.
-    """
-
-    noise: Float[Array, "pictures rows columns channels"]
-    texts: TextConditioning
-    sigmas: Float[Array, " steps"]
-    guidance: tuple[TextConditioning, Float[Array, ""]] | None
-
-
-def check_whole(transformer: MMDiT) -> None:
-    """Raises ValueError unless all blocks of the transformer are loaded."""
-    loaded, last = transformer.depth - 1, transformer.config.num_layers - 1
-    if loaded < last:
-        raise ValueError(f"blocks 0..{loaded} of 0..{last} are loaded; pictures need all: load without blocks=")
-
-
-@partial(jax.jit, static_argnames=("kernel",))
-def sample_latents(
-    transformer: MMDiT,
-    noise: Float[Array, "images rows columns channels"],
-    prompts: TextConditioning,
-    sigmas: Float[Array, " steps"],
-    guidance: tuple[TextConditioning, Float[Array, ""]] | None = None,
-    *,
-    kernel: Kernel | None = None,
-) -> Float[Array, "images rows columns channels"]:
-    """Samples clean latents from noise with Euler steps. Latents are fp32 between the steps.
-
-    All steps are one scan in one program, so compile time does not grow with the number of steps.
-
-    Args:
-      prompts: conditioning of each image.
-      sigmas: falling noise levels, without the clean end (`FlowSchedule.sigmas`).
-      guidance: the negative prompt's conditioning (a row for each image, or one for all) and the guidance scale. Scale
-        1 follows `prompts` alone. None: no guidance, and one forward pass per image and step instead of two.
-      kernel: see `ForwardOptions`.
-
-    Raises:
-      ValueError: the transformer lacks its last blocks, or the latents do not fit it.
-    """
-    return _sample(transformer, noise, prompts, sigmas, guidance, Looking((), ()), ForwardOptions(None, kernel))[0]
-
-
-class Looking(NamedTuple):
-    """Which blocks are looked at in a generating run, and in which of its steps, counted from 0 at pure noise."""
-
-    blocks: tuple[int, ...]
-    steps: tuple[int, ...]
-
-
-@partial(jax.jit, static_argnames=("looking", "kernel"))
-def sample_looking(
-    transformer: MMDiT,
-    noise: Float[Array, "images rows columns channels"],
-    prompts: TextConditioning,
-    sigmas: Float[Array, " steps"],
-    guidance: tuple[TextConditioning, Float[Array, ""]] | None,
-    reader: Reader,
-    *,
-    looking: Looking,
-    kernel: Kernel | None = None,
-) -> tuple[Float[Array, "images rows columns channels"], dict[int, Any]]:
-    """Does as `sample_latents`, and returns also what a reader keeps of blocks in some steps, of the prompts' half.
-
-    The records of each block are stacked along a leading axis of the steps, in the order of `looking.steps`. In other
-    steps, and in other blocks, nothing is read.
-
-    Raises:
-      ValueError: as `sample_latents`; or the run has no such step, the model no such block, or none is named.
-    """
-    if not looking.steps or not looking.blocks:
-        raise ValueError(f"{looking}: expected at least one block and one step")
-    if len(set(looking.steps)) < len(looking.steps):
-        raise ValueError(f"{looking}: expected each step once")
-    if beyond := [step for step in looking.steps if not 0 <= step < len(sigmas)]:
-        raise ValueError(f"step {beyond[0]} is not of this run: its {len(sigmas)} steps are 0..{len(sigmas) - 1}")
-    options = ForwardOptions(reader, kernel).about(prompts)
-    return _sample(transformer, noise, prompts, sigmas, guidance, looking, options)
-
-
-def _sample(
-    transformer: MMDiT,
-    noise: Float[Array, "images rows columns channels"],
-    prompts: TextConditioning,
-    sigmas: Float[Array, " steps"],
-    guidance: tuple[TextConditioning, Float[Array, ""]] | None,
-    looking: Looking,
-    options: ForwardOptions,
-) -> tuple[Float[Array, "images rows columns channels"], dict[int, Any]]:
-    conditioning = prompts if guidance is None else jax.tree.map(_side_by_side, prompts, guidance[0])
-    looked_at = jnp.zeros(len(sigmas), bool).at[jnp.array(looking.steps, int)].set(True)
-    places = jnp.zeros(len(sigmas), int).at[jnp.array(looking.steps, int)].set(jnp.arange(len(looking.steps)))
-
-    def run(
-        latents: Float[Array, "images rows columns channels"], sigma: Float[Array, ""], wanted: Bool[Array, ""]
-    ) -> tuple[Float[Array, "... rows columns channels"], dict[int, Any]]:
-        seen = latents if guidance is None else _side_by_side(latents, latents)
-        timesteps = jnp.full(len(seen), FlowSchedule.num_train_timesteps * sigma, jnp.float32)
-        reader = options.request and _ReadIf(options.request, wanted, 1 if guidance is None else 2)
-        own = replace(options, request=reader)
-        velocity, records = transformer(seen, timesteps, conditioning, capture=looking.blocks, options=own)
-        return velocity.astype(jnp.float32), records
-
-    def predicted(latents: Array, sigma: Array, step: Array, kept: Any) -> tuple[Array, Any]:
-        wanted = looked_at[step]
-        velocity, records = run(latents, sigma, wanted)
-        kept = keep_if(wanted, kept, places[step], lambda: records) if looking.blocks else kept
-        if guidance is None:
-            return velocity, kept
-        pairs = velocity.reshape(-1, 2, *velocity.shape[1:])
-        return guided(pairs[:, 0], pairs[:, 1], guidance[1]), kept
-
-    one = jax.eval_shape(run, noise, sigmas[0], looked_at[0])[1] if looking.blocks else {}
-    return euler(predicted, noise, sigmas, room_for(len(looking.steps), one))
-
-
-@dataclass(frozen=True)
-class _ReadIf:
-    """A reader that reads every `stride`-th row of the batch if that is wanted, and otherwise returns zeros."""
-
-    reader: Reader
-    wanted: Bool[Array, ""] | Any
-    stride: int
-
-    @property
-    def normalized_queries(self) -> tuple[Stream, ...]:
-        return self.reader.normalized_queries
-
-    def about(self, conditioning: TextConditioning) -> Reader:
-        return self  # its reader has been told
-
-    def read(self, joint: JointQKV) -> Any:
-        read = lambda joint: self.reader.read(jax.tree.map(lambda x: x[:: self.stride], joint))
-        nothing = lambda joint: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, joint))
-        return jax.lax.cond(self.wanted, read, nothing, joint)
-
-
-def _side_by_side(first: Float[Array, "rows ..."], second: Float[Array, "_ ..."]) -> Float[Array, "both ..."]:
-    """Interleaves the rows of two arrays, so that both rows of an image lie on one device.
-
-    `second` may have one row, which then serves all.
-    """
-    return jnp.stack([first, jnp.broadcast_to(second, first.shape)], axis=1).reshape(-1, *first.shape[1:])
+# ---- from latents to pictures ---------------------------------------------------------------------------------------
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from seg4diff_jax import passes
 from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, mean_over_seeds, one_for_each
 from seg4diff_jax.class_names import list_for_each, one_class, warn_of_single
-from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance
+from seg4diff_jax.flow import FlowSchedule, add_noise
 from seg4diff_jax.generated_masks import mask_step, pictures_with_masks, prompt_words, refuse_unread
 from seg4diff_jax.images import ImageInput, Resize, listed, read_image
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
@@ -35,6 +35,8 @@ from seg4diff_jax.pipeline_options import (
     MasksOptions,
     Picture,
     PictureWithMasks,
+    RunOptions,
+    RunSettings,
     SegmentOptions,
     UnsupervisedOptions,
     checked_block,
@@ -42,6 +44,7 @@ from seg4diff_jax.pipeline_options import (
 )
 from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
+from seg4diff_jax.sampling import GeneratingRun, Looking, check_whole, sample_latents
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
@@ -255,18 +258,12 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
-        steps: int = 28,
-        guidance: float = 7.0,
-        seed: int = 0,
-        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
-        size: tuple[int, int] | None = None,
         images_per_prompt: int = 1,
-        sampler: Sampler | None = None,
-        kernel: Kernel | None = None,
         segment: Sequence[str] | Sequence[Sequence[str]] | None = None,
         block: int | None = None,
         at_step: int | None = None,
+        kernel: Kernel | None = None,
+        **options: Unpack[RunOptions],
     ) -> Picture | list[Picture] | PictureWithMasks | list[PictureWithMasks]:
         """Pictures of prompts, uint8 [height, width, 3]: one for one prompt, otherwise a list, made in one batch.
 
@@ -274,51 +271,54 @@ class Pipeline:
 
         Args:
           prompt: one, or a list. With several `images_per_prompt`, those of the first prompt come first.
-          negative_prompt: what guidance leads away from.
-          guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
-          seed, noise, size, block, kernel: as for `segment`; the default size is the trained square.
-          sampler: "euler", SD3's own, also where the checkpoint was saved with another, which otherwise is an error.
           segment: words of the prompt, or several that follow one another, for all prompts; or a list for each prompt.
             Of a single one, which takes every pixel, `class_names.OneClassWarning` warns.
+          block, kernel: as for `segment`.
           at_step: step to read, counted as noise levels: 1 is the last. Default: the checkpoint's, scaled to `steps`.
+          options: of the run: negative_prompt, steps (28), guidance (7.0), seed, noise, size, sampler, image, strength,
+            perturb and perturbed_guidance, which `pipeline_options.RunSettings` explains.
 
         Raises:
           ValueError: an option is not usable, or the last blocks of the transformer are not loaded.
           FloatingPointError: the model gave pixels that are not finite: damaged weights.
         """
         prompts = one_for_each([prompt] if isinstance(prompt, str) else prompt, images_per_prompt)
-        self.schedule.check_sampler(sampler)
-        run = self.generating_run(prompts or [""], negative_prompt, steps, guidance, seed, noise, size)
+        if (images := options.get("image")) is not None and not listed(images)[1]:
+            options["image"] = one_for_each(listed(images)[0], images_per_prompt)
+        run = self.generating_run(prompts or [""], **options)
         if not prompts:
             return []
         with self.settings():
             if segment is None:
                 refuse_unread(block, at_step)
-                made = passes.finite_pictures(self.vae, passes.sample_latents(self.transformer, *run, kernel=kernel))
+                made = passes.finite_pictures(self.vae, sample_latents(self.transformer, run, kernel=kernel))
             else:
                 words = prompt_words(self.tokenizers, prompt, segment, images_per_prompt)
-                looking = passes.Looking((self._block(block),), (steps - mask_step(at_step, self.expert_step, steps),))
+                read = mask_step(at_step, self.expert_step, RunSettings(**options).steps, len(run.sigmas))
+                looking = Looking((self._block(block),), (len(run.sigmas) - read,))
                 made = pictures_with_masks(self.transformer, self.vae, run, words, looking, kernel)
         return made[0] if isinstance(prompt, str) and images_per_prompt == 1 else made
 
-    def generating_run(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str = "",
-        steps: int = 28,
-        guidance: float = 7.0,
-        seed: int = 0,
-        noise: Float[np.ndarray, "*batch rows columns channels"] | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> passes.GeneratingRun:
-        """What pictures of these prompts are sampled from. Arguments and errors as for `generate`."""
-        passes.check_whole(self.transformer)
-        wanted = self.view.size((0, 0), size, "square")
-        eps = self.view.noise(noise, list(range(len(prompts))), len(prompts), wanted, seed)
-        sigmas, scale = jnp.asarray(self.schedule.sigmas(steps), jnp.float32), jnp.float32(check_guidance(guidance))
-        away = (self.encode_prompts([negative_prompt]), scale) if guidance > 1 else None
-        eps, texts = self.spread((eps, self.encode_prompts(prompts)))
-        return passes.GeneratingRun(eps, texts, sigmas, away)
+    def generating_run(self, prompts: Sequence[str], **options: Unpack[RunOptions]) -> GeneratingRun:
+        """What pictures of these prompts are sampled from: options checked, prompts and images encoded.
+
+        Raises as `generate` does.
+        """
+        check_whole(self.transformer)
+        asked, count = RunSettings(**options), len(prompts)
+        self.schedule.check_sampler(asked.sampler)
+        sigmas = jnp.asarray(asked.sigmas(self.schedule), jnp.float32)
+        images = asked.images(count)
+        wanted = self.view.common_size(images, asked.size) if images else self.view.size((0, 0), asked.size, "square")
+        latents = self.view.noise(asked.noise, list(range(count)), count, wanted, asked.seed)
+        if images:
+            clean = jnp.broadcast_to(self.encode_images(images, wanted), latents.shape)
+            latents = add_noise(clean, latents, sigmas[0])
+        away = (self.encode_prompts([asked.negative_prompt]), jnp.float32(asked.guidance))
+        latents, texts = self.spread((latents, self.encode_prompts(prompts)))
+        run = GeneratingRun(latents, texts, sigmas, away if asked.guidance > 1 else None, asked.apart, asked.perturb)
+        run.check_perturbation(self.transformer.depth)
+        return run
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

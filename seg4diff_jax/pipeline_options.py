@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
-from seg4diff_jax.flow import Sampler, is_whole
-from seg4diff_jax.images import Resize
+from seg4diff_jax.checked import Checked
+from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, is_whole, steps_from_image
+from seg4diff_jax.images import ImageInput, Resize, listed
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.kernels import Kernel
+from seg4diff_jax.models.perturbation import Perturbation
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import MinMax
 
@@ -51,8 +54,73 @@ class AttentionOptions(TypedDict, total=False):
     kernel: Kernel | None
 
 
+@dataclass(frozen=True)
+class RunSettings(Checked):
+    """Options of a generating run, which `Pipeline.generate` takes as keyword arguments.
+
+    Attributes:
+      negative_prompt: what guidance leads away from.
+      steps: Euler steps from noise to picture.
+      guidance: scale of classifier-free guidance. At 1 or less there is none, and a step costs half as much.
+      seed, noise: as for `Pipeline.segment`.
+      size: height and width of the pictures. Default: the trained square; with an image its aspect, as for `segment`.
+      sampler: "euler", SD3's own, also where the checkpoint was saved with another, which otherwise is an error.
+      image: what the run starts from instead of noise (image to image): one for all pictures, or one for each.
+      strength: how far from the image the run may go: it takes the last strength x `steps` steps, and 1 is as without
+        the image. Default: 0.6, as in diffusers.
+      perturb: blocks to blur or to skip, and in which steps.
+      perturbed_guidance: scale by which the run is guided away from the perturbed prediction, which takes a further
+        forward pass in these steps. Default: the run itself is perturbed.
+    """
+
+    negative_prompt: str = ""
+    steps: int = 28
+    guidance: float = 7.0
+    seed: int = 0
+    noise: Any = None
+    size: tuple[int, int] | None = None
+    sampler: Sampler | None = None
+    image: ImageInput | Sequence[ImageInput] | None = None
+    strength: float | None = None
+    perturb: Perturbation | None = None
+    perturbed_guidance: float | None = None
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the options, one sentence for each problem."""
+        found = []
+        for name, scale in (("guidance", self.guidance), ("perturbed_guidance", self.perturbed_guidance or 0.0)):
+            try:
+                check_guidance(scale)
+            except ValueError as error:
+                found.append(str(error).replace("guidance", name, 1))
+        if self.image is None and self.strength is not None:
+            found.append("strength says how far to go from an image: name one with image=")
+        if self.perturb is None and self.perturbed_guidance is not None:
+            found.append("perturbed_guidance leads away from a perturbed prediction: name one with perturb=")
+        return found
+
+    @property
+    def apart(self) -> Float[np.ndarray, ""] | None:
+        """The scale of perturbed guidance, fp32."""
+        return None if self.perturbed_guidance is None else np.asarray(self.perturbed_guidance, np.float32)
+
+    def sigmas(self, schedule: FlowSchedule) -> Float[np.ndarray, " steps"]:
+        """Returns the noise levels of the steps that are taken. Raises ValueError for steps or a strength."""
+        sigmas = schedule.sigmas(self.steps)
+        if self.image is None:
+            return sigmas
+        return sigmas[self.steps - steps_from_image(self.steps, 0.6 if self.strength is None else self.strength) :]
+
+    def images(self, pictures: int) -> list[ImageInput]:
+        """Returns the images: none, one for all pictures, or one for each. Raises ValueError for other counts."""
+        images, single = ([], True) if self.image is None else listed(self.image)
+        if not single and len(images) != pictures:
+            raise ValueError(f"{len(images)} images and {pictures} pictures; expected one for all, or one for each")
+        return images
+
+
 class RunOptions(TypedDict, total=False):
-    """Keyword arguments of `Pipeline.generate`, whose docstring explains them, but for those of masks."""
+    """Keyword arguments of `Pipeline.generating_run` and `Pipeline.generate`, which `RunSettings` explains."""
 
     negative_prompt: str
     steps: int
@@ -61,12 +129,16 @@ class RunOptions(TypedDict, total=False):
     noise: Any
     size: tuple[int, int] | None
     sampler: Sampler | None
-    kernel: Kernel | None
+    image: ImageInput | Sequence[ImageInput] | None
+    strength: float | None
+    perturb: Perturbation | None
+    perturbed_guidance: float | None
 
 
 class GenerateOptions(RunOptions, total=False):
-    """Those of one picture without masks."""
+    """Keyword arguments of `Pipeline.generate` for one picture without masks."""
 
+    kernel: Kernel | None
     images_per_prompt: Literal[1]
     segment: None
 
@@ -74,6 +146,7 @@ class GenerateOptions(RunOptions, total=False):
 class ManyOptions(RunOptions, total=False):
     """Those of several pictures without masks."""
 
+    kernel: Kernel | None
     images_per_prompt: int
     segment: None
 
@@ -81,6 +154,7 @@ class ManyOptions(RunOptions, total=False):
 class MasksOptions(RunOptions, total=False):
     """Those of one picture with masks."""
 
+    kernel: Kernel | None
     images_per_prompt: Literal[1]
     segment: Required[Sequence[str]]
     block: int | None
@@ -90,6 +164,7 @@ class MasksOptions(RunOptions, total=False):
 class ManyMasksOptions(RunOptions, total=False):
     """Those of several pictures with masks."""
 
+    kernel: Kernel | None
     images_per_prompt: int
     segment: Required[Sequence[str] | Sequence[Sequence[str]]]
     block: int | None

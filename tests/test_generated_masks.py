@@ -19,8 +19,9 @@ import seg4diff_jax as s4d
 from seg4diff_jax.flow import guided
 from seg4diff_jax.generated_masks import mask_step
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
-from seg4diff_jax.passes import NoisedImages, attention, sample_latents, velocity
+from seg4diff_jax.passes import NoisedImages, attention, velocity
 from seg4diff_jax.prompt_attention import prompt_attention
+from seg4diff_jax.sampling import sample_latents
 from tests.reference.inputs import SIZE, VARIED
 from tests.reference.ties import assert_same_labels
 
@@ -33,7 +34,7 @@ OPTIONS: dict[str, Any] = {"steps": STEPS, "size": SIZE, "seed": 3}
 def records_at(pipe: s4d.Pipeline, guidance: float, at_step: int, block: int) -> list[s4d.PromptAttention]:
     """The records of each prompt from a pass on the latents that a run has before that step."""
     run = pipe.generating_run(PROMPTS, guidance=guidance, **OPTIONS)
-    levels, latents = np.asarray(run.sigmas), run.noise
+    levels, latents = np.asarray(run.sigmas), run.latents
     negative = run.guidance and jax.tree.map(lambda leaf: jnp.repeat(leaf, len(latents), axis=0), run.guidance[0])
     for sigma, following in itertools.pairwise(levels[: STEPS - at_step + 1]):
         seen = NoisedImages(latents, latents, sigma)

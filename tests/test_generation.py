@@ -22,16 +22,8 @@ from diffusers import StableDiffusion3Pipeline
 import seg4diff_jax as s4d
 from seg4diff_jax.flow import FlowSchedule, euler, guided, image_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
-from seg4diff_jax.passes import (
-    GeneratingRun,
-    Looking,
-    NoisedImages,
-    attention,
-    decode_pictures,
-    sample_latents,
-    sample_looking,
-    velocity,
-)
+from seg4diff_jax.passes import NoisedImages, attention, decode_pictures, velocity
+from seg4diff_jax.sampling import GeneratingRun, Looking, sample_latents, sample_looking
 from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import SIZE, SQUARE, a_noise
 from tests.reference.processes import flags
@@ -69,7 +61,7 @@ class Pair:
         away = (ours.encode_prompts([negative]), jnp.float32(guidance)) if guidance > 1 else None
         sigmas = jnp.asarray(ours.schedule.sigmas(STEPS), jnp.float32)
         texts = ours.encode_prompts(prompts)
-        return np.asarray(sample_latents(ours.transformer, jnp.asarray(noise), texts, sigmas, away))
+        return np.asarray(sample_latents(ours.transformer, GeneratingRun(jnp.asarray(noise), texts, sigmas, away)))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +160,9 @@ def test_one_program_serves_every_guidance_prompt_and_seed_and_no_guidance_costs
     inputs = jnp.zeros((1, 4, 4, 16)), sd3.encode_prompts(["cat"]), jnp.asarray(sd3.schedule.sigmas(3), jnp.float32)
 
     def cost(guidance) -> float:
-        return sample_latents.lower(sd3.transformer, *inputs, guidance).compile().cost_analysis()["flops"]
+        return (
+            sample_latents.lower(sd3.transformer, GeneratingRun(*inputs, guidance)).compile().cost_analysis()["flops"]
+        )
 
     assert cost((sd3.encode_prompts([""]), jnp.float32(7))) / cost(None) == pytest.approx(2, rel=0.05)
 
@@ -187,13 +181,13 @@ def test_records_from_a_generating_run_are_those_of_a_pass_on_its_latents_of_tha
     prompts, steps = ["a cat", "two red buses"], 4
     run = sd3.generating_run(prompts, steps=steps, guidance=guidance, size=(32, 48))
     looking, reader = Looking((1, 3, 5), (3, 0)), AttentionRequest(text_tokens=(0, None))
-    latents, records = sample_looking(sd3.transformer, *run, reader, looking=looking)
-    np.testing.assert_allclose(latents, sample_latents(sd3.transformer, *run), atol=1e-5)
+    latents, records = sample_looking(sd3.transformer, run, reader, looking=looking)
+    np.testing.assert_allclose(latents, sample_latents(sd3.transformer, run), atol=1e-5)
     assert set(records) == {1, 3, 5}
     levels = [*np.asarray(run.sigmas), 0.0]
     for place, step in enumerate(looking.steps):
         # Euler's latents after some steps are those of a run that ends there.
-        reached, after = run.noise, np.float32
+        reached, after = run.latents, np.float32
         for sigma, following in itertools.pairwise(levels[: step + 1]):
             reached = reached + (after(following) - after(sigma)) * velocity_under(sd3, reached, after(sigma), run)
         seen = NoisedImages(reached, reached, after(levels[step]))
@@ -224,7 +218,7 @@ def velocity_under(pipe: s4d.Pipeline, latents: jax.Array, sigma: np.float32, ru
 def test_steps_and_blocks_that_a_run_does_not_have_are_refused(sd3, blocks, steps, message):
     run = sd3.generating_run(["a cat"], steps=4, size=(32, 48))
     with pytest.raises(ValueError, match=message):
-        sample_looking(sd3.transformer, *run, AttentionRequest(), looking=Looking(blocks, steps))
+        sample_looking(sd3.transformer, run, AttentionRequest(), looking=Looking(blocks, steps))
 
 
 # ---- lists, noise ---------------------------------------------------------------------------------------------------

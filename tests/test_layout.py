@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARRAYS_ONLY = (
-    *("bilinear", "models", "flow", "segmentation", "passes", "numerics", "parallel", "checksums", "checked"),
+    *(
+        "bilinear",
+        "models",
+        "flow",
+        "segmentation",
+        "passes",
+        "sampling",
+        "numerics",
+        "parallel",
+        "checksums",
+        "checked",
+    ),
     *(f"magnet.{name}" for name in ("losses", "matching", "objective", "targets")),
 )
 """Parts that know no files, tokenizers, pictures or terminals."""
@@ -28,6 +39,7 @@ MAY_IMPORT: dict[str, str] = {
     "parallel": "",
     "checksums": "",
     "passes": "flow models parallel segmentation",
+    "sampling": "flow models",
     # What is around them, in memory.
     "terminal": "",
     "quoting": "",
@@ -41,21 +53,21 @@ MAY_IMPORT: dict[str, str] = {
     "text": "models",
     "class_names": "",
     "batching": "flow images models",
-    "pipeline_options": "flow images models segmentation",
+    "pipeline_options": "checked flow images models segmentation",
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
-    "generated_masks": "batching class_names flow models parallel passes prompt_attention segmentation text",
+    "generated_masks": "batching class_names flow models parallel passes prompt_attention sampling segmentation text",
     "pipeline": "batching class_names flow generated_masks images models numerics parallel passes pipeline_options "
-    "prompt_attention prompt_cache segmentation text",
+    "prompt_attention prompt_cache sampling segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert flow images models numerics passes pipeline prompt_attention quoting reporting text",
+    "analysis": "convert flow images models numerics passes pipeline prompt_attention quoting reporting sampling text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "
-    "quoting segmentation terminal",
+    "quoting sampling segmentation terminal",
     "miniature": "analysis checked configuration convert data flow models parallel passes reporting segmentation text "
     "training",
     "magnet": "bilinear checked checkpoints convert data flow miniature models parallel passes segmentation text "

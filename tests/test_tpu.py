@@ -32,7 +32,8 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.sd3.model import MMDiT, MMDiTConfig
 from seg4diff_jax.models.trunk import attention_at
 from seg4diff_jax.parallel import AXES, parameter_shardings
-from seg4diff_jax.passes import Looking, sample_looking
+from seg4diff_jax.models.perturbation import Blur, Perturbation
+from seg4diff_jax.sampling import GeneratingRun, Looking, sample_looking
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
 mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -65,9 +66,10 @@ def loss(model, inputs):
 
 
 def analysis(model, inputs, members):
-    run = inputs["latents"], inputs["conditioning"], jnp.array([1.0, 0.5]), None
+    away = Perturbation((2, 4), Blur(), steps=(1,))
+    run = GeneratingRun(inputs["latents"], inputs["conditioning"], jnp.array([1.0, 0.5]), None, jnp.float32(2), away)
     looking = Looking((3,), (1,))
-    _, statistics = sample_looking(model, *run, StatisticsReader(members), looking=looking, kernel=kernel)
+    _, statistics = sample_looking(model, run, StatisticsReader(members), looking=looking, kernel=kernel)
     _, components = model(**inputs, capture=range(6), options=ForwardOptions(ComponentsReader(), kernel))
     return statistics, components
 

@@ -20,8 +20,9 @@ from seg4diff_jax.analysis.block_statistics import (
 from seg4diff_jax.analysis.token_groups import TokenGroups, token_groups
 from seg4diff_jax.flow import Sampler
 from seg4diff_jax.images import ImageInput
-from seg4diff_jax.passes import Looking, NoisedImages, finite_pictures, sample_looking
+from seg4diff_jax.passes import NoisedImages, finite_pictures
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.sampling import Looking, sample_looking
 
 
 @dataclass(frozen=True)
@@ -157,18 +158,17 @@ def while_generating(
     if beyond := [step for step in at_steps if not 1 <= step <= steps]:
         expected = f"expected 1 (the last) to {steps} (the first)"
         raise ValueError(f"step {beyond[0]} to look at is not of this run: {expected}")
-    pipe.schedule.check_sampler(sampler)
     size = pipe.view.size((0, 0), size, "square")
     noise = np.asarray(pipe.view.noise(None, list(range(first, first + len(prompts))), len(prompts), size, seed))
-    run = pipe.generating_run(prompts, steps=steps, guidance=guidance, noise=noise, size=size)
+    run = pipe.generating_run(prompts, steps=steps, guidance=guidance, noise=noise, size=size, sampler=sampler)
     groups = token_groups(pipe.tokenizers, prompts, run.texts)
     looking = Looking(tuple(range(pipe.transformer.depth)), tuple(steps - step for step in at_steps))
     with pipe.settings():
         reader = StatisticsReader(pipe.spread(groups).members)
-        latents, records = sample_looking(pipe.transformer, *run, reader, looking=looking)
+        latents, records = sample_looking(pipe.transformer, run, reader, looking=looking)
         pictures = finite_pictures(pipe.vae, latents)
     patch = pipe.transformer.config.patch_size
-    image_tokens = math.prod(side // patch for side in run.noise.shape[1:3])
+    image_tokens = math.prod(side // patch for side in run.latents.shape[1:3])
     by_block = [records[block] for block in looking.blocks]
     stacked = jax.tree.map(lambda *blocks: np.stack(blocks, axis=2), *by_block)  # [steps, prompts, blocks, ...]
     each = [jax.tree.map(lambda of_steps, i=i: of_steps[i], stacked) for i in range(len(at_steps))]

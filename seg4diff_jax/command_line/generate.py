@@ -218,7 +218,8 @@ def generated(
         if reading:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", OneClassWarning)  # the same is said before the model is loaded
-                made = pipe.generate(batched, segment=options.segment, **reading, **how)
+                block, at_step = reading["block"], reading["at_step"]
+                made = pipe.generate(batched, segment=options.segment, block=block, at_step=at_step, **how)
         else:
             made = [(picture, None) for picture in pipe.generate(batched, **how)]
         yield from made[: len(places)]

@@ -17,7 +17,8 @@ from seg4diff_jax.flow import FlowSchedule, Sampler, check_guidance, image_noise
 from seg4diff_jax.models.encoders import Encoders, TokenIds
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.vae import VAE
-from seg4diff_jax.passes import encode_prompts, finite_pictures, sample_latents
+from seg4diff_jax.passes import encode_prompts, finite_pictures
+from seg4diff_jax.sampling import GeneratingRun, sample_latents
 
 
 class Denoiser(nnx.Module):
@@ -78,5 +79,5 @@ def sample_row(
     sigmas = jnp.asarray(schedule.sigmas(samples.steps), jnp.float32)
     encode = partial(encode_prompts, denoiser.encoders.without_t5(), joint_dim=config.joint_attention_dim)
     guidance = encode(empty), jnp.float32(samples.guidance)
-    latents = sample_latents(denoiser.transformer, noise, encode(captions), sigmas, guidance)
+    latents = sample_latents(denoiser.transformer, GeneratingRun(noise, encode(captions), sigmas, guidance))
     return np.concatenate(finite_pictures(vae, latents), axis=1)

@@ -78,7 +78,7 @@ def test_statistics_of_a_run_are_those_of_a_pass_on_its_latents_and_the_picture_
     for ours, expected in zip(pictures, sd3.generate(prompts, steps=steps, guidance=4.0, size=(32, 48)), strict=True):
         assert np.abs(ours.astype(int) - expected).max() <= 1
     run = sd3.generating_run(prompts, steps=steps, guidance=4.0, size=(32, 48))
-    seen = NoisedImages(run.noise, run.noise, np.float32(run.sigmas[0]))  # the first step, 3 of 3, sees the noise
+    seen = NoisedImages(run.latents, run.latents, np.float32(run.sigmas[0]))  # the first step, 3 of 3, sees the noise
     first = block_statistics(sd3.transformer, seen, run.texts, token_groups(sd3.tokenizers, prompts, run.texts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[0].blocks, first)
     assert np.abs(found[1].text_shares - found[0].text_shares).max() > 1e-3
