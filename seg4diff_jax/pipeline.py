@@ -316,9 +316,10 @@ class Pipeline:
             latents = add_noise(clean, latents, sigmas[0])
         away = (self.encode_prompts([asked.negative_prompt]), jnp.float32(asked.guidance))
         latents, texts = self.spread((latents, self.encode_prompts(prompts)))
-        run = GeneratingRun(latents, texts, sigmas, away if asked.guidance > 1 else None, asked.apart, asked.perturb)
-        run.check_perturbation(self.transformer.depth)
-        return run
+        run = GeneratingRun(latents, texts, sigmas, away if asked.guidance > 1 else None)
+        if asked.perturb is None:
+            return run
+        return run.with_perturbation(asked.perturb, self.transformer.depth, asked.perturbed_guidance)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

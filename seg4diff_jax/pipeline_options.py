@@ -99,11 +99,6 @@ class RunSettings(Checked):
             found.append("perturbed_guidance leads away from a perturbed prediction: name one with perturb=")
         return found
 
-    @property
-    def apart(self) -> Float[np.ndarray, ""] | None:
-        """The scale of perturbed guidance, fp32."""
-        return None if self.perturbed_guidance is None else np.asarray(self.perturbed_guidance, np.float32)
-
     def sigmas(self, schedule: FlowSchedule) -> Float[np.ndarray, " steps"]:
         """Returns the noise levels of the steps that are taken. Raises ValueError for steps or a strength."""
         sigmas = schedule.sigmas(self.steps)

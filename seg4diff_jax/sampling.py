@@ -19,9 +19,31 @@ from seg4diff_jax.flow import FlowSchedule, euler, guided
 from seg4diff_jax.models.attention import ForwardOptions, JointQKV, Reader, Stream
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel
-from seg4diff_jax.models.perturbation import Perturbation, Perturbing
+from seg4diff_jax.models.perturbation import Change, Perturbation, Perturbing
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.trunk import keep_if, room_for
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Perturbed:
+    """A pytree of what is perturbed in a generating run. One program serves every choice of blocks, steps and scale.
+
+    Attributes:
+      blocks: which blocks, for each picture.
+      steps: which steps, from the start of the run; None: all.
+      scale: how far the run is guided away from the perturbed prediction, as in SEG: a further forward pass in the
+        perturbed steps. None: the run itself is perturbed.
+      change: the blur, or `skip`. Static.
+      halves: whether the prompts' half is perturbed, and the negative prompt's, of a run that is perturbed itself.
+        Static.
+    """
+
+    blocks: Bool[Array, "pictures blocks"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    steps: Bool[Array, " steps"] | Any | None
+    scale: Float[Array, ""] | Any | None
+    change: Change = field(metadata={"static": True})
+    halves: tuple[bool, bool] = field(default=(True, True), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -35,33 +57,36 @@ class GeneratingRun:
       sigmas: falling noise levels, without the clean end (`FlowSchedule.sigmas`).
       guidance: the negative prompt's conditioning (a row for each picture, or one for all) and the guidance scale.
         Scale 1 follows `texts` alone. None: no guidance, and one forward pass per picture and step instead of two.
-      perturbed_scale: how far the run is guided away from the perturbed prediction, as in SEG: a further forward pass
-        in the perturbed steps. None: the run itself is perturbed.
-      perturbation: None: nothing is. Static.
+      perturbed: None: nothing is.
     """
 
-    latents: Float[Array, "pictures rows columns channels"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    latents: Float[Array, "pictures rows columns channels"] | Any
     texts: TextConditioning | Any
     sigmas: Float[Array, " steps"] | Any
     guidance: tuple[TextConditioning, Float[Array, ""]] | Any | None = None
-    perturbed_scale: Float[Array, ""] | Any | None = None
-    perturbation: Perturbation | None = field(default=None, metadata={"static": True})
+    perturbed: Perturbed | Any | None = None
 
-    def check_perturbation(self, depth: int) -> None:
-        """Raises ValueError if the perturbation does not fit the run, or a transformer of `depth` blocks."""
-        asked = self.perturbation
-        if asked is None:
-            if self.perturbed_scale is not None:
-                raise ValueError("a run is guided away from a perturbation, and none is named")
-            return
-        if beyond := [block for block in asked.blocks if not 0 <= block < depth]:
-            raise ValueError(f"cannot perturb block {beyond[0]}: the model holds blocks 0..{depth - 1}")
-        if beyond := [step for step in asked.steps or () if not 1 <= step <= len(self.sigmas)]:
-            raise ValueError(
-                f"cannot perturb step {beyond[0]}: this run has steps {len(self.sigmas)} (the first) to 1 (the last)"
-            )
-        if asked.half != "both" and (self.guidance is None or self.perturbed_scale is not None):
+    def with_perturbation(self, asked: Perturbation, depth: int, scale: float | None = None) -> GeneratingRun:
+        """Perturbs all pictures of this run of a model of `depth` blocks; with a scale, guides away from it.
+
+        Raises ValueError if the run, or the model, has not what is to be perturbed.
+        """
+        blocks, steps = asked.of_blocks(depth), asked.of_steps(len(self.sigmas))
+        if asked.half != "both" and (self.guidance is None or scale is not None):
             raise ValueError(f"half is {asked.half!r}, and it is of a run with guidance that is perturbed itself")
+        if asked.is_nothing:
+            return self
+        of_pictures = jnp.broadcast_to(jnp.asarray(blocks), (len(self.latents), depth))
+        return replace(
+            self,
+            perturbed=Perturbed(
+                of_pictures,
+                None if steps is None else jnp.asarray(steps),
+                None if scale is None else jnp.float32(scale),
+                asked.change,
+                (asked.half != "negative", asked.half != "prompt"),
+            ),
+        )
 
 
 def check_whole(transformer: MMDiT) -> None:
@@ -80,7 +105,7 @@ def sample_latents(
     All steps are one scan in one program, so compile time does not grow with the number of steps.
 
     Raises:
-      ValueError: the transformer lacks its last blocks, the latents do not fit it, or the perturbation does not fit.
+      ValueError: the transformer lacks its last blocks, or the latents do not fit it.
     """
     return _sample(transformer, run, Looking((), ()), ForwardOptions(None, kernel))[0]
 
@@ -117,19 +142,16 @@ def sample_looking(
 def _sample(
     transformer: MMDiT, run: GeneratingRun, looking: Looking, options: ForwardOptions
 ) -> tuple[Float[Array, "pictures rows columns channels"], dict[int, Any]]:
-    run.check_perturbation(transformer.depth)
-    unperturbed = replace(run, perturbed_scale=None, perturbation=None)
-    run = unperturbed if run.perturbation is None or run.perturbation.is_nothing else run
-    steps, asked = len(run.sigmas), run.perturbation
+    steps, perturbed = len(run.sigmas), run.perturbed
     looked_at = jnp.zeros(steps, bool).at[jnp.array(looking.steps, int)].set(True)
     places = jnp.zeros(steps, int).at[jnp.array(looking.steps, int)].set(jnp.arange(len(looking.steps)))
-    numbers = jnp.arange(steps, 0, -1)  # counted as noise levels: 1 is the last step
-    is_perturbed = jnp.isin(numbers, jnp.array((asked and asked.steps) or range(1, steps + 1)))
-    predict, plainly = (_prediction(transformer, each, looking.blocks, options) for each in (run, unperturbed))
+    is_perturbed = jnp.ones(steps, bool) if perturbed is None or perturbed.steps is None else perturbed.steps
+    predict = _prediction(transformer, run, looking.blocks, options)
+    plainly = _prediction(transformer, replace(run, perturbed=None), looking.blocks, options)
 
     def predicted(latents: Array, sigma: Array, step: Array, kept: Any) -> tuple[Array, Any]:
         inputs = latents, sigma, looked_at[step], is_perturbed[step]
-        if run.perturbed_scale is None or asked is None or asked.steps is None:
+        if perturbed is None or perturbed.scale is None or perturbed.steps is None:
             velocity, records = predict(*inputs)
         else:  # the further row, in those steps alone that have it
             velocity, records = jax.lax.cond(is_perturbed[step], predict, plainly, *inputs)
@@ -147,13 +169,12 @@ def _prediction(
 
     It is a function of latents, noise level, whether records are wanted, and whether the step is perturbed.
     """
-    texts, perturbed = [run.texts], []
+    texts, perturbed = [run.texts], run.perturbed
     if run.guidance is not None:
         texts.append(run.guidance[0])
-    if run.perturbation is not None and run.perturbed_scale is None:
-        perturbed = [run.perturbation.half in ("both", half) for half in ("prompt", "negative")][: len(texts)]
-    if run.perturbed_scale is not None:
-        perturbed = [*[False] * len(texts), True]
+    branches = [] if perturbed is None else [*perturbed.halves[: len(texts)]]
+    if perturbed is not None and perturbed.scale is not None:
+        branches = [*[False] * len(texts), True]
         texts.append(run.texts)
     conditioning = jax.tree.map(_interleaved, *texts) if len(texts) > 1 else run.texts
     patch = transformer.config.patch_size
@@ -168,16 +189,17 @@ def _prediction(
         seen = _interleaved(*[latents] * len(texts)) if len(texts) > 1 else latents
         timesteps = jnp.full(len(seen), FlowSchedule.num_train_timesteps * sigma, jnp.float32)
         own = replace(options, request=options.request and _ReadIf(options.request, wanted, len(texts)))
-        if run.perturbation is not None:
-            rows = jnp.tile(jnp.array(perturbed), len(latents)) & is_perturbed
-            own = replace(own, perturbing=Perturbing(run.perturbation.blocks, run.perturbation.change, rows, grid))
+        if perturbed is not None:
+            each = perturbed.blocks[:, None] & jnp.array(branches)[:, None] & is_perturbed
+            rows = each.reshape(-1, transformer.depth).T
+            own = replace(own, perturbing=Perturbing(perturbed.change, rows, grid))
         velocity, records = transformer(seen, timesteps, conditioning, capture=blocks, options=own)
         each = velocity.astype(jnp.float32).reshape(len(latents), len(texts), *velocity.shape[1:])
         result = towards = each[:, 0]
         if run.guidance is not None:
             result = guided(towards, each[:, 1], run.guidance[1])
-        if run.perturbed_scale is not None:
-            result = result + run.perturbed_scale * (towards - each[:, -1])
+        if perturbed is not None and perturbed.scale is not None:
+            result = result + perturbed.scale * (towards - each[:, -1])
         return result, records
 
     return predict

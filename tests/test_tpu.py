@@ -66,8 +66,8 @@ def loss(model, inputs):
 
 
 def analysis(model, inputs, members):
-    away = Perturbation((2, 4), Blur(), steps=(1,))
-    run = GeneratingRun(inputs["latents"], inputs["conditioning"], jnp.array([1.0, 0.5]), None, jnp.float32(2), away)
+    run = GeneratingRun(inputs["latents"], inputs["conditioning"], jnp.array([1.0, 0.5]))
+    run = run.with_perturbation(Perturbation((2, 4), Blur(), steps=(1,)), model.depth, 2.0)
     looking = Looking((3,), (1,))
     _, statistics = sample_looking(model, run, StatisticsReader(members), looking=looking, kernel=kernel)
     _, components = model(**inputs, capture=range(6), options=ForwardOptions(ComponentsReader(), kernel))

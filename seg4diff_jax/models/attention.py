@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, log_normalizer, repeat_last
-from seg4diff_jax.models.perturbation import Blur, Perturbing, perturbed_attend
+from seg4diff_jax.models.perturbation import Blur, Perturbing, PerturbingBlock, perturbed_attend
 
 Stream = Literal["image", "text"]
 Quadrant = Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"]
@@ -127,21 +127,22 @@ class ForwardOptions:
       request: what each record holds; None: no block is recorded. A reader that holds arrays is for use inside jit.
       kernel: attention kernel; None: by backend and dtype (`default_kernel`).
       remat: recompute each block in the backward pass; True, or a `jax.checkpoint` policy.
-      perturbing: blocks that are perturbed, and in which rows; it holds arrays, and is for use inside jit. Records show
-        the attention as it is before it is perturbed.
+      perturbing: which blocks are perturbed, and in which rows; it holds arrays, and is for use inside jit. A block is
+        told of itself alone. Records show the attention as it is before it is perturbed.
     """
 
     request: Reader | None = IMAGE_TO_TEXT
     kernel: Kernel | None = None
     remat: bool | Callable = False
-    perturbing: Perturbing | None = None
+    perturbing: Perturbing | PerturbingBlock | None = None
 
     def about(self, conditioning: TextConditioning) -> ForwardOptions:
         """With what is asked by name found in the text. Raises ValueError when it is not there."""
         request, perturbing = self.request, self.perturbing
         if request is None and perturbing is None:
             return self
-        request, perturbing = (asks and asks.about(conditioning) for asks in (request, perturbing))
+        request = request and request.about(conditioning)
+        perturbing = perturbing.about(conditioning) if isinstance(perturbing, Perturbing) else perturbing
         return replace(self, request=request, perturbing=perturbing)
 
 
@@ -231,7 +232,7 @@ def joint_attention(
     """Attention over both streams' tokens: the output of each stream, and what the options' request reads."""
     joint, cut, request, perturbing = join(image, text), image.q.shape[1], options.request, options.perturbing
     attended = attend
-    if perturbing is not None and isinstance(perturbing.change, Blur):
+    if isinstance(perturbing, PerturbingBlock) and isinstance(perturbing.change, Blur):
         attended = partial(perturbed_attend, perturbing=perturbing)
     output, normalizer = attended(
         joint.q,

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from seg4diff_jax.checked import Checked
 from seg4diff_jax.models.conditioning import TextConditioning
@@ -81,10 +81,12 @@ class Blur(Checked):
         return matrix
 
 
-@jax.tree_util.register_static
+Change = Blur | Literal["skip"]
+
+
 @dataclass(frozen=True)
 class Perturbation(Checked):
-    """Which blocks of a generating run are perturbed, how, and when. Static under jit.
+    """Which blocks of a generating run are perturbed, how, and when.
 
     Attributes:
       blocks: numbers of the blocks.
@@ -94,7 +96,7 @@ class Perturbation(Checked):
     """
 
     blocks: tuple[int, ...]
-    change: Blur | Literal["skip"] = Blur()
+    change: Change = Blur()
     steps: tuple[int, ...] | None = None
     half: Half = "both"
 
@@ -116,6 +118,18 @@ class Perturbation(Checked):
         if self.half not in get_args(Half):
             found.append(f"half is {self.half!r}; there are {', '.join(get_args(Half))}")
         return found
+
+    def of_blocks(self, depth: int) -> Bool[np.ndarray, " depth"]:
+        """Which of the blocks of a model are perturbed. Raises ValueError if it holds not all of them."""
+        if beyond := [block for block in self.blocks if not 0 <= block < depth]:
+            raise ValueError(f"cannot perturb block {beyond[0]}: the model holds blocks 0..{depth - 1}")
+        return np.isin(np.arange(depth), self.blocks)
+
+    def of_steps(self, steps: int) -> Bool[np.ndarray, " steps"] | None:
+        """Which steps of a run are perturbed, from its start; None: all. Raises ValueError for one that it has not."""
+        if beyond := [step for step in self.steps or () if not 1 <= step <= steps]:
+            raise ValueError(f"cannot perturb step {beyond[0]}: this run has steps {steps} (the first) to 1 (the last)")
+        return None if self.steps is None else np.isin(np.arange(steps, 0, -1), self.steps)
 
     @property
     def is_nothing(self) -> bool:
@@ -141,17 +155,15 @@ def skip_layers(
 
 @dataclass(frozen=True)
 class Perturbing:
-    """A perturbation at work in a pass; for use inside jit.
+    """A perturbation at work in a pass; for use inside jit. One program serves every choice of blocks and rows.
 
     Attributes:
-      blocks: numbers of the perturbed blocks.
-      rows: which rows of the batch are perturbed.
+      rows: for each block of the model, which rows of the batch are perturbed there.
       grid: rows and columns of image tokens.
     """
 
-    blocks: tuple[int, ...]
-    change: Blur | Literal["skip"]
-    rows: Bool[Array, " batch"] | Any
+    change: Change
+    rows: Bool[Array, "blocks batch"] | Any
     grid: tuple[int, int]
 
     def about(self, conditioning: TextConditioning) -> Perturbing:
@@ -160,9 +172,18 @@ class Perturbing:
             return self
         return replace(self, change=replace(self.change, text_tokens=conditioning.tokens(self.change.text_tokens)))
 
-    def where(self, perturbed: Bool[Array, ""]) -> Perturbing:
-        """Of the same rows if `perturbed`, and otherwise of none."""
-        return replace(self, rows=self.rows & perturbed)
+    def in_block(self, number: Int[Array, ""] | int) -> PerturbingBlock:
+        """Of one block."""
+        return PerturbingBlock(self.change, self.rows[number], self.grid)
+
+
+@dataclass(frozen=True)
+class PerturbingBlock:
+    """A perturbation at work in one block, in some rows of the batch; for use inside jit."""
+
+    change: Change
+    rows: Bool[Array, " batch"] | Any
+    grid: tuple[int, int]
 
     def passed_by(self, before: Any, after: Any) -> Any:
         """Returns the state after a block: in rows that skip it, the state before it."""
@@ -177,7 +198,7 @@ def perturbed_attend(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     *,
-    perturbing: Perturbing,
+    perturbing: PerturbingBlock,
     kernel: Kernel | None = None,
     normalizer: bool = False,
     last_key_count: int = 1,
@@ -240,7 +261,7 @@ def _change_of_output(
     normalizer: Float[Array, "batch heads image"],
     k: Float[Array, "batch columns heads head_dim"],
     v: Float[Array, "batch columns heads head_dim"],
-    perturbing: Perturbing,
+    perturbing: PerturbingBlock,
 ) -> Float[Array, "batch image heads head_dim"]:
     """Returns what a blur over the image plane adds to the image's output, fp32: one head's maps at a time."""
     blur = perturbing.change

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, attention_record
 from seg4diff_jax.models.conditioning import TextConditioning
+from seg4diff_jax.models.perturbation import Perturbing
 from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, take_layer
 
 
@@ -78,11 +79,9 @@ def _run_alike(
 
     `numbers` are the numbers of the blocks in the model.
     """
-    captured = [block in capture for block in numbers]
-    request, perturbing = options.request if any(captured) else None, options.perturbing
-    perturbed = [perturbing is not None and block in perturbing.blocks for block in numbers]
-    perturbing = perturbing if any(perturbed) else None
-    options = replace(options, request=request, perturbing=perturbing)
+    captured, perturbing = [block in capture for block in numbers], options.perturbing
+    request = options.request if any(captured) else None
+    options = replace(options, request=request, perturbing=None)
     run = lambda state, block: block(state, vector, options)
     scan = partial(scan_layers, stack=stack, stop=len(numbers), remat=options.remat)
     if request is None and perturbing is None:
@@ -95,16 +94,15 @@ def _run_alike(
     # would keep for the backward pass what a record's maps need, captured or not.
     read = jax.checkpoint(lambda joint: None if request is None else request.read(joint), prevent_cse=False)
     is_captured, places = jnp.array(captured), jnp.cumsum(jnp.array(captured)) - 1
-    is_perturbed = jnp.array(perturbed)
 
     def step(carry, block):
         before, records, row = carry
-        if perturbing is None:
-            after, joint = run(before, block)
-        else:
-            own = perturbing.where(is_perturbed[row])
+        if isinstance(perturbing, Perturbing):
+            own = perturbing.in_block(numbers.start + row)
             after, joint = block(before, vector, replace(options, perturbing=own))
             after = own.passed_by(before, after)
+        else:
+            after, joint = run(before, block)
         if request is not None:
             records = keep_if(is_captured[row], records, places[row], lambda: read(joint))
         return (after, records, row + 1), None

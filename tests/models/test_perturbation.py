@@ -44,9 +44,13 @@ def pairs():
 
 
 def perturbed(model: MMDiT, inputs: dict, blocks: tuple[int, ...], change, rows=ROWS, **options) -> jax.Array:
-    perturbing = Perturbing(blocks, change, jnp.array(rows), GRID)
+    perturbing = Perturbing(change, jnp.outer(of_blocks(model, blocks), jnp.array(rows)), GRID)
     options = ForwardOptions(None, perturbing=perturbing, **options)
     return jax.jit(lambda model, inputs: model(**inputs, options=options)[0])(model, inputs)
+
+
+def of_blocks(model: MMDiT, blocks: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(Perturbation(blocks).of_blocks(model.depth))
 
 
 # ---- the blur -------------------------------------------------------------------------------------------------------
@@ -129,7 +133,9 @@ def test_records_show_the_attention_before_it_is_blurred_and_later_blocks_feel_i
     inputs = make_inputs(VARIANTS["sd3"], SIZE, TEXT, batch=3)
     request = AttentionRequest(quadrants=("image_to_text", "text_to_image"))
     for change in (Blur(3.0), Blur(3.0, over="image"), "skip"):
-        options = ForwardOptions(request, perturbing=Perturbing((1,), change, jnp.array(ROWS), GRID))
+        options = ForwardOptions(
+            request, perturbing=Perturbing(change, jnp.outer(of_blocks(ours, (1,)), jnp.array(ROWS)), GRID)
+        )
         look = lambda options: jax.jit(lambda model: attentions_at(model, **inputs, blocks=(0, 1, 2), options=options))(
             ours
         )
@@ -150,7 +156,7 @@ def test_nothing_has_as_many_elements_as_pairs_of_image_tokens(change):
     config = MMDiTConfig.from_json(VARIANTS["sd3"] | {"pos_embed_max_size": side})
     model = abstract(lambda rngs: MMDiT(config, rngs=rngs))
     inputs = make_inputs(VARIANTS["sd3"], (2 * side, 2 * side), TEXT, batch=1)
-    perturbing = Perturbing((1,), change, jnp.array([True]), (side, side))
+    perturbing = Perturbing(change, of_blocks(model, (1,))[:, None], (side, side))
     options = ForwardOptions(None, Kernel("xla", query_chunk=8), perturbing=perturbing)
     assert largest_array(lambda model: model(**inputs, options=options)[0], model) < side**4
 
@@ -223,7 +229,7 @@ def test_a_perturbation_that_means_nothing_is_refused(options, message, monkeypa
 def test_blocks_and_segments_that_there_are_not_are_refused(pairs):
     _, ours = pairs("sd3")
     inputs = make_inputs(VARIANTS["sd3"], SIZE, TEXT, batch=3)
-    with pytest.raises(ValueError, match=r"cannot perturb blocks \[4\]: the model has blocks 0\.\.3"):
+    with pytest.raises(ValueError, match=r"cannot perturb block 4: the model holds blocks 0\.\.3"):
         perturbed(ours, inputs, (4,), Blur())
     with pytest.raises(ValueError, match="no segment called 't5': there are clip"):
         perturbed(ours, inputs, (1,), Blur(text_tokens="t5"))

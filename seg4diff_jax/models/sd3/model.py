@@ -126,18 +126,17 @@ class MMDiT(nnx.Module):
           options: what each record holds, and how blocks are computed.
 
         Raises:
-          ValueError: a captured or perturbed block does not exist, the latents do not fit, the model lacks its last
-            blocks, or the text has no segment with the requested name.
+          ValueError: a captured block does not exist, the latents do not fit, the model lacks its last blocks, or the
+            text has no segment with the requested name.
         """
         if self.depth < self.config.num_layers:
             raise ValueError(
                 f"this model holds blocks 0..{self.depth - 1} of {self.config.num_layers} and has no output head; "
                 "load all blocks, or use attention_at or attentions_at"
             )
-        perturbed = () if options.perturbing is None else options.perturbing.blocks
-        for verb, blocks in (("capture", capture), ("perturb", perturbed)):
-            if missing := sorted(set(blocks) - set(range(self.depth))):
-                raise ValueError(f"cannot {verb} blocks {missing}: the model has blocks 0..{self.depth - 1}")
+        missing = sorted(set(capture) - set(range(self.depth)))
+        if missing:
+            raise ValueError(f"cannot capture blocks {missing}: the model has blocks 0..{self.depth - 1}")
         state, vector = self.embed(latents, timesteps, conditioning)
         options = (options if capture else replace(options, request=None)).about(conditioning)
         state, records = run_blocks(self, state, vector, self.depth, capture, options)
