@@ -15,7 +15,7 @@ from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vector
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.load import load_component
-from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
+from seg4diff_jax.convert.sources.transformers_folder import load_image_encoder
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.clip_vision import CLIPVision
 from seg4diff_jax.numerics import settled

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tests.fuzz.inputs import adapters, pictures, runs, shared_weights, weights
+from tests.fuzz.inputs import adapters, pictures, runs, scorers, shared_weights, weights
 from tests.fuzz.reader import Reader
 
 READERS: dict[str, Reader] = {
     **weights.READERS,
     **shared_weights.READERS,
+    **scorers.READERS,
     **adapters.READERS,
     **pictures.READERS,
     **runs.READERS,
