@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
+from seg4diff_jax.analysis.clip import load_clip
+from seg4diff_jax.analysis.dino import load_dino
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.components import COMPONENTS
 from seg4diff_jax.convert.errors import CheckpointError
@@ -29,6 +31,7 @@ from seg4diff_jax.convert.sources import hub
 from seg4diff_jax.convert.sources.open import open_source
 from seg4diff_jax.convert.sources.transformers_folder import find_folder
 from tests.reference.checkpoints import make_checkpoint
+from tests.reference.scorers import save_scorers
 
 REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 WITHOUT_T5 = ["transformer", "vae", "text_encoder", "text_encoder_2"]
@@ -289,6 +292,15 @@ def test_of_a_model_of_transformers_one_weight_file_is_fetched(serve, safe, tmp_
     assert find_folder("openai/clip", beside, "a/b") == tmp_path
     weights = "model.safetensors" if safe else "pytorch_model.bin"
     assert set(fake.fetched) == {"config.json", weights, "preprocessor_config.json", "vocab.json"}
+
+
+def test_what_scores_pictures_comes_from_the_hub(serve, tmp_path: Path):
+    folders = save_scorers(tmp_path)
+    for name, load in (("clip", load_clip), ("vit", load_dino), ("dinov2", load_dino)):
+        files = [path.name for path in folders[name].iterdir()]
+        fake = serve(FakeHub(folders[name], [*files, "README.md", "flax_model.msgpack"]))
+        assert load(f"published/{name}").name == f"published/{name}"
+        assert sorted(fake.fetched) == sorted(files)
 
 
 def test_a_repository_without_a_model_of_transformers_is_refused(serve, tmp_path: Path):

@@ -24,7 +24,6 @@ CALLS = {
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
         (
-            "seg4diff_jax/analysis/clip.py",
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
             "seg4diff_jax/command_line/segment.py",
