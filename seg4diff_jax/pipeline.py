@@ -317,9 +317,8 @@ class Pipeline:
         away = (self.encode_prompts([asked.negative_prompt]), jnp.float32(asked.guidance))
         latents, texts = self.spread((latents, self.encode_prompts(prompts)))
         run = GeneratingRun(latents, texts, sigmas, away if asked.guidance > 1 else None)
-        if asked.perturb is None:
-            return run
-        return run.with_perturbation(asked.perturb, self.transformer.depth, asked.perturbed_guidance)
+        depth, away = self.transformer.depth, asked.perturbed_guidance
+        return run if asked.perturb is None else run.with_perturbation(asked.perturb, depth, away)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

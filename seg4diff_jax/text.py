@@ -129,16 +129,26 @@ def tokenize(tokenizers: Tokenizers, prompts: Sequence[str], *, t5_length: int =
       TypeError: `prompts` is one string.
       ValueError: there are no prompts.
     """
-    if isinstance(prompts, str):
-        raise TypeError(f"expected a list of prompts, found the string {prompts!r}; write [{prompts!r}]")
-    if not prompts:
-        raise ValueError('expected at least one prompt, found none; for no text write [""]')
+    _check_prompts(prompts)
     length = tokenizers.clip_l.model_max_length
     return TokenIds(
         _padded_ids(tokenizers.clip_l, prompts, length, "CLIP-L"),
         _padded_ids(tokenizers.clip_g, prompts, length, "CLIP-bigG"),
         None if tokenizers.t5 is None else _padded_ids(tokenizers.t5, prompts, t5_length, "T5"),
     )
+
+
+def tokenize_clip(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Int[np.ndarray, "prompts tokens"]:
+    """Tokenizes prompts for one CLIP, and pads their ids to `length`. Raises and warns as `tokenize` does."""
+    _check_prompts(prompts)
+    return _padded_ids(tokenizer, prompts, length, "CLIP")
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise TypeError(f"expected a list of prompts, found the string {prompts!r}; write [{prompts!r}]")
+    if not prompts:
+        raise ValueError('expected at least one prompt, found none; for no text write [""]')
 
 
 def _padded_ids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from seg4diff_jax.convert.sources.diffusers_folder import SHARD, no_weights, wei
 from seg4diff_jax.convert.sources.index import check_index, named_components
 
 TOKENIZER_REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weight files of transformers' models that are one file each; the first is preferred."""
 Result = TypeVar("Result")
 
 
@@ -34,10 +36,49 @@ def fetch(repository: str, components: list[str], variant: str) -> Path:
 
     Without a network the files of an earlier download are used. Raises CheckpointError when there are none.
     """
+    return _or_nothing_here(repository, lambda: _fetched(repository, components, variant))
+
+
+def fetch_model(repository: str, beside: Collection[str]) -> Path:
+    """Downloads a model's configuration and weights from a repository of transformers, and returns the folder.
+
+    Without a network the files of an earlier download are used. Raises CheckpointError when there are none.
+
+    Args:
+      beside: other files to download, if the repository has them.
+    """
+    return _or_nothing_here(repository, lambda: _fetched_model(repository, beside))
+
+
+def _or_nothing_here(repository: str, request: Callable[[], Path]) -> Path:
     try:
-        return _fetched(repository, components, variant)
+        return request()
     except CheckpointError as error:
         raise CheckpointError(f"no file or directory {repository} here, and on the Hub {error}") from None
+
+
+def _fetched_model(repository: str, beside: Collection[str]) -> Path:
+    import huggingface_hub
+
+    try:
+        about = _answer_or_reason(repository, lambda: huggingface_hub.HfApi().model_info(repository))
+    except CheckpointError as error:
+        folder = _cached_folder(repository, error)
+        _check_model(f"{error}; an earlier download", [path.name for path in folder.iterdir()])
+        return folder
+    files = [file.rfilename for file in about.siblings or []]
+    wanted = ["config.json", _check_model(repository, files), *(name for name in beside if name in files)]
+    return Path(
+        _answer_or_reason(repository, lambda: huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+    )
+
+
+def _check_model(where: str, files: Collection[str]) -> str:
+    """Returns a model's weight file. Raises CheckpointError if `files` lack it or the configuration."""
+    weights = next((name for name in WEIGHTS if name in files), None)
+    if weights is None or "config.json" not in files:
+        raise CheckpointError(f"{where} lacks config.json, or {' or '.join(WEIGHTS)}: found no model of transformers")
+    return weights
 
 
 def _fetched(repository: str, components: list[str], variant: str) -> Path:
@@ -73,13 +114,7 @@ def _cached(repository: str, components: list[str], variant: str, error: Checkpo
 
     Raises `error` if there is no earlier download, and an error that also says what is absent if one is incomplete.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise error from None
+    folder = _cached_folder(repository, error)
     lacking = ["model_index.json"]
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
@@ -90,6 +125,17 @@ def _cached(repository: str, components: list[str], variant: str, error: Checkpo
     if lacking:
         raise CheckpointError(f"{error}; an earlier download is incomplete: it lacks {', '.join(lacking)}") from None
     return folder
+
+
+def _cached_folder(repository: str, error: CheckpointError) -> Path:
+    """Returns the folder of an earlier download. Raises `error` if there is none."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise error from None
 
 
 def _is_complete(folder: Path, weights: str, variant: str) -> bool:

@@ -18,4 +18,7 @@ def diffusers(config: CLIPVisionConfig) -> list[Rule]:
         *encoder("vision_model"),
         *norm("vision_model.post_layernorm", "final_norm"),
         Rule("visual_projection.weight", "projection.kernel", LINEAR),
+        Rule("text_model.{rest}", ()),  # in files of a whole CLIP
+        Rule("text_projection.weight", ()),
+        Rule("logit_scale", ()),
     ]

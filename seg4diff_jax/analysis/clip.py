@@ -1,40 +1,44 @@
-"""The CLIP model that scores pictures: a checkpoint's text_encoder and tokenizers, and an image_encoder beside them."""
+"""The CLIP model that scores pictures, in a checkpoint beside its text_encoder, or a whole CLIP of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Array, Float, UInt8
 
+from seg4diff_jax.analysis import preprocessing
 from seg4diff_jax.analysis.clip_score import cosine_similarities, picture_vectors, prompt_vectors
+from seg4diff_jax.analysis.embeddings import embed_in_batches, embed_pictures
+from seg4diff_jax.analysis.preprocessing import Preprocessing, read_preprocessing
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.load import load_component
-from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
+from seg4diff_jax.convert.sources.open import MINIATURE
+from seg4diff_jax.convert.sources.transformers_folder import find_folder, load_image_encoder, load_whole_clip
 from seg4diff_jax.models.clip import CLIPText
 from seg4diff_jax.models.clip_vision import CLIPVision
 from seg4diff_jax.numerics import settled
-from seg4diff_jax.quoting import quoted
-from seg4diff_jax.text import Tokenizers, load_tokenizers, tokenize
+from seg4diff_jax.text import Tokenizer, load_tokenizer, tokenize_clip
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of pixels in 0..1 for the published encoders, for folders that do not name their own."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP's text and vision encoder, with the tokenizers and the pixel normalisation for their inputs."""
+    """A CLIP's text and vision encoder, with what prepares their inputs.
+
+    Attributes:
+      name: what `load_clip` was asked for.
+    """
 
     text: CLIPText
     vision: CLIPVision
-    tokenizers: Tokenizers
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
+    name: str
 
     @settled()
     def similarities(
@@ -44,72 +48,70 @@ class Clip:
 
         `batch` pictures or prompts are embedded at a time. Raises ValueError if there are no pictures or no prompts.
         """
-        if not pictures:
-            raise ValueError("expected at least one picture, found none")
-        ids = tokenize(self.tokenizers, prompts).clip_l
-        pixels = np.stack([self.pixels(picture) for picture in pictures])
-        return np.asarray(
-            cosine_similarities(
-                _in_batches(lambda rows: picture_vectors(self.vision, rows), pixels, batch),
-                _in_batches(lambda rows: prompt_vectors(self.text, rows), np.asarray(ids), batch),
-            )
-        )
+        shown = self.embed_pictures(pictures, batch=batch)
+        return np.asarray(cosine_similarities(shown, self.embed_prompts(prompts, batch=batch)))
 
-    def pixels(self, picture: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "size size 3"]:
-        """Prepares a picture as in CLIP's training: shorter side to its size (bicubic), middle square, normalised."""
-        size = self.vision.config.image_size
-        height, width = picture.shape[:2]
-        image = Image.fromarray(picture)
-        if min(height, width) != size:
-            shorter = min(height, width)
-            image = image.resize((size * width // shorter, size * height // shorter), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / np.float32(255)
-        return (square - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+    @settled()
+    def embed_pictures(
+        self, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, batch: int = 32
+    ) -> Float[Array, "pictures projection"]:
+        """Returns the unit vectors of pictures. Raises ValueError if there are none."""
+        return embed_pictures(lambda pixels: picture_vectors(self.vision, pixels), pictures, self.preprocessing, batch)
 
-
-def _in_batches(
-    embed: Callable[[Array], Array], rows: Shaped[np.ndarray, "rows ..."], batch: int
-) -> Float[Array, "rows projection"]:
-    parts = []
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        # The batch is filled up with its first row, so that one compiled program serves every batch.
-        filled = np.concatenate([part, np.repeat(part[:1], min(batch, len(rows)) - len(part), axis=0)])
-        parts.append(embed(jnp.asarray(filled))[: len(part)])
-    return jnp.concatenate(parts)
+    @settled()
+    def embed_prompts(self, prompts: Sequence[str], *, batch: int = 32) -> Float[Array, "prompts projection"]:
+        """Returns the unit vectors of prompts, in the same space. Raises ValueError if there are none."""
+        ids = tokenize_clip(self.tokenizer, prompts, self.text.config.max_position_embeddings)
+        return embed_in_batches(lambda rows: prompt_vectors(self.text, rows), ids, batch)
 
 
 @settled()
-def load_clip(directory: str | Path) -> Clip:
-    """Loads the folders text_encoder, tokenizer, tokenizer_2 and image_encoder of a checkpoint, in fp32.
+def load_clip(model: str | Path) -> Clip:
+    """Loads a CLIP in fp32.
 
-    SD3's text_encoder is OpenAI's CLIP ViT-L/14. Its image encoder is not part of SD3. Save transformers'
-    CLIPVisionModelWithProjection of openai/clip-vit-large-patch14 as `image_encoder`.
+    Args:
+      model: one of
+        - "miniature",
+        - a directory with transformers' CLIPModel, as openai/clip-vit-large-patch14 is, or the Hub id of such a model,
+        - a checkpoint's directory with the folders text_encoder, tokenizer and image_encoder. SD3's text_encoder is
+          OpenAI's CLIP ViT-L/14. Its image encoder is not part of SD3. Save transformers'
+          CLIPVisionModelWithProjection of openai/clip-vit-large-patch14 as `image_encoder`.
 
     Raises:
-      CheckpointError: a folder is absent or damaged, or the two encoders project to different numbers of features.
+      CheckpointError: the model or a folder is absent or damaged, the two encoders project to different numbers of
+        features, or the tokenizer or the preprocessing does not fit them.
     """
-    directory = Path(directory).expanduser()
-    vision = load_image_encoder(directory / "image_encoder", dtype=jnp.float32)
-    text = load_component(directory, "text_encoder", dtype=jnp.float32)
+    beside = (preprocessing.FILE, *TOKENIZER_FILES)
+    folder = MINIATURE if model == "miniature" else find_folder(model, beside, "openai/clip-vit-large-patch14")
+    if (folder / "config.json").is_file():
+        text, vision = load_whole_clip(folder, dtype=jnp.float32)
+        return _with_inputs(text, vision, folder, folder, str(model))
+    vision = load_image_encoder(folder / "image_encoder", dtype=jnp.float32)
+    text = load_component(folder, "text_encoder", dtype=jnp.float32)
     spaces = text.config.projection_dim, vision.config.projection_dim
     if spaces[0] != spaces[1]:
         raise CheckpointError(
-            f"{directory}: text_encoder projects to {spaces[0]} features and image_encoder to {spaces[1]}: they are "
+            f"{folder}: text_encoder projects to {spaces[0]} features and image_encoder to {spaces[1]}: they are "
             "not of one CLIP"
         )
+    return _with_inputs(text, vision, folder / "tokenizer", folder / "image_encoder", str(model))
+
+
+def _with_inputs(text: CLIPText, vision: CLIPVision, words: Path, pictures: Path, name: str) -> Clip:
+    """Adds the tokenizer in the folder `words`, and the preprocessing in the folder `pictures`."""
     try:
-        tokenizers = load_tokenizers(directory)
+        tokenizer = load_tokenizer("tokenizer", words)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    described = directory / "image_encoder" / "preprocessor_config.json"
-    named = read_json(described) if described.is_file() else {}
-    mean, std = named.get("image_mean", CLIP_MEAN), named.get("image_std", CLIP_STD)
-    for key, numbers in (("image_mean", mean), ("image_std", std)):
-        three = isinstance(numbers, list | tuple) and [type(each) in (int, float) for each in numbers] == [True] * 3
-        if not three or (key == "image_std" and min(numbers) <= 0):
-            raise CheckpointError(
-                f"{described}: {key} is {quoted(numbers)}; expected a number for each of three channels"
-            )
-    return Clip(text, vision, tokenizers, tuple(mean), tuple(std))
+    if (ids := max(tokenizer.get_vocab().values()) + 1) > text.config.vocab_size:
+        raise CheckpointError(
+            f"{words}: the tokenizer makes ids up to {ids - 1}, the text encoder embeds {text.config.vocab_size}"
+        )
+    side = vision.config.image_size
+    found = read_preprocessing(pictures, replace(preprocessing.CLIP, resize=side, crop=(side, side)))
+    if found.size != (side, side):
+        raise CheckpointError(
+            f"{pictures / preprocessing.FILE}: pictures are prepared as {found.size[0]} x {found.size[1]}; this CLIP "
+            f"sees {side} x {side}"
+        )
+    return Clip(text, vision, tokenizer, found, name)

@@ -41,7 +41,8 @@ def cosine_similarities(
 def clip_scores(similarities: Float[Array, "pictures pictures"]) -> Float[Array, " pictures"]:
     """Returns the CLIPScore of each picture with its own prompt: 100 x cosine, and at least 0.
 
-    Prompt i is picture i's own.
+    This is the CLIPScore of torchmetrics, max(100 cosine, 0). That of Hessel et al. (EMNLP 2021), 2.5 max(cosine, 0),
+    is a fortieth of it. Prompt i is picture i's own.
     """
     return 100 * jnp.maximum(jnp.diagonal(similarities), 0)
 

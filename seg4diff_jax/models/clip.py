@@ -122,7 +122,11 @@ class CLIPBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         x = x + self.attention(self.attention_norm(x), causal=self.causal)
-        return x + split_batch(self.down(self.activation(self.up(split_batch(self.mlp_norm(x))))))
+        return x + self.mlp(x)
+
+    def mlp(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        """Returns what the MLP adds to the stream, its norm included."""
+        return split_batch(self.down(self.activation(self.up(split_batch(self.mlp_norm(x))))))
 
 
 def layer_norm(config: LayerConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -15,6 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 from seg4diff_jax.analysis.clip import Clip, load_clip
 from seg4diff_jax.analysis.clip_score import clip_scores, cosine_similarities, rank_accuracy, unit_vectors
+from seg4diff_jax.analysis.preprocessing import prepared
 from seg4diff_jax.convert.errors import CheckpointError
 from tests.reference.inputs import an_image
 from tests.reference.random_weights import randomize_
@@ -98,7 +99,8 @@ def test_cosines_do_not_depend_on_lengths():
 def test_similarities_are_those_of_transformers(clip, checkpoint):
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     seen = processor(PICTURES, return_tensors="pt").pixel_values
-    np.testing.assert_allclose(np.stack([clip.pixels(p) for p in PICTURES]), seen.permute(0, 2, 3, 1), atol=2e-6)
+    pixels = np.stack([prepared(picture, clip.preprocessing) for picture in PICTURES])
+    np.testing.assert_allclose(pixels, seen.permute(0, 2, 3, 1), atol=1e-6)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     ids = tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
     pictures = CLIPVisionModelWithProjection.from_pretrained(checkpoint / "image_encoder")(seen).image_embeds
@@ -112,8 +114,8 @@ def test_similarities_are_those_of_transformers(clip, checkpoint):
 
 
 def test_a_picture_of_the_towers_size_is_not_resampled(clip):
-    pixels = clip.pixels(PICTURES[2])
-    np.testing.assert_allclose(pixels * clip.std + clip.mean, PICTURES[2] / 255.0, atol=1e-6)
+    how = clip.preprocessing
+    np.testing.assert_allclose(prepared(PICTURES[2], how) * how.std + how.mean, PICTURES[2] / 255.0, atol=1e-6)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def test_the_pixels_mean_and_deviation_are_the_checkpoints_own(checkpoint, tmp_p
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     own = '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
     (copy / "image_encoder" / "preprocessor_config.json").write_text(own)
-    pixels = load_clip(copy).pixels(PICTURES[2])
+    pixels = prepared(PICTURES[2], load_clip(copy).preprocessing)
     np.testing.assert_allclose(pixels, PICTURES[2] / 127.5 - 1, atol=1e-6)
 
 

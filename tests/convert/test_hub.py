@@ -22,12 +22,16 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
+from seg4diff_jax.analysis.clip import load_clip
+from seg4diff_jax.analysis.dino import load_dino
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.components import COMPONENTS
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.sources import hub
 from seg4diff_jax.convert.sources.open import open_source
+from seg4diff_jax.convert.sources.transformers_folder import find_folder
 from tests.reference.checkpoints import make_checkpoint
+from tests.reference.scorers import save_scorers
 
 REPOSITORY = "stabilityai/stable-diffusion-3-medium-diffusers"
 WITHOUT_T5 = ["transformer", "vae", "text_encoder", "text_encoder_2"]
@@ -272,3 +276,52 @@ def test_organisation_and_name_make_a_hub_id(text: str):
 @pytest.mark.parametrize("text", ["a", "/a/b", "a/b/c", "./a", "../b", "a/", "a b/c"])
 def test_paths_are_not_hub_ids(text: str):
     assert not hub.is_repository_id(text)
+
+
+# ---- models of transformers ------------------------------------------------------------------------------------------
+
+OF_TRANSFORMERS = """
+README.md config.json pytorch_model.bin tf_model.h5 preprocessor_config.json vocab.json
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_of_a_model_of_transformers_one_weight_file_is_fetched(serve, safe, tmp_path: Path):
+    fake = serve(FakeHub(tmp_path, [*OF_TRANSFORMERS, *(["model.safetensors"] if safe else [])]))
+    beside = ("preprocessor_config.json", "vocab.json", "tokenizer.json")
+    assert find_folder("openai/clip", beside, "a/b") == tmp_path
+    weights = "model.safetensors" if safe else "pytorch_model.bin"
+    assert set(fake.fetched) == {"config.json", weights, "preprocessor_config.json", "vocab.json"}
+
+
+def test_what_scores_pictures_comes_from_the_hub(serve, tmp_path: Path):
+    folders = save_scorers(tmp_path)
+    for name, load in (("clip", load_clip), ("vit", load_dino), ("dinov2", load_dino)):
+        files = [path.name for path in folders[name].iterdir()]
+        fake = serve(FakeHub(folders[name], [*files, "README.md", "flax_model.msgpack"]))
+        assert load(f"published/{name}").name == f"published/{name}"
+        assert sorted(fake.fetched) == sorted(files)
+
+
+def test_a_repository_without_a_model_of_transformers_is_refused(serve, tmp_path: Path):
+    serve(FakeHub(tmp_path, ["config.json", "model.gguf"]))
+    with pytest.raises(CheckpointError, match=r"on the Hub a/b lacks config\.json, or model\.safetensors or pytorch"):
+        find_folder("a/b", (), "a/b")
+
+
+def test_without_a_network_an_earlier_download_of_such_a_model_is_used_if_it_is_whole(serve, tmp_path: Path):
+    serve(FakeHub(tmp_path, [], ConnectionError("down")))
+    with pytest.raises(CheckpointError, match=r"cannot be reached .down.*an earlier download lacks config\.json"):
+        find_folder("facebook/dino", (), "a/b")
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+    assert find_folder("facebook/dino", (), "a/b") == tmp_path
+
+
+@pytest.mark.parametrize("error", [ConnectionError("down"), http_error(RepositoryNotFoundError)])
+def test_a_model_of_transformers_that_cannot_be_fetched_is_explained_in_one_sentence(serve, error):
+    serve(FakeHub(None, [], error))
+    with pytest.raises(CheckpointError, match=r"^no file or directory a/b here, and on the Hub a/b ") as caught:
+        find_folder("a/b", (), "a/b")
+    assert "give the path of a directory that holds it" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tests.fuzz.inputs import adapters, pictures, runs, shared_weights, weights
+from tests.fuzz.inputs import adapters, pictures, runs, scorers, shared_weights, weights
 from tests.fuzz.reader import Reader
 
 READERS: dict[str, Reader] = {
     **weights.READERS,
     **shared_weights.READERS,
+    **scorers.READERS,
     **adapters.READERS,
     **pictures.READERS,
     **runs.READERS,
@@ -23,7 +24,6 @@ CALLS = {
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
         (
-            "seg4diff_jax/analysis/clip.py",
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
             "seg4diff_jax/command_line/segment.py",

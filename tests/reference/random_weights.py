@@ -14,7 +14,7 @@ def randomize_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if name.endswith("bias"):
                 value = 0.1 * noise
-            elif parameter.ndim == 1:
+            elif parameter.ndim <= 1:
                 value = 1 + 0.1 * noise
             elif "embed" in name and parameter.ndim == 2 and parameter.shape[0] > parameter.shape[1]:
                 value = 0.5 * noise

@@ -1,4 +1,4 @@
-"""Checkpoints in every form, and what belongs to them: configurations, tokenizers, the image encoder."""
+"""Checkpoints in every form, and what belongs to them: configurations and tokenizers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from seg4diff_jax.convert.checkpoint import convert_checkpoint
 from seg4diff_jax.convert.components import COMPONENTS, abstract_model, parse_config
 from seg4diff_jax.convert.families import Naming
-from seg4diff_jax.convert.names import assign_back, parameter_shapes
+from seg4diff_jax.convert.names import Rule, assign_back, parameter_shapes
 from seg4diff_jax.convert.readers import Source
-from seg4diff_jax.convert.sources.image_encoder import load_image_encoder
 from seg4diff_jax.convert.sources.open import open_source
 from seg4diff_jax.convert.sources.safetensors_stream import read_header, read_tensor, write_safetensors
 from seg4diff_jax.convert.sources.text_encoders import open_files
 from seg4diff_jax.convert.tokenizers import open_tokenizers
 from seg4diff_jax.convert.write import write_index
 from seg4diff_jax.evaluation.expert import name_expert
-from seg4diff_jax.models.clip_vision import CLIPVisionConfig
+from seg4diff_jax.models.stacked_layers import Layered
 from seg4diff_jax.text import tokenize
 from tests.fuzz.reader import OWN_ERRORS, Reader
 from tests.reference.small_tokenizers import (
@@ -97,27 +94,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 SCHEDULER = {"shift": 2.5}
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_channels": 3,
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 4,
-}
 TEXTS = ["a cat on the sofa", "traffic light, sky", "unheard of", ""]
 
 
 def tensors_of(name: str, config: Mapping[str, Any], naming: Naming) -> dict[str, np.ndarray]:
     """Random tensors of a component under PyTorch's names."""
-    random = np.random.default_rng(len(name))
-    shapes = parameter_shapes(abstract_model(name, dict(config)))
+    rules = COMPONENTS[name].rules[naming](parse_config(name, dict(config)))
+    return tensors_of_model(abstract_model(name, dict(config)), rules, seed=len(name))
+
+
+def tensors_of_model(model: Layered, rules: list[Rule], *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors of an abstract model under PyTorch's names."""
+    random = np.random.default_rng(seed)
+    shapes = parameter_shapes(model)
     arrays = {ours: random.normal(size=shape).astype(np.float16) for ours, shape in shapes.items()}
-    rows = assign_back(COMPONENTS[name].rules[naming](parse_config(name, dict(config))), arrays)
+    rows = assign_back(rules, arrays)
     return {row.source: row.transform.to_torch([arrays[target] for target in row.targets]) for row in rows}
 
 
@@ -223,27 +214,6 @@ def read_tokenizers(root: Path) -> Any:
     return tokenize(open_tokenizers(source, t5=True), TEXTS, t5_length=16)._asdict()
 
 
-def make_image_encoder(root: Path) -> None:
-    from seg4diff_jax.convert.assemble import abstract
-    from seg4diff_jax.convert.tables import clip_vision
-    from seg4diff_jax.models.clip_vision import CLIPVision
-
-    config = CLIPVisionConfig.from_json(VISION)
-    shapes = parameter_shapes(abstract(lambda rngs: CLIPVision(config, rngs=rngs)))
-    arrays = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
-    rows = assign_back(clip_vision.diffusers(config), arrays)
-    write(
-        root / "model.safetensors",
-        {row.source: row.transform.to_torch([arrays[target] for target in row.targets]) for row in rows},
-    )
-    (root / "config.json").write_text(json.dumps(VISION, indent=2))
-
-
-def read_image_encoder(root: Path) -> Any:
-    model = load_image_encoder(root, dtype=np.float32)
-    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model))), model.config
-
-
 def read_tensors(root: Path) -> Any:
     return {name: read_tensor(info) for name, info in read_header(root / "weights.safetensors").items()}
 
@@ -336,14 +306,6 @@ READERS: dict[str, Reader] = {
         ("convert/tokenizers.py", "seg4diff_jax/text.py"),
         {"tokenizer*/*.json": "json", "tokenizer*/merges.txt": "text", "tokenizer_3/spiece.model": "pickle"},
         cases=20,
-    ),
-    "image encoder": Reader(
-        make_image_encoder,
-        read_image_encoder,
-        ("convert/sources/image_encoder.py",),
-        {"config.json": "json", "*.safetensors": "safetensors"},
-        MEANT,
-        cases=10,
     ),
     "name expert": Reader(
         make_folder("transformer"),
