@@ -49,7 +49,7 @@ from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
 HOW_STARTED = ("prompt", "prompts", "out", "overwrite", "resume")
-"""Options that change no picture, or that the pictures' names and prompts tell."""
+"""Options that change no picture, and those that name the prompts."""
 Made = tuple[int, UInt8[np.ndarray, "height width 3"], Segmentation | None]
 """The place of a picture among all, the picture, and its masks if these are asked for."""
 PER_PROMPT = {"numbered": 1, "compbench": 10}
@@ -114,8 +114,8 @@ def run(options: Any) -> None:
     if reading:
         pictures = [{**picture, "masks": f"{Path(picture['file']).stem}_masks"} for picture in pictures]
     asked = {name: value for name, value in options.as_dict().items() if name not in HOW_STARTED}
-    asked |= {**reading, "size": list(size), "count": count, "device": jax.devices()[0].device_kind}
-    going_on = options.resume and can_go_on(out, asked, pictures)
+    asked |= {**reading, "size": list(size), "count": count, "device": jax.devices()[0].device_kind, "prompts": prompts}
+    going_on = options.resume and can_go_on(out, asked)
     pipe, dtype, loading = load_shown(console, checkpoint, options)
 
     if not going_on:
@@ -124,7 +124,7 @@ def run(options: Any) -> None:
     left = [place for place, made in enumerate(pictures) if not (going_on and (out / made["file"]).is_file())]
     if going_on:
         console.print(f"going on: {len(pictures) - len(left)} of {len(pictures)} pictures are there")
-    record = {**asked, "prompts": prompts, "out": str(out), "dtype": dtype, "versions": versions()}
+    record = {**asked, "out": str(out), "dtype": dtype, "versions": versions()}
     made = generated(pipe, options, [picture["prompt"] for picture in pictures], left, size, reading)
     total, compiling = write_pictures(console, out, made, pictures, record, done=len(pictures) - len(left))
     seconds = {"loading": loading, "compiling": compiling, "running": total - compiling}
@@ -159,16 +159,21 @@ def asked_prompts(options: Any) -> list[str]:
     raise ValueError(f"{options.prompts} is empty: expected a prompt a line")
 
 
-def can_go_on(out: Path, asked: Mapping[str, Any], pictures: Sequence[Mapping[str, str]]) -> bool:
+def can_go_on(out: Path, asked: Mapping[str, Any]) -> bool:
     """Returns whether `out` has an interrupted run. Raises ValueError if that was asked for something else."""
     if (former := asked_before(out / DIRECTORY)) is None:
         return False
-    by_picture = lambda named: {f"picture {number}": picture for number, picture in enumerate(named, 1)}
-    named = former.pop("pictures", None)
-    if not isinstance(named, list):
-        raise ValueError(f"{out / DIRECTORY / RUN}: pictures is {quoted(named)}: give --overwrite to begin anew")
-    refuse_changes(out / DIRECTORY, former | by_picture(named), {**asked, **by_picture(pictures)})
+    former.pop("pictures", None)  # whose names follow from the rest
+    if not isinstance(former.get("prompts"), list):
+        where = out / DIRECTORY / RUN
+        raise ValueError(f"{where}: prompts is {quoted(former.get('prompts'))}: give --overwrite to begin anew")
+    refuse_changes(out / DIRECTORY, _by_prompt(former), _by_prompt(asked))
     return True
+
+
+def _by_prompt(asked: Mapping[str, Any]) -> dict[str, Any]:
+    numbered = {f"prompt {number}": prompt for number, prompt in enumerate(asked["prompts"], 1)}
+    return {name: value for name, value in asked.items() if name != "prompts"} | numbered
 
 
 def open_checked(options: Any, count: int) -> tuple[Checkpoint, tuple[int, int]]:

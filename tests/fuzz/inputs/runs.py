@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from seg4diff_jax.command_line import compare
-from seg4diff_jax.command_line.picture_directory import RECORD, remove_former
+from seg4diff_jax.command_line.picture_directory import RECORD, read_pictures, remove_former
 from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
@@ -133,7 +133,10 @@ def make_pictured(root: Path) -> None:
     for name in ("00_a_cat.png", "01_a_dog.png", "kept.png"):
         (root / name).write_bytes(b"pixels")
     (root / "00_a_cat_masks").mkdir()
-    pictures = [{"file": "00_a_cat.png", "masks": "00_a_cat_masks"}, {"file": "01_a_dog.png", "prompt": "a dog"}]
+    pictures = [
+        {"file": "00_a_cat.png", "prompt": "a cat", "masks": "00_a_cat_masks"},
+        {"file": "01_a_dog.png", "prompt": "a dog"},
+    ]
     (root / RECORD).write_text(json.dumps({"seed": 0, "pictures": pictures}))
 
 
@@ -141,6 +144,10 @@ def left_of_pictured(root: Path) -> Any:
     remove_former(root)
     assert (root / "kept.png").read_bytes() == b"pixels"
     return sorted(path.name for path in root.iterdir() if path.is_file())
+
+
+def named_pictures(root: Path) -> Any:
+    return read_pictures(root)[1]
 
 
 def make_results(root: Path) -> None:
@@ -284,6 +291,15 @@ READERS: dict[str, Reader] = {
         {RECORD: "json"},
         {"": "files of a damaged record stay where they are"},
         cases=6,
+    ),
+    "named pictures": Reader(
+        make_pictured,
+        named_pictures,
+        ("seg4diff_jax/command_line/picture_directory.py",),
+        {RECORD: "json"},
+        {"": "another prompt is another score: a record is for people and tools, and has no checksum"},
+        errors=(*OWN_ERRORS, ValueError),
+        cases=12,
     ),
     "evaluation options": Reader(
         configured(EVALUATION),
