@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.checkpoints import Checkpoint, load, open
     from seg4diff_jax.class_names import OneClassWarning
     from seg4diff_jax.convert.errors import CheckpointError
-    from seg4diff_jax.data.labelled import FolderError
+    from seg4diff_jax.data.errors import FolderError
     from seg4diff_jax.image_files import ImageError
     from seg4diff_jax.models.attention import AttentionRequest, JointAttention
     from seg4diff_jax.models.kernels import Kernel
@@ -54,7 +54,7 @@ _HOMES = {
     "checkpoints": ("Checkpoint", "load", "open"),
     "class_names": ("OneClassWarning",),
     "convert.errors": ("CheckpointError",),
-    "data.labelled": ("FolderError",),
+    "data.errors": ("FolderError",),
     "image_files": ("ImageError",),
     "models.attention": ("AttentionRequest", "JointAttention"),
     "models.kernels": ("Kernel",),

@@ -40,6 +40,7 @@ install_import_hook(modules_with_shapes(), "beartype.beartype")
 
 LONGEST = [
     *("magnet/sharded", "models/mmdit", "readme", "miniature/training", "generation", "training/sharded"),
+    "command_line/generate_many",
     *("magnet/interrupted", "magnet/configurations", "evaluation/evaluate_spread", "evaluation/evaluate"),
     *("magnet/training", "models/vae", "evaluation/zero_shot", "magnet/step", "benchmark_scripts", "training/loop"),
     *("models/lora", "parallel_numbers", "pipeline"),

@@ -16,7 +16,7 @@ from tests.test_layout import ROOT, imported, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MODULES = dict(sources())
-CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "analyze", "scenes", "compare", "memory")
+CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "scenes", "compare", "memory")
 ENTRIES = {
     "core": (
         *("__init__", "__main__", "pipeline", "checkpoints", "convert.__main__"),

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from seg4diff_jax import image_files
-from seg4diff_jax.data.labelled import FolderError, read_values
+from seg4diff_jax.data.errors import FolderError
+from seg4diff_jax.data.labelled import read_values
 from seg4diff_jax.images import ImageError, read_image
 
 GRAY, RGB, PALETTE, GRAY_AND_OPACITY, RGBA = 0, 2, 3, 4, 6

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -16,47 +15,60 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 from jsonargparse import ArgumentParser
-from PIL import Image
+from rich.console import Console
 
 from seg4diff_jax.batching import one_for_each
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.class_names import OneClassWarning, one_word
 from seg4diff_jax.command_line.memory import explaining_full_memory
-from seg4diff_jax.command_line.segment import (
-    load_shown,
-    model_arguments,
-    open_named,
-    output_directory,
-    parse_size,
+from seg4diff_jax.command_line.picture_directory import (
+    GRID,
+    MOST_IN_GRID,
+    RECORD,
+    Layout,
+    grid,
+    picture_files,
+    readable,
+    remove_former,
+    remove_progress,
+    write_picture,
 )
+from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named, parse_size, resumable_directory
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
 from seg4diff_jax.generated_masks import mask_step, words_of
+from seg4diff_jax.images import read_image
+from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.pipeline_options import RunOptions
-from seg4diff_jax.reporting.overlays import contact_sheet
-from seg4diff_jax.reporting.segmentation_files import (
-    file_name,
-    remove_segmentation,
-    write_class_masks,
-    write_segmentation,
-)
+from seg4diff_jax.quoting import quoted
+from seg4diff_jax.reporting.segmentation_files import write_class_masks, write_segmentation
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
-RECORD, GRID = "generation.json", "grid.png"
-"""Files beside the pictures. The record is written last, so a directory with a record is complete."""
-CELL = 256, 512
-"""Shortest and longest side of a picture in the grid, in pixels."""
+HOW_STARTED = ("prompt", "prompts", "out", "overwrite", "resume")
+"""Options that change no picture, and those that name the prompts."""
+Made = tuple[int, UInt8[np.ndarray, "height width 3"], Segmentation | None]
+"""The place of a picture among all, the picture, and its masks if these are asked for."""
+PER_PROMPT = {"numbered": 1, "compbench": 10}
+"""Pictures of each prompt unless --count says another number. T2I-CompBench++ scores ten."""
 
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
-    add("prompts", type=str, nargs="+", metavar="PROMPT", help='what to picture, such as: "a cat on a sofa"')
+    add("prompt", type=str, nargs="*", metavar="PROMPT", help='what to picture, such as: "a cat on a sofa"')
+    add("--prompts", type=str, metavar="FILE", help="the same by file, a prompt a line")
     add("--out", type=str, help="directory for the pictures; default: runs/generate/<first prompt>-<time>")
     add("--overwrite", action="store_true", help="replace files of an earlier run in --out")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add(
+        "--layout",
+        choices=list(get_args(Layout)),
+        default="numbered",
+        help="names of the pictures; compbench: samples/<prompt>_<number>.png, as T2I-CompBench++'s scorers read them",
+    )
     add("--negative", type=str, default="", metavar="PROMPT", help="what guidance leads away from")
     add("--steps", type=int, default=28, help="Euler steps from noise to picture")
     add(
@@ -67,7 +79,7 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("--guidance", type=float, default=7.0, help="scale; at 1 or less there is none, and a step costs half")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
-    add("--count", type=int, default=1, help="pictures of each prompt")
+    add("--count", type=int, help="pictures of each prompt; default: 1, or 10 for --layout compbench")
     add("--batch", type=int, default=1, help="pictures made at once; more need more memory and change none")
     add("--size", type=str, metavar="HxW", help="height x width of the pictures, as in 768x1024; default: as trained")
     add(
@@ -85,79 +97,86 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it warns that PyTorch is missing
     console = stderr_console()
-    default = Path("runs") / "generate" / f"{readable(options.prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
-    out = output_directory(options.out or str(default), "", options.overwrite)
-    checkpoint, size = open_checked(options)
-    reading = masks_checked(options, checkpoint)
+    prompts = asked_prompts(options)
+    count = PER_PROMPT[options.layout] if options.count is None else options.count
+    default = Path("runs") / "generate" / f"{readable(prompts[0])}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = resumable_directory(options, str(default), RECORD)
+    checkpoint, size = open_checked(options, count)
+    reading = masks_checked(options, prompts, checkpoint)
     if reading and (remark := one_word(options.segment)):
         console.print(f"warning: {remark}")
+    pictures: list[dict[str, str]] = [
+        {"file": file, "prompt": prompt}
+        for file, prompt in zip(
+            picture_files(prompts, count, options.layout), one_for_each(prompts, count), strict=True
+        )
+    ]
+    if reading:
+        pictures = [{**picture, "masks": f"{Path(picture['file']).stem}_masks"} for picture in pictures]
+    asked = {name: value for name, value in options.as_dict().items() if name not in HOW_STARTED}
+    asked |= {**reading, "size": list(size), "count": count, "device": jax.devices()[0].device_kind, "prompts": prompts}
+    going_on = options.resume and can_go_on(out, asked)
     pipe, dtype, loading = load_shown(console, checkpoint, options)
 
-    out.mkdir(parents=True, exist_ok=True)
-    remove_former(out)
-    names, pictures, masks = file_names(options.prompts, options.count), [], []
-    remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
-    with (
-        Bar(console, "generating", len(names)) as bar,
-        CompilationClock() as compilation,
-        explaining_full_memory(remedy),
-    ):
-        start = time.perf_counter()
-        for name, (picture, segmentation) in zip(names, generated(pipe, options, size, reading), strict=True):
-            Image.fromarray(picture).save(out / name)
-            pictures.append(picture)
-            masks.append(segmentation)
-            bar.update(len(pictures))
-        total = time.perf_counter() - start
-    seconds = {"loading": loading, "compiling": compilation.seconds, "running": total - compilation.seconds}
+    if not going_on:
+        remove_former(out)
+        begin(out / DIRECTORY, {**asked, "pictures": pictures})
+    left = [place for place, made in enumerate(pictures) if not (going_on and (out / made["file"]).is_file())]
+    if going_on:
+        console.print(f"going on: {len(pictures) - len(left)} of {len(pictures)} pictures are there")
+    record = {**asked, "out": str(out), "dtype": dtype, "versions": versions()}
+    made = generated(pipe, options, [picture["prompt"] for picture in pictures], left, size, reading)
+    total, compiling = write_pictures(console, out, made, pictures, record, done=len(pictures) - len(left))
+    seconds = {"loading": loading, "compiling": compiling, "running": total - compiling}
     console.print(
-        f"generated {len(pictures)} of {size[0]} x {size[1]} pixels in {total:.1f} s: compiling "
+        f"generated {len(left)} of {size[0]} x {size[1]} pixels in {total:.1f} s: compiling "
         f"{seconds['compiling']:.1f} s, running {seconds['running']:.1f} s"
     )
-
-    each = one_for_each(options.prompts, options.count)
     if len(pictures) > 1:
-        grid(each, options.count, pictures).save(out / GRID)
-    record = {
-        **options.as_dict(),
-        **reading,
-        "out": str(out),
-        "dtype": dtype,
-        "size": list(size),
-        "device": jax.devices()[0].device_kind,
-        "seconds": seconds,
-        "versions": versions(),
-        "pictures": [{"file": name, "prompt": prompt} for name, prompt in zip(names, each, strict=True)],
-    }
-    if reading:
-        with console.status("drawing masks"):
-            for made, picture, segmentation in zip(record["pictures"], pictures, masks, strict=True):
-                made["masks"] = f"{Path(made['file']).stem}_masks"
-                how = {key: value for key, value in record.items() if key != "pictures"} | made
-                write_segmentation(out / made["masks"], picture, segmentation, how)
-                write_class_masks(out / made["masks"], segmentation)
-    (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    folders = [f"{made['masks']}/" for made in record["pictures"]] if reading else []
-    wrote = [*names, *folders, *([GRID] if len(pictures) > 1 else []), RECORD]
+        first = pictures[:MOST_IN_GRID]
+        shown = (read_image(out / picture["file"]) for picture in first)
+        grid([picture["prompt"] for picture in first], count, shown).save(out / GRID)
+    record |= {"seconds": seconds, "pictures": pictures}
+    write_whole(out / DIRECTORY, out / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    remove_progress(out)
+    wrote = [picture["file"] for picture in pictures] + [f"{picture['masks']}/" for picture in pictures if reading]
+    wrote += [*([GRID] if len(pictures) > 1 else []), RECORD]
     console.print(f"wrote {out}: {', '.join(wrote if len(wrote) < 9 else [*wrote[:3], '...', *wrote[-3:]])}")
 
 
-def remove_former(out: Path) -> None:
-    """Removes the files of an earlier run that its record names, its masks among them, and nothing else."""
-    try:
-        pictures = read_json(out / RECORD)["pictures"]
-        former = {RECORD, GRID, *(Path(picture["file"]).name for picture in pictures)}
-        masks = {Path(picture["masks"]).name for picture in pictures if "masks" in picture}
-    except (ValueError, KeyError, TypeError):
-        return
-    for path in out.iterdir():
-        if path.name in former and (path.is_file() or path.is_symlink()):
-            path.unlink()
-        elif path.name in masks and path.is_dir() and not path.is_symlink():
-            remove_segmentation(path)
+def asked_prompts(options: Any) -> list[str]:
+    """Returns the prompts that are named, or those of the file. Raises ValueError for both, neither and an empty file.
+
+    Blank lines of the file are left out.
+    """
+    if bool(options.prompt) == (options.prompts is not None):
+        found = "both" if options.prompt else "neither"
+        raise ValueError(f"say what to picture: PROMPT, or --prompts FILE with a prompt a line: found {found}")
+    if options.prompts is None:
+        return options.prompt
+    if prompts := [line for line in read_lines(options.prompts, "a prompt a line") if line]:
+        return prompts
+    raise ValueError(f"{options.prompts} is empty: expected a prompt a line")
 
 
-def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
+def can_go_on(out: Path, asked: Mapping[str, Any]) -> bool:
+    """Returns whether `out` has an interrupted run. Raises ValueError if that was asked for something else."""
+    if (former := asked_before(out / DIRECTORY)) is None:
+        return False
+    former.pop("pictures", None)  # whose names follow from the rest
+    if not isinstance(former.get("prompts"), list):
+        where = out / DIRECTORY / RUN
+        raise ValueError(f"{where}: prompts is {quoted(former.get('prompts'))}: give --overwrite to begin anew")
+    refuse_changes(out / DIRECTORY, _by_prompt(former), _by_prompt(asked))
+    return True
+
+
+def _by_prompt(asked: Mapping[str, Any]) -> dict[str, Any]:
+    numbered = {f"prompt {number}": prompt for number, prompt in enumerate(asked["prompts"], 1)}
+    return {name: value for name, value in asked.items() if name != "prompts"} | numbered
+
+
+def open_checked(options: Any, count: int) -> tuple[Checkpoint, tuple[int, int]]:
     """Opens the checkpoint. Returns it, and height and width of the pictures.
 
     Raises:
@@ -166,47 +185,97 @@ def open_checked(options: Any) -> tuple[Checkpoint, tuple[int, int]]:
     wanted = parse_size(options.size)
     check_seed(options.seed)
     check_guidance(options.guidance)
-    for name in ("count", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
+    for name, value in (("count", count), ("batch", options.batch)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}: expected at least 1")
     checkpoint = open_named(options)
     checkpoint.schedule.sigmas(options.steps)
     checkpoint.schedule.check_sampler(options.sampler)
     return checkpoint, checkpoint.size(wanted)
 
 
-def masks_checked(options: Any, checkpoint: Checkpoint) -> dict[str, int]:
+def masks_checked(options: Any, prompts: Sequence[str], checkpoint: Checkpoint) -> dict[str, int]:
     """Returns the block and the step to read masks in, by name; none if no masks are asked for.
 
     Raises:
-      ValueError: a word is not in each prompt; or block or step are out of bounds, or given without --segment.
+      ValueError: a word is not in each prompt; block or step are out of bounds, or given without --segment; or the
+        layout has no place for masks.
     """
     if options.segment is None:
         if options.block is not None or options.at_step is not None:
             raise ValueError("--block and --at-step say where masks are read: name words of the prompt with --segment")
         return {}
-    for prompt in options.prompts:
+    if options.layout == "compbench":
+        raise ValueError("--layout compbench is for scorers that know no masks: leave out --segment, or --layout")
+    for prompt in prompts:
         words_of(checkpoint.tokenizers, prompt, options.segment)
     step = mask_step(options.at_step, checkpoint.step(), options.steps)
     return {"block": checkpoint.block(options.block), "at_step": step}
 
 
-def generated(
-    pipe: Pipeline, options: Any, size: tuple[int, int], reading: Mapping[str, int]
-) -> Iterator[tuple[UInt8[np.ndarray, "height width 3"], Segmentation | None]]:
-    """Yields the pictures of all prompts, generated in batches of `--batch`, and their masks if these are asked for.
+def write_pictures(
+    console: Console,
+    out: Path,
+    made: Iterable[Made],
+    pictures: Sequence[Mapping[str, str]],
+    record: Mapping[str, Any],
+    done: int,
+) -> tuple[float, float]:
+    """Writes pictures and masks as they are made. Returns the seconds that it took, and those of compiling in them.
 
     Args:
+      pictures: what the record says of each.
+      record: what segmentation.json says of the run.
+      done: how many pictures are there before.
+    """
+    (out / pictures[0]["file"]).parent.mkdir(exist_ok=True)
+    remedy = "choose a smaller --size or --batch, or --dtype bfloat16"
+    with (
+        Bar(console, "generating", len(pictures), done=done) as bar,
+        CompilationClock() as compilation,
+        explaining_full_memory(remedy),
+    ):
+        start = time.perf_counter()
+        for number, (place, picture, segmentation) in enumerate(made, done + 1):
+            if segmentation is not None:
+                directory = out / pictures[place]["masks"]
+                write_segmentation(directory, picture, segmentation, {**record, **pictures[place]})
+                write_class_masks(directory, segmentation)
+            write_picture(out, pictures[place]["file"], picture)  # after its masks: what has a picture is done
+            bar.update(number)
+        return time.perf_counter() - start, compilation.seconds
+
+
+def generated(
+    pipe: Pipeline,
+    options: Any,
+    prompts: list[str],
+    left: Collection[int],
+    size: tuple[int, int],
+    reading: Mapping[str, int],
+) -> Iterator[Made]:
+    """Yields the pictures that are left to make, each with its place, and their masks if these are asked for.
+
+    Pictures are made in batches of `--batch`. Which pictures share a batch does not depend on what is left, so that a
+    run that was interrupted makes the same as one that was not.
+
+    Args:
+      prompts: one for each picture.
+      left: places of the pictures to make.
       reading: what `masks_checked` returned.
     """
-    prompts = one_for_each(options.prompts, options.count)
+    left = frozenset(left)
     batch, factor = min(options.batch, len(prompts)), pipe.view.downsampling
     latents = size[0] // factor, size[1] // factor, pipe.view.channels
     for start in range(0, len(prompts), batch):
         places = range(start, min(start + batch, len(prompts)))
+        if left.isdisjoint(places):
+            continue
         # The last batch is padded with its last picture, so that all batches use one compiled program.
         filled = [*places, *[places[-1]] * (batch - len(places))]
         batched = [prompts[place] for place in filled]
+        for prompt in dict.fromkeys(batched):
+            pipe.encode_prompts(prompt)  # by itself, and kept: several at once would differ in the last digits
         how: RunOptions = {
             "negative_prompt": options.negative,
             "steps": options.steps,
@@ -222,34 +291,4 @@ def generated(
                 made = pipe.generate(batched, segment=options.segment, block=block, at_step=at_step, **how)
         else:
             made = [(picture, None) for picture in pipe.generate(batched, **how)]
-        yield from made[: len(places)]
-
-
-def readable(prompt: str) -> str:
-    return file_name(prompt) if re.search(r"\w", prompt) else "picture"
-
-
-def file_names(prompts: list[str], count: int) -> list[str]:
-    """Returns file names such as 00_a_cat.png, or 00_a_cat_1.png with several pictures per prompt."""
-    digits, own = max(2, len(str(len(prompts) - 1))), len(str(count))
-    numbers = [""] if count == 1 else [f"_{number:0{own}}" for number in range(1, count + 1)]
-    return [
-        f"{index:0{digits}}_{readable(prompt)}{number}.png"
-        for index, prompt in enumerate(prompts)
-        for number in numbers
-    ]
-
-
-def grid(prompts: list[str], count: int, pictures: list[UInt8[np.ndarray, "height width 3"]]) -> Image.Image:
-    """Draws all pictures in a grid, under their prompts. Small pictures are enlarged, large ones reduced."""
-    height, width = pictures[0].shape[:2]
-    scale = max(1.0, CELL[0] / min(height, width))
-    scale = min(scale, CELL[1] / max(height, width))
-    cell = max(1, round(scale * width)), max(1, round(scale * height))
-    numbers = [f"{index % count + 1} of {count}" if count > 1 else "" for index in range(len(pictures))]
-    return contact_sheet(
-        [
-            (prompt, number, Image.fromarray(picture).resize(cell, Image.Resampling.LANCZOS))
-            for prompt, number, picture in zip(prompts, numbers, pictures, strict=True)
-        ]
-    )
+        yield from ((place, *pair) for place, pair in zip(places, made, strict=False) if place in left)

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from seg4diff_jax.data.coco_categories import CATEGORIES, MERGED, SUPERCATEGORIES
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.labelled import (
-    FolderError,
     IdTable,
     LabelledImages,
     Labels,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seg4diff_jax.data.labelled import FolderError, IdTable, PngLabels, read_fitting, visible
+from seg4diff_jax.data.errors import FolderError
+from seg4diff_jax.data.labelled import IdTable, PngLabels, read_fitting, visible
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.segmentation.metrics import IGNORED

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated
 from seg4diff_jax.quoting import cut, quoted

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.image_files import ImageError, read_label_png, read_rgb
 
@@ -17,10 +18,6 @@ INDEX_MODES = ("L", "P", "1", "I;16", "I")
 """Pillow's modes of images with one whole number per pixel. With a palette, the number is the index."""
 SYNONYMS = {"validation": "val", "val": "validation", "training": "train", "train": "training"}
 """Other names of splits."""
-
-
-class FolderError(ValueError):
-    """A folder or one of its files cannot be used; the message names it."""
 
 
 @runtime_checkable

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from seg4diff_jax.data.labelled import FolderError, IdTable, LabelledImages, first_of, published_split
+from seg4diff_jax.data.errors import FolderError
+from seg4diff_jax.data.labelled import IdTable, LabelledImages, first_of, published_split
 from seg4diff_jax.data.names import listed
 from seg4diff_jax.data.run_lengths import decoded
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 
 LONGEST = 6
 """Most groups of one number: 30 bits, more than an image has pixels."""

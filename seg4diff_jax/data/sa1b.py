@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.image_captions import ImageCaptions
-from seg4diff_jax.data.labelled import FolderError, visible
+from seg4diff_jax.data.labelled import visible
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.data.run_lengths import decoded
 from seg4diff_jax.data.text_files import Annotations, read_json, unrepeated

@@ -13,7 +13,7 @@ from typing import Any
 
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.files import parse_json
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.quoting import cut, quoted
 
 MARKS = (  # UTF-32 is before UTF-16, since its little-endian mark begins with UTF-16's

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.folder import listed_ids, read_classes
-from seg4diff_jax.data.labelled import FolderError, first_of, published_kind, published_split, read_fitting, read_values
+from seg4diff_jax.data.labelled import first_of, published_kind, published_split, read_fitting, read_values
 from seg4diff_jax.data.loader import Item
 from seg4diff_jax.quoting import cut
 

@@ -11,16 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from seg4diff_jax.data.labelled import (
-    SYNONYMS,
-    FolderError,
-    IdTable,
-    LabelledImages,
-    PngLabels,
-    first_of,
-    published_kind,
-    visible,
-)
+from seg4diff_jax.data.errors import FolderError
+from seg4diff_jax.data.labelled import SYNONYMS, IdTable, LabelledImages, PngLabels, first_of, published_kind, visible
 from seg4diff_jax.data.names import listed
 from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.segmentation.metrics import IGNORED

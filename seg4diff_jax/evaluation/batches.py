@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.crops import View
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range

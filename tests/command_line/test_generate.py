@@ -17,7 +17,7 @@ from PIL import Image
 import seg4diff_jax as s4d
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line import main
-from seg4diff_jax.command_line.generate import RECORD, file_names, grid, remove_former
+from seg4diff_jax.command_line.picture_directory import RECORD, file_names, grid, remove_former
 from seg4diff_jax.reporting.segmentation_files import FILES as FILES_OF_MASKS
 from tests.reference.inputs import VARIED, an_image
 from tests.reference.ties import assert_same_labels

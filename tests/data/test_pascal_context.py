@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.sets import SETS
 from tests.reference.label_files import picture, text
 

@@ -13,8 +13,9 @@ from pycocotools import mask as coco
 
 from seg4diff_jax.data.coco import PanopticLabels, read_coco
 from seg4diff_jax.data.coco_categories import CATEGORIES, MERGED
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.image_captions import read_captions
-from seg4diff_jax.data.labelled import FolderError, LabelledImages
+from seg4diff_jax.data.labelled import LabelledImages
 from seg4diff_jax.data.run_lengths import decoded, lengths_of
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.images import read_image

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.run_lengths import decoded, lengths_of
 
 SIZES = [(1, 1), (1, 40), (17, 23), (61, 50)]

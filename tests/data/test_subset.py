@@ -14,8 +14,9 @@ from PIL import Image
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.data.ade20k import read_ade20k
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.folder import LabelledFolder
-from seg4diff_jax.data.labelled import FolderError, images_in
+from seg4diff_jax.data.labelled import images_in
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.subset import listed_places

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from seg4diff_jax.data import text_files
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.folder import read_classes
 from seg4diff_jax.data.image_captions import ImageCaptions, read_captions
-from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.text_files import Annotations, read_json, read_lines, read_text
 
 NAMES = ["crème brûlée", "猫", "sofa\u2028bed", "form\x0cfeed"]

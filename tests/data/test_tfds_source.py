@@ -16,7 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.tfds_source import PreparedSet
 from seg4diff_jax.images import ImageError
 

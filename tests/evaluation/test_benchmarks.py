@@ -13,7 +13,7 @@ import yaml
 
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.command_line.evaluate import main
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.evaluation.batches import Example, LeftOut, PresentClasses, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import OTHERS, Benchmark, open_benchmark

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.data.labelled import FolderError
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.training.errors import TrainingError
 

@@ -26,6 +26,8 @@ ELSEWHERE: dict[str, str] = {
         (
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
+            "seg4diff_jax/command_line/clip_score.py",
+            "seg4diff_jax/command_line/generate.py",
             "seg4diff_jax/command_line/segment.py",
             "seg4diff_jax/command_line/statistics.py",
             "seg4diff_jax/evaluation/benchmarks.py",

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from seg4diff_jax.data.crops import View
+from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import ImageCaptions, first_sentences
-from seg4diff_jax.data.labelled import FolderError
 from seg4diff_jax.data.loader import training_batches
 from seg4diff_jax.data.sa1b import MaskFolder
 from seg4diff_jax.magnet.encoded_items import hash_of_files, sum_of_weights

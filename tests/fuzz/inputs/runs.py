@@ -10,16 +10,17 @@ import jax
 import numpy as np
 
 from seg4diff_jax.command_line import compare
-from seg4diff_jax.command_line.generate import RECORD, remove_former
+from seg4diff_jax.command_line.picture_directory import RECORD, read_pictures, remove_former
 from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.counts import Counts
-from seg4diff_jax.evaluation.resumption import RUN, Progress
+from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
+from seg4diff_jax.interrupted_runs import RUN
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.logs import Logs
 from seg4diff_jax.training.loop import train
@@ -132,7 +133,10 @@ def make_pictured(root: Path) -> None:
     for name in ("00_a_cat.png", "01_a_dog.png", "kept.png"):
         (root / name).write_bytes(b"pixels")
     (root / "00_a_cat_masks").mkdir()
-    pictures = [{"file": "00_a_cat.png", "masks": "00_a_cat_masks"}, {"file": "01_a_dog.png", "prompt": "a dog"}]
+    pictures = [
+        {"file": "00_a_cat.png", "prompt": "a cat", "masks": "00_a_cat_masks"},
+        {"file": "01_a_dog.png", "prompt": "a dog"},
+    ]
     (root / RECORD).write_text(json.dumps({"seed": 0, "pictures": pictures}))
 
 
@@ -140,6 +144,10 @@ def left_of_pictured(root: Path) -> Any:
     remove_former(root)
     assert (root / "kept.png").read_bytes() == b"pixels"
     return sorted(path.name for path in root.iterdir() if path.is_file())
+
+
+def named_pictures(root: Path) -> Any:
+    return read_pictures(root)[1]
 
 
 def make_results(root: Path) -> None:
@@ -249,7 +257,11 @@ READERS: dict[str, Reader] = {
     "counts": Reader(
         make_progress,
         read_progress,
-        ("seg4diff_jax/evaluation/resumption.py", "seg4diff_jax/evaluation/counts.py"),
+        (
+            "seg4diff_jax/evaluation/resumption.py",
+            "seg4diff_jax/evaluation/counts.py",
+            "seg4diff_jax/interrupted_runs.py",
+        ),
         {"progress/*.npz": "zip", "progress/run.json": "json"},
         {r"npz: (absent|swap|directory|dangling): ": GONE},
         errors=(*OWN_ERRORS, ValueError, Recounted),
@@ -275,10 +287,19 @@ READERS: dict[str, Reader] = {
     "record of pictures": Reader(
         make_pictured,
         left_of_pictured,
-        ("seg4diff_jax/command_line/generate.py",),
+        ("seg4diff_jax/command_line/picture_directory.py",),
         {RECORD: "json"},
         {"": "files of a damaged record stay where they are"},
         cases=6,
+    ),
+    "named pictures": Reader(
+        make_pictured,
+        named_pictures,
+        ("seg4diff_jax/command_line/picture_directory.py",),
+        {RECORD: "json"},
+        {"": "another prompt is another score: a record is for people and tools, and has no checksum"},
+        errors=(*OWN_ERRORS, ValueError),
+        cases=12,
     ),
     "evaluation options": Reader(
         configured(EVALUATION),
