@@ -19,6 +19,8 @@ from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import MinMax
 
 Picture = UInt8[np.ndarray, "height width 3"]
+STRENGTH = 0.6
+"""Of image to image, as in diffusers."""
 PictureWithMasks = tuple[Picture, Segmentation]
 
 
@@ -104,7 +106,7 @@ class RunSettings(Checked):
         sigmas = schedule.sigmas(self.steps)
         if self.image is None:
             return sigmas
-        return sigmas[self.steps - steps_from_image(self.steps, 0.6 if self.strength is None else self.strength) :]
+        return sigmas[self.steps - steps_from_image(self.steps, STRENGTH if self.strength is None else self.strength) :]
 
     def images(self, pictures: int) -> list[ImageInput]:
         """Returns the images: none, one for all pictures, or one for each. Raises ValueError for other counts."""

@@ -36,12 +36,12 @@ from seg4diff_jax.command_line.picture_directory import (
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named, parse_size, resumable_directory
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.data.text_files import read_lines
-from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise
+from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise, steps_from_image
 from seg4diff_jax.generated_masks import mask_step, words_of
 from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.pipeline import Pipeline
-from seg4diff_jax.pipeline_options import RunOptions
+from seg4diff_jax.pipeline_options import STRENGTH, RunOptions
 from seg4diff_jax.quoting import quoted
 from seg4diff_jax.reporting.segmentation_files import write_class_masks, write_segmentation
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
@@ -82,6 +82,8 @@ def arguments(parser: ArgumentParser) -> None:
     add("--count", type=int, help="pictures of each prompt; default: 1, or 10 for --layout compbench")
     add("--batch", type=int, default=1, help="pictures made at once; more need more memory and change none")
     add("--size", type=str, metavar="HxW", help="height x width of the pictures, as in 768x1024; default: as trained")
+    add("--image", type=str, metavar="FILE", help="what pictures start from instead of noise; they keep its aspect")
+    add("--strength", type=float, help="how far from --image they may go, above 0 and at most 1; default: 0.6")
     add(
         "--segment", type=str, nargs="+", metavar="WORD", help="words of all prompts to write masks of, read in the run"
     )
@@ -188,10 +190,22 @@ def open_checked(options: Any, count: int) -> tuple[Checkpoint, tuple[int, int]]
     for name, value in (("count", count), ("batch", options.batch)):
         if value < 1:
             raise ValueError(f"--{name} is {value}: expected at least 1")
+    taken_steps(options)
     checkpoint = open_named(options)
     checkpoint.schedule.sigmas(options.steps)
     checkpoint.schedule.check_sampler(options.sampler)
+    if options.image is not None:
+        return checkpoint, checkpoint.view.common_size([options.image], wanted)
     return checkpoint, checkpoint.size(wanted)
+
+
+def taken_steps(options: Any) -> int:
+    """Returns how many steps are taken: fewer from an image. Raises ValueError for strength, also without an image."""
+    if options.image is not None:
+        return steps_from_image(options.steps, STRENGTH if options.strength is None else options.strength)
+    if options.strength is not None:
+        raise ValueError("--strength says how far to go from an image: name one with --image")
+    return options.steps
 
 
 def masks_checked(options: Any, prompts: Sequence[str], checkpoint: Checkpoint) -> dict[str, int]:
@@ -209,7 +223,7 @@ def masks_checked(options: Any, prompts: Sequence[str], checkpoint: Checkpoint) 
         raise ValueError("--layout compbench is for scorers that know no masks: leave out --segment, or --layout")
     for prompt in prompts:
         words_of(checkpoint.tokenizers, prompt, options.segment)
-    step = mask_step(options.at_step, checkpoint.step(), options.steps)
+    step = mask_step(options.at_step, checkpoint.step(), options.steps, taken_steps(options))
     return {"block": checkpoint.block(options.block), "at_step": step}
 
 
@@ -283,6 +297,8 @@ def generated(
             "noise": np.asarray(image_noise(options.seed, filled, latents)),
             "size": size,
             "sampler": options.sampler,
+            "image": options.image,
+            "strength": options.strength,
         }
         if reading:
             with warnings.catch_warnings():

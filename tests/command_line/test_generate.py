@@ -29,6 +29,7 @@ FILES = [
     "01_two_red_buses_at_night_1.png",
     "01_two_red_buses_at_night_2.png",
 ]
+PNG = str(Path(__file__).parents[2] / "docs" / "pictures" / "samples.png")
 OPTIONS = ["--negative", "sky", "--steps", "3", "--guidance", "5", "--seed", "3", "--size", "64x96"]
 
 
@@ -131,6 +132,20 @@ def test_the_grid_shows_small_pictures_enlarged_and_large_ones_reduced(size):
     assert 256 < min(sheet.size) <= max(sheet.size) < 1200
 
 
+def test_pictures_that_start_from_an_image_keep_its_aspect(tmp_path, sd3_checkpoint, sd3):
+    image, out = tmp_path / "image.png", tmp_path / "out"
+    Image.fromarray(an_image(96, 160)).save(image)
+    start = ["--image", str(image), "--strength", "0.5", "--model", str(sd3_checkpoint), "--out", str(out)]
+    assert main(["generate", "a cat", "--steps", "4", "--count", "2", *start]) == 0
+    expected = sd3.generate(["a cat"] * 2, steps=4, image=image, strength=0.5)
+    for number, picture in enumerate(expected, 1):
+        found = np.asarray(Image.open(out / f"00_a_cat_{number}.png"))
+        assert np.abs(found.astype(int) - picture).max() <= 1
+    record = json.loads((out / RECORD).read_text())
+    assert (record["image"], record["strength"]) == (str(image), 0.5)
+    assert record["size"] == list(expected[0].shape[:2])
+
+
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 LOOKING = ["--segment", "cat", "the grass", "--block", str(VARIED), "--at-step", "2"]
@@ -231,12 +246,20 @@ def test_a_single_word_is_warned_of_once(tmp_path, sd3_checkpoint, capsys):
         ({"t5": "true", "tokenizers": "absent"}, "absent has no folder tokenizer"),
         ({"at-step": "2"}, "--block and --at-step say where masks are read: name words of the prompt with --segment"),
         ({"block": "2"}, "--block and --at-step say where masks are read: name words of the prompt with --segment"),
+        ({"strength": "0.5"}, "--strength says how far to go from an image: name one with --image"),
+        ({"image": __file__, "strength": "0.5"}, "test_generate.py"),
+        ({"image": "absent.png"}, "absent.png"),
+        ({"image": PNG, "strength": "0"}, "strength is 0.0; expected a number above 0 and at most 1"),
         ({"segment": "dog"}, "the prompt 'a cat' has no 'dog': its words are a, cat"),
         ({"segment": "cat"}, "does not say which block segments best"),
         ({"segment": "cat", "block": "6"}, "block is 6"),
         (
             {"segment": "cat", "block": "1", "at-step": "29"},
             "at_step is 29; expected a whole number, 1 (the last step)",
+        ),
+        (
+            {"image": PNG, "segment": "cat", "block": "1", "at-step": "20"},
+            "at_step is 20; expected a whole number, 1 (the last step) to 17 (the first)",
         ),
     ],
 )
