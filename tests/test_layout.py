@@ -62,8 +62,10 @@ MAY_IMPORT: dict[str, str] = {
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
+    "interrupted_runs": "convert quoting",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert flow images models numerics passes pipeline prompt_attention quoting reporting sampling text",
+    "analysis": "convert flow images models numerics passes pipeline pipeline_options prompt_attention quoting reporting "
+    "sampling text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "
@@ -73,12 +75,13 @@ MAY_IMPORT: dict[str, str] = {
     "magnet": "bilinear checked checkpoints convert data flow miniature models parallel passes segmentation text "
     "training",
     "planning": "checkpoints convert data magnet models parallel training",
-    "evaluation": "batching compilation configuration convert data flow images miniature models numerics parallel "
-    "passes pipeline processes quoting reporting segmentation text versions",
+    "evaluation": "batching compilation configuration convert data flow images interrupted_runs miniature models "
+    "numerics parallel passes pipeline processes quoting reporting segmentation text versions",
     # What people start.
     "command_line": "analysis batching checkpoints class_names compilation configuration convert data evaluation "
-    "extras flow generated_masks images magnet miniature models numerics parallel passes pipeline pipeline_options "
-    "planning processes prompt_attention quoting reporting segmentation terminal text training versions",
+    "extras flow generated_masks images interrupted_runs magnet miniature models numerics parallel passes pipeline "
+    "pipeline_options planning processes prompt_attention quoting reporting segmentation terminal text training "
+    "versions",
     "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
     "__main__": "command_line",
 }

@@ -111,22 +111,10 @@ def run(options: Options) -> None:
 
 def results_directory(options: Options) -> Path:
     """Returns the directory for the results. Raises ValueError if it holds other files or cannot be written."""
-    from seg4diff_jax.command_line.segment import check_writable, output_directory
+    from seg4diff_jax.command_line.segment import resumable_directory
     from seg4diff_jax.evaluation.results import RESULTS
-    from seg4diff_jax.evaluation.resumption import DIRECTORY
 
-    out = Path(options.out or f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
-    interrupted = (out / DIRECTORY).is_dir()
-    if options.resume and options.out is None:
-        raise ValueError("--resume goes on with the run in --out: name its directory")
-    if options.resume and (out / RESULTS).is_file() and not interrupted:
-        raise ValueError(f"--out {out} is complete: there is nothing to --resume; give --overwrite to measure anew")
-    if options.resume and interrupted:
-        check_writable(out)
-        return out
-    if interrupted and not options.overwrite:
-        raise ValueError(f"--out {out} holds an interrupted run: give --resume to go on, or --overwrite to begin anew")
-    return output_directory(str(out), "", options.overwrite)
+    return resumable_directory(options, f"runs/evaluate/{datetime.now():%Y%m%d-%H%M%S}", RESULTS)
 
 
 def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chosen, out: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.images import Resize, read_image
+from seg4diff_jax.interrupted_runs import DIRECTORY
 from seg4diff_jax.parallel import named_devices
 from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.overlays import percent
@@ -188,6 +189,30 @@ def output_directory(out: str | None, image: str, overwrite: bool, option: str =
         )
     check_writable(directory)
     return directory
+
+
+def resumable_directory(options: Any, default: str, complete: str) -> Path:
+    """Returns the directory of a run that `--resume` goes on with after an interruption.
+
+    Args:
+      options: with out, overwrite and resume.
+      default: the directory without --out.
+      complete: name of a file that a finished run has.
+
+    Raises ValueError if the directory holds other files or cannot be written, or --resume does not fit what it holds.
+    """
+    out = Path(options.out or default).expanduser()
+    interrupted = (out / DIRECTORY).is_dir()
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with the run in --out: name its directory")
+    if options.resume and (out / complete).is_file() and not interrupted:
+        raise ValueError(f"--out {out} is complete: there is nothing to --resume; give --overwrite to begin anew")
+    if options.resume and interrupted:
+        check_writable(out)
+        return out
+    if interrupted and not options.overwrite:
+        raise ValueError(f"--out {out} holds an interrupted run: give --resume to go on, or --overwrite to begin anew")
+    return output_directory(str(out), "", options.overwrite)
 
 
 def check_writable(directory: Path) -> None:

@@ -7,7 +7,6 @@ complete or absent. The directory is removed once the results are written.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -15,12 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seg4diff_jax.convert.errors import CheckpointError
-from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.evaluation.counts import Counts, together
-from seg4diff_jax.quoting import cut, quoted
+from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
+from seg4diff_jax.quoting import quoted
 
-DIRECTORY, RUN = "progress", "run.json"
 SHARD = "images_per_shard"
 
 
@@ -41,29 +38,16 @@ class Progress:
         Raises:
           ValueError: the run there measured something else (the message says what changed), or run.json is damaged.
         """
-        path = self.directory / RUN
-        if not path.is_file():
+        former = asked_before(self.directory)
+        if former is None:
             return None
-        try:
-            former = read_json(path)
-        except CheckpointError as error:
-            raise ValueError(f"{error}: give --overwrite to begin anew") from None
         shard = former.pop(SHARD, None)
         if type(shard) is not int or shard < 1:
             raise ValueError(
-                f"{path}: {SHARD} is {quoted(shard)}, expected a whole number from 1: give --overwrite to begin anew"
+                f"{self.directory / RUN}: {SHARD} is {quoted(shard)}, expected a whole number from 1: give --overwrite "
+                "to begin anew"
             )
-        names = dict.fromkeys((*former, *self.identity))
-        changed = [
-            f"{cut(name)} was {quoted(former.get(name))} and is {quoted(self.identity.get(name))}"
-            for name in names
-            if former.get(name) != self.identity.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.directory} is of a run with other options: {'; '.join(changed)}. Give the former ones to go "
-                "on, or another --out"
-            )
+        refuse_changes(self.directory, former, self.identity)
         return shard
 
     def begin(self, images_per_shard: int) -> None:
@@ -96,10 +80,8 @@ class Progress:
 
     def save(self, number: int, outcome: Counts) -> None:
         if not (self.directory / RUN).exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            described = {**self.identity, SHARD: self._images_per_shard}
-            _write(self.directory / RUN, json.dumps(described, indent=1, ensure_ascii=False).encode())
-        _write(self.directory / f"{number:06d}.npz", outcome.to_bytes())
+            begin(self.directory, {**self.identity, SHARD: self._images_per_shard})
+        write_whole(self.directory, self.directory / f"{number:06d}.npz", outcome.to_bytes())
 
     def clear(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -110,13 +92,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """Writes a file so that it is complete or absent, even if the machine crashes."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

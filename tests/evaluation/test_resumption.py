@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seg4diff_jax.evaluation.resumption import RUN, SHARD, Progress
+from seg4diff_jax.evaluation.resumption import SHARD, Progress
+from seg4diff_jax.interrupted_runs import RUN
 from tests.fuzz.inputs.runs import IDENTITY, IMAGES_PER_SHARD, SHARDS, make_progress
 
 IMAGES = IMAGES_PER_SHARD * SHARDS

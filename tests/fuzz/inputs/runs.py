@@ -16,10 +16,11 @@ from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.counts import Counts
-from seg4diff_jax.evaluation.resumption import RUN, Progress
+from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
+from seg4diff_jax.interrupted_runs import RUN
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.logs import Logs
 from seg4diff_jax.training.loop import train
@@ -249,7 +250,11 @@ READERS: dict[str, Reader] = {
     "counts": Reader(
         make_progress,
         read_progress,
-        ("seg4diff_jax/evaluation/resumption.py", "seg4diff_jax/evaluation/counts.py"),
+        (
+            "seg4diff_jax/evaluation/resumption.py",
+            "seg4diff_jax/evaluation/counts.py",
+            "seg4diff_jax/interrupted_runs.py",
+        ),
         {"progress/*.npz": "zip", "progress/run.json": "json"},
         {r"npz: (absent|swap|directory|dangling): ": GONE},
         errors=(*OWN_ERRORS, ValueError, Recounted),
