@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 
 def perturbation_page(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     scores: PerturbationScores | None,
     *,
     blocks: Sequence[int],
@@ -44,7 +45,7 @@ def perturbation_page(
     """Returns the page.
 
     Args:
-      rows: the first `MOST_ROWS` are shown.
+      rows: the first `MOST_ROWS` are shown, and taken one at a time.
       about: what was done, and to what: a line each.
       models: name of the model of each score.
       without: what is said if there are no scores.
@@ -52,16 +53,26 @@ def perturbation_page(
       expert: the checkpoint's own expert block, if it names one.
     """
     template = page_environment("analysis/templates").get_template("perturbation.html.jinja")
-    titles = ["unperturbed", *(f"block {block}" for block in blocks)]
+    titles = [plain := plain_title(guided), *(f"block {block}" for block in blocks)]
     shown = [
         (row.prompt, [photograph(title, Image.fromarray(pixels), LONGEST) for title, pixels in _titled(titles, row)])
-        for row in rows[:MOST_ROWS]
+        for row in islice(rows, MOST_ROWS)
     ]
-    contents: dict[str, Any] = {"model": model, "about": about, "expert": expert, "guided": guided, "without": without}
-    contents |= {"titles": titles, "blocks": [None, *blocks], "rows": shown, "models": models, "scores": scores}
+    contents: dict[str, Any] = {"model": model, "about": about, "expert": expert, "guided": guided, "plain": plain}
+    contents |= {"titles": titles, "blocks": [None, *blocks], "rows": shown, "scores": scores, "without": without}
     if scores is not None:
-        contents |= {"plots": _plots(scores), "table": table(scores)}
+        contents |= {
+            "names": [*models],
+            "by": by_models(models),
+            "plots": _plots(scores, plain),
+            "table": table(scores),
+        }
     return template.render(contents) + "\n"
+
+
+def plain_title(guided: bool) -> str:
+    """Returns the title of the pictures that the others are held against."""
+    return "not guided away" if guided else "unperturbed"
 
 
 def _titled(titles: Sequence[str], row: Row) -> zip[tuple[str, np.ndarray]]:
@@ -76,12 +87,18 @@ def table(scores: PerturbationScores) -> list[tuple[int | None, list[str]]]:
     return [(None, plain), *zip(scores.blocks, cells, strict=True)]
 
 
+def by_models(models: Mapping[str, str]) -> str:
+    """Returns which model each score is by, such as: CLIP-I and CLIP-T by openai/clip-vit-large-patch14."""
+    each = {which: [name for name, other in models.items() if other == which] for which in models.values()}
+    return ", ".join(f"{' and '.join(names)} by {which}" for which, names in each.items())
+
+
 def _cell(spread: Spread, at: int) -> str:
     mean, error = (100 * float(values[at]) for values in spread)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if error else "")
 
 
-def _plots(scores: PerturbationScores) -> list[Plot]:
+def _plots(scores: PerturbationScores, plain: str) -> list[Plot]:
     found = []
     for name, spread in scores.by_block.items():
         level = 100 * scores.plain_clip_t if name == "CLIP-T" else None
@@ -97,6 +114,6 @@ def _plots(scores: PerturbationScores) -> list[Plot]:
             level=level,
             bottom=10 * int(np.floor(least / 10)),
         )
-        legend = [] if level is None else [("level", "unperturbed")]
+        legend = [] if level is None else [("level", plain)]
         found.append(Plot(f"{name} by block", drawn, legend=legend))
     return found

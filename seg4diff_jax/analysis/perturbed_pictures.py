@@ -109,8 +109,8 @@ def _batch(
         pipe.encode_prompts(prompt)  # by itself, and kept: several at once would differ in the last digits
     size = pipe.view.size((0, 0), options.get("size"), "square")
     noise = [np.asarray(pipe.view.noise(None, [row.place], 1, size, row.seed))[0] for row in rows]
-    own: RunOptions = {**options, "size": size, "noise": np.stack(noise)}
-    run = pipe.generating_run(prompts, perturb=perturb, perturbed_guidance=scale, **own)
+    own: RunOptions = {"size": size, "noise": np.stack(noise), "perturb": perturb, "perturbed_guidance": scale}
+    run = pipe.generating_run(prompts, **{**options, **own})
     blocks = np.array([np.arange(pipe.transformer.depth) == row.block for row in rows])
     assert run.perturbed is not None
     run = replace(run, perturbed=replace(run.perturbed, blocks=jnp.asarray(blocks)))
