@@ -16,13 +16,16 @@ from tests.test_layout import ROOT, imported, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MODULES = dict(sources())
-CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "scenes", "compare", "memory")
+CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "perturb", "scenes", "compare")
 ENTRIES = {
     "core": (
         *("__init__", "__main__", "pipeline", "checkpoints", "convert.__main__"),
         *(f"command_line.{name}" for name in CORE_COMMANDS),
     ),
-    "evaluate": ("command_line.evaluate", "command_line.statistics", "data.tfds_source", "data.sets"),
+    "evaluate": (
+        *(f"command_line.{name}" for name in ("evaluate", "statistics", "perturbation")),
+        *("data.tfds_source", "data.sets"),
+    ),
     "train": ("command_line.train", "command_line.tasks"),
     "plan": ("command_line.plan", "planning.plan"),
 }

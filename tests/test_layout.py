@@ -64,7 +64,8 @@ MAY_IMPORT: dict[str, str] = {
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
     "interrupted_runs": "convert quoting",
     "checkpoints": "batching compilation convert flow models numerics parallel pipeline text",
-    "analysis": "convert flow images models numerics passes pipeline prompt_attention quoting reporting sampling text",
+    "analysis": "convert flow images models numerics passes pipeline pipeline_options prompt_attention quoting "
+    "reporting sampling text",
     "data": "convert image_files images quoting segmentation",
     # What is done with a model, each by itself.
     "training": "checked compilation configuration convert data flow image_files models numerics parallel passes "

@@ -6,7 +6,16 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from seg4diff_jax.command_line import analyze, clip_score, compare, generate, scenes, segment, segment_unsupervised
+from seg4diff_jax.command_line import (
+    analyze,
+    clip_score,
+    compare,
+    generate,
+    perturb,
+    scenes,
+    segment,
+    segment_unsupervised,
+)
 from seg4diff_jax.convert.command_line import Command, run_command
 from seg4diff_jax.extras import missing
 from seg4diff_jax.numerics import settled
@@ -20,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "clip-score": Command(clip_score.arguments, clip_score.run, "score pictures against their prompts by CLIP"),
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
+    "perturb": Command(perturb.arguments, perturb.run, "make pictures with one block perturbed, and score them"),
     "compare": Command(compare.arguments, compare.run, "hold two evaluations against each other"),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
 }

@@ -87,17 +87,20 @@ def line_plot(
     horizontal: str,
     vertical: str,
     level: float | None = None,
+    bottom: int = 0,
 ) -> Markup:
-    """Draws lines over whole numbers. Values are in percent, and the axis begins at 0.
+    """Draws lines over whole numbers. Values are in percent, or cosines times 100.
 
     Args:
       title: description of the plot for people who cannot see it.
       places: the whole numbers on the horizontal axis.
       horizontal, vertical: labels of the axes.
       level: height of a dashed horizontal line.
+      bottom: where the vertical axis begins, a multiple of 10.
     """
     figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), dpi=POINTS_PER_INCH, frameon=False)
-    draw_lines(line_axes(figure), places, series, horizontal=horizontal, vertical=vertical, level=level)
+    axes = line_axes(figure)
+    draw_lines(axes, places, series, horizontal=horizontal, vertical=vertical, level=level, bottom=bottom)
     return to_markup(figure, title)
 
 
@@ -116,15 +119,17 @@ def draw_lines(
     horizontal: str,
     vertical: str,
     level: float | None = None,
+    bottom: int = 0,
     colors: Sequence[str] = LINE_COLORS,
 ) -> None:
     """Draws lines on axes of `line_axes`. Arguments are those of `line_plot`; colours repeat if lines are more."""
     known = [value[0] + value[1] for one in series for value in one.values if value] + ([level] if level else [])
     top = min(100, 10 * int(np.ceil(max(known, default=0) / 10 + 0.3)))
+    limits = bottom, max(top, bottom + 1)
     width = WIDTH - LEFT - RIGHT - 2 * ASIDE
     scale = width / (max(places) - min(places) or 1)
-    axes.set(xlim=(min(places) - ASIDE / scale, min(places) + (width + ASIDE) / scale), ylim=(0, max(top, 1)))
-    axes.set_yticks(range(0, top + 1, 10 if top <= 60 else 20))
+    axes.set(xlim=(min(places) - ASIDE / scale, min(places) + (width + ASIDE) / scale), ylim=limits)
+    axes.set_yticks(range(bottom, top + 1, 10 if top - bottom <= 60 else 20))
     axes.set_xticks(_apart(places, DIGIT * (len(str(places[-1])) + 1) / scale))
     axes.tick_params(pad=7)
     axes.grid(axis="y", clip_on=False)
@@ -135,7 +140,7 @@ def draw_lines(
     if level is not None:
         axes.axhline(level, color=DULL, linewidth=1.5, linestyle=(0, (5, 4)), clip_on=False)
     for number, one in enumerate(series):
-        _draw_line(axes, one, places, colors[number % len(colors)], top, alone=len(series) == 1)
+        _draw_line(axes, one, places, colors[number % len(colors)], limits, alone=len(series) == 1)
 
 
 def _apart(places: Sequence[int], room: float) -> Sequence[int]:
@@ -144,12 +149,14 @@ def _apart(places: Sequence[int], room: float) -> Sequence[int]:
     return next(some for some in chosen if all(after - before >= room for before, after in pairwise(some)))
 
 
-def _draw_line(axes: Axes, one: Series, places: Sequence[int], color: str, top: int, *, alone: bool) -> None:
+def _draw_line(
+    axes: Axes, one: Series, places: Sequence[int], color: str, limits: tuple[int, int], *, alone: bool
+) -> None:
     labelled = alone and len(places) <= MOST_LABELLED
     known = [
         (index, place, *value) for index, (place, value) in enumerate(zip(places, one.values, strict=True)) if value
     ]
-    height = lambda value: min(max(value, 0), top)
+    height = lambda value: min(max(value, limits[0]), limits[1])
     heights = [height(mean) for _, _, mean, _ in known]
     axes.plot([place for _, place, _, _ in known], heights, color=color, linewidth=2, clip_on=False, gid="line")
     for index, place, mean, spread in known:

@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+import pytest
 
-from seg4diff_jax.reporting.svg_plots import Series, heat_plot, line_plot
+from seg4diff_jax.reporting.svg_plots import BOTTOM, HEIGHT, TOP, Series, heat_plot, line_plot
 
 
 def parts(drawn: str, name: str) -> list[ElementTree.Element]:
@@ -29,6 +30,15 @@ def test_points_of_a_line_lie_where_their_values_are():
     np.testing.assert_allclose(places, [0, 0.5, 1], atol=0.01)
     assert [group.findtext("title") for group in parts(drawn, "point")] == ["0: 10.0", "2: 30.0", "4: 20.0"]
     assert [group.findtext("text") for group in parts(drawn, "value")] == ["10.0", "30.0", "20.0"]
+
+
+def test_an_axis_begins_where_it_is_told_to():
+    drawn = str(
+        line_plot("high", [0, 1], [Series([(72.0, 1.0), (91.0, 0.0)])], horizontal="x", vertical="y", bottom=70)
+    )
+    assert re.findall(r">(\d+)</text>", drawn) == ["0", "1", "70", "80", "90", "100"]
+    low, high = (centre(group)[1] for group in parts(drawn, "point"))
+    assert low - high == pytest.approx((91 - 72) / (100 - 70) * (HEIGHT - TOP - BOTTOM), abs=0.1)
 
 
 def centre(group: ElementTree.Element) -> tuple[float, float]:

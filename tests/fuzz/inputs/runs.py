@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from seg4diff_jax.command_line import compare
+from seg4diff_jax.command_line import compare, perturbation
 from seg4diff_jax.command_line.picture_directory import RECORD, read_pictures, remove_former
 from seg4diff_jax.command_line.train import parse
 from seg4diff_jax.data.record_cache import RecordCache, write_cache
@@ -148,6 +148,20 @@ def left_of_pictured(root: Path) -> Any:
 
 def named_pictures(root: Path) -> Any:
     return read_pictures(root)[1]
+
+
+def make_perturbed(root: Path) -> None:
+    for folder in ("00_a_cat", "kept"):
+        (root / folder).mkdir()
+        for name in ("base.png", "block_00.png"):
+            (root / folder / name).write_bytes(b"pixels")
+    (root / perturbation.RECORD).write_text(json.dumps({"samples": [{"prompt": "a cat", "folder": "00_a_cat"}]}))
+
+
+def left_of_perturbed(root: Path) -> Any:
+    """The pictures that stay where the next run is told to overwrite this one."""
+    perturbation.remove_former(root)
+    return sorted(path.relative_to(root).as_posix() for path in root.glob("*/*"))
 
 
 def make_results(root: Path) -> None:
@@ -300,6 +314,14 @@ READERS: dict[str, Reader] = {
         {"": "another prompt is another score: a record is for people and tools, and has no checksum"},
         errors=(*OWN_ERRORS, ValueError),
         cases=12,
+    ),
+    "record of perturbed pictures": Reader(
+        make_perturbed,
+        left_of_perturbed,
+        ("seg4diff_jax/command_line/perturbation.py",),
+        {perturbation.RECORD: "json"},
+        {"": "files of a damaged record stay where they are"},
+        cases=6,
     ),
     "evaluation options": Reader(
         configured(EVALUATION),
