@@ -3,16 +3,18 @@
     seg4diff analyze photo.jpg cat sofa --find-expert --model sd3
     seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat sofa --model sd3 --out words.png
     seg4diff analyze photo.jpg --prompt "a cat on a sofa" --words cat --by heads --model sd3 --out heads.png
+    seg4diff analyze --prompt "a cat on a sofa" --words cat --by levels --model sd3 --out levels.png
     seg4diff analyze --prompts prompts.txt --statistics runs/blocks --model sd3
 
 The first shows which block attends to text most, the second draws where the attention to words lies, the third what
-each head of a block has of it. The last writes a page of every block's shares of attention and value norms, in the runs
-that generate pictures of the prompts.
+each head of a block has of it. Without an image it is the run that generates one which is looked at. The last writes a
+page of every block's shares of attention and value norms, in the runs that generate pictures of the prompts.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -24,29 +26,50 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff_jax.analysis.principal_components import block_components
+from seg4diff_jax.analysis.generating_records import generating_records
+from seg4diff_jax.analysis.principal_components import ComponentsReader, block_components
 from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, noised_squares, on_pictures
-from seg4diff_jax.analysis.word_views import LEVELS, Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
+from seg4diff_jax.analysis.word_views import (
+    BOTH_WAYS,
+    HEADS_AVERAGED,
+    HEADS_KEPT,
+    LEVELS,
+    both_directions,
+    by_blocks,
+    by_heads,
+    by_levels,
+    of_pads,
+    seen_in_image,
+    seen_while_generating,
+)
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.command_line.segment import check_writable, load_shown, model_arguments, open_named
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_seed
+from seg4diff_jax.generated_masks import mask_step
 from seg4diff_jax.images import read_image
-from seg4diff_jax.passes import MEAN_PROBS
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.pipeline_options import RunOptions
 from seg4diff_jax.prompt_attention import text_columns
 from seg4diff_jax.reporting.component_sheet import component_sheet
 from seg4diff_jax.reporting.drawings import draw_maps, draw_words
 from seg4diff_jax.terminal import stderr_console
 from seg4diff_jax.text import class_prompts
 
+GUIDANCE = 7.5
+"""Of generating runs, as in the paper."""
 VIEWS = "heads", "blocks", "levels", "directions"
 ALL_BLOCKS = VIEWS[1:]
 
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
-    add("image", type=str, nargs="?", help="image file; with --statistics also a folder of labelled images, or nothing")
+    add(
+        "image",
+        type=str,
+        nargs="?",
+        help="image file; nothing: the run that generates one; or, for --statistics, a folder",
+    )
     add("classes", type=str, nargs="*", metavar="CLASS", help="what is in it: the words of the prompt")
     add("--prompt", type=str, help="what is in it, in a sentence instead of CLASS")
     add("--find-expert", action="store_true", help="show how much attention each block's image tokens give to the text")
@@ -82,7 +105,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--out", type=str, metavar="FILE", help="PNG that is drawn; default: runs/analyze/<image name>-<time>.png")
     add("--overwrite", action="store_true", help="replace a file that --out names")
     add("--block", type=int, help="transformer block that is drawn; default: the checkpoint's own expert block")
-    add("--step", type=int, help="noise level: 1 (nearly clean) to 28 (pure noise); default: the checkpoint's own")
+    add("--step", type=int, help="noise level: 1 (nearly clean) to 28, or --steps; default: the checkpoint's own")
     add("--seed", type=int, default=0, help=f"of the noise: 0 to {LARGEST_SEED}")
     model_arguments(parser)
 
@@ -102,13 +125,16 @@ def run(options: Any) -> None:
         raise ValueError("--pads is of an empty prompt: leave out CLASS, --prompt and --by")
     if options.pads and options.find_expert:
         raise ValueError("--pads is of an empty prompt and --find-expert of one with words: ask for one at a time")
-    if options.image is None:
-        raise ValueError("name an image: only --statistics can do without")
-    of_statistics = ["prompts", "count", "seeds", "steps", "guidance", "sampler"]
+    if options.image is None and (options.find_expert or options.classes):
+        raise ValueError("name an image: without one --words, --pads, --components and --statistics look at a run")
+    of_statistics = ["prompts", "count", "seeds"]
+    if options.image is not None:
+        of_statistics += ["steps", "guidance", "sampler"]
     if options.by != "levels":
         of_statistics.append("at_steps")
     if only := [name for name in of_statistics if getattr(options, name) is not None]:
         others = " or of --by levels" if only[0] == "at_steps" else ""
+        others = " or of runs without an image" if only[0] in ("steps", "guidance", "sampler") else others
         raise ValueError(f"--{only[0].replace('_', '-')} is of --statistics{others}, which is not given")
     if options.by == "levels" and options.step is not None and not options.find_expert:
         raise ValueError("--by levels draws several noise levels: name them with --at-steps instead of --step")
@@ -119,51 +145,86 @@ def run(options: Any) -> None:
     if options.by is not None and (options.words is None or len(options.words) != 1):
         raise ValueError("--by takes one word: give it to --words")
     check_seed(options.seed)
-    pixels = read_image(options.image)
+    pixels = None if options.image is None else read_image(options.image)
     checkpoint = open_named(options)
-    step, prompt = checkpoint.step(options.step), "" if options.pads else said(checkpoint, options)
-    for level in options.at_steps or ():
-        checkpoint.step(level)
+    prompt = "" if options.pads else said(checkpoint, options)
+    steps = LEVELS[-1] if options.steps is None else options.steps
+    levels = asked_levels(checkpoint, options, None if pixels is not None else steps)
     drawing = asked_drawing(checkpoint, prompt, options) if asked else None
     last = None if drawing is None or options.find_expert else drawing.block
-    blocks = None if last is None else last + 1
+    blocks = None if last is None or pixels is None else last + 1  # a run needs all
     pipe, _, _ = load_shown(console, checkpoint, options, blocks)
     if options.find_expert:
+        assert pixels is not None, "it is of an image"
         with console.status("compiling and measuring"), explaining_full_memory(TO_LOAD):
-            found = on_pictures(pipe, [pixels], [prompt], step=step, seed=options.seed)
+            found = on_pictures(pipe, [pixels], [prompt], step=levels[0], seed=options.seed)
         Console(highlight=False).print(share_table(found, pipe.expert_block))
     if drawing is not None:
         with console.status("compiling and drawing"), explaining_full_memory(TO_LOAD):
-            picture = drawn(pipe, pixels, prompt, drawing, step, options)
+            picture = drawn(pipe, pixels, prompt, drawing, levels, options)
             drawing.file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(drawing.file)
         where = "all blocks" if drawing.block is None else f"block {drawing.block}"
-        levels = "several noise levels" if options.by == "levels" else f"noise level {step}"
-        console.print(f"wrote {drawing.file}: {where}, {levels}")
+        at = f"noise level {', '.join(map(str, levels))}"
+        console.print(f"wrote {drawing.file}: {where}, {at}{'' if options.image else f' of {steps}, while generating'}")
 
 
-def drawn(pipe: Pipeline, pixels: np.ndarray, prompt: str, drawing: Drawing, step: int, options: Any) -> Image.Image:
-    """The picture that `--words`, `--words WORD --by ...`, `--pads` or `--components` asks for."""
+def asked_levels(checkpoint: Checkpoint, options: Any, steps: int | None) -> tuple[int, ...]:
+    """Returns the noise levels that are looked at. Raises ValueError for one that there is not.
+
+    Args:
+      steps: of the run that generates a picture; None: an image is noised.
+    """
+    if steps is None:
+        levels = (options.at_steps or LEVELS) if options.by == "levels" else [options.step]
+        return tuple(checkpoint.step(level) for level in levels)
+    checkpoint.schedule.sigmas(steps)
+    checkpoint.schedule.check_sampler(options.sampler)
+    scaled = [max(1, round(level * steps / LEVELS[-1])) for level in LEVELS]
+    levels = (options.at_steps or scaled) if options.by == "levels" else [options.step]
+    for level in levels:
+        if level is not None and not 1 <= level <= steps:
+            raise ValueError(f"noise level {level} is not of this run: expected 1 (the last step) to {steps}")
+    return tuple(dict.fromkeys(mask_step(level, checkpoint.step(), steps) for level in levels))
+
+
+def drawn(
+    pipe: Pipeline, pixels: np.ndarray | None, prompt: str, drawing: Drawing, levels: Sequence[int], options: Any
+) -> Image.Image:
+    """The picture that `--words`, `--words WORD --by ...`, `--pads` or `--components` asks for.
+
+    Args:
+      pixels: of the image; None: the run that generates a picture of the prompt is looked at.
+    """
+    blocks = range(pipe.transformer.depth) if drawing.block is None else [drawing.block]
+    run: RunOptions = {"seed": options.seed, "sampler": options.sampler}
+    run["guidance"] = GUIDANCE if options.guidance is None else options.guidance
+    run["steps"] = LEVELS[-1] if options.steps is None else options.steps
     if options.components:
-        images, texts = noised_squares(pipe, [pixels], step=step, seed=options.seed), pipe.encode_prompts([prompt])
+        if pixels is None:
+            found = generating_records(pipe, prompt, ComponentsReader(), blocks=blocks, levels=levels, **run)
+            scores = np.stack([np.asarray(each.scores)[0] for each in found.levels[levels[0]].values()])
+            return component_sheet(scores, found.grid)
+        images, texts = noised_squares(pipe, [pixels], step=levels[0], seed=options.seed), pipe.encode_prompts([prompt])
         with pipe.settings():
-            found = block_components(pipe.transformer, images, texts)
-        return component_sheet(np.asarray(found.scores)[0], images.grid(pipe.transformer.config.patch_size))
+            components = block_components(pipe.transformer, images, texts)
+        return component_sheet(np.asarray(components.scores)[0], images.grid(pipe.transformer.config.patch_size))
+    request = {"heads": HEADS_KEPT, "directions": BOTH_WAYS}.get(options.by, HEADS_AVERAGED)
+    if pixels is None:
+        seen = seen_while_generating(pipe, prompt, request, blocks=blocks, levels=levels, **run)
+    else:
+        seen = seen_in_image(pipe, pixels, prompt, request, blocks=blocks, levels=levels, seed=options.seed)
     depth, word = pipe.transformer.depth, drawing.words[0] if drawing.words else ""
-    seen = Seen(pixels, prompt, word, step, options.seed)
     if options.by == "blocks":
-        return draw_maps(pixels, by_blocks(pipe, seen))
+        return draw_maps(seen.picture, by_blocks(seen.records, word))
     if options.by == "directions":
-        return draw_maps(pixels, both_directions(pipe, seen), columns=min(4, 2 * depth))
+        return draw_maps(seen.picture, both_directions(seen.records, word), columns=min(4, 2 * depth))
     if options.by == "levels":
-        return draw_maps(pixels, by_levels(pipe, seen, options.at_steps or LEVELS), columns=depth)
-    assert drawing.block is not None, "all that is left is of one block"
+        return draw_maps(seen.picture, by_levels(seen.levels, word), columns=depth)
+    (record,) = seen.records.values()
     if options.by == "heads":
-        return draw_maps(pixels, by_heads(pipe, seen, drawing.block))
-    if options.pads:
-        return draw_maps(pixels, of_pads(pipe, pixels, drawing.block, step, options.seed))
-    how = {"blocks": drawing.block, "step": step, "seed": options.seed, "request": MEAN_PROBS}
-    return draw_words(pixels, pipe.attention(pixels, prompt, **how)[drawing.block], drawing.words)
+        return draw_maps(seen.picture, by_heads(record, word))
+    return draw_maps(seen.picture, of_pads(record)) if options.pads else draw_words(seen.picture, record, drawing.words)
 
 
 def said(checkpoint: Checkpoint, options: Any) -> str:
@@ -202,7 +263,7 @@ def asked_drawing(checkpoint: Checkpoint, prompt: str, options: Any) -> Drawing:
         raise ValueError(f"the prompt {prompt!r} has no word to draw")
     for word in words if options.words is not None else ():
         text.named(word)
-    file = picture_file(options.out, options.image, options.overwrite)
+    file = picture_file(options.out, options.image or "prompt", options.overwrite)
     return Drawing(file, words, None if _of_all_blocks(options) else checkpoint.block(options.block))
 
 

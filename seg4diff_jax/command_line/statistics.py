@@ -29,7 +29,7 @@ from seg4diff_jax.analysis.prompt_statistics import PromptStatistics, on_picture
 from seg4diff_jax.analysis.statistics_page import MOST_PICTURES, statistics_page
 from seg4diff_jax.analysis.summary import Summary, summarize
 from seg4diff_jax.checkpoints import Checkpoint
-from seg4diff_jax.command_line.analyze import said
+from seg4diff_jax.command_line.analyze import GUIDANCE, said
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
 from seg4diff_jax.data.subset import Subset
@@ -45,7 +45,7 @@ from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
 
 RECORD, PAGE = "statistics.json", "statistics.html"
-STEPS, GUIDANCE = 28, 7.5
+STEPS = 28
 """Of generating runs, as in the paper."""
 PAPER_LEVELS = 8, 28
 """Noise levels, counted from the clean end of 28, at which the paper looks at generating runs."""

@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg4diff_jax.analysis.principal_components import block_components
+from seg4diff_jax.analysis.generating_records import generating_records
+from seg4diff_jax.analysis.principal_components import ComponentsReader, block_components
 from seg4diff_jax.analysis.prompt_statistics import noised_squares
-from seg4diff_jax.analysis.word_views import Seen, both_directions, by_blocks, by_heads, by_levels, of_pads
+from seg4diff_jax.analysis.word_views import (
+    BOTH_WAYS,
+    HEADS_AVERAGED,
+    HEADS_KEPT,
+    both_directions,
+    by_blocks,
+    by_heads,
+    by_levels,
+    of_pads,
+    seen_in_image,
+    seen_while_generating,
+)
 from seg4diff_jax.command_line import analyze, main
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.reporting.component_sheet import component_sheet
@@ -65,21 +77,34 @@ def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, ca
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("by", ["heads", "blocks", "levels", "directions"])
-def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, by):
-    out, seen = tmp_path / "views.png", Seen(picture, "a cat by the sea", "cat", 5)
-    command = ["analyze", picture, "--prompt", seen.prompt, "--words", "cat", "--by", by]
-    more = (
-        ["--at-steps", "3", "28"] if by == "levels" else ["--step", "5", *(["--block", "2"] if by == "heads" else [])]
-    )
-    assert main([*command, *more, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
-    views, columns = {
-        "heads": lambda: (by_heads(sd3, seen, 2), None),
-        "blocks": lambda: (by_blocks(sd3, seen), None),
-        "levels": lambda: (by_levels(sd3, seen, (3, 28)), 6),
-        "directions": lambda: (both_directions(sd3, seen), 4),
+def views_of(seen: Any, by: str) -> tuple[list, int | None]:
+    """Of the word cat, and how many are in a row."""
+    return {
+        "heads": lambda: (by_heads(next(iter(seen.records.values())), "cat"), None),
+        "blocks": lambda: (by_blocks(seen.records, "cat"), None),
+        "levels": lambda: (by_levels(seen.levels, "cat"), 6),
+        "directions": lambda: (both_directions(seen.records, "cat"), 4),
     }[by]()
-    expected = np.asarray(draw_maps(picture, views, columns), int)
+
+
+REQUESTS = {"heads": HEADS_KEPT, "blocks": HEADS_AVERAGED, "levels": HEADS_AVERAGED, "directions": BOTH_WAYS}
+
+
+@pytest.mark.parametrize("is_generated", [False, True], ids=["on an image", "while generating"])
+@pytest.mark.parametrize("by", REQUESTS)
+def test_a_word_is_drawn_from_each_side_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, by, is_generated):
+    out, prompt = tmp_path / "views.png", "a cat by the sea"
+    command = ["analyze", *([] if is_generated else [picture]), "--prompt", prompt, "--words", "cat", "--by", by]
+    command += ["--steps", "6", "--guidance", "3"] if is_generated else []
+    command += ["--at-steps", "3", "6"] if by == "levels" else ["--step", "5"]
+    command += ["--block", "2"] if by == "heads" else []
+    assert main([*command, "--out", str(out), "--model", str(sd3_checkpoint)]) == 0
+    how: Any = {"blocks": [2] if by == "heads" else range(6), "levels": (3, 6) if by == "levels" else (5,)}
+    if is_generated:
+        seen = seen_while_generating(sd3, prompt, REQUESTS[by], steps=6, guidance=3.0, **how)
+    else:
+        seen = seen_in_image(sd3, picture, prompt, REQUESTS[by], **how)
+    expected = np.asarray(draw_maps(seen.picture, *views_of(seen, by)), int)
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
 
 
@@ -95,11 +120,28 @@ def test_components_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_pat
     assert np.percentile(np.abs(drawn - expected), 99) <= 4  # pictures are made by two compiled programs
 
 
-def test_maps_of_pads_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path):
-    out = tmp_path / "pads.png"
-    command = ["analyze", picture, "--pads", "--block", "1", "--step", "5", "--model", str(sd3_checkpoint)]
-    assert main([*command, "--out", str(out)]) == 0
-    expected = np.asarray(draw_maps(picture, of_pads(sd3, picture, 1, 5)), int)
+def test_components_are_drawn_while_generating(sd3, sd3_checkpoint, tmp_path, capsys):
+    out = tmp_path / "components.png"
+    command = ["analyze", "--prompt", "a cat", "--components", "--steps", "4", "--step", "2", "--out", str(out)]
+    assert main([*command, "--model", str(sd3_checkpoint)]) == 0
+    found = generating_records(sd3, "a cat", ComponentsReader(), blocks=range(6), levels=(2,), steps=4, guidance=7.5)
+    scores = np.stack([np.asarray(record.scores)[0] for record in found.levels[2].values()])
+    drawn, expected = np.asarray(Image.open(out), int), np.asarray(component_sheet(scores, found.grid), int)
+    assert np.percentile(np.abs(drawn - expected), 99) <= 4
+    assert "noise level 2 of 4, while generating" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("is_generated", [False, True], ids=["on an image", "while generating"])
+def test_maps_of_pads_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, is_generated):
+    out, how = tmp_path / "pads.png", ["--pads", "--block", "1", "--model", str(sd3_checkpoint), "--out"]
+    if is_generated:  # by default at the level that is the checkpoint's, 8 of 28, in as many steps
+        assert main(["analyze", "--steps", "7", *how, str(out)]) == 0
+        options: Any = {"blocks": [1], "levels": (2,), "steps": 7, "guidance": 7.5}
+        seen = seen_while_generating(sd3, "", HEADS_AVERAGED, **options)
+    else:
+        assert main(["analyze", picture, "--step", "5", *how, str(out)]) == 0
+        seen = seen_in_image(sd3, picture, "", HEADS_AVERAGED, blocks=[1], levels=(5,))
+    expected = np.asarray(draw_maps(seen.picture, of_pads(seen.records[1])), int)
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
 
 
@@ -147,3 +189,26 @@ def test_words_that_cannot_be_drawn_are_told(sd3_checkpoint, picture, options, m
     given = [option.format(**places) for option in options]
     assert main(["analyze", picture, *given, "--model", str(sd3_checkpoint)]) == 1
     assert message.format(**places) in capsys.readouterr().err.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--find-expert", "--prompt", "a cat"], "error: name an image: without one --words, --pads, --components"),
+        (["--words"], "error: say what is in the image, CLASS... or --prompt: found neither"),
+        (
+            ["--words", "cat", "--prompt", "a cat", "--steps", "4", "--step", "5"],
+            "noise level 5 is not of this run",
+        ),
+        (["--words", "cat", "--prompt", "a cat", "--steps", "0"], "steps is 0; expected a whole number"),
+    ],
+)
+def test_what_a_run_without_an_image_cannot_show_is_told(sd3_checkpoint, options, message, capsys):
+    assert main(["analyze", *options, "--model", str(sd3_checkpoint)]) == 1
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("option", [["--steps", "4"], ["--guidance", "3"], ["--sampler", "euler"]])
+def test_options_of_a_run_are_refused_with_an_image(sd3_checkpoint, picture, option, capsys):
+    assert main(["analyze", picture, "cat", "--words", *option, "--model", str(sd3_checkpoint)]) == 1
+    assert f"error: {option[0]} is of --statistics or of runs without an image" in capsys.readouterr().err
