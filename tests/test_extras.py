@@ -16,7 +16,8 @@ from tests.test_layout import ROOT, imported, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MODULES = dict(sources())
-CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "perturb", "scenes", "compare")
+CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "perturb", "reproduce")
+CORE_COMMANDS = (*CORE_COMMANDS, "scenes", "compare", "memory")
 ENTRIES = {
     "core": (
         *("__init__", "__main__", "pipeline", "checkpoints", "convert.__main__"),
@@ -26,7 +27,7 @@ ENTRIES = {
         *(f"command_line.{name}" for name in ("evaluate", "statistics", "perturbation")),
         *("data.tfds_source", "data.sets"),
     ),
-    "train": ("command_line.train", "command_line.tasks"),
+    "train": ("command_line.train", "command_line.tasks", "command_line.reproduction"),
     "plan": ("command_line.plan", "planning.plan"),
 }
 """Extra to the modules that start what it is for."""

@@ -39,6 +39,18 @@ def fetch(repository: str, components: list[str], variant: str) -> Path:
     return _or_nothing_here(repository, lambda: _fetched(repository, components, variant))
 
 
+def download_bytes(repository: str, components: list[str], variant: str) -> int:
+    """Returns the size of the files that `fetch` downloads, those of an earlier download included.
+
+    Raises CheckpointError if the repository cannot be reached.
+    """
+    import huggingface_hub
+
+    ask = lambda: huggingface_hub.HfApi().model_info(repository, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in _answer_or_reason(repository, ask).siblings or []}
+    return sum(sizes[file] for file in needed_files([*sizes], components, variant))
+
+
 def fetch_model(repository: str, beside: Collection[str]) -> Path:
     """Downloads a model's configuration and weights from a repository of transformers, and returns the folder.
 

@@ -12,6 +12,7 @@ from seg4diff_jax.command_line import (
     compare,
     generate,
     perturb,
+    reproduce,
     scenes,
     segment,
     segment_unsupervised,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "analyze": Command(analyze.arguments, analyze.run, "look at the attention on an image"),
     "perturb": Command(perturb.arguments, perturb.run, "make pictures with one block perturbed, and score them"),
     "compare": Command(compare.arguments, compare.run, "hold two evaluations against each other"),
+    "reproduce": Command(reproduce.arguments, reproduce.run, "run the whole paper in small, on one page"),
     "scenes": Command(scenes.arguments, scenes.run, "write the synthetic world as a folder of labelled images"),
 }
 PROGRAMS = {
@@ -40,6 +42,8 @@ PROGRAMS = {
     "convert": ("seg4diff_jax.convert.__main__", "checkpoints from PyTorch and back"),
 }
 """Subcommands with parsers of their own: the module whose `main` takes the arguments, and the help text."""
+EXTRAS = {"reproduce": "train"}
+"""The extra of a subcommand that needs more than the first that brings a missing library."""
 AT_FAULT = (ValueError, OSError, MemoryError, FloatingPointError)
 """Errors whose messages are shown to the user. CheckpointError and ImageError are ValueErrors."""
 
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except ModuleNotFoundError as error:
         program = arguments[0] if arguments and arguments[0] in PROGRAMS else None
-        if (message := missing(error, program)) is None:
+        wanted = program or EXTRAS.get(arguments[0] if arguments else "")
+        if (message := missing(error, wanted)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2 if program == "plan" else 1  # 1 is its answer that a training does not fit

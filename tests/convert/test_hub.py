@@ -69,10 +69,11 @@ class FakeHub:
         self.folder, self.files, self.error = folder, files, error
         self.fetched: list[str] = []
 
-    def model_info(self, repository: str) -> SimpleNamespace:
+    def model_info(self, repository: str, files_metadata: bool = False) -> SimpleNamespace:
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files])
+        size = lambda file: (self.folder / file).stat().st_size if files_metadata and self.folder else None
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file, size=size(file)) for file in self.files])
 
     def snapshot_download(self, repository: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
         if local_files_only and self.folder is None:
@@ -124,6 +125,14 @@ def test_a_single_component_fetches_nothing_else(serve, tmp_path: Path):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
+
+
+def test_what_will_be_downloaded_is_the_size_of_what_is(serve, tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "sd3")
+    fake = serve(FakeHub(folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]))
+    said = hub.download_bytes(REPOSITORY, WITHOUT_T5, "fp16")
+    open_source(REPOSITORY, components=WITHOUT_T5)
+    assert said == sum((folder / file).stat().st_size for file in {*fake.fetched})
 
 
 def test_from_the_hub_weights_are_fp16_or_the_plain_ones_on_request(serve, tmp_path: Path):
