@@ -307,4 +307,5 @@ def generated(
                 made = pipe.generate(batched, segment=options.segment, block=block, at_step=at_step, **how)
         else:
             made = [(picture, None) for picture in pipe.generate(batched, **how)]
-        yield from ((place, *pair) for place, pair in zip(places, made, strict=False) if place in left)
+        each = zip(places, made, strict=False)
+        yield from ((place, picture, masks) for place, (picture, masks) in each if place in left)

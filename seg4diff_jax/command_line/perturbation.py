@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -34,14 +33,14 @@ from seg4diff_jax.analysis.perturbed_pictures import perturbed_pictures, variant
 from seg4diff_jax.analysis.picture_scores import PictureScorers
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.perturb import Asked
+from seg4diff_jax.command_line.picture_directory import readable, remove_progress, write_picture
 from seg4diff_jax.command_line.segment import load_shown, open_named, resumable_directory
 from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.images import read_image
-from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, UNFINISHED, asked_before, begin, refuse_changes, write_whole
+from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.models.perturbation import Blur, Perturbation
-from seg4diff_jax.reporting.segmentation_files import file_name
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
@@ -64,7 +63,7 @@ def run(options: Any, asked: Asked) -> None:
     """Raises ValueError, or another error of `command_line.AT_FAULT`, if the options do not fit the model or files."""
     console = stderr_console()
     prompts = asked_prompts(options)
-    name = file_name(prompts[0] if options.prompts is None else Path(options.prompts).stem)
+    name = readable(prompts[0] if options.prompts is None else Path(options.prompts).stem)
     default = Path("runs") / "perturb" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     out = resumable_directory(options, str(default), RECORD)
     checkpoint = open_named(options)
@@ -86,8 +85,8 @@ def run(options: Any, asked: Asked) -> None:
     perturb, guided = asked.of_blocks(blocks), options.guide is not None
     folders = {(sample.place, sample.seed): sample.folder for sample in samples}
     every = variants(len(prompts), asked.seeds, blocks)
-    file_of = lambda row: out / folders[row.place, row.seed] / picture_name(row.block)
-    done = [row for row in every if going_on and file_of(row).is_file()]
+    file_of = lambda row: f"{folders[row.place, row.seed]}/{picture_name(row.block)}"
+    done = [row for row in every if going_on and (out / file_of(row)).is_file()]
     if going_on:
         console.print(f"going on: {len(done)} of {len(every)} pictures are there")
     made = perturbed_pictures(
@@ -105,6 +104,7 @@ def run(options: Any, asked: Asked) -> None:
     )
     with Bar(console, "generating", len(every), done=len(done)) as bar, explaining_full_memory(REMEDY):
         for number, (row, picture) in enumerate(made, len(done) + 1):
+            (out / file_of(row)).parent.mkdir(exist_ok=True)
             write_picture(out, file_of(row), picture)
             bar.update(number)
 
@@ -170,7 +170,7 @@ def listed_samples(prompts: Sequence[str], seeds: Sequence[int]) -> list[Sample]
     digits = max(2, len(str(len(prompts) - 1)))
     ending = lambda seed: "" if len(seeds) == 1 else f"_seed_{seed}"
     return [
-        Sample(place, seed, prompt, f"{place:0{digits}}_{file_name(prompt)}{ending(seed)}")
+        Sample(place, seed, prompt, f"{place:0{digits}}_{readable(prompt)}{ending(seed)}")
         for place, prompt in enumerate(prompts)
         for seed in seeds
     ]
@@ -226,14 +226,6 @@ def picture_name(block: int | None) -> str:
     return "base.png" if block is None else f"block_{block:02}.png"
 
 
-def write_picture(out: Path, file: Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Writes a picture of an unfinished run, so that it is complete or absent."""
-    encoded = BytesIO()
-    Image.fromarray(picture).save(encoded, "PNG")
-    file.parent.mkdir(exist_ok=True)
-    write_whole(out / DIRECTORY, file, encoded.getvalue())
-
-
 def pictures_of(out: Path, sample: Sample, blocks: Sequence[int]) -> list[UInt8[np.ndarray, "height width 3"]]:
     """Reads the pictures of a sample, the unperturbed one first."""
     return [read_image(out / sample.folder / picture_name(block)) for block in (None, *blocks)]
@@ -255,15 +247,6 @@ def remove_former(out: Path) -> None:
             if not any(path.iterdir()):
                 path.rmdir()
     remove_progress(out)
-
-
-def remove_progress(out: Path) -> None:
-    """Removes what says that a run is unfinished."""
-    directory = out / DIRECTORY
-    for name in (UNFINISHED, RUN):
-        (directory / name).unlink(missing_ok=True)
-    if directory.is_dir() and not directory.is_symlink() and not any(directory.iterdir()):
-        directory.rmdir()
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
