@@ -144,7 +144,8 @@ def _attend_xla(
     if query_chunk is None:
         query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
     # Heads first, once: XLA on CPUs would otherwise copy keys and values for each chunk, and the weights too.
-    q, k, v = (None if x is None else jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    q, k = jnp.moveaxis(q, 2, 1), jnp.moveaxis(k, 2, 1)
+    v = None if v is None else jnp.moveaxis(v, 2, 1)
     chunks = -(-queries // query_chunk)
     if chunks == 1:
         output, normalizer = _softmax_chunk(q, k, v, last_key_count)
