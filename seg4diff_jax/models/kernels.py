@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from seg4diff_jax.checked import Checked
 
 Tokens = Float[Array, "batch _ heads head_dim"]
+HeadsFirst = Float[Array, "batch heads _ head_dim"]
 
 CHUNK_BYTES = 16 * 2**20
 """Most bytes of fp32 scores in one chunk of the xla kernel: about the size of a last-level cache."""
@@ -142,23 +143,27 @@ def _attend_xla(
     batch, queries, heads, head_dim = q.shape
     if query_chunk is None:
         query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
+    # Heads first, once: XLA on CPUs would otherwise copy keys and values for each chunk, and the weights too.
+    q, k = jnp.moveaxis(q, 2, 1), jnp.moveaxis(k, 2, 1)
+    v = None if v is None else jnp.moveaxis(v, 2, 1)
     chunks = -(-queries // query_chunk)
     if chunks == 1:
-        return _softmax_chunk(q, k, v, last_key_count)
+        output, normalizer = _softmax_chunk(q, k, v, last_key_count)
+        return None if output is None else jnp.moveaxis(output, 1, 2), normalizer
     size = -(-queries // chunks)
-    padded = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
-    pieces = jnp.moveaxis(padded.reshape(batch, chunks, size, heads, head_dim), 1, 0)
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - queries), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(batch, heads, chunks, size, head_dim), 2, 0)
     output, normalizer = jax.lax.map(lambda piece: _softmax_chunk_again(piece, k, v, last_key_count), pieces)
     if output is not None:
-        output = jnp.moveaxis(output, 0, 1).reshape(batch, chunks * size, heads, -1)[:, :queries]
+        output = jnp.transpose(output, (1, 0, 3, 2, 4)).reshape(batch, chunks * size, heads, -1)[:, :queries]
     return output, jnp.moveaxis(normalizer, 0, 2).reshape(batch, heads, chunks * size)[:, :, :queries]
 
 
-def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
-    scores = attention_scores(q, k)
+def _softmax_chunk(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
+    scores = _scores("bhqd,bhkd->bhqk", q, k)
     if last_key_count > 1:
         # n equal keys weigh n times as much as one key. Their values are equal too, so one value serves.
-        scores += jnp.where(jnp.arange(k.shape[1]) == k.shape[1] - 1, math.log(last_key_count), 0.0)
+        scores += jnp.where(jnp.arange(k.shape[2]) == k.shape[2] - 1, math.log(last_key_count), 0.0)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1)
@@ -166,13 +171,13 @@ def _softmax_chunk(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
     if v is None:
         return None, normalizer
     output = jnp.einsum(
-        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=_precision(v)
+        "bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=_precision(v)
     )
-    return (output / jnp.moveaxis(total, 1, 2)[..., None]).astype(v.dtype), normalizer
+    return (output / total[..., None]).astype(v.dtype), normalizer
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _softmax_chunk_again(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
+def _softmax_chunk_again(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
     """Does as `_softmax_chunk`, and recomputes the scores in the backward pass.
 
     An outer `jax.checkpoint` policy cannot make it keep them.
@@ -180,7 +185,7 @@ def _softmax_chunk_again(q: Tokens, k: Tokens, v: Tokens | None, last_key_count:
     return _softmax_chunk(q, k, v, last_key_count)
 
 
-def _softmax_chunk_forward(q: Tokens, k: Tokens, v: Tokens | None, last_key_count: int):
+def _softmax_chunk_forward(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
     return _softmax_chunk(q, k, v, last_key_count), (q, k, v)
 
 
@@ -195,11 +200,15 @@ def attention_scores(
     q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batch keys heads head_dim"]
 ) -> Float[Array, "batch heads queries keys"]:
     """Computes q.k / sqrt(head_dim) in fp32."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32, precision=_precision(q))
+    return _scores("bqhd,bkhd->bhqk", q, k)
+
+
+def _scores(axes: str, q: Array, k: Array) -> Float[Array, "batch heads queries keys"]:
+    scores = jnp.einsum(axes, q, k, preferred_element_type=jnp.float32, precision=_precision(q))
     return scores * q.shape[-1] ** -0.5
 
 
-def _precision(x: Tokens) -> jax.lax.Precision | None:
+def _precision(x: Array) -> jax.lax.Precision | None:
     # By default, accelerators multiply fp32 in fewer bits.
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
