@@ -1,13 +1,14 @@
 """Measures pictures per second beside diffusers' StableDiffusion3Pipeline: same weights, noise, steps, guidance; fp32.
 
     PYTHONPATH=. python benchmarks/generated_speed.py
-    PYTHONPATH=. python benchmarks/generated_speed.py --cases '[random blocks]' --size 512 --layers 24 --repeats 3
+    PYTHONPATH=. python benchmarks/generated_speed.py --cases '["random blocks"]' --size 512 --layers 24 --repeats 3
 
 The cases: the miniature, one picture and a batch, from prompt to pixels (28 steps, guidance 7, a new prompt each time);
-and random blocks of SD3-medium's width, from 154 different text tokens to latents, without text encoders and
-autoencoder. Each side runs in a process of its own, on the same number of threads. Runs alternate, and so does which
-side comes first: other load on the machine affects both, and the processor's own seconds stand beside the clock's. The
-first run compiles; it is not counted, but has a column. Memory is a process' peak from its first run on.
+and random blocks of SD3-medium's width, from 154 text tokens to latents, without text encoders and autoencoder. The
+tokens are all different, or 77 of them are the zeros that stand in T5's place where it is not loaded. Each side runs in
+a process of its own, on the same number of threads. Runs alternate, and so does which side comes first: other load on
+the machine affects both, and the processor's own seconds stand beside the clock's. The first run compiles; it is not
+counted, but has a column. Memory is a process' peak from its first run on.
 
 diffusers runs as its users run it, in `torch.inference_mode`. PyTorch's threads sleep while they wait, unless
 OMP_WAIT_POLICY says otherwise: threads that spin are much slower beside other programs. The largest difference of the
@@ -36,10 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 Side = Literal["diffusers", "ours"]
-Name = Literal["miniature", "miniature, batch", "random blocks"]
+Name = Literal["miniature", "miniature, batch", "random blocks", "random blocks, no T5"]
 SIDES: tuple[Side, ...] = ("diffusers", "ours")
-CASES: tuple[Name, ...] = ("miniature", "miniature, batch", "random blocks")
-TEXT_TOKENS, GUIDANCE = 154, 7.0
+CASES: tuple[Name, ...] = ("miniature", "miniature, batch", "random blocks", "random blocks, no T5")
+TEXT_TOKENS, ZEROS, GUIDANCE = 154, 77, 7.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Case:
 
     @property
     def is_random(self) -> bool:
-        return self.name == "random blocks"
+        return self.name.startswith("random blocks")
+
+    @property
+    def zeros(self) -> int:
+        """How many of the last text tokens are zeros, in the place of T5's."""
+        return ZEROS if self.name.endswith("no T5") else 0
 
     def noise(self, factor: int) -> np.ndarray:
         side = self.size // factor
@@ -65,7 +71,10 @@ class Case:
         """Context and pooled states of the prompts, then of the negative prompts."""
         rng, count = np.random.default_rng(1), self.pictures
         draw = lambda *shape: rng.standard_normal((count, *shape), np.float32)
-        return [draw(*shape) for _ in range(2) for shape in ((TEXT_TOKENS, joint_dim), (pooled_dim,))]
+        states = [draw(*shape) for _ in range(2) for shape in ((TEXT_TOKENS, joint_dim), (pooled_dim,))]
+        for context in states[::2]:
+            context[:, TEXT_TOKENS - self.zeros :] = 0
+        return states
 
     def prompts(self, number: int) -> list[str]:
         return [f"a star on grass {number} {picture}" for picture in range(self.pictures)]
@@ -114,7 +123,7 @@ def main(
     notes, found, begun = [], {}, os.getloadavg()[0]
     for name in cases:
         with tempfile.TemporaryDirectory(prefix="generated-speed-") as directory:
-            shape = (1, size, steps) if name == "random blocks" else (1, 64, miniature_steps)
+            shape = (1, size, steps) if name.startswith("random") else (1, 64, miniature_steps)
             pictures = batch if name == "miniature, batch" else shape[0]
             each = Case(name, pictures, *shape[1:], threads, directory)
             product = (2 * pictures * 256, 128, 512)
@@ -122,7 +131,7 @@ def main(
                 write_random_blocks(Path(directory) / "transformer", layers, heads)
                 product = (2 * (size // 16) ** 2, 64 * heads, 256 * heads)
             found = measured(each, batch_repeats if name == "miniature, batch" else repeats, product)
-        title = f"{layers} random blocks" if each.is_random else name.replace("batch", f"batch of {batch}")
+        title = f"{layers} {name}" if each.is_random else name.replace("batch", f"batch of {batch}")
         add_rows(table, f"{title}, {each.size} px, {each.steps} steps", pictures, found)
         notes.append(f"{title}: {found['differ']}")
     console.print(table)
@@ -313,8 +322,9 @@ def ours(case: Case) -> Generator:
     if case.is_random:
         model = load_component(Path(case.directory) / "transformer", "transformer", dtype=jnp.float32)
         config = model.config
-        states = map(jnp.asarray, case.texts(config.joint_attention_dim, config.pooled_projection_dim))
-        text = lambda: TextConditioning(next(states), next(states), segments=segments(77, TEXT_TOKENS - 77))
+        states, parts = case.texts(config.joint_attention_dim, config.pooled_projection_dim), segments(77, ZEROS)
+        states = map(jnp.asarray, states)
+        text = lambda: TextConditioning.from_full(next(states), next(states), max(1, case.zeros), parts)
         prompts, negatives = text(), text()
         sigmas = jnp.asarray(FlowSchedule().sigmas(case.steps), jnp.float32)
 
