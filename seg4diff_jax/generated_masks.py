@@ -33,13 +33,14 @@ def mask_step(at_step: int | None, expert_step: int, steps: int, taken: int | No
     """Returns the number of the step that masks are read in: 1 is the last one, at the clean end, `steps` pure noise.
 
     Args:
-      at_step: that number, or None: the checkpoint's expert step, as far along a run of `steps` as it is along 28.
+      at_step: that number, or None: the checkpoint's expert step, as far along a run of `steps` as it is along 28; or
+        the first step, if the run starts from an image after it.
       taken: how many steps the run takes, where it starts from an image. Default: all.
 
     Raises ValueError if the run has no such step.
     """
     first = steps if taken is None else taken
-    chosen = max(1, round(expert_step * steps / STEPS)) if at_step is None else at_step
+    chosen = max(1, min(first, round(expert_step * steps / STEPS))) if at_step is None else at_step
     if not is_whole(chosen, 1, first):
         raise ValueError(f"at_step is {chosen!r}; expected a whole number, 1 (the last step) to {first} (the first)")
     return int(chosen)

@@ -314,11 +314,11 @@ class Pipeline:
         if images:
             clean = jnp.broadcast_to(self.encode_images(images, wanted), latents.shape)
             latents = add_noise(clean, latents, sigmas[0])
-        away = (self.encode_prompts([asked.negative_prompt]), jnp.float32(asked.guidance))
+        negative = self.encode_prompts([asked.negative_prompt]) if asked.guidance > 1 else None
         latents, texts = self.spread((latents, self.encode_prompts(prompts)))
-        run = GeneratingRun(latents, texts, sigmas, away if asked.guidance > 1 else None)
-        depth, away = self.transformer.depth, asked.perturbed_guidance
-        return run if asked.perturb is None else run.with_perturbation(asked.perturb, depth, away)
+        guidance = None if negative is None else (negative, jnp.float32(asked.guidance))
+        run, depth = GeneratingRun(latents, texts, sigmas, guidance), self.transformer.depth
+        return run if asked.perturb is None else run.with_perturbation(asked.perturb, depth, asked.perturbed_guidance)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

@@ -90,15 +90,19 @@ class RunSettings(Checked):
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""
         found = []
-        for name, scale in (("guidance", self.guidance), ("perturbed_guidance", self.perturbed_guidance or 0.0)):
-            try:
-                check_guidance(scale)
-            except ValueError as error:
-                found.append(str(error).replace("guidance", name, 1))
+        try:
+            check_guidance(self.guidance)
+        except ValueError as error:
+            found.append(str(error))
         if self.image is None and self.strength is not None:
             found.append("strength says how far to go from an image: name one with image=")
-        if self.perturb is None and self.perturbed_guidance is not None:
-            found.append("perturbed_guidance leads away from a perturbed prediction: name one with perturb=")
+        if self.perturb is not None and not isinstance(self.perturb, Perturbation):
+            found.append(f"perturb is {self.perturb!r}; expected a Perturbation, which says of which blocks")
+        if (away := self.perturbed_guidance) is not None:
+            if isinstance(away, bool) or not isinstance(away, int | float | np.number) or not 0 < away < np.inf:
+                found.append(f"perturbed_guidance is {away!r}; expected a scale above 0, or None to perturb the run")
+            if self.perturb is None:
+                found.append("perturbed_guidance leads away from a perturbed prediction: name one with perturb=")
         return found
 
     def sigmas(self, schedule: FlowSchedule) -> Float[np.ndarray, " steps"]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -217,6 +218,9 @@ def test_masks_are_read_in_the_steps_that_a_run_from_an_image_takes(sd3):
     columns = {"cat": 5, "grass": 8}
     for name, scores in zip(masks.classes, masks.scores, strict=True):
         np.testing.assert_allclose(scores.ravel(), record[:, columns[name]], atol=1e-5)
+    short = {**options, "strength": 0.2}  # the checkpoint's 8 of 28 is 3 of 10, before the run's first step
+    default, expected = (sd3.generate(PROMPTS[0], **short, **each)[1] for each in ({}, {"at_step": 2}))
+    np.testing.assert_array_equal(default.scores, expected.scores)
     with pytest.raises(ValueError, match=r"at_step is 4; expected a whole number, 1 \(the last step\) to 3"):
         sd3.generate(PROMPTS[0], at_step=4, **options)
 
@@ -245,7 +249,10 @@ ONE = Perturbation((1,))
         ({"perturb": Perturbation((1,), half="prompt"), "guidance": 1.0}, "half is 'prompt', and it is of a run with"),
         ({"perturb": Perturbation((1,), half="prompt"), "perturbed_guidance": 2.0}, "half is 'prompt', and it is of"),
         ({"perturbed_guidance": 2.0}, "perturbed_guidance leads away from a perturbed prediction: name one with"),
-        ({"perturb": ONE, "perturbed_guidance": float("nan")}, "perturbed_guidance is nan; expected a number"),
+        ({"perturb": ONE, "perturbed_guidance": float("nan")}, "perturbed_guidance is nan; expected a scale above 0"),
+        ({"perturb": ONE, "perturbed_guidance": -2.0}, r"perturbed_guidance is -2\.0; expected a scale above 0"),
+        ({"perturb": ONE, "perturbed_guidance": False}, "perturbed_guidance is False; expected a scale above 0"),
+        ({"perturb": BLUR}, r"perturb is Blur\(.*; expected a Perturbation"),
         ({"strength": 0.5}, "strength says how far to go from an image: name one with image="),
         ({"image": IMAGE, "strength": 0.0}, "strength is 0.0; expected a number above 0 and at most 1"),
         ({"image": [IMAGE] * 3}, "3 images and 2 pictures; expected one for all, or one for each"),
@@ -255,6 +262,7 @@ ONE = Perturbation((1,))
         ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(sd3, options, message):
+def test_options_that_mean_nothing_are_refused(sd3, options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users: types are checked in tests only
     with pytest.raises(ValueError, match=message):
         run_of(sd3, **options)

@@ -24,7 +24,10 @@ from seg4diff_jax.quoting import quoted
 from seg4diff_jax.terminal import Bar, stderr_console
 
 COLUMNS = ("file", "prompt", "CLIPScore", "100 x cosine")
-ALIKE = ("seed", "count", "steps", "guidance", "sampler", "negative", "size", "t5", "dtype")
+ALIKE = (
+    *("model", "seed", "count", "steps", "guidance", "sampler", "negative", "size", "image", "strength"),
+    *("t5", "dtype"),
+)
 """Options of two runs that should be equal where adapters are compared."""
 
 

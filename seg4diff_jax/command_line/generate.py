@@ -116,6 +116,7 @@ def run(options: Any) -> None:
     if reading:
         pictures = [{**picture, "masks": f"{Path(picture['file']).stem}_masks"} for picture in pictures]
     asked = {name: value for name, value in options.as_dict().items() if name not in HOW_STARTED}
+    asked["strength"] = None if options.image is None else STRENGTH if options.strength is None else options.strength
     asked |= {**reading, "size": list(size), "count": count, "device": jax.devices()[0].device_kind, "prompts": prompts}
     going_on = options.resume and can_go_on(out, asked)
     pipe, dtype, loading = load_shown(console, checkpoint, options)

@@ -121,6 +121,6 @@ def _change(options: Any) -> Change:
     columns: Any = {"clip": "clip", "all": (0, None)}[given.pop("columns", "clip")]
     blur = Blur(**given, text_tokens=columns)
     if Perturbation((0,), blur).is_nothing:
-        name = "sigma" if blur.sigma == 0 else "kernel"
+        name = "sigma" if blur.kernel is None or blur.sigma == 0 else "kernel"
         raise ValueError(f"--{name} {getattr(blur, name):g} is no blur: choose a wider one")
     return blur

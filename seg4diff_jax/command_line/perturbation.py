@@ -70,7 +70,8 @@ def run(options: Any, asked: Asked) -> None:
     checkpoint.schedule.sigmas(options.steps)
     checkpoint.schedule.check_sampler(options.sampler)
     wanted = range(checkpoint.transformer.num_layers) if options.blocks is None else options.blocks
-    size, blocks = checkpoint.size(asked.size), tuple(sorted({checkpoint.block(block) for block in wanted}))
+    size, blocks = checkpoint.size(asked.size), tuple(sorted(checkpoint.block(block) for block in wanted))
+    perturb = asked.of_blocks(blocks)
     samples = listed_samples(prompts, asked.seeds)
     identity = {name: value for name, value in options.as_dict().items() if name not in HOW_STARTED}
     identity |= {"blocks": list(blocks), "size": list(size), "device": jax.devices()[0].device_kind}
@@ -82,7 +83,7 @@ def run(options: Any, asked: Asked) -> None:
     if not going_on:
         remove_former(out)
         begin(out / DIRECTORY, {**identity, "folders": [sample.folder for sample in samples]})
-    perturb, guided = asked.of_blocks(blocks), options.guide is not None
+    guided = options.guide is not None
     folders = {(sample.place, sample.seed): sample.folder for sample in samples}
     every = variants(len(prompts), asked.seeds, blocks)
     file_of = lambda row: f"{folders[row.place, row.seed]}/{picture_name(row.block)}"

@@ -8,6 +8,7 @@ queries to the values as they are: two calls of any kernel, and no map.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -24,6 +25,16 @@ from seg4diff_jax.models.kernels import Kernel, attend, attention_scores, repeat
 Pad = Literal["symmetric", "reflect"]
 Half = Literal["both", "prompt", "negative"]
 PAPER_KERNEL = 5
+WIDEST = 1000
+"""Largest sigma of a blur over the image whose taps follow from it: every grid of tokens is smaller."""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 @jax.tree_util.register_static
@@ -51,10 +62,16 @@ class Blur(Checked):
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""
         found = []
-        if not (isinstance(self.sigma, int | float) and 0 <= self.sigma < math.inf):
+        if not _is_number(self.sigma) or not 0 <= self.sigma < math.inf:
             found.append(f"sigma is {self.sigma!r}; expected a number of tokens, at least 0")
-        if self.kernel is not None and not (type(self.kernel) is int and self.kernel > 0 and self.kernel % 2):
+        elif self.over == "image" and self.kernel is None and self.sigma > WIDEST:
+            found.append(f"sigma is {self.sigma!r}; expected at most {WIDEST}, or name a kernel")
+        if self.kernel is not None and not (_is_whole(self.kernel) and self.kernel > 0 and self.kernel % 2):
             found.append(f"kernel is {self.kernel!r}; expected an odd number of taps")
+        if not isinstance(self.text_tokens, str):
+            start, stop = self.text_tokens
+            if start < 0 or (stop is not None and stop <= start):
+                found.append(f"text_tokens is {self.text_tokens}; expected 0 <= first < last, or None for the end")
         if self.pad not in get_args(Pad):
             found.append(f"pad is {self.pad!r}; there are {', '.join(get_args(Pad))}")
         if self.over not in ("text", "image"):
@@ -101,20 +118,23 @@ class Perturbation(Checked):
     half: Half = "both"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        if self.steps is not None:
-            object.__setattr__(self, "steps", tuple(self.steps))
+        for name in ("blocks", "steps"):
+            if isinstance(given := getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(given))
+            elif given is not None:
+                raise ValueError(f"{name} is {given!r}; expected a list of numbers")
         super().__post_init__()
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""
         found = []
-        if not self.blocks or len(set(self.blocks)) < len(self.blocks):
-            found.append(f"blocks is {self.blocks}; expected at least one block, each once")
+        if not self.blocks or not all(map(_is_whole, self.blocks)) or len(set(self.blocks)) < len(self.blocks):
+            found.append(f"blocks is {self.blocks}; expected the numbers of one block or more, each once")
         if not (self.change == "skip" or isinstance(self.change, Blur)):
             found.append(f"change is {self.change!r}; expected a Blur or 'skip'")
-        if self.steps is not None and (not self.steps or len(set(self.steps)) < len(self.steps)):
-            found.append(f"steps is {self.steps}; expected at least one step, each once, or None for all")
+        steps = () if self.steps is None else self.steps
+        if self.steps == () or not all(map(_is_whole, steps)) or len(set(steps)) < len(steps):
+            found.append(f"steps is {self.steps}; expected the numbers of one step or more, each once, or None for all")
         if self.half not in get_args(Half):
             found.append(f"half is {self.half!r}; there are {', '.join(get_args(Half))}")
         return found

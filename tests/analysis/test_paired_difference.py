@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from seg4diff_jax.analysis.paired_difference import AT_ONCE, paired_difference
+from seg4diff_jax.analysis.paired_difference import AT_ONCE, expanded_tail, paired_difference
 
 
 def drawn(pairs: int, shift: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -50,11 +50,23 @@ def test_the_interval_is_scipys_paired_bootstrap(pairs):
         paired=True,
         n_resamples=10_000,
         method="percentile",
+        confidence_level=1 - 2 * expanded_tail(pairs),
         rng=np.random.default_rng(1),
     )
     low, high = expected.confidence_interval
     spread = expected.standard_error  # a percentile of 10,000 draws is known to about 3 % of it
     np.testing.assert_allclose(found[1:], [low, high], atol=0.15 * spread)
+
+
+@pytest.mark.parametrize("groups", [8, 16, 40])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(groups):
+    """The percentile interval alone holds it in 89 % of cases with 8 groups. A thousand cases tell it to 2 %."""
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        found = paired_difference(np.zeros(groups), draw.normal(0, 1, groups), np.arange(groups), resamples=1000)
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 1000 <= 0.98
 
 
 def test_pictures_of_one_prompt_are_drawn_together():

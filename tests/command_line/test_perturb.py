@@ -232,7 +232,7 @@ ONE = ["--prompt", "a cat"]
         ([*ONE, "--blocks", "6"], "block is 6; "),
         ([*ONE, "--blocks", "-1"], "block is -1; "),
         ([*ONE, "--steps", "4", "--at-steps", "5"], "cannot perturb step 5: this run has steps 4 (the first) to 1"),
-        ([*ONE, "--at-steps", "1", "1"], "steps is (1, 1); expected at least one step, each once"),
+        ([*ONE, "--at-steps", "1", "1"], "steps is (1, 1); expected the numbers of one step or more"),
         ([*ONE, "--steps", "0"], "steps is 0"),
         ([*ONE, "--half", "prompt", "--guidance", "1"], "--half is of guidance, and --guidance 1 is none"),
         ([*ONE, "--half", "negative", "--guide", "2"], "--half is of runs that are perturbed themselves"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from seg4diff_jax.convert.assemble import abstract
+from seg4diff_jax.convert.assemble import abstract, from_state_dict
+from seg4diff_jax.convert.tables import mmdit as table
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.perturbation import Blur, Perturbation, Perturbing, skip_layers
@@ -161,6 +162,46 @@ def test_nothing_has_as_many_elements_as_pairs_of_image_tokens(change):
     assert largest_array(lambda model: model(**inputs, options=options)[0], model) < side**4
 
 
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("over", ["text", "image"])
+def test_gradients_through_a_blur_are_those_of_pytorch(pairs, over, remat):
+    theirs, ours = pairs("sd3")
+    inputs, block = make_inputs(VARIANTS["sd3"], SIZE, TEXT, batch=3), 1
+    explicit_softmax(theirs)
+    blurred = BlurredSoftmax(1.5, 5, "symmetric", over, (0, 5), ROWS, GRID)
+    theirs.transformer_blocks[block].attn.set_processor(blurred)
+    tensors = tensors_of(inputs)
+    latents = tensors["latents"].permute(0, 3, 1, 2).requires_grad_()
+    made = theirs(
+        hidden_states=latents,
+        encoder_hidden_states=tensors["context"],
+        pooled_projections=tensors["pooled"],
+        timestep=tensors["timesteps"],
+    ).sample
+    (expected,) = torch.autograd.grad(made.square().sum(), latents)
+    blur = Blur(1.5, 5, over=over, text_tokens=(0, 5))
+    perturbing = Perturbing(blur, jnp.outer(of_blocks(ours, (block,)), jnp.array(ROWS)), GRID)
+    options = ForwardOptions(None, remat=remat, perturbing=perturbing)
+    loss = lambda latents: jnp.square(ours(**inputs | {"latents": latents}, options=options)[0]).sum()
+    found = np.asarray(jax.jit(jax.grad(loss))(inputs["latents"]))
+    assert relative_error(found, expected.permute(0, 2, 3, 1).numpy()) <= 1e-5
+
+
+def test_bfloat16_blurs_as_closely_as_it_computes(pairs):
+    theirs, ours = pairs("sd3")
+    inputs = make_inputs(VARIANTS["sd3"], SIZE, TEXT, batch=3)
+    make = lambda rngs: MMDiT(ours.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    half = from_state_dict(abstract(make), table.diffusers(ours.config), tensors, dtype=jnp.bfloat16)
+    for over in ("text", "image"):
+        blur = Blur(1.5, over=over)
+        exact, found = (np.asarray(perturbed(model, inputs, (1,), blur), np.float32) for model in (ours, half))
+        plain, rounded = (
+            np.asarray(perturbed(model, inputs, (1,), blur, rows=[False] * 3), np.float32) for model in (ours, half)
+        )
+        assert relative_error(found, exact) <= 1.5 * relative_error(rounded, plain)
+
+
 # ---- skipped blocks -------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +243,10 @@ def test_skip_layer_guidance_is_in_the_steps_of_diffusers():
         ({"kernel": 4}, "kernel is 4; expected an odd number of taps"),
         ({"pad": "edge"}, "pad is 'edge'; there are symmetric, reflect"),
         ({"over": "heads"}, "over is 'heads'; there are text, image"),
+        ({"sigma": True}, "sigma is True"),
+        ({"sigma": 1e12, "over": "image"}, "sigma is 1000000000000.0; expected at most 1000, or name a kernel"),
+        ({"text_tokens": (-30, 5)}, r"text_tokens is \(-30, 5\); expected 0 <= first < last"),
+        ({"text_tokens": (5, 2)}, r"text_tokens is \(5, 2\); expected 0 <= first < last"),
     ],
 )
 def test_a_blur_that_means_nothing_is_refused(options, message, monkeypatch):
@@ -213,10 +258,16 @@ def test_a_blur_that_means_nothing_is_refused(options, message, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": ()}, r"blocks is \(\); expected at least one block"),
+        ({"blocks": ()}, r"blocks is \(\); expected the numbers of one block or more"),
         ({"blocks": (1, 1)}, "each once"),
+        ({"blocks": (3.5,)}, r"blocks is \(3\.5,\); expected the numbers"),
+        ({"blocks": (True,)}, r"blocks is \(True,\); expected the numbers"),
+        ({"blocks": "3"}, r"blocks is \('3',\); expected the numbers"),
+        ({"blocks": 3}, "blocks is 3; expected a list of numbers"),
+        ({"blocks": (1,), "steps": (1.5,)}, r"steps is \(1\.5,\); expected the numbers"),
+        ({"blocks": (1,), "steps": 2}, "steps is 2; expected a list of numbers"),
         ({"blocks": (1,), "change": "drop"}, "change is 'drop'; expected a Blur or 'skip'"),
-        ({"blocks": (1,), "steps": ()}, r"steps is \(\); expected at least one step"),
+        ({"blocks": (1,), "steps": ()}, r"steps is \(\); expected the numbers of one step or more"),
         ({"blocks": (1,), "half": "left"}, "half is 'left'; there are both, prompt, negative"),
     ],
 )
