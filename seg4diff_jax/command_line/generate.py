@@ -33,9 +33,9 @@ from seg4diff_jax.command_line.picture_directory import (
     remove_progress,
     write_picture,
 )
+from seg4diff_jax.command_line.prompt_file import prompts_of
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named, parse_size, resumable_directory
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.flow import LARGEST_SEED, Sampler, check_guidance, check_seed, image_noise, steps_from_image
 from seg4diff_jax.generated_masks import mask_step, words_of
 from seg4diff_jax.images import read_image
@@ -155,11 +155,7 @@ def asked_prompts(options: Any) -> list[str]:
     if bool(options.prompt) == (options.prompts is not None):
         found = "both" if options.prompt else "neither"
         raise ValueError(f"say what to picture: PROMPT, or --prompts FILE with a prompt a line: found {found}")
-    if options.prompts is None:
-        return options.prompt
-    if prompts := [line for line in read_lines(options.prompts, "a prompt a line") if line]:
-        return prompts
-    raise ValueError(f"{options.prompts} is empty: expected a prompt a line")
+    return options.prompt if options.prompts is None else prompts_of(options.prompts)
 
 
 def can_go_on(out: Path, asked: Mapping[str, Any]) -> bool:

@@ -34,10 +34,10 @@ from seg4diff_jax.analysis.picture_scores import PictureScorers
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.perturb import Asked
 from seg4diff_jax.command_line.picture_directory import readable, remove_progress, write_picture
+from seg4diff_jax.command_line.prompt_file import prompts_of
 from seg4diff_jax.command_line.segment import load_shown, open_named, resumable_directory
 from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.convert.sources.open import MINIATURE
-from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.models.perturbation import Blur, Perturbation
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 def run(options: Any, asked: Asked) -> None:
     """Raises ValueError, or another error of `command_line.AT_FAULT`, if the options do not fit the model or files."""
     console = stderr_console()
-    prompts = asked_prompts(options)
+    prompts = [options.prompt] if options.prompts is None else prompts_of(options.prompts)
     name = readable(prompts[0] if options.prompts is None else Path(options.prompts).stem)
     default = Path("runs") / "perturb" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     out = resumable_directory(options, str(default), RECORD)
@@ -155,15 +155,6 @@ def run(options: Any, asked: Asked) -> None:
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------------
-
-
-def asked_prompts(options: Any) -> list[str]:
-    """Returns the prompt, or those of the file without blank lines. Raises ValueError for an empty file."""
-    if options.prompts is None:
-        return [options.prompt]
-    if prompts := [line for line in read_lines(options.prompts, "a prompt a line") if line]:
-        return prompts
-    raise ValueError(f"{options.prompts} is empty: expected a prompt a line")
 
 
 def listed_samples(prompts: Sequence[str], seeds: Sequence[int]) -> list[Sample]:

@@ -16,26 +16,26 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from seg4diff_jax.analysis.clip import load_clip
-from seg4diff_jax.analysis.dino import load_dino
-from seg4diff_jax.analysis.picture_scores import PictureScorers
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.memory import explaining_full_memory
+from seg4diff_jax.command_line.perturbation import loaded_scorers
+from seg4diff_jax.command_line.picture_directory import remove_progress
+from seg4diff_jax.command_line.prompt_file import prompts_of
 from seg4diff_jax.command_line.segment import load_shown, open_named, resumable_directory
 from seg4diff_jax.convert.errors import CheckpointError
 from seg4diff_jax.convert.families import SD3
 from seg4diff_jax.convert.load import open_component
 from seg4diff_jax.convert.sources.hub import download_bytes, is_repository_id
 from seg4diff_jax.data.subset import Subset
-from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.evaluation.benchmarks import Benchmark, open_benchmark
 from seg4diff_jax.evaluation.options import Data
 from seg4diff_jax.interrupted_runs import DIRECTORY, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.miniature.world.shapes import scene
+from seg4diff_jax.reproduction.components import labelled_items
 from seg4diff_jax.reproduction.cost import SUSTAINED, Amounts, forward_passes, operations
 from seg4diff_jax.reproduction.page import reproduction_page
 from seg4diff_jax.reproduction.parts import Part, Step
-from seg4diff_jax.reproduction.run import measured_steps, presented
+from seg4diff_jax.reproduction.run import STEPS, measured_steps, presented, remove_former
 from seg4diff_jax.reproduction.subject import OnProgress, Subject
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.text import class_prompts
@@ -44,6 +44,8 @@ from seg4diff_jax.versions import versions
 
 PAGE, RECORD = "reproduction.html", "reproduction.json"
 TOLD_OF_PROGRESS = 100
+T5_TOKENS = 256
+"""Of a prompt, as `text.tokenize` pads it."""
 
 
 def run(options: Any) -> None:
@@ -52,8 +54,12 @@ def run(options: Any) -> None:
     for name in ("count", "images", "seeds", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
+    if options.count < 2:
+        raise ValueError("--count is 1: expected at least 2 prompts, over which intervals are")
     out = default_directory(options)
-    tell_download(console, options)
+    if tell_download(console, options) and options.plan:
+        console.print("what it needs of memory and time is said when the model is there")
+        return
     checkpoint = open_named(options)
     checkpoint.block()  # without an expert block there is nothing to reproduce
     benchmark, prompts = labelled(options, checkpoint), asked_prompts(options, checkpoint)
@@ -61,14 +67,19 @@ def run(options: Any) -> None:
     if options.plan:
         return
     asked = {name: value for name, value in options.as_dict().items() if name not in ("resume", "overwrite", "out")}
-    if options.resume and (former := asked_before(out / DIRECTORY)) is not None:
+    asked |= {f"prompt {number}": prompt for number, prompt in enumerate(prompts, 1)}
+    former = asked_before(out / DIRECTORY) if options.resume else None
+    if former is not None:
         refuse_changes(out / DIRECTORY, former, asked)
-    begin(out / DIRECTORY, asked)
-    scorers = scorers_of(options, checkpoint)
+    scorers, _ = loaded_scorers(options)
     adapters, options.lora = options.lora and Path(options.lora), None  # the model itself is loaded without them
     pipe, dtype, _ = load_shown(console, checkpoint, options)
+    if former is None:
+        remove_former(out)
+        begin(out / DIRECTORY, asked)
     subject = Subject(
         options.model,
+        checkpoint,
         pipe,
         prompts,
         benchmark,
@@ -94,6 +105,9 @@ def run(options: Any) -> None:
     }
     record |= {"findings": [claim._asdict() for part in parts for claim in part.claims], "measured": found}
     write_whole(out / DIRECTORY, out / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    for step in STEPS:
+        (out / DIRECTORY / f"{step.name}.json").unlink(missing_ok=True)
+    remove_progress(out)
     tell(parts)
     console.print(f"{seconds:.0f} s; wrote {out}: {PAGE}, {RECORD}")
 
@@ -110,7 +124,11 @@ def labelled(options: Any, checkpoint: Checkpoint) -> Benchmark:
         raise ValueError("labelled images are needed: --data.name and --data.root, or a folder as --data.root")
     benchmark = open_benchmark(data, checkpoint.trained_size)
     source: Any = benchmark.source
-    return replace(benchmark, source=Subset(source, range(len(source))[: options.images]))
+    benchmark = replace(benchmark, source=Subset(source, range(len(source))[: options.images]))
+    if not labelled_items(benchmark, checkpoint.tokenizers, 1):
+        found = f"none of {len(benchmark.source)} images of {benchmark.where}"
+        raise ValueError(f"{found} shows classes that fit in one prompt: expected at least one; give more --images")
+    return benchmark
 
 
 def asked_prompts(options: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -119,32 +137,24 @@ def asked_prompts(options: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
         if options.model != "miniature":
             raise ValueError("prompts are needed for pictures: --prompts FILE, a prompt a line")
         return tuple(scene("test", index, checkpoint.trained_size).caption for index in range(options.count))
-    prompts = [each for each in read_lines(options.prompts, "a prompt a line") if each][: options.count]
-    if not prompts:
-        raise ValueError(f"{options.prompts} has no prompt: expected one a line")
+    if len(prompts := prompts_of(options.prompts)[: options.count]) < 2:
+        raise ValueError(f"{options.prompts} has one prompt: expected at least 2, over which intervals are")
     return tuple(prompts)
 
 
-def scorers_of(options: Any, checkpoint: Checkpoint) -> PictureScorers | None:
-    """Loads the models that score pictures: by default the checkpoint's own CLIP, if it has an image encoder."""
-    own = "miniature" if options.model == "miniature" else options.model
-    named = options.clip or (own if own == "miniature" or (Path(own) / "image_encoder").is_dir() else None)
-    if named is None:
-        if options.dino is not None:
-            raise ValueError("--dino scores beside a CLIP: name one with --clip")
-        return None
-    return PictureScorers(load_clip(named), None if options.dino is None else load_dino(options.dino))
+def tell_download(console: Console, options: Any) -> bool:
+    """Says how large the download of a Hub id is, and returns whether the model is one.
 
-
-def tell_download(console: Console, options: Any) -> None:
-    """Says how large the download of a Hub id is. What keeps it from being known is said when the model is opened."""
+    What keeps the size from being known is said when the model is opened.
+    """
     if Path(options.model).expanduser().exists() or not is_repository_id(options.model):
-        return
+        return False
     components = [name for name in SD3.components if options.t5 or name != SD3.t5]
     variant = "fp16" if options.variant is None else options.variant
     with suppress(CheckpointError):
         size = download_bytes(options.model, components, variant)
         console.print(f"{options.model}: {size / 1e9:,.1f} GB from the Hub, less what an earlier download left")
+    return True
 
 
 def tell_plan(console: Console, options: Any, checkpoint: Checkpoint, benchmark: Benchmark, prompts: int) -> None:
@@ -155,11 +165,14 @@ def tell_plan(console: Console, options: Any, checkpoint: Checkpoint, benchmark:
     images, levels = len(benchmark.source), len({*Subject.levels, checkpoint.step()})
     amounts = Amounts(prompts, images, levels, options.seeds, vocabulary, trains or options.lora is not None, trains)
     passes = forward_passes(config.num_layers, amounts)
-    total = operations(sum(passes.values()), 4 * images, config, checkpoint.vae, side)
+    text = checkpoint.clip_tokens + (T5_TOKENS if checkpoint.t5 else checkpoint.clip_tokens)
+    total = operations(sum(passes.values()), 4 * images, config, checkpoint.vae, side, text)
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     minutes = total / (SUSTAINED * measured_peak(str(dtype))) / 60
     weights = sum(open_component(checkpoint.source, name, dtype=dtype).nbytes for name in checkpoint.configs)
-    console.print(f"{weights / 1e9:,.2f} GB of weights in {dtype}, beside what a batch of {options.batch} takes")
+    models = 1 + amounts.with_adapters
+    each = "" if models == 1 else ", twice for MAGNET before and after"
+    console.print(f"{weights / 1e9:,.2f} GB of weights in {dtype}{each}, beside what a batch of {options.batch} takes")
     each = ", ".join(f"{name} {count:,}" for name, count in passes.items())
     console.print(f"{sum(passes.values()):,} forward passes at {side} x {side} pixels: {each}")
     console.print(

@@ -31,9 +31,9 @@ from seg4diff_jax.analysis.summary import Summary, summarize
 from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line.analyze import GUIDANCE, said
 from seg4diff_jax.command_line.memory import explaining_full_memory
+from seg4diff_jax.command_line.prompt_file import prompts_of
 from seg4diff_jax.command_line.segment import load_shown, open_named, output_directory
 from seg4diff_jax.data.subset import Subset
-from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.run import evaluate
@@ -152,9 +152,7 @@ def asked_samples(
         if bool(prompt) == bool(options.prompts):
             found = "both" if prompt else "neither"
             raise ValueError(f"without an image, say what to generate: --prompt or --prompts FILE: found {found}")
-        prompts = read_lines(options.prompts, "a prompt a line") if options.prompts else [prompt]
-        if not (prompts := [each for each in prompts if each][: options.count]):
-            raise ValueError(f"{options.prompts} has no prompt: expected one a line")
+        prompts = (prompts_of(options.prompts) if options.prompts else [prompt])[: options.count]
         return len(prompts), [Sample(place, each, None) for place, each in enumerate(prompts)]
     if options.prompts is not None:
         raise ValueError("--prompts is for generating runs: leave out the image")

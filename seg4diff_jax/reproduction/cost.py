@@ -13,7 +13,6 @@ from seg4diff_jax.reproduction.subject import STEPS
 
 GUIDED_ROWS = 2
 """Rows of a step under guidance."""
-TEXT_TOKENS = 154
 SUSTAINED = 0.5
 """Part of the rate of large matrix products that forward passes are taken to reach."""
 
@@ -34,7 +33,9 @@ def forward_passes(depth: int, of: Amounts) -> dict[str, int]:
     """Returns how many rows go through the transformer, by step of the paper."""
     generated = of.prompts * STEPS * GUIDED_ROWS
     perturbed = sum(of.prompts * (depth + 1) * STEPS * (GUIDED_ROWS + (scale is not None)) for scale in WAYS.values())
-    scored = 2 * (2 * of.images * of.seeds + generated + finetuning.LOSS_IMAGES * len(finetuning.LOSS_STEPS))
+    scored = 2 * (
+        2 * of.images * of.seeds + generated + min(finetuning.LOSS_IMAGES, of.images) * len(finetuning.LOSS_STEPS)
+    )
     trained = 3 * finetuning.STEPS_IN_SMALL * finetuning.BATCH_IN_SMALL if of.trains else 0  # forward and backward
     return {
         "attention and value norms": generated,
@@ -46,7 +47,10 @@ def forward_passes(depth: int, of: Amounts) -> dict[str, int]:
     }
 
 
-def operations(passes: int, images: int, transformer: MMDiTConfig, vae: VAEConfig, side: int) -> float:
-    """Returns the operations of so many forward passes at a square of `side` pixels, and of encoding the images."""
+def operations(passes: int, images: int, transformer: MMDiTConfig, vae: VAEConfig, side: int, text: int) -> float:
+    """Returns the operations of so many forward passes at `side` x `side` pixels, and of encoding the images.
+
+    `text` is the number of text tokens.
+    """
     tokens = (side // vae.downsampling // transformer.patch_size) ** 2
-    return float(passes) * mmdit_flops(transformer, tokens, TEXT_TOKENS) + images * vae_encoder_flops(vae, side, side)
+    return float(passes) * mmdit_flops(transformer, tokens, text) + images * vae_encoder_flops(vae, side, side)

@@ -38,14 +38,14 @@ def found_by(subject: Subject, measured: Mapping[str, Measured]) -> dict[str, in
     level = str(SHOWN_LEVELS[0])
     levels = {str(key): values for key, values in measured[attention_budget.STEP.name]["levels"].items()}
     budget, ious = levels[level], masks.mean_ious(measured[masks.STEP.name], subject.pipe.expert_step)
-    scores = measured[perturbation.STEP.name]["scores"]
+    scores, objects = measured[perturbation.STEP.name]["scores"], measured[components.STEP.name]["objects"]
     ways = {
         "mIoU by labels": ious,
         f"most attention on text, level {level}": budget["text"],
         f"most attention on the prompt's words, level {level}": budget["words"],
         "largest text norm": attention_budget.ratios(budget),
-        "components by classes": measured[components.STEP.name]["objects"],
-        **({"CLIP-I lost": -np.asarray(scores["CLIP-I"]["blurred"])} if "CLIP-I" in scores else {}),
+        **({"components by classes": objects} if objects else {}),
+        **({"CLIP-I lost": -perturbation.by_block(scores, "blurred", "CLIP-I").mean(axis=0)} if scores else {}),
     }
     return {way: int(np.nanargmax(values)) for way, values in ways.items()}
 

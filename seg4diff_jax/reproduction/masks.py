@@ -38,7 +38,7 @@ def measure(subject: Subject, folder: Path, on_progress: OnProgress) -> dict[str
         prompts=tuple(KINDS),
     )
     found = evaluate(pipe, subject.benchmark, settings, on_progress=lambda done, _: on_progress(done / images))
-    item = labelled_items(subject, 1)[0]
+    (item,) = labelled_items(subject.benchmark, pipe.tokenizers, 1)
     name = item["prompt"].split(" ")[0]
     seen = seen_in_image(pipe, item["image"], item["prompt"], HEADS_KEPT, blocks=(subject.expert,), levels=(level,))
     views = by_heads(seen.records[subject.expert], name)
@@ -165,4 +165,4 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-STEP = Step("masks", "masks of every block, head and noise level", measure, present)
+STEP = Step("masks", "masks of every block, head and noise level", measure, present, (SHEET,))

@@ -68,4 +68,4 @@ def present(subject: Subject, measured: Mapping[str, Measured]) -> Part:
     )
 
 
-STEP = Step("pads", "segments without names", measure, present)
+STEP = Step("pads", "segments without names", measure, present, (SHEET,))

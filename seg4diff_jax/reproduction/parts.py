@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
+from seg4diff_jax.analysis.paired_difference import PairedDifference
 from seg4diff_jax.reproduction.subject import OnProgress, Subject
 
 Verdict = Literal["holds", "does not hold", "not testable here"]
@@ -76,7 +77,8 @@ class Step(NamedTuple):
     """A step of the paper.
 
     Attributes:
-      name: of its files.
+      name: of its file in `progress`.
+      pictures: files that it writes into the folder.
       doing: what it does, for the progress bar.
       measure: measures, writes its pictures into the folder, and returns what was found; None: it only sums up others.
       present: makes the section of the page from what the steps found, by name.
@@ -86,8 +88,23 @@ class Step(NamedTuple):
     doing: str
     measure: Measure | None
     present: Present
+    pictures: tuple[str, ...] = ()
 
 
 def decided(holds: bool | None) -> Verdict:
     """Returns the verdict of a rule; None: it could not be decided."""
     return "not testable here" if holds is None else "holds" if holds else "does not hold"
+
+
+ABOVE_ZERO = "The paired difference of 100 x cosine is above 0, and its 95 % interval excludes 0."
+FEWEST = 6
+"""Prompts below which an interval over prompts decides nothing: of so few it is too narrow."""
+
+
+def decided_by(difference: PairedDifference, prompts: int) -> Verdict:
+    """Returns whether a difference is above 0; not testable if its interval includes 0, or of fewer than `FEWEST`."""
+    return decided(difference.mean > 0 if difference.excludes_zero and prompts >= FEWEST else None)
+
+
+def in_words(difference: PairedDifference) -> str:
+    return f"{difference.mean:+.2f}, interval {difference.low:+.2f} to {difference.high:+.2f}"

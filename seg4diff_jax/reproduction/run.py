@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,13 +42,38 @@ def measured_steps(subject: Subject, folder: Path, shown: Shown) -> dict[str, di
     for step in STEPS:
         if step.measure is None:
             continue
-        kept = folder / DIRECTORY / f"{step.name}.json"
-        if not kept.is_file():
+        values = kept_values(step, folder)
+        if values is None:
             with shown(step) as on_progress:
                 values = step.measure(subject, folder, on_progress)
-            write_whole(folder / DIRECTORY, kept, json.dumps(values, indent=1).encode())
-        found[step.name] = json.loads(kept.read_text(encoding="utf-8"))
+            kept = json.dumps({"step": step.name, "found": values}, indent=1).encode()
+            write_whole(folder / DIRECTORY, _file(step, folder), kept)
+            values = json.loads(kept)["found"]  # as the next run would read it
+        found[step.name] = values
     return found
+
+
+def kept_values(step: Step, folder: Path) -> dict[str, Any] | None:
+    """Returns what an interrupted run found in a step; None if it did not finish it, or files are damaged or gone."""
+    try:
+        kept = json.loads(_file(step, folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(kept, dict) and kept.get("step") == step.name and isinstance(kept.get("found"), dict)
+    return kept["found"] if whole and all((folder / name).is_file() for name in step.pictures) else None
+
+
+def remove_former(folder: Path) -> None:
+    """Removes the files of an earlier run, and nothing else."""
+    for step in STEPS:
+        for path in (_file(step, folder), *(folder / name for name in step.pictures)):
+            path.unlink(missing_ok=True)
+    for name in (perturbation.PICTURES, *finetuning.FOLDERS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _file(step: Step, folder: Path) -> Path:
+    return folder / DIRECTORY / f"{step.name}.json"
 
 
 def presented(subject: Subject, found: dict[str, dict[str, Any]]) -> list[Part]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seg4diff_jax.analysis.picture_scores import PictureScorers
+from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.pipeline import Pipeline
 
@@ -24,6 +25,7 @@ class Subject:
 
     Attributes:
       name: the model's, as the user gave it.
+      checkpoint, pipe: the model, without adapters.
       prompts: of the pictures that are generated.
       benchmark: labelled images.
       scorers: the models that judge pictures; None: nothing judges them.
@@ -34,6 +36,7 @@ class Subject:
     """
 
     name: str
+    checkpoint: Checkpoint
     pipe: Pipeline
     prompts: tuple[str, ...]
     benchmark: Benchmark

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from seg4diff_jax.command_line import main
+from seg4diff_jax.command_line import main, reproduction
 from seg4diff_jax.evaluation.expert import name_expert
 from seg4diff_jax.miniature.world.shapes import scene, write_folder
 from seg4diff_jax.reproduction import run
+from seg4diff_jax.reproduction.parts import Part, Step
 from tests.reference.browser import BROWSER, browser
 from tests.reference.checkpoints import make_checkpoint
 
@@ -80,13 +83,75 @@ def test_the_page_stands_alone_and_shows_every_part(interrupted_and_resumed):
         assert told == []
 
 
-def test_a_run_with_other_options_is_not_gone_on_with(interrupted_and_resumed, given, capsys):
-    (interrupted_and_resumed / "reproduction.json").rename(interrupted_and_resumed / "kept.json")
-    try:
-        assert main([*given, "--out", str(interrupted_and_resumed), "--resume", "--seeds", "2"]) == 1
-    finally:
-        (interrupted_and_resumed / "kept.json").rename(interrupted_and_resumed / "reproduction.json")
+def test_a_complete_run_leaves_nothing_of_its_progress_and_is_not_gone_on_with(interrupted_and_resumed, given, capsys):
+    assert not (interrupted_and_resumed / "progress").exists()
+    assert main([*given, "--out", str(interrupted_and_resumed), "--resume"]) == 1
+    assert "is complete: there is nothing to --resume" in capsys.readouterr().err
+
+
+class Fake:
+    """Steps that measure how often they were asked, and write a picture."""
+
+    def __init__(self):
+        self.asked: dict[str, int] = {}
+
+    def steps(self, failing: str | None = None) -> tuple[Step, ...]:
+        return tuple(self.step(each, failing) for each in ("one", "two", "three"))
+
+    def step(self, name: str, failing: str | None) -> Step:
+        def measure(subject, folder: Path, on_progress) -> dict:
+            if name == failing:
+                raise OSError("no space left on the device")
+            self.asked[name] = self.asked.get(name, 0) + 1
+            Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+            return {"asked": self.asked[name], "prompts": list(subject.prompts)}
+
+        present = lambda subject, found: Part(name, str(found[name]), pictures=[(name, f"{name}.png")])
+        return Step(name, name, measure, present, (f"{name}.png",))
+
+
+@pytest.fixture
+def stopped(given, tmp_path, monkeypatch) -> tuple[Fake, Path, Callable[..., int]]:
+    """A run that failed in its last step, and a function that starts it again with further arguments."""
+    fake, out = Fake(), tmp_path / "out"
+
+    def start(*more: str, failing: str | None = None) -> int:
+        for module in (run, reproduction):
+            monkeypatch.setattr(module, "STEPS", fake.steps(failing))
+        return main([*given, "--out", str(out), *more])
+
+    assert start(failing="three") == 1
+    return fake, out, start
+
+
+def test_what_is_damaged_or_gone_is_measured_again(stopped):
+    fake, out, start = stopped
+    (out / "one.png").unlink()
+    (out / "progress" / "two.json").write_text('{"step": "two", "fou')
+    assert start("--resume") == 0
+    assert fake.asked == {"one": 2, "two": 2, "three": 1}
+
+
+def test_a_run_that_is_begun_anew_measures_everything(stopped):
+    fake, out, start = stopped
+    assert start("--overwrite", "--count", "2", "--seeds", "2") == 0
+    assert fake.asked == {"one": 2, "two": 2, "three": 1}
+    assert json.loads((out / "reproduction.json").read_text())["measured"]["one"]["asked"] == 2
+
+
+def test_a_run_with_other_options_or_prompts_is_not_gone_on_with(stopped, given, capsys):
+    fake, _, start = stopped
+    assert start("--resume", "--seeds", "2") == 1
     assert "is of a run with other options: seeds was 1 and is 2" in capsys.readouterr().err
+    file = Path(given[given.index("--prompts") + 1])
+    written = file.read_text()
+    try:
+        file.write_text("a cat on the grass\ntwo blue buses\n")
+        assert start("--resume") == 1
+    finally:
+        file.write_text(written)
+    assert "prompt 2 was 'two red buses' and is 'two blue buses'" in capsys.readouterr().err
+    assert fake.asked == {"one": 1, "two": 1}
 
 
 def test_the_plan_says_what_the_run_needs_and_ends(given, tmp_path, capsys):
@@ -105,8 +170,9 @@ def test_the_plan_says_what_the_run_needs_and_ends(given, tmp_path, capsys):
         ({"--prompts": None}, "prompts are needed for pictures: --prompts FILE"),
         ({"--data.root": None}, "labelled images are needed: --data.name and --data.root"),
         ({"--images": "0"}, "--images is 0: expected at least 1"),
-        ({"--prompts": "/dev/null"}, "/dev/null has no prompt: expected one a line"),
-        ({"--clip": None, "--dino": "somewhere"}, "--dino scores beside a CLIP: name one with --clip"),
+        ({"--count": "1"}, "--count is 1: expected at least 2 prompts"),
+        ({"--prompts": "/dev/null"}, "/dev/null is empty: expected a prompt a line"),
+        ({"--clip": None, "--dino": "somewhere"}, "--dino scores beside a CLIP, and"),
         ({"--data.root": "absent"}, "absent"),
     ],
 )

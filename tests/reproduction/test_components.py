@@ -30,14 +30,16 @@ def test_void_tokens_do_not_count():
     scores = np.random.default_rng(3).standard_normal((1, LABELS.size, 3))
     labels = np.where(np.arange(LABELS.size) < 7, IGNORED, LABELS)
     assert of_labels(scores, labels) == pytest.approx(of_labels(scores[:, 7:], LABELS[7:]))
+    noise = np.where((labels == IGNORED)[:, None], 100.0, scores)  # of tokens that do not count
+    assert of_positions(noise, GRID, labels) == pytest.approx(of_positions(scores, GRID, labels))
 
 
 def test_quadratic_functions_of_the_position_are_explained_wholly_and_others_in_part():
     rows, columns = np.meshgrid(np.arange(GRID[0]), np.arange(GRID[1]), indexing="ij")
     quadratic = (1 + rows - 2 * columns + 0.5 * rows * columns + columns**2).reshape(1, -1, 1).astype(float)
-    assert of_positions(quadratic, GRID) == pytest.approx(1)
+    assert of_positions(quadratic, GRID, LABELS) == pytest.approx(1)
     checkers = ((rows + columns) % 2).reshape(1, -1, 1).astype(float)
-    assert of_positions(checkers, GRID) < 0.1
+    assert of_positions(checkers, GRID, LABELS) < 0.1
 
 
 def test_a_token_has_the_label_in_the_middle_of_its_patch():
