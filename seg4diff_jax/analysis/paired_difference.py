@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 10_000
 COVERAGE = 95
@@ -70,4 +69,4 @@ def paired_difference(
 def expanded_tail(groups: int) -> float:
     """Returns the part of the resampled means that lies below an interval, and above it, 0 to 0.5."""
     within = (1 + COVERAGE / 100) / 2
-    return float(norm.cdf(-np.sqrt(groups / (groups - 1)) * student.ppf(within, groups - 1)))
+    return float(ndtr(-np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, within)))
