@@ -94,17 +94,9 @@ def test_cut_prompts_are_counted_once_each_and_not_warned_of(tmp_path, capsys, r
 
 def test_no_more_pictures_are_read_at_once_than_the_batch(tmp_path, monkeypatch):
     directory = pictured(tmp_path / "made", PROMPTS * 2)
-    events, load = [], clip_score.load_clip
-    read = clip_score.read_image
+    events, read, score = [], clip_score.read_image, clip_score.clip_t
     monkeypatch.setattr(clip_score, "read_image", lambda file: events.append("read") or read(file))
-
-    def watched(model):
-        clip = load(model)
-        similarities = clip.similarities
-        object.__setattr__(clip, "similarities", lambda *a, **k: events.append("score") or similarities(*a, **k))
-        return clip
-
-    monkeypatch.setattr(clip_score, "load_clip", watched)
+    monkeypatch.setattr(clip_score, "clip_t", lambda *a, **k: events.append("score") or score(*a, **k))
     assert main(["clip-score", str(directory), *CLIP, "--batch", "4"]) == 0
     assert events == ["read"] * 4 + ["score"] + ["read"] * 2 + ["score"]
 
