@@ -14,6 +14,7 @@ from tests.reference.processes import QUICK_TO_COMPILE, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: threads of small matrices wait, busily
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One place for a run's programs, which its workers and all processes that they start share. It is gone at the end.
     place = tempfile.mkdtemp(prefix="seg4diff-jax-tests-")
