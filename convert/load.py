@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from seg4diff_jax.convert.assemble import assemble
 from seg4diff_jax.convert.components import abstract_model
 from seg4diff_jax.convert.layout import contiguous
-from seg4diff_jax.convert.names import parameter_shapes
+from seg4diff_jax.convert.names import Shape, parameter_shapes
 from seg4diff_jax.convert.readers import ComponentReader, Source, usual_dtype
 from seg4diff_jax.convert.sources.open import open_source
 
@@ -34,13 +35,17 @@ class Unfilled:
     @property
     def nbytes(self) -> int:
         """Bytes that the parameters take in memory."""
-        return self.dtype.itemsize * sum(math.prod(shape) for shape in parameter_shapes(self.model).values())
+        return self.dtype.itemsize * sum(math.prod(shape) for shape in self._shapes.values())
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        return parameter_shapes(self.model)
 
     def fill(self, *, shardings: Shardings | None = None, read: Callable[[int], None] = lambda count: None) -> Any:
         """Returns the model with its parameters. `read` receives each parameter's bytes, counted as in `nbytes`."""
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
-            for name, array in self.component.parameters(parameter_shapes(self.model)):
+            for name, array in self.component.parameters(self._shapes):
                 yield name, contiguous(array, self.dtype)
                 read(array.size * self.dtype.itemsize)
 

@@ -14,6 +14,7 @@ from tests.reference.processes import QUICK_TO_COMPILE, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: threads of small matrices wait, busily
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # One place for a run's programs, which its workers and all processes that they start share. It is gone at the end.
     place = tempfile.mkdtemp(prefix="seg4diff-jax-tests-")
@@ -25,6 +26,7 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax
 from jaxtyping import install_import_hook
+from PIL import Image
 
 
 def modules_with_shapes() -> list[str]:
@@ -37,6 +39,15 @@ def modules_with_shapes() -> list[str]:
 
 
 install_import_hook(modules_with_shapes(), "beartype.beartype")
+
+
+def pack_pictures_quickly() -> None:
+    """Pictures have the same pixels in somewhat larger files. To pack them well is up to half of a command's time."""
+    save = Image.Image.save
+    Image.Image.save = lambda picture, *where, **how: save(picture, *where, **how | {"compress_level": 1})
+
+
+pack_pictures_quickly()
 
 LONGEST = [
     *("magnet/sharded", "models/mmdit", "readme", "miniature/training", "generation", "training/sharded"),
@@ -66,15 +77,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported by now, and stays, out of garbage collections."""
+    keep_out_of_collections()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def keep_out_of_collections() -> None:
+    """Garbage collections, of which each loaded checkpoint makes one, leave out what is imported by now and stays."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
     """A process may map only so many pieces of memory, and each compiled program takes several."""
+    keep_out_of_collections()
     yield
     jax.clear_caches()
 

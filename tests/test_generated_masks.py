@@ -22,9 +22,10 @@ from seg4diff_jax.generated_masks import mask_step
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.passes import NoisedImages, attention, velocity
 from seg4diff_jax.prompt_attention import prompt_attention
-from tests.reference.inputs import SIZE, VARIED
+from tests.reference.inputs import VARIED
 from tests.reference.ties import assert_same_labels
 
+SIZE = 64, 80
 PROMPTS = ["a photo of a cat on the grass, a cat", "two red buses"]
 NAMES = [["a", "cat", "on", "the grass", "grass"], ["red buses", "two", "red"]]
 STEPS = 5

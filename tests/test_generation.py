@@ -25,10 +25,11 @@ from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.passes import NoisedImages, attention, decode_pictures, velocity
 from seg4diff_jax.sampling import GeneratingRun, Looking, sample_latents, sample_looking
 from tests.reference.damage import with_damaged_autoencoder
-from tests.reference.inputs import SIZE, SQUARE, a_noise
+from tests.reference.inputs import SQUARE, a_noise
 from tests.reference.processes import flags
 from tests.reference.random_weights import relative_error
 
+SIZE = 64, 80
 PROMPTS = ["a photo of a cat on the grass", "two red buses"]
 NEGATIVE = "a small dog in the water"
 STEPS = 5

@@ -11,8 +11,8 @@ import seg4diff_jax as s4d
 from seg4diff_jax.analysis.perturbed_pictures import Variant, perturbed_pictures, variants
 from seg4diff_jax.models.perturbation import Blur, Perturbation
 from seg4diff_jax.sampling import sample_latents
-from tests.reference.inputs import SIZE
 
+SIZE = 64, 80
 PROMPTS = ["a photo of a cat on the grass", "two red buses"]
 OPTIONS: dict[str, Any] = {"steps": 3, "guidance": 4.0, "size": SIZE}
 BLUR = Blur(60.0, 151, text_tokens=(0, None))  # over nearly all of the text: small random weights look at all of it

@@ -23,8 +23,6 @@ from seg4diff_jax.evaluation.zero_shot import Pass, without_images
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.processes import local_mesh
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
-from tests.reference.ties import ignore, undecided
-from tests.reference.unsupervised import IGNORED, distributions, merged, threshold_near
 
 WITHOUT_NAMES = (UnsupervisedProtocol(0.02), UnsupervisedProtocol(0.1, "token", "row", absent_classes=True))
 
@@ -48,6 +46,10 @@ def settled(pipe: Pipeline, root: str, *, block: int, step: int) -> list[Unsuper
 
     Returns `WITHOUT_NAMES` at the nearest thresholds that no divergence comes near.
     """
+    # Not at the top: the process that is killed needs no PyTorch.
+    from tests.reference.ties import ignore, undecided
+    from tests.reference.unsupervised import IGNORED, distributions, merged, threshold_near
+
     measurement = Measurement(pipe, folder_benchmark(root), Settings((block,), (step,), (5,), 1))
     asked, forward = measurement.asked["present"], measurement.forward
     every: list[tuple[Path, np.ndarray]] = []
