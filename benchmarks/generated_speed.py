@@ -10,10 +10,11 @@ a process of its own, on the same number of threads. Runs alternate, and so does
 the machine affects both, and the processor's own seconds stand beside the clock's. The first run compiles; it is not
 counted, but has a column. Memory is a process' peak from its first run on.
 
-diffusers runs as its users run it, in `torch.inference_mode`. PyTorch's threads sleep while they wait, unless
-OMP_WAIT_POLICY says otherwise: threads that spin are much slower beside other programs. The largest difference of the
-results shows that both have done the same work: our pixels are rounded, by up to half a level. The last column is what
-each side's library reaches in the largest linear layer alone, by the clock.
+diffusers runs as its users run it, in `torch.inference_mode`. Measure on a machine that does nothing else: PyTorch's
+threads spin for a while when they wait, and beside other programs that makes them several times slower. With
+OMP_WAIT_POLICY=PASSIVE they sleep. The largest difference of the results shows that both have done the same work: our
+pixels are rounded, by up to half a level. The last column is what each side's library reaches in the largest linear
+layer alone, by the clock.
 """
 
 from __future__ import annotations
@@ -167,7 +168,6 @@ def measured(case: Case, repeats: int, product: tuple[int, int, int]) -> dict[st
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
         )
         for side in SIDES
     }
