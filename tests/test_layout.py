@@ -77,8 +77,8 @@ MAY_IMPORT: dict[str, str] = {
     "planning": "checkpoints convert data magnet models parallel training",
     "evaluation": "batching compilation configuration convert data flow images interrupted_runs miniature models "
     "numerics parallel passes pipeline processes quoting reporting segmentation text versions",
-    "reproduction": "analysis checkpoints evaluation flow images interrupted_runs magnet models numerics passes "
-    "pipeline reporting segmentation text training",
+    "reproduction": "analysis checkpoints convert evaluation flow images interrupted_runs magnet models numerics "
+    "passes pipeline reporting segmentation text training",
     # What people start.
     "command_line": "analysis batching checkpoints class_names compilation configuration convert data evaluation "
     "extras flow generated_masks images interrupted_runs magnet miniature models numerics parallel pipeline "

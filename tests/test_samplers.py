@@ -206,8 +206,8 @@ def test_commands_and_training_say_so_before_weights_are_read(tmp_path):
     generate.arguments(parser)
     asked = parser.parse_args(["a cat", "--model", source])
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler"):
-        generate.open_checked(asked)
-    generate.open_checked(parser.parse_args(["a cat", "--model", source, "--sampler", "euler"]))
+        generate.open_checked(asked, 1)
+    generate.open_checked(parser.parse_args(["a cat", "--model", source, "--sampler", "euler"]), 1)
     run = RunConfig(out=str(tmp_path / "run"), steps=1, batch_size=1)
     with pytest.raises(ValueError, match=r"samples\.sampler"):
         open_checkpoint(MagnetConfig(run, model=source, samples=Samples()))

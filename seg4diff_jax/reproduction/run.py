@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from seg4diff_jax.convert.errors import CheckpointError
+from seg4diff_jax.convert.files import read_json
 from seg4diff_jax.interrupted_runs import DIRECTORY, write_whole
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.reproduction import attention_budget, components, expert, finetuning, masks, pads, perturbation
@@ -46,20 +49,30 @@ def measured_steps(subject: Subject, folder: Path, shown: Shown) -> dict[str, di
         if values is None:
             with shown(step) as on_progress:
                 values = step.measure(subject, folder, on_progress)
-            kept = json.dumps({"step": step.name, "found": values}, indent=1).encode()
-            write_whole(folder / DIRECTORY, _file(step, folder), kept)
-            values = json.loads(kept)["found"]  # as the next run would read it
+            values = json.loads(json.dumps(values))  # as the next run would read it
+            keep(step, folder, values)
         found[step.name] = values
     return found
+
+
+def keep(step: Step, folder: Path, values: dict[str, Any]) -> None:
+    """Writes what was found in a step, with a checksum."""
+    kept = {"step": step.name, "checksum": _checksum(values), "found": values}
+    write_whole(folder / DIRECTORY, _file(step, folder), json.dumps(kept, indent=1).encode())
+
+
+def _checksum(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def kept_values(step: Step, folder: Path) -> dict[str, Any] | None:
     """Returns what an interrupted run found in a step; None if it did not finish it, or files are damaged or gone."""
     try:
-        kept = json.loads(_file(step, folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = read_json(_file(step, folder))
+    except CheckpointError:
         return None
-    whole = isinstance(kept, dict) and kept.get("step") == step.name and isinstance(kept.get("found"), dict)
+    own = {"step": step.name, "checksum": _checksum(kept.get("found"))}
+    whole = all(kept.get(name) == value for name, value in own.items())
     return kept["found"] if whole and all((folder / name).is_file() for name in step.pictures) else None
 
 

@@ -24,6 +24,7 @@ CALLS = {
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
         (
+            "seg4diff_jax/analysis/word_views.py",
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
             "seg4diff_jax/command_line/clip_score.py",
@@ -36,6 +37,9 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/pipeline.py",
             "seg4diff_jax/planning/checkpoints.py",
             "seg4diff_jax/reporting/drawings.py",
+            "seg4diff_jax/reproduction/finetuning.py",
+            "seg4diff_jax/reproduction/page.py",
+            "seg4diff_jax/reproduction/perturbation.py",
             "seg4diff_jax/miniature/flow_matching.py",
             "seg4diff_jax/magnet/task.py",
             "seg4diff_jax/magnet/items.py",

@@ -21,6 +21,8 @@ from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import RUN
+from seg4diff_jax.reproduction import run
+from seg4diff_jax.reproduction.parts import Part, Step
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.logs import Logs
 from seg4diff_jax.training.loop import train
@@ -162,6 +164,22 @@ def left_of_perturbed(root: Path) -> Any:
     """The pictures that stay where the next run is told to overwrite this one."""
     perturbation.remove_former(root)
     return sorted(path.relative_to(root).as_posix() for path in root.glob("*/*"))
+
+
+A_STEP = Step("masks", "masks", lambda *_: {}, lambda *_: Part("", ""), ("heads.png",))
+
+
+def make_step(root: Path) -> None:
+    (root / "progress").mkdir()
+    (root / "heads.png").write_bytes(b"pixels")
+    run.keep(A_STEP, root, {"images": 3, "rows": [{"block": 2, "miou": 41.25}], "word": "cat"})
+
+
+def kept_step(root: Path) -> Any:
+    """What an interrupted reproduction goes on with; what it measures again is refused."""
+    if (found := run.kept_values(A_STEP, root)) is None:
+        raise ValueError(f"{root / 'progress' / 'masks.json'} is damaged: measured again")
+    return found
 
 
 def make_results(root: Path) -> None:
@@ -313,6 +331,14 @@ READERS: dict[str, Reader] = {
         {RECORD: "json"},
         {"": "another prompt is another score: a record is for people and tools, and has no checksum"},
         errors=(*OWN_ERRORS, ValueError),
+        cases=12,
+    ),
+    "step of a reproduction": Reader(
+        make_step,
+        kept_step,
+        ("seg4diff_jax/reproduction/run.py",),
+        {"progress/masks.json": "json"},
+        errors=(ValueError,),
         cases=12,
     ),
     "record of perturbed pictures": Reader(
