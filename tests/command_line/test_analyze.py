@@ -72,7 +72,10 @@ def test_words_are_drawn_as_in_python(sd3, sd3_checkpoint, picture, tmp_path, ca
     command = ["analyze", picture, "--prompt", prompt, "--model", str(sd3_checkpoint), "--block", "2", "--step", "5"]
     assert main([*command, "--words", "cat", "the sea", "--out", str(out)]) == 0
     assert f"wrote {out}: block 2, noise level 5" in capsys.readouterr().err.replace("\n", "")
-    record = sd3.attention(picture, prompt, blocks=2, step=5)[2]
+    record = seen_in_image(sd3, picture, prompt, HEADS_AVERAGED, blocks=[2], levels=(5,)).records[2]
+    np.testing.assert_allclose(
+        record.of("cat"), sd3.attention(picture, prompt, blocks=2, step=5)[2].of("cat"), atol=1e-6
+    )
     expected = np.asarray(draw_words(picture, record, ["cat", "the sea"]), int)
     assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 2
 
