@@ -41,6 +41,10 @@ REQUESTS = {
 }
 
 
+GROUPS = (1, 8, 1, 67, 8, 1, 68)
+"""Tokens of CLIP's start, prompt, end and padding, and of T5's prompt, end and padding."""
+
+
 def main(
     size: int = 512,
     layers: int = 24,
@@ -74,7 +78,8 @@ def main(
         return lambda model, *x: model(*x, capture=capture, options=ForwardOptions(request))
 
     def all_statistics(model, *x):
-        reader = StatisticsReader(jnp.ones((batch, 1, 154)))
+        group = jnp.repeat(jnp.arange(7), jnp.array(GROUPS), total_repeat_length=154)
+        reader = StatisticsReader(jnp.broadcast_to(jax.nn.one_hot(group, 7).T, (batch, 7, 154)))
         return model(*x, capture=range(layers), options=ForwardOptions(reader))
 
     def all_components(model, *x):
