@@ -1,4 +1,4 @@
-"""How messages show values and texts that were found."""
+"""How messages show values, texts and numbers of things that were found."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def quoted(value: Any) -> str:
 def cut(text: str, most: int = TEXT) -> str:
     """Returns the text of a library or a file as messages show it, cut to `most` characters."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def counted(count: int, what: str) -> str:
+    """Returns a number of things, as in 1 prompt and 2 prompts."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -20,7 +20,7 @@ from seg4diff_jax.analysis.picture_scores import clip_t
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.picture_directory import SCORES, Picture, read_pictures
 from seg4diff_jax.images import read_image
-from seg4diff_jax.quoting import quoted
+from seg4diff_jax.quoting import counted, quoted
 from seg4diff_jax.terminal import Bar, stderr_console
 
 COLUMNS = ("file", "prompt", "CLIPScore", "100 x cosine")
@@ -76,10 +76,6 @@ def run(options: Any) -> None:
         if differing := remarks(*records):
             console.print(f"the two were not made alike: {differing}")
     console.print(f"wrote {', '.join(str(directory / SCORES) for directory in directories)}")
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def cosines(

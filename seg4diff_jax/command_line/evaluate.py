@@ -35,6 +35,7 @@ from seg4diff_jax.evaluation.options import (
     thresholds,
 )
 from seg4diff_jax.numerics import settled
+from seg4diff_jax.quoting import counted
 from seg4diff_jax.terminal import counted_pieces, stderr_console
 
 if TYPE_CHECKING:
@@ -265,10 +266,6 @@ def heads_described(heads: Sequence[int | None]) -> str:
     single = len(heads) - (None in heads)
     mean = " beside the mean" if None in heads else ""
     return f"; {counted(single, 'head')} of each block{mean}" if single else ""
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import DIRECTORY, RUN, asked_before, begin, refuse_changes, write_whole
 from seg4diff_jax.models.perturbation import Blur, Perturbation
+from seg4diff_jax.quoting import counted
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.versions import versions
 
@@ -198,7 +199,6 @@ def described(
     perturb: Perturbation, options: Any, size: tuple[int, int], prompts: int, seeds: Sequence[int]
 ) -> list[str]:
     """Returns what was done, and to what, in two lines."""
-    counted = lambda count, what: f"{count} {what}" if count == 1 else f"{count} {what}s"
     what = "the block is skipped"
     if isinstance(blur := perturb.change, Blur):
         along = "along the text" if blur.over == "text" else "over the image"

@@ -40,6 +40,7 @@ from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.flow import check_guidance, check_seed
 from seg4diff_jax.images import read_image
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.quoting import counted
 from seg4diff_jax.terminal import Bar, stderr_console
 from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
@@ -131,10 +132,6 @@ def run(options: Any) -> None:
         hints = ", ".join(f"{hint} {block}" for hint, block in summary.candidates.items())
         print(f"noise level {level}: block by hint: {hints}")
     console.print(f"wrote {out}: {PAGE}, {RECORD}")
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def asked_samples(

@@ -34,7 +34,6 @@ def plain(summary: Summary) -> dict[str, Any]:
     means = {name: spread.mean.tolist() for name, spread in summary.quantities.items()}
     return {
         "uniform": summary.uniform,
-        "candidates": summary.candidates,
         "text": means["image to text"],
         "words": means["image to words"],
         "image": means["text to image"],

@@ -33,7 +33,7 @@ def peak(at: int, height: float, base: float) -> list[float]:
 
 def budget(text: float, image: float, at: int = EXPERT, words: float = 3.0, uniform: float = 0.1) -> dict[str, Any]:
     norms = {"image": [1.0] * BLOCKS, "text": peak(at, 2.0, 1.0), "words": peak(at, words, 1.0)}
-    level = {"uniform": uniform, "candidates": {}, "text": [text] * BLOCKS, "words": peak(at, 0.3, 0.1)}
+    level = {"uniform": uniform, "text": [text] * BLOCKS, "words": peak(at, 0.3, 0.1)}
     return {"prompts": 3, "levels": {key: {**level, "image": [image] * BLOCKS, "norms": norms} for key in ("8", "28")}}
 
 
