@@ -55,7 +55,7 @@ def run(options: Any) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: expected at least 1")
     if options.count < 2:
-        raise ValueError("--count is 1: expected at least 2 prompts, over which intervals are")
+        raise ValueError("--count is 1: expected at least 2 prompts: intervals are over prompts")
     out = default_directory(options)
     if tell_download(console, options) and options.plan:
         console.print("what it needs of memory and time is said when the model is there")
@@ -138,7 +138,7 @@ def asked_prompts(options: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
             raise ValueError("prompts are needed for pictures: --prompts FILE, a prompt a line")
         return tuple(scene("test", index, checkpoint.trained_size).caption for index in range(options.count))
     if len(prompts := prompts_of(options.prompts)[: options.count]) < 2:
-        raise ValueError(f"{options.prompts} has one prompt: expected at least 2, over which intervals are")
+        raise ValueError(f"{options.prompts} has one prompt: expected at least 2: intervals are over prompts")
     return tuple(prompts)
 
 
