@@ -34,6 +34,11 @@ class SizeGroup(NamedTuple):
     grid: tuple[int, int]
     pixels: Float[np.ndarray, "images height width 3"]
 
+    @property
+    def items(self) -> tuple[list[int], list[tuple[int, int]], Float[np.ndarray, "images height width 3"]]:
+        """Returns places, own sizes and pixels: of each image, in order."""
+        return self.places, self.own_sizes, self.pixels
+
 
 @dataclass(frozen=True)
 class ModelView:
@@ -98,6 +103,7 @@ class ModelView:
         images: int,
         size: tuple[int, int],
         seed: int,
+        view: int = 0,
     ) -> Float[Array, "batch rows columns channels"]:
         """Returns the noise for some images of a list: from `given` if there is one, otherwise drawn.
 
@@ -106,12 +112,13 @@ class ModelView:
           places: indices in the list of the images that need noise. Drawn noise depends on `seed` and on this index.
           images: length of the list.
           size: height and width at which the model sees these images.
+          view: of several draws with one seed, which.
 
         Raises ValueError for noise that fits neither one image nor all, or is not finite, and for an unusable seed.
         """
         shape = (size[0] // self.downsampling, size[1] // self.downsampling, self.channels)
         if given is None:
-            return image_noise(seed, places, shape)
+            return image_noise(seed, places, shape, view)
         given = np.asarray(given)
         if given.shape not in (shape, (images, *shape)):
             raise ValueError(f"noise is {list(given.shape)}; expected {list(shape)} or {[images, *shape]}")

@@ -246,14 +246,20 @@ def check_seed(seed: int) -> int:
 
 @settled()
 def image_noise(
-    seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, ...]
+    seed: int, indices: Int[np.ndarray, " batch"] | Sequence[int], shape: tuple[int, ...], view: int = 0
 ) -> Float[Array, "batch rows columns channels"]:
     """Draws standard normal noise for images, by their index in the set; fp32 [batch, *shape].
 
     The noise of an image depends on the seed and on its index alone: not on batch size, order, device or process.
 
+    Args:
+      view: of several draws with one seed, which. The first, 0, is that of a single draw.
+
     Raises ValueError for a seed outside 0..2^32 - 1.
     """
     key = jax.random.key(check_seed(seed))
-    draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+    of_image = lambda index: jax.random.fold_in(key, index)
+    # The further draws fold once more, by a number that nothing else of an image does: 1 is of the baselines.
+    of_view = of_image if not view else lambda index: jax.random.fold_in(of_image(index), 1 + view)
+    draw = lambda index: jax.random.normal(of_view(index), shape, jnp.float32)
     return jax.vmap(draw)(jnp.asarray(indices, jnp.uint32))

@@ -10,7 +10,7 @@ noise to latents: `sampling`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,10 @@ from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.segmentation.balance import balanced, normalized
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
+from seg4diff_jax.segmentation.refinement import refined
 
 MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
 """The maps that masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
@@ -126,6 +129,40 @@ class NoisedImages:
         return self.latents.shape[1] // patch, self.latents.shape[2] // patch
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Views:
+    """A pytree of one batch of images, noised several times, some of them mirrored.
+
+    Attributes:
+      each: the images under the noise, and at the noise level, of each view.
+      mirrored: whether each view is of mirrored latents. Static; empty: none is.
+    """
+
+    each: tuple[NoisedImages, ...] | Any  # JAX rebuilds pytrees with stand-ins for arrays
+    mirrored: tuple[bool, ...] = field(default=(), metadata={"static": True})
+
+    def as_one(self) -> NoisedImages:
+        """Returns all views as one batch: the views of an image, and those of a prompt, follow one another."""
+        flips = self.mirrored or (False,) * len(self.each)
+        latents = [one.latents[:, :, ::-1] if flip else one.latents for one, flip in zip(self.each, flips, strict=True)]
+        count, images = len(self.each), len(self.each[0])
+        together = lambda arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+        sigmas = [jnp.broadcast_to(jnp.asarray(one.sigma), (images,)) for one in self.each]
+        owner = self.each[0].image_of_prompt
+        if owner is not None:
+            owner = (owner[:, None] * count + jnp.arange(count)).reshape(-1)
+        return NoisedImages(together(latents), together([one.noise for one in self.each]), together(sigmas), owner)
+
+    def mirrored_back(
+        self, maps: Float[Array, "prompts views classes rows columns"]
+    ) -> Float[Array, "prompts views classes rows columns"]:
+        """Mirrors the maps of the mirrored views."""
+        if not any(self.mirrored):
+            return maps
+        return jnp.where(jnp.array(self.mirrored)[:, None, None, None], maps[..., ::-1], maps)
+
+
 # ---- through the transformer ----------------------------------------------------------------------------------------
 
 
@@ -169,26 +206,68 @@ def text_maps(
     return record.probs
 
 
-@partial(jax.jit, static_argnames=("block", "kernel"))
+@partial(jax.jit, static_argnames=("block", "kernel", "head", "masks"))
 def read_class_scores(
     transformer: MMDiT,
-    images: NoisedImages,
+    images: NoisedImages | Views,
     texts: TextConditioning,
     averaging: Float[Array, "prompts classes text"] | np.ndarray,
     *,
     block: int,
     kernel: Kernel | None = None,
+    head: int | None = None,
+    masks: MaskOptions = PAPERS_MASKS,
 ) -> Float[Array, "images classes grid_rows grid_columns"]:
     """Returns the mean attention of each image token to each class's words in one block (Seg4Diff, section 3).
 
     Args:
+      images: one noised view of each image, or as many as `masks` fuses.
       averaging: weights of each class's tokens in each prompt (`ClassPrompts.averaging`).
       block: the number of the block that is read.
+      head: one head of it; None: the mean of all.
+      masks: how maps are fused and refined.
     """
-    maps = text_maps(transformer, images, texts, block=block, kernel=kernel)
-    owner = jnp.arange(len(images)) if images.image_of_prompt is None else images.image_of_prompt
-    scores = combine_prompts(class_scores(maps, jnp.asarray(averaging)), owner, len(images))
-    return scores.reshape(*scores.shape[:2], *images.grid(transformer.config.patch_size))
+    views = images if isinstance(images, Views) else Views((images,))
+    first, patch = views.each[0], transformer.config.patch_size
+    owner = jnp.arange(len(first)) if first.image_of_prompt is None else first.image_of_prompt
+    maps = fused_class_maps(transformer, views, texts, jnp.asarray(averaging), block, head, masks, kernel)
+    scores = combine_prompts(maps, owner, len(first))
+    return scores.reshape(*scores.shape[:2], *first.grid(patch))
+
+
+def fused_class_maps(
+    transformer: MMDiT,
+    views: Views,
+    texts: TextConditioning,
+    averaging: Float[Array, "prompts classes text"],
+    block: int,
+    head: int | None,
+    masks: MaskOptions,
+    kernel: Kernel | None = None,
+) -> Float[Array, "prompts classes tokens"]:
+    """Returns class maps of one block, mean over views, balanced and refined as the options say."""
+    refine = (block if masks.refine_block is None else masks.refine_block) if masks.rounds else block
+    request = AttentionRequest(scores=False, mean_heads=head is None, qkv=masks.rounds > 0)
+    options, blocks = ForwardOptions(request, kernel), tuple({block: None, refine: None})
+    count, rows = len(views.each), len(averaging)
+    seen = views.as_one() if count > 1 else views.each[0]
+    # The views of a row follow one another, so that all of them lie on one device.
+    several = texts if count == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), texts)
+    records = attention(transformer, seen, several, blocks=blocks, options=options)
+    probs: Any = records[block].probs if head is None else records[block].probs[:, head]
+    grid = seen.grid(transformer.config.patch_size)
+    flip = lambda maps: views.mirrored_back(maps.reshape(rows, count, -1, *grid)).reshape(rows * count, -1, *grid)
+
+    each_averaging = jnp.repeat(averaging, count, axis=0)
+    maps = normalized(class_scores(probs, each_averaging), probs, each_averaging, masks.normalize)
+    fuse = lambda maps: flip(maps).reshape(rows, count, *maps.shape[1:]).mean(axis=1)
+    maps = balanced(fuse(maps), masks.balance)
+    for _ in range(masks.rounds):
+        record, tokens = records[refine], maps.shape[-1]
+        own = flip(jnp.repeat(maps, count, axis=0)).reshape(rows * count, -1, tokens)
+        q, k = record.q[:, :tokens], record.k[:, :tokens]  # pyright: ignore
+        maps = fuse(refined(own, q, k, sharpness=masks.sharpness, heads=masks.refine_heads, kernel=kernel))
+    return maps
 
 
 # ---- from latents to pictures ---------------------------------------------------------------------------------------

@@ -41,10 +41,12 @@ from seg4diff_jax.pipeline_options import (
     UnsupervisedOptions,
     checked_block,
     checked_blocks,
+    checked_masks,
 )
 from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.sampling import GeneratingRun, Looking, check_whole, sample_latents
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
@@ -53,7 +55,7 @@ from seg4diff_jax.segmentation.unsupervised import (
     merged_maps_of_images,
     unsupervised_segmentation,
 )
-from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, tokenize
+from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, prompt_rows, tokenize
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         resize: Resize = "aspect",
         kernel: Kernel | None = None,
+        masks: MaskOptions | None = None,
     ) -> Segmentation | list[Segmentation]:
         """Zero-shot open-vocabulary masks from one forward pass on each noised image (Seg4Diff, section 3).
 
@@ -118,10 +121,11 @@ class Pipeline:
           resize: "aspect" keeps the image's, at about the trained number of pixels; "square" squashes it to the
             trained square; "release" does so the released Seg4Diff's way.
           kernel: attention kernel. Default: by backend and dtype.
+          masks: how maps are fused and refined (docs/better_masks.md). Default: the paper's masks, which are not.
 
         Raises:
           ImageError: an image cannot be read.
-          ValueError: class names, block, step, seed, size, resize or noise are not usable; the message says why.
+          ValueError: class names or other options are not usable; the message says why.
           FloatingPointError: the model gave scores that are not finite: damaged weights or inputs.
 
         Warns (`class_names.OneClassWarning`) of a list of a single class, which takes every pixel.
@@ -129,18 +133,19 @@ class Pipeline:
         images, single = listed(image)
         lists = list_for_each(classes, len(images), "images", single)
         block, _, seeds = self._block(block), self._sigma(step), listed_seeds(seed, noise)
+        masks = checked_masks(masks, block, self.transformer, noise)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         warn_of_single(map(one_class, lists), stacklevel=4)
         results: dict[int, Segmentation] = {}
         for group in self.view.by_size(images, size, resize):
             asked = [prompts[place] for place in group.places]
             each = [
-                self._scores(seen, asked, block, kernel)
-                for seen in self._noised(group, len(images), seeds, noise, step)
+                self._scores(views, asked, block, kernel, masks)
+                for views in self._noised(group, len(images), seeds, noise, step, masks)
             ]
             scores = each[0] if len(each) == 1 else [np.mean(grids, axis=0) for grids in zip(*each, strict=True)]
-            for place, own_size, grid in zip(group.places, group.own_sizes, scores, strict=True):
-                labels = upsampled_labels(finite_maps(grid, block), own_size)
+            for place, own_size, pixels, grid in zip(*group.items, scores, strict=True):
+                labels = upsampled_labels(finite_maps(grid, block), own_size, masks=masks, pixels=pixels)
                 results[place] = Segmentation(labels, grid, prompts[place].classes, prompts[place].prompts)
         return results[0] if single else [results[place] for place in range(len(images))]
 
@@ -186,7 +191,7 @@ class Pipeline:
             texts = self.spread(self.encode_prompts([""] * len(group.places)))
             with self.settings():
                 read = partial(passes.text_maps, self.transformer, texts=texts, block=block, kernel=kernel)
-                attention = mean_over_seeds([read(seen) for seen in noised])
+                attention = mean_over_seeds([read(views.each[0]) for views in noised])
                 merged, counts = merged_maps_of_images(attention, threshold, minmax)
             maps, counts = np.asarray(merged), np.asarray(counts)
             grids = finite_maps(maps, block).reshape(*maps.shape[:2], *group.grid)
@@ -234,7 +239,7 @@ class Pipeline:
         request, wanted = request or AttentionRequest(), checked_blocks(blocks, self.transformer.depth)
         results: dict[int, dict[int, PromptAttention]] = {}
         for group in self.view.by_size(images, size, resize):
-            (noised,) = self._noised(group, len(images), (seed,), noise, step)
+            noised = self._noised(group, len(images), (seed,), noise, step)[0].each[0]
             asked = {place: prompts[place] for place in group.places}
             texts = self.spread(self.encode_prompts([*asked.values()]))
             with self.settings():
@@ -352,26 +357,30 @@ class Pipeline:
         seeds: Sequence[int],
         noise: Float[np.ndarray, "*batch rows columns channels"] | None,
         step: int | None,
-    ) -> list[passes.NoisedImages]:
-        """Images of a list of so many, encoded once, at a noise level: under the noise of each seed."""
-        size = group.pixels.shape[1], group.pixels.shape[2]
-        noises = [self.view.noise(noise, group.places, images, size, seed) for seed in seeds]
+        masks: MaskOptions = PAPERS_MASKS,
+    ) -> list[passes.Views]:
+        """Images of a list of so many, encoded once, at a noise level: under the noise of each seed, in each view."""
+        size, asked = group.pixels.shape[1:3], self.expert_step if step is None else step
         with self.settings():
             latents = passes.encode_images(self.vae, self.spread(group.pixels))
-        return [passes.NoisedImages(latents, self.spread(each), self._sigma(step)) for each in noises]
+        noised = lambda seed, view: passes.NoisedImages(
+            latents,
+            self.spread(self.view.noise(noise, group.places, images, size, seed, view)),
+            self._sigma(masks.level_of(view, asked)),
+        )
+        each = lambda seed: tuple(noised(seed, view) for view in range(masks.views))
+        return [passes.Views(each(seed), masks.mirrors) for seed in seeds]
 
     def _scores(
-        self, images: passes.NoisedImages, prompts: list[ClassPrompts], block: int, kernel: Kernel | None
+        self, views: passes.Views, prompts: list[ClassPrompts], block: int, kernel: Kernel | None, masks: MaskOptions
     ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
         """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
-        most = padded_rows(max(len(item.classes) for item in prompts))
-        averaging = np.concatenate([item.averaging(most) for item in prompts])
-        image_of_prompt = np.repeat(np.arange(len(prompts)), [len(item.prompts) for item in prompts])
-        texts = self.encode_prompts([prompt for item in prompts for prompt in item.prompts])
-        texts, image_of_prompt, averaging = self.spread((texts, image_of_prompt, averaging))
-        images = replace(images, image_of_prompt=image_of_prompt)
+        said, image_of_prompt, averaging = prompt_rows(prompts, padded_rows(max(len(item.classes) for item in prompts)))
+        texts, image_of_prompt, averaging = self.spread((self.encode_prompts(said), image_of_prompt, averaging))
+        each = tuple(replace(images, image_of_prompt=image_of_prompt) for images in views.each)
+        read = partial(passes.read_class_scores, self.transformer, replace(views, each=each), texts, averaging)
         with self.settings():
-            scores = passes.read_class_scores(self.transformer, images, texts, averaging, block=block, kernel=kernel)
+            scores = read(block=block, kernel=kernel, masks=masks)
         return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def spread(self, arrays: Any) -> Any:

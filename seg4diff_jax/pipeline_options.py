@@ -15,6 +15,8 @@ from seg4diff_jax.images import ImageInput, Resize, listed
 from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.perturbation import Perturbation
+from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import MinMax
 
@@ -24,8 +26,8 @@ STRENGTH = 0.6
 PictureWithMasks = tuple[Picture, Segmentation]
 
 
-class SegmentOptions(TypedDict, total=False):
-    """Keyword arguments of `Pipeline.segment`, whose docstring explains them."""
+class SeenOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.segment` and `Pipeline.segment_unsupervised`: how images are seen."""
 
     block: int | None
     step: int | None
@@ -36,7 +38,13 @@ class SegmentOptions(TypedDict, total=False):
     kernel: Kernel | None
 
 
-class UnsupervisedOptions(SegmentOptions, total=False):
+class SegmentOptions(SeenOptions, total=False):
+    """Keyword arguments of `Pipeline.segment`, whose docstring explains them."""
+
+    masks: MaskOptions | None
+
+
+class UnsupervisedOptions(SeenOptions, total=False):
     """Keyword arguments of `Pipeline.segment_unsupervised`, whose docstring explains them."""
 
     threshold: float | None
@@ -170,6 +178,24 @@ class ManyMasksOptions(RunOptions, total=False):
     segment: Required[Sequence[str] | Sequence[Sequence[str]]]
     block: int | None
     at_step: int | None
+
+
+def checked_masks(masks: MaskOptions | None, block: int, transformer: MMDiT, noise: Any = None) -> MaskOptions:
+    """Returns the options of masks, by default the paper's.
+
+    Raises ValueError for what is none, for blocks or heads that the transformer lacks, and for given noise that several
+    views would have to share.
+    """
+    if masks is None:
+        return PAPERS_MASKS
+    if not isinstance(masks, MaskOptions):
+        raise ValueError(f"masks is {masks!r:.80}; expected a MaskOptions, which says how masks are made")
+    masks.check_fits(block, transformer.depth, transformer.config.num_attention_heads)
+    if noise is not None and masks.views > 1:
+        raise ValueError(
+            f"noise is given, and masks has {masks.views} views, each of other noise: leave one of them out"
+        )
+    return masks
 
 
 def checked_block(block: int | None, expert: int | None, depth: int) -> int:

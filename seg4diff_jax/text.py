@@ -252,6 +252,20 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool
     return ClassPrompts(tuple(names), tuple(prompts), tuple(prompt_of_class), tuple(spans), length)
 
 
+def prompt_rows(
+    each: Sequence[ClassPrompts], classes: int
+) -> tuple[list[str], Int[np.ndarray, " rows"], Float[np.ndarray, "rows classes tokens"]]:
+    """Returns the prompts of several images as rows of a batch: their texts, each one's image, and its averaging.
+
+    Args:
+      each: of each image, its prompts.
+      classes: rows of each averaging, at least as many as an image has classes.
+    """
+    texts = [text for item in each for text in item.prompts]
+    image_of_row = np.repeat(np.arange(len(each), dtype=np.int32), [len(item.prompts) for item in each])
+    return texts, image_of_row, np.concatenate([item.averaging(classes) for item in each])
+
+
 def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
     """Splits a list of sizes, in order, into the fewest runs that each sum to at most `room`.
 

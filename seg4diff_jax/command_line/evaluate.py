@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from seg4diff_jax.command_line import AT_FAULT
-from seg4diff_jax.configuration import Refusals, refuse
+from seg4diff_jax.configuration import Refusals, problems, refuse
 from seg4diff_jax.convert.command_line import exit_status
 from seg4diff_jax.evaluation.options import (
     BATCH_TOKENS,
@@ -132,7 +133,7 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
     if benchmark.background is not None:
         found["background"] = benchmark.rule
     data = replace(options.data, **{name: value for name, value in found.items() if value})
-    resolved = asdict(replace(options, data=data, out=str(out), **known))
+    resolved = json.loads(json.dumps(asdict(replace(options, data=data, out=str(out), **known))))  # tuples are lists
     return {name: value for name, value in resolved.items() if name not in ("resume", "distributed")}
 
 
@@ -162,7 +163,7 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
         devices = mesh.size if mesh else 1
         most = devices * math.ceil(len(benchmark.source) / devices)
         settings = replace(settings, batch_size=min(settings.batch_size, most))
-    blocks = max(settings.blocks) + 1
+    blocks = settings.last_block + 1
     pipe = in_step(lambda: checkpoint.load(dtype=options.dtype, mesh=mesh, blocks=blocks, lora=options.lora))
     return pipe, benchmark, chosen._replace(settings=settings)
 
@@ -212,6 +213,9 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         merged = refusals.parsed(lambda: merging_protocols(options, chosen), merged)
     elif chosen:
         refusals.found += unused(options)
+    refusals.found += problems(options.masks, "--masks.")
+    if not refusals.found:
+        refusals.check(lambda: options.masks.check_fits(max(blocks), model.num_layers, model.num_attention_heads))
     if options.name_expert:
         refusals.check(lambda: configuration(options.model))
         if heads and None not in heads:
@@ -231,6 +235,7 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         lora=options.lora,
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
+        masks=options.masks,
     )
     return Chosen(chosen, prompts, settings)
 

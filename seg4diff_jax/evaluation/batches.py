@@ -23,7 +23,7 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
+from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, prompt_rows
 
 CANVAS = 64
 """Smallest side of a canvas, in pixels."""
@@ -303,9 +303,7 @@ def _questions(
 
 
 def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> Iterator[PromptRows]:
-    texts = [text for each in prompts for text in each.prompts]
-    image_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), [len(each.prompts) for each in prompts])
-    averaging = np.concatenate([each.averaging(classes) for each in prompts])
+    texts, image_of_row, averaging = prompt_rows(prompts, classes)
     for start in range(0, len(texts), count):
         some = slice(start, start + count)
         own = texts[some]

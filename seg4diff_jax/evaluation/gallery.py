@@ -108,7 +108,8 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
         for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
             classes, _ = asked(example)
             grid = grid[: len(classes)]
-            predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
+            labels = upsampled_labels(grid, example.labels.shape, masks=settings.masks, pixels=example.pixels)
+            predicted = np.array(classes, np.int32)[labels]
             if best.prompts == "all":  # keep only classes that are present or predicted
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
                 classes, grid = tuple(classes[at] for at in kept), grid[kept]

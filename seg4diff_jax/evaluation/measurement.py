@@ -28,6 +28,7 @@ from seg4diff_jax.evaluation.zero_shot import ZeroShot
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.processes import gathered, in_step
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 OnImages = Callable[[int, float | None], None]
@@ -50,6 +51,7 @@ class Settings:
       resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
+      masks: how masks by name are made of attention.
     """
 
     blocks: tuple[int, ...]
@@ -63,6 +65,12 @@ class Settings:
     lora: str | None = None
     skip_unreadable: bool = False
     shard_batches: int = 8
+    masks: MaskOptions = PAPERS_MASKS
+
+    @property
+    def last_block(self) -> int:
+        """The last block that is needed."""
+        return max(*self.blocks, self.masks.refine_block or 0)
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
@@ -89,7 +97,7 @@ class Measurement:
         how = {"how": settings.resize, "skip_unreadable": settings.skip_unreadable}
         self.reader = Reader(benchmark, pipe.view, **how, ahead=ahead)
         self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
-        self.forward = Forward(pipe, settings.readouts)
+        self.forward = Forward(pipe, settings.readouts, settings.masks)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
         self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts)
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from seg4diff_jax.configuration import Parser, check_parsed, configuration_file
+from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, unchecked
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled
 from seg4diff_jax.images import Resize
 from seg4diff_jax.quoting import quoted
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 
 EvaluationResize = Literal[Resize, "paper"]
 """How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""
@@ -68,6 +69,7 @@ class Options:
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
     unsupervised: Unsupervised = field(default_factory=Unsupervised)
+    masks: MaskOptions = PAPERS_MASKS
     batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     skip_unreadable: bool = False
@@ -80,7 +82,7 @@ class Options:
     name_expert: bool = False
 
 
-GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised}
+GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised, "masks": MaskOptions}
 
 HELP = {
     "model": "miniature, a directory, a single file, or a Hub id",
@@ -133,6 +135,21 @@ HELP = {
     "unsupervised.minmax": "what maps are brought to 0..1 over: pixel, each its pixels; token, as in the release",
     "unsupervised.match": "what is matched by itself: image; row of pixels, as in the release, which scores higher",
     "unsupervised.absent_classes": "classes that are not there take part in the match, as in the release",
+    "masks.views": "how often each image is noised for masks by name; the maps are averaged",
+    "masks.mirrored": "every second view sees the mirrored latents",
+    "masks.levels": "noise levels of the views in turn, as in [2,3]; default: all at the level that --steps has",
+    "masks.normalize": (
+        "of class maps: none; content, in parts of what all class words get; minmax, each from 0 to 1 over its image"
+    ),
+    "masks.balance": "0 to 1: each class's map is divided by its mean over the image to this power",
+    "masks.rounds": "how often class maps are averaged over image tokens that attend to each other",
+    "masks.sharpness": "factor of the queries in that attention; above 1 only the most alike are averaged",
+    "masks.refine_block": "the block whose image-to-image attention it is; default: the one that is read",
+    "masks.refine_heads": "its heads, as in [0,2,3]; default: all",
+    "masks.edge_radius": (
+        "radius, in image tokens, of the windows in which scores follow the edges of the image; 0: they do not"
+    ),
+    "masks.edge_smoothing": "variance of pixels (0 to 1) below which a window has no edges",
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
         "tokens, and no more than the set has"
@@ -189,8 +206,11 @@ def parse(arguments: list[str]) -> Options:
     values: dict[str, Any] = make_parser().parse_args(arguments).as_dict()
     values.pop("config", None)
     check_parsed(values, Options)
-    values |= {name: group(**values[name]) for name, group in GROUPS.items()}
-    return Options(**values)
+    values["masks"] |= {
+        name: tuple(listed) for name in ("levels", "refine_heads") if (listed := values["masks"][name]) is not None
+    }
+    values |= {name: group(**values[name]) for name, group in GROUPS.items() if group is not MaskOptions}
+    return Options(**values | {"masks": unchecked(MaskOptions, values["masks"])})  # all its problems are told at once
 
 
 def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = True) -> tuple[int, ...]:

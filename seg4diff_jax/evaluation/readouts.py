@@ -19,8 +19,9 @@ from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.passes import NoisedImages, attention, encode_images
+from seg4diff_jax.passes import NoisedImages, Views, attention, encode_images, read_class_scores
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 
 Latents = Float[Array, "images latent_rows latent_columns channels"]
 
@@ -37,10 +38,11 @@ class Forward:
 
     Attributes:
       readouts: where attention is read. One pass reads all of them, and stops at the last of their blocks.
+      masks: how class maps are fused and refined, for `refined_scores`, which has a pass for each readout.
     """
 
-    def __init__(self, pipe: Pipeline, readouts: Sequence[Readout]):
-        self.pipe, self.readouts = pipe, tuple(readouts)
+    def __init__(self, pipe: Pipeline, readouts: Sequence[Readout], masks: MaskOptions = PAPERS_MASKS):
+        self.pipe, self.readouts, self.masks = pipe, tuple(readouts), masks
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
         with self.pipe.settings():
@@ -75,6 +77,37 @@ class Forward:
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
             return attention_maps(pipe.transformer, images, prompts, readouts=self.readouts)
+
+    def refined_scores(
+        self,
+        latents: Latents,
+        indices: Int[np.ndarray, " images"],
+        prompts: TextConditioning,
+        image_of_row: Int[np.ndarray, " rows"],
+        averaging: Float[np.ndarray, "rows classes clip_tokens"],
+        *,
+        step: int,
+        seed: int,
+    ) -> Float[Array, "readouts images classes tokens"]:
+        """Returns the class scores of some prompts, fused over views and refined as `masks` says.
+
+        Args:
+          averaging: weights of each class's tokens in each prompt.
+          others: as for `maps`.
+        """
+        pipe, masks = self.pipe, self.masks
+        image_of_row, prompts, averaging = pipe.spread((image_of_row, prompts, averaging))
+        noised = lambda view: NoisedImages(
+            latents,
+            pipe.spread(image_noise(seed, indices, latents.shape[1:], view)),
+            jnp.float32(pipe.schedule.sigma_at(masks.level_of(view, step))),
+            image_of_row,
+        )
+        views = Views(tuple(noised(view) for view in range(masks.views)), masks.mirrors)
+        read = partial(read_class_scores, pipe.transformer, views, prompts, averaging, masks=masks)
+        with pipe.settings():
+            each = [read(block=readout.block, head=readout.head) for readout in self.readouts]
+            return jnp.stack([scores.reshape(*scores.shape[:2], -1) for scores in each])
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
         """Encodes prompts. Always encodes `len(texts)` rows at a time, so that one compiled program is enough."""

@@ -20,8 +20,9 @@ from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, label_map
+from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, edges_of, label_map
 
 MOST_COUNTED = 2**31 - 1
 """Largest number of pixels that a confusion matrix of 32-bit integers can count."""
@@ -68,14 +69,21 @@ class Tally:
         self._pixels = 0
 
     def count(
-        self, scores: Float[Array, "readouts images classes tokens"], grid: tuple[int, int], batch: EvaluationBatch
+        self,
+        scores: Float[Array, "readouts images classes tokens"],
+        grid: tuple[int, int],
+        batch: EvaluationBatch,
+        masks: MaskOptions = PAPERS_MASKS,
     ) -> Int[Array, "readouts images"]:
-        """Counts a batch. Returns the number of right pixels in each image."""
+        """Counts a batch, its scores brought to edges as `masks` says. Returns the number of right pixels per image."""
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
         self._pixels += batch.truth.size
         former = jnp.zeros(self._shape, jnp.int32) if self._device is None else self._device
-        self._device, right = count(former, scores, batch.truth, batch.sizes, batch.class_of_row, grid=grid)
+        pixels = batch.pixels if masks.edge_radius else None
+        self._device, right = count(
+            former, scores, batch.truth, batch.sizes, batch.class_of_row, pixels, grid=grid, masks=masks
+        )
         return right
 
     def total(self) -> Int[np.ndarray, "readouts classes classes"]:
@@ -140,7 +148,7 @@ class ZeroShot:
         scores = self._scores(batch, latents, conditioning, one)
         grid = self.forward.grid(latents)
         with self.forward.pipe.settings():
-            right = self.tallies[one].count(scores, grid, batch)
+            right = self.tallies[one].count(scores, grid, batch, self.forward.masks)
             self._pending.append((one, len(batch.examples), right))
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
@@ -199,6 +207,10 @@ class ZeroShot:
         shape = len(forward.readouts), len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros(shape, jnp.float32)
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
+            if forward.masks.is_of_maps:
+                whose = latents, batch.indices, texts, asked.image_of_row, asked.averaging
+                scores = scores + forward.refined_scores(*whose, step=one.step, seed=one.seed)
+                continue
             maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, step=one.step, seed=one.seed)
             averaging, image_of_row = forward.pipe.spread((asked.averaging, asked.image_of_row))
             with forward.pipe.settings():
@@ -222,17 +234,22 @@ def add_scores(
     return split_batch(scores + some, 1)
 
 
-@partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid",))
+@partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid", "masks"))
 def count(
     confusion: Int[Array, "readouts classes classes"],
     scores: Float[Array, "readouts images rows tokens"],
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
     class_of_row: Int[Array, "images rows"],
+    pixels: Float[Array, "images rows columns 3"] | None = None,
     *,
     grid: tuple[int, int],
+    masks: MaskOptions = PAPERS_MASKS,
 ) -> tuple[Int[Array, "readouts classes classes"], Int[Array, "readouts images"]]:
     """Upsamples scores to each image's own size on the canvas, takes the best class of each pixel and counts.
+
+    Args:
+      pixels: of the images as the model sees them, values of -1..1, whose edges scores follow if `masks` says so.
 
     Returns:
       the confusion matrices with this batch added, and the number of right pixels in each image; -1 if a score of the
@@ -240,14 +257,15 @@ def count(
     """
     canvas = (truth.shape[1], truth.shape[2])
     truth, sizes, class_of_row = (split_batch(array) for array in (truth, sizes, class_of_row))
+    pixels = None if pixels is None else split_batch(pixels)
 
-    def predicted(scores: Array, size: Array, classes: Array) -> Array:
-        rows = scores.reshape(-1, *grid)
-        return classes[label_map(rows, size, canvas=canvas, present=classes != IGNORED)]
+    def predicted(scores: Array, size: Array, classes: Array, pixels: Array | None) -> Array:
+        rows, edges = scores.reshape(-1, *grid), None if pixels is None else edges_of(pixels, grid, masks)
+        return classes[label_map(rows, size, canvas=canvas, present=classes != IGNORED, edges=edges)]
 
     def of_readout(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
-        labels = split_batch(jax.vmap(predicted)(split_batch(scores), sizes, class_of_row))
+        labels = split_batch(jax.vmap(predicted)(split_batch(scores), sizes, class_of_row, pixels))
         right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
         finite = jnp.isfinite(scores).all(axis=(1, 2))
         return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)

@@ -6,13 +6,16 @@ See Seg4Diff, section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seg4diff_jax.bilinear import bilinear_matrix
+from seg4diff_jax.bilinear import bilinear_matrix, upsampler
+from seg4diff_jax.segmentation.guided_filter import Guide, guide, guided
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def label_map(
     *,
     canvas: tuple[int, int] | None = None,
     present: Bool[Array, " classes"] | None = None,
+    edges: Guide | None = None,
 ) -> Int[Array, "height width"]:
     """Upsamples class scores bilinearly, and returns the best class of every pixel. Ties go to the earlier class.
 
@@ -71,14 +75,19 @@ def label_map(
       canvas: static height and width of the returned array, so that one program serves many sizes. Values past `size`
         have no meaning. Default: `size`.
       present: which classes compete. Default: all.
+      edges: makes scores follow the edges of this picture, at its size, before they come to `size`. Default: none.
     """
     height, width = (int(side) for side in size) if canvas is None else canvas
-    down = bilinear_matrix(scores.shape[1], size[0], height)
-    across = bilinear_matrix(scores.shape[2], size[1], width)
+    source = scores.shape[1:] if edges is None else edges.pixels.shape[:2]
+    down = bilinear_matrix(source[0], size[0], height)
+    across = bilinear_matrix(source[1], size[1], width)
+    to_picture = None if edges is None else upsampler(scores.shape[1:], source)
 
     def compete(best, challenger):
         score, label = best
         grid, index, allowed = challenger
+        if edges is not None and to_picture is not None:
+            grid = guided(to_picture(grid[None])[0], edges)
         upsampled = jnp.einsum("hr,rc,wc->hw", down, grid, across, precision="highest")
         wins = allowed & (upsampled > score)
         return (jnp.where(wins, upsampled, score), jnp.where(wins, index, label)), None
@@ -99,7 +108,32 @@ CANVAS = 256
 CLASS_ROWS = 8
 """Numbers of class rows are multiples of this, so that lists of many lengths share few compiled programs."""
 
-_label_map = jax.jit(label_map, static_argnames=("canvas",))
+
+def edges_of(pixels: Float[Array, "height width 3"], grid: tuple[int, int], masks: MaskOptions) -> Guide | None:
+    """Returns the guide that the options ask for; None if they ask for none.
+
+    Args:
+      pixels: what the model sees, values of -1..1.
+      grid: rows and columns of image tokens.
+    """
+    if not masks.edge_radius:
+        return None
+    radius = max(1, round(masks.edge_radius * pixels.shape[0] / grid[0]))
+    return guide(pixels.astype(jnp.float32) / 2 + 0.5, radius, masks.edge_smoothing)
+
+
+@partial(jax.jit, static_argnames=("canvas", "masks"))
+def _label_map(
+    scores: Float[Array, "classes rows columns"],
+    size: Int[Array, " 2"],
+    pixels: Float[Array, "height width 3"] | None,
+    *,
+    canvas: tuple[int, int],
+    present: Bool[Array, " classes"],
+    masks: MaskOptions,
+) -> Int[Array, "height width"]:
+    edges = None if pixels is None else edges_of(pixels, scores.shape[1:], masks)
+    return label_map(scores, size, canvas=canvas, present=present, edges=edges)
 
 
 def padded_rows(classes: int) -> int:
@@ -111,6 +145,8 @@ def upsampled_labels(
     scores: Float[np.ndarray, "classes rows columns"],
     size: tuple[int, int],
     present: Bool[np.ndarray, " classes"] | None = None,
+    masks: MaskOptions = PAPERS_MASKS,
+    pixels: Float[np.ndarray, "rows columns 3"] | None = None,
 ) -> Int[np.ndarray, "height width"]:
     """Returns the best class of every pixel, on the host. Few compiled programs serve all sizes and class lists.
 
@@ -118,11 +154,13 @@ def upsampled_labels(
       scores: scores on the grid of image tokens.
       size: height and width of the image.
       present: which classes compete. Default: all.
+      masks, pixels: whether scores follow the edges of the image as the model sees it, values of -1..1.
     """
     canvas = tuple(-(-side // CANVAS) * CANVAS for side in size)
     allowed = np.zeros(padded_rows(len(scores)), bool)
     allowed[: len(scores)] = True if present is None else present
     rows = np.zeros((len(allowed), *scores.shape[1:]), np.float32)
     rows[: len(scores)] = scores
-    labels = _label_map(rows, np.asarray(size), canvas=canvas, present=allowed)
+    pixels = pixels if masks.edge_radius else None
+    labels = _label_map(rows, np.asarray(size), pixels, canvas=canvas, present=allowed, masks=masks)
     return np.asarray(labels)[: size[0], : size[1]]

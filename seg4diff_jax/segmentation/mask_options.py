@@ -1,0 +1,104 @@
+"""How masks are made of attention, beyond the mean of one block's heads: views, balance, refinement, edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from seg4diff_jax.checked import Checked
+
+Normalization = Literal["none", "content", "minmax"]
+MOST_ROUNDS, MOST_VIEWS = 20, 64
+
+
+@dataclass(frozen=True)
+class MaskOptions(Checked):
+    """How class maps are fused and refined. Static under jit. The default is the paper's: one map, not refined.
+
+    Attributes:
+      views: how often each image is noised; the maps are averaged. A row of the batch for each.
+      mirrored: every second view sees the mirrored latents, and its maps are mirrored back.
+      levels: noise levels of the views in turn, counted from the clean end of 28. Empty: all at the level asked for.
+      normalize: `content` divides each image token's attention by what it gives to all class words of its prompt;
+        `minmax` brings each class's map to 0..1 over the image.
+      balance: 0 to 1: each class's map is divided by its mean over the image to this power. At 1 all classes have equal
+        mass, so that words which draw attention everywhere lose what they have too much.
+      rounds: how often maps are averaged over image tokens that attend to each other (`refinement`). 0: never.
+      sharpness: factor of the queries in that attention; above 1 it keeps to the most alike.
+      refine_block, refine_heads: whose image-to-image attention it is. Default: the block that is read, all its heads.
+      edge_radius: radius of the windows in which maps follow the image's edges (`guided_filter`), in image tokens.
+        0: they do not.
+      edge_smoothing: variance of pixels (0..1) below which a window has no edges.
+    """
+
+    views: int = 1
+    mirrored: bool = False
+    levels: tuple[int, ...] = ()
+    normalize: Normalization = "none"
+    balance: float = 0.0
+    rounds: int = 0
+    sharpness: float = 3.0
+    refine_block: int | None = None
+    refine_heads: tuple[int, ...] | None = None
+    edge_radius: float = 0.0
+    edge_smoothing: float = 1e-4
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the options, one sentence for each problem."""
+        found = []
+        if not 1 <= self.views <= MOST_VIEWS:
+            found.append(f"views is {self.views}; expected 1 to {MOST_VIEWS}")
+        if self.mirrored and self.views % 2:
+            found.append(f"mirrored takes every second view, and views is {self.views}; expected an even number")
+        if outside := [level for level in self.levels if not 1 <= level <= 28]:
+            found.append(f"levels has {outside[0]}; expected noise levels of 1 (nearly clean) to 28 (pure noise)")
+        if len(self.levels) > self.views:
+            found.append(f"{len(self.levels)} levels for {self.views} views; expected a view for each level")
+        if self.normalize not in get_args(Normalization):
+            found.append(f"normalize is {self.normalize!r}; expected one of {', '.join(get_args(Normalization))}")
+        if not 0 <= self.balance <= 1:
+            found.append(f"balance is {self.balance}; expected 0 to 1")
+        if not 0 <= self.rounds <= MOST_ROUNDS:
+            found.append(f"rounds is {self.rounds}; expected 0 to {MOST_ROUNDS}")
+        if not 0 < self.sharpness < float("inf"):
+            found.append(f"sharpness is {self.sharpness}; expected a number above 0")
+        heads = self.refine_heads
+        if heads is not None and (not heads or len(set(heads)) < len(heads) or min(heads) < 0):
+            found.append(f"refine_heads is {heads}; expected numbers of heads, each once, or None for all")
+        if not self.rounds and (heads is not None or self.refine_block is not None):
+            found.append("refine_block and refine_heads say how maps are refined; expected rounds of at least 1")
+        if not 0 <= self.edge_radius < float("inf"):
+            found.append(f"edge_radius is {self.edge_radius}; expected 0 or more, in image tokens")
+        if not 0 < self.edge_smoothing < float("inf"):
+            found.append(f"edge_smoothing is {self.edge_smoothing}; expected a number above 0")
+        return found
+
+    @property
+    def is_of_maps(self) -> bool:
+        """Whether maps are made otherwise than the paper's before they are upsampled."""
+        return self.views > 1 or self.normalize != "none" or self.balance > 0 or self.rounds > 0 or bool(self.levels)
+
+    @property
+    def mirrors(self) -> tuple[bool, ...]:
+        """Whether each view is mirrored."""
+        return tuple(self.mirrored and view % 2 == 1 for view in range(self.views))
+
+    def level_of(self, view: int, asked: int) -> int:
+        """Returns the noise level of a view."""
+        return self.levels[view % len(self.levels)] if self.levels else asked
+
+    def check_fits(self, block: int, depth: int, heads: int) -> None:
+        """Raises ValueError when a model of `depth` loaded blocks with so many heads lacks a block or a head.
+
+        Args:
+          block: the block that is read.
+        """
+        last = self.refine_block
+        if last is not None and not 0 <= last < depth:
+            raise ValueError(f"refine_block is {last}; blocks 0..{depth - 1} are loaded, and block {block} is read")
+        if absent := [head for head in self.refine_heads or () if head >= heads]:
+            raise ValueError(f"refine_heads has {absent[0]}; each block has heads 0..{heads - 1}")
+
+
+PAPERS_MASKS = MaskOptions()
+"""One view, not refined: the paper's masks."""
