@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
     from seg4diff_jax.reporting.drawings import draw_maps, draw_masks, draw_words
+    from seg4diff_jax.segmentation.mask_options import MaskOptions
 
 __all__ = [
     "AttentionRequest",
@@ -28,6 +29,7 @@ __all__ = [
     "ImageError",
     "JointAttention",
     "Kernel",
+    "MaskOptions",
     "OneClassWarning",
     "Perturbation",
     "Pipeline",
@@ -62,6 +64,7 @@ _HOMES = {
     "parallel": ("make_mesh",),
     "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
     "reporting.drawings": ("draw_maps", "draw_masks", "draw_words"),
+    "segmentation.mask_options": ("MaskOptions",),
 }
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, str] = {
     "checked": "",
     "flow": "numerics",
     "bilinear": "",
-    "segmentation": "bilinear",
+    "segmentation": "bilinear checked models",
     "parallel": "",
     "checksums": "",
     "passes": "flow models parallel segmentation",
@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, str] = {
     "extras flow generated_masks images interrupted_runs magnet miniature models numerics parallel pipeline "
     "pipeline_options planning processes prompt_attention quoting reporting reproduction segmentation terminal text "
     "training versions",
-    "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting",
+    "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting segmentation",
     "__main__": "command_line",
 }
 """Part to the parts that it may import besides itself."""

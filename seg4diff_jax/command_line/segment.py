@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +15,9 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jsonargparse import ArgumentParser
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,8 +31,10 @@ from seg4diff_jax.images import Resize, read_image
 from seg4diff_jax.interrupted_runs import DIRECTORY
 from seg4diff_jax.parallel import named_devices
 from seg4diff_jax.pipeline import Pipeline, Segmentation
+from seg4diff_jax.reporting.drawings import draw_stages
 from seg4diff_jax.reporting.overlays import percent
-from seg4diff_jax.reporting.segmentation_files import FILES, write_segmentation
+from seg4diff_jax.reporting.segmentation_files import FILES, STAGES, write_segmentation
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, REFINED_MASKS
 from seg4diff_jax.terminal import counted_bytes, stderr_console
 from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
@@ -39,6 +44,8 @@ def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
+    add("--refine", action="store_true", help="fuse two views, balance classes, refine masks: docs/better_masks.md")
+    add("--explain", action="store_true", help="with --refine: draw what each of its steps changes, as stages.png")
     result_arguments(parser)
     model_arguments(parser)
 
@@ -75,10 +82,26 @@ def model_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    segment = lambda pipe, pixels, **how: pipe.segment(pixels, options.classes, **how)
+    if options.explain and not options.refine:
+        raise ValueError("--explain shows what --refine does, which is not given")
+    masks = REFINED_MASKS if options.refine else PAPERS_MASKS
+
+    def segment(pipe: Pipeline, pixels: np.ndarray, **how: Any) -> Segmentation:
+        found = pipe.segment(pixels, options.classes, **how, masks=masks)
+        if options.explain:
+            *sooner, (last, _) = masks.stages()
+            stages = [(name, pipe.segment(pixels, options.classes, **how, masks=each)) for name, each in sooner]
+            shown.append(draw_stages(pixels, [*stages, (last, found)]))
+        return found
+
+    shown: list[Image.Image] = []
+    resolved = {"masks": asdict(masks)} if options.refine else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OneClassWarning)  # the same is said before the model is loaded
-        segment_to_files(options, options.classes, segment)
+        out = segment_to_files(options, options.classes, segment, resolved)
+    for sheet in shown:
+        sheet.save(out / STAGES)
+        stderr_console().print(f"wrote {out / STAGES}: what each step of --refine changes")
 
 
 def segment_to_files(
@@ -86,8 +109,8 @@ def segment_to_files(
     classes: Sequence[str] | None,
     segment: Callable[..., Segmentation],
     resolved: Mapping[str, Any] | None = None,
-) -> None:
-    """Loads a model, segments an image and writes the results.
+) -> Path:
+    """Loads a model, segments an image and writes the results. Returns their directory.
 
     Args:
       classes: class names, checked before the weights are read; None: there are none.
@@ -142,6 +165,7 @@ def segment_to_files(
         shares = write_segmentation(out, pixels, segmentation, record)
     Console(highlight=False).print(area_table(shares))
     console.print(f"wrote {out}: {', '.join(FILES)}")
+    return out
 
 
 def open_named(options: Any) -> Checkpoint:

@@ -241,7 +241,7 @@ def count(
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
     class_of_row: Int[Array, "images rows"],
-    pixels: Float[Array, "images rows columns 3"] | None = None,
+    pixels: Float[Array, "images seen_rows seen_columns 3"] | np.ndarray | None = None,
     *,
     grid: tuple[int, int],
     masks: MaskOptions = PAPERS_MASKS,

@@ -27,6 +27,8 @@ from seg4diff_jax.checked import Checked
 
 Tokens = Float[Array, "batch _ heads head_dim"]
 HeadsFirst = Float[Array, "batch heads _ head_dim"]
+Values = Float[Array, "batch _ heads value_dim"]
+ValuesFirst = Float[Array, "batch heads _ value_dim"]
 
 CHUNK_BYTES = 16 * 2**20
 """Most bytes of fp32 scores in one chunk of the xla kernel: about the size of a last-level cache."""
@@ -83,17 +85,18 @@ def _cudnn_width() -> int:
 def attend(
     q: Float[Array, "batch queries heads head_dim"],
     k: Float[Array, "batch keys heads head_dim"],
-    v: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads value_dim"],
     *,
     kernel: Kernel | None = None,
     normalizer: bool = False,
     last_key_count: int = 1,
-) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"] | None]:
+) -> tuple[Float[Array, "batch queries heads value_dim"], Float[Array, "batch heads queries"] | None]:
     """Computes softmax(q k^T / sqrt(head_dim)) v and, on request, the log-normaliser of each softmax in fp32.
 
     The log-normaliser is log sum_j exp(q_i.k_j / sqrt(head_dim)). Both outputs have exact gradients to q, k and v.
 
     Args:
+      v: values, with xla of any width; the fused kernels take those that are as wide as a head.
       kernel: the attention kernel. Default: the one that `default_kernel` chooses.
       normalizer: return the log-normaliser; a kernel that computes it anyway returns it in any case.
       last_key_count: the last key and value stand for this many equal ones.
@@ -138,8 +141,8 @@ def repeat_last(x: Float[Array, "*shape"], count: int, axis: int) -> Float[Array
 
 
 def _attend_xla(
-    q: Tokens, k: Tokens, v: Tokens | None, query_chunk: int | None, last_key_count: int
-) -> tuple[Tokens | None, Float[Array, "batch heads queries"]]:
+    q: Tokens, k: Tokens, v: Values | None, query_chunk: int | None, last_key_count: int
+) -> tuple[Values | None, Float[Array, "batch heads queries"]]:
     batch, queries, heads, head_dim = q.shape
     if query_chunk is None:
         query_chunk = max(1, CHUNK_BYTES // (4 * batch * heads * k.shape[1]))
@@ -159,7 +162,7 @@ def _attend_xla(
     return output, jnp.moveaxis(normalizer, 0, 2).reshape(batch, heads, chunks * size)[:, :, :queries]
 
 
-def _softmax_chunk(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
+def _softmax_chunk(q: HeadsFirst, k: HeadsFirst, v: ValuesFirst | None, last_key_count: int):
     scores = _scores("bhqd,bhkd->bhqk", q, k)
     if last_key_count > 1:
         # n equal keys weigh n times as much as one key. Their values are equal too, so one value serves.
@@ -177,7 +180,7 @@ def _softmax_chunk(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _softmax_chunk_again(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
+def _softmax_chunk_again(q: HeadsFirst, k: HeadsFirst, v: ValuesFirst | None, last_key_count: int):
     """Does as `_softmax_chunk`, and recomputes the scores in the backward pass.
 
     An outer `jax.checkpoint` policy cannot make it keep them.
@@ -185,7 +188,7 @@ def _softmax_chunk_again(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, las
     return _softmax_chunk(q, k, v, last_key_count)
 
 
-def _softmax_chunk_forward(q: HeadsFirst, k: HeadsFirst, v: HeadsFirst | None, last_key_count: int):
+def _softmax_chunk_forward(q: HeadsFirst, k: HeadsFirst, v: ValuesFirst | None, last_key_count: int):
     return _softmax_chunk(q, k, v, last_key_count), (q, k, v)
 
 

@@ -10,9 +10,20 @@ from PIL import Image
 
 from seg4diff_jax.images import ImageInput, read_image
 from seg4diff_jax.prompt_attention import PromptAttention
-from seg4diff_jax.reporting.overlays import CELL_LONGEST, heat_picture, heat_sheet, overlay
+from seg4diff_jax.reporting.overlays import (
+    CELL_LONGEST,
+    contact_sheet,
+    heat_picture,
+    heat_sheet,
+    masked_picture,
+    overlay,
+    percent,
+)
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import UnsupervisedSegmentation
+
+STAGE_LONGEST = 700
+"""Most pixels of the longer side of one stage's picture."""
 
 
 def draw_masks(image: ImageInput, masks: Segmentation | UnsupervisedSegmentation) -> Image.Image:
@@ -33,6 +44,25 @@ def draw_masks(image: ImageInput, masks: Segmentation | UnsupervisedSegmentation
         raise ValueError(f"masks of {found} pixels on an image of {expected}: draw them on the image that they are of")
     named = masks.named() if isinstance(masks, UnsupervisedSegmentation) else masks
     return overlay(pixels, named.labels, named.classes)
+
+
+def draw_stages(image: ImageInput, stages: Sequence[tuple[str, Segmentation]]) -> Image.Image:
+    """Draws one image's masks as they are made, side by side: each under its name, and how many pixels it changes.
+
+    Args:
+      image: that the masks are of, at its size.
+      stages: name and masks, in order; all of the same classes.
+
+    Raises ImageError when the image cannot be read.
+    """
+    pixels, cells, before = read_image(image), [], None
+    for name, each in stages:
+        changed = "" if before is None else f"changes {percent(float((each.labels != before).mean()))}"
+        picture = masked_picture(pixels, each.labels, each.classes)
+        picture.thumbnail((STAGE_LONGEST, STAGE_LONGEST), Image.Resampling.LANCZOS)
+        cells.append((name, changed, picture))
+        before = each.labels
+    return contact_sheet(cells)
 
 
 def draw_words(image: ImageInput, attention: PromptAttention, words: str | Sequence[str] | None = None) -> Image.Image:

@@ -56,6 +56,15 @@ def overlay(
 
     The image is shown at `display_size`. The legend is below it, or to the right of an image that is taller than wide.
     """
+    colors, size = class_colors(len(classes)), text_size(*display_size(*labels.shape))
+    rows = _legend_rows(classes, shares(labels, len(classes)))
+    return _with_legend(masked_picture(pixels, labels, classes), rows, colors, size)
+
+
+def masked_picture(
+    pixels: UInt8[np.ndarray, "height width 3"], labels: Int[np.ndarray, "height width"], classes: Sequence[str]
+) -> Image.Image:
+    """Draws translucent, outlined masks over the image at `display_size`, with class names on them."""
     height, width = display_size(*labels.shape)
     shown = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), np.float32)
     wanted = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
@@ -67,9 +76,8 @@ def overlay(
     masked[inner] = colors[regions[inner]]
     masked[line] = 255
     picture = Image.fromarray(np.round(masked).astype(np.uint8))
-    size = text_size(height, width)
-    _write_names(picture, regions, classes, colors, size)
-    return _with_legend(picture, _legend_rows(classes, shares(labels, len(classes))), colors, size)
+    _write_names(picture, regions, classes, colors, text_size(height, width))
+    return picture
 
 
 def text_size(height: int, width: int) -> int:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 RECORD = "segmentation.json"
 """The file that is written last: a directory that has it is complete."""
+STAGES = "stages.png"
+"""What `draw_stages` drew, where that was asked for."""
 FILES = ("overlay.png", "labels.png", "heatmaps.png", "heatmaps/", "scores.npz", RECORD)
 CLASS_MASKS = "binary"
 """The folder of `write_class_masks`."""
@@ -43,7 +45,8 @@ def write_segmentation(
     """
     classes, scores = segmentation.classes, segmentation.scores
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECORD).unlink(missing_ok=True)
+    for former in (RECORD, STAGES):
+        (directory / former).unlink(missing_ok=True)
     parts = shares(segmentation.labels, len(classes))
     save_labels(directory / "labels.png", segmentation.labels, len(classes))
     overlay(pixels, segmentation.labels, classes).save(directory / "overlay.png", compress_level=PACKED)
@@ -98,7 +101,7 @@ def write_class_masks(directory: Path, segmentation: Segmentation) -> None:
 def remove_segmentation(directory: Path) -> None:
     """Removes what `write_segmentation` and `write_class_masks` write, and the directory if nothing else is in it."""
     folders = [path for name in ("heatmaps", CLASS_MASKS) if not (path := directory / name).is_symlink()]
-    for file in (directory / name for name in FILES if not name.endswith("/")):
+    for file in (directory / name for name in (*FILES, STAGES) if not name.endswith("/")):
         if file.is_file() or file.is_symlink():
             file.unlink()
     for folder in folders:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from seg4diff_jax.checked import Checked
@@ -99,6 +99,26 @@ class MaskOptions(Checked):
         if absent := [head for head in self.refine_heads or () if head >= heads]:
             raise ValueError(f"refine_heads has {absent[0]}; each block has heads 0..{heads - 1}")
 
+    def stages(self) -> list[tuple[str, MaskOptions]]:
+        """Returns what the options add to the paper's masks, one thing after the other, each with its name."""
+        views = {"views": self.views, "mirrored": self.mirrored, "levels": self.levels}
+        refinement = {name: getattr(self, name) for name in ("rounds", "sharpness", "refine_block", "refine_heads")}
+        edges = {name: getattr(self, name) for name in ("edge_radius", "edge_smoothing")}
+        steps = [
+            (f"{self.views} views", views, self.views > 1 or bool(self.levels)),
+            (f"by {self.normalize}", {"normalize": self.normalize}, self.normalize != "none"),
+            ("balanced", {"balance": self.balance}, self.balance > 0),
+            (f"refined, {self.rounds} rounds", refinement, self.rounds > 0),
+            ("edges", edges, self.edge_radius > 0),
+        ]
+        found = [("the paper's masks", PAPERS_MASKS)]
+        for name, added, is_asked in steps:
+            if is_asked:
+                found.append((name, replace(found[-1][1], **added)))
+        return found
+
 
 PAPERS_MASKS = MaskOptions()
 """One view, not refined: the paper's masks."""
+REFINED_MASKS = MaskOptions(views=2, mirrored=True, balance=0.3, rounds=2, edge_radius=1.0)
+"""What `seg4diff segment --refine` does: of what was tried on the miniature the best that names no heads of its own."""

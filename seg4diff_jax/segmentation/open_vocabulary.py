@@ -126,7 +126,7 @@ def edges_of(pixels: Float[Array, "height width 3"], grid: tuple[int, int], mask
 def _label_map(
     scores: Float[Array, "classes rows columns"],
     size: Int[Array, " 2"],
-    pixels: Float[Array, "height width 3"] | None,
+    pixels: Float[Array, "seen_rows seen_columns 3"] | np.ndarray | None,
     *,
     canvas: tuple[int, int],
     present: Bool[Array, " classes"],
@@ -146,7 +146,7 @@ def upsampled_labels(
     size: tuple[int, int],
     present: Bool[np.ndarray, " classes"] | None = None,
     masks: MaskOptions = PAPERS_MASKS,
-    pixels: Float[np.ndarray, "rows columns 3"] | None = None,
+    pixels: Float[np.ndarray, "seen_rows seen_columns 3"] | None = None,
 ) -> Int[np.ndarray, "height width"]:
     """Returns the best class of every pixel, on the host. Few compiled programs serve all sizes and class lists.
 

@@ -1,0 +1,170 @@
+"""Masks that are fused and refined are those of explicit attention, view by view, in NumPy; and the evaluator's."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seg4diff_jax as s4d
+from seg4diff_jax import passes
+from seg4diff_jax.evaluation.batches import Example, Reader, assemble, questions
+from seg4diff_jax.evaluation.benchmarks import folder_benchmark
+from seg4diff_jax.evaluation.readouts import Forward, Readout
+from seg4diff_jax.evaluation.zero_shot import Pass, ZeroShot
+from seg4diff_jax.flow import image_noise
+from seg4diff_jax.images import to_model_range
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.segmentation.guided_filter import guide, guided
+from seg4diff_jax.segmentation.mask_options import MaskOptions
+from seg4diff_jax.text import class_prompts
+from tests.reference.inputs import NAMES, SIZE, SQUARE, VARIED, an_image
+from tests.reference.random_weights import relative_error
+from tests.reference.ties import SCORES, assert_same_labels
+from tests.reference.varied_set import write_images
+
+MASKS = MaskOptions(
+    views=2, mirrored=True, levels=(5, 9), balance=0.3, rounds=2, sharpness=2.0, refine_block=1, refine_heads=(0, 2)
+)
+MANY_NAMES = [*NAMES, *(f"{first} {second}" for first in NAMES for second in NAMES if first != second)][:26]
+"""Too many for one prompt."""
+GRID = SIZE[0] // 16, SIZE[1] // 16
+
+
+def stated(pipe: s4d.Pipeline, image: np.ndarray, names: list[str], masks: MaskOptions, seed: int) -> np.ndarray:
+    """Class scores by whole matrices of attention: a pass for each view and prompt, one after the other."""
+    prompts = class_prompts(pipe.tokenizers, names)
+    averaging, tokens = prompts.averaging(), GRID[0] * GRID[1]
+    latents = passes.encode_images(pipe.vae, to_model_range(image)[None])
+    scores = np.zeros((len(names), tokens))
+    mirror = lambda maps, view: maps.reshape(-1, *GRID)[..., ::-1].reshape(maps.shape) if view % 2 else maps
+    for text, weights in zip(prompts.prompts, averaging, strict=True):
+        maps, shared = [], []
+        for view, level in enumerate(masks.levels):
+            noise = image_noise(seed, [0], latents.shape[1:], view)
+            seen = latents[:, :, ::-1] if view % 2 else latents
+            noised = passes.NoisedImages(seen, noise, jnp.float32(pipe.schedule.sigma_at(level)))
+            request = AttentionRequest(("image_to_text", "image_to_image"), qkv=True)
+            records = passes.attention(
+                pipe.transformer,
+                noised,
+                pipe.encode_prompts([text]),
+                blocks=(1, VARIED),
+                options=ForwardOptions(request),
+            )
+            probs = np.asarray(records[VARIED].probs, np.float64)[0].mean(axis=0)
+            maps.append(mirror(weights @ probs.T, view))
+            between = records[masks.refine_block].image_to_image
+            sharpened = masks.sharpness * np.asarray(between.scores, np.float64)[0][list(masks.refine_heads)]
+            attention = np.exp(sharpened - sharpened.max(axis=-1, keepdims=True))
+            shared.append(attention / attention.sum(axis=-1, keepdims=True))
+        fused = np.mean(maps, axis=0)
+        named = fused.any(axis=1)
+        fused[named] /= fused[named].mean(axis=1, keepdims=True) ** masks.balance
+        for _ in range(masks.rounds):
+            each = [mirror(mirror(fused, view) @ one.mean(axis=0).T, view) for view, one in enumerate(shared)]
+            fused = np.mean(each, axis=0)
+        scores += fused
+    return scores.reshape(-1, *GRID)
+
+
+@pytest.mark.parametrize("names", [NAMES, MANY_NAMES], ids=["one prompt", "several prompts"])
+def test_masks_are_those_of_explicit_attention_view_by_view(sd3, names):
+    image = an_image(*SIZE)
+    found = sd3.segment(image, names, block=VARIED, seed=4, size=SIZE, masks=MASKS)
+    assert len(found.prompts) == (1 if names is NAMES else 2)
+    expected = stated(sd3, image, names, MASKS, seed=4)
+    assert relative_error(found.scores, expected) <= SCORES
+    assert relative_error(sd3.segment(image, names, block=VARIED, seed=4, size=SIZE).scores, expected) > 0.01
+
+
+def test_the_first_view_alone_is_the_papers_mask(sd3):
+    image = an_image(*SIZE)
+    plain = sd3.segment(image, NAMES, block=VARIED, size=SIZE)
+    one = sd3.segment(image, NAMES, block=VARIED, size=SIZE, masks=MaskOptions())
+    np.testing.assert_array_equal(one.scores, plain.scores)
+    np.testing.assert_array_equal(one.labels, plain.labels)
+
+
+def test_labels_follow_the_edges_of_what_the_model_sees(sd3):
+    """Scores come to the model's size, are filtered there, and then come to the image's own."""
+    own, masks = (67, 90), MaskOptions(edge_radius=1.0, edge_smoothing=1e-2)
+    image = an_image(*own)
+    found = sd3.segment(image, NAMES, block=VARIED, size=SIZE, masks=masks)
+    (group,) = sd3.view.by_size([image], SIZE, "aspect")
+    by = guide(jnp.asarray(group.pixels[0] / 2 + 0.5), 16, 1e-2)
+    at_size = np.stack([guided(jnp.asarray(each), by) for each in upsampled(found.scores, SIZE)])
+    assert_same_labels(found.labels, upsampled(at_size, own).argmax(axis=0), at_size, error=1e-4, few=0.05)
+    assert (found.labels != sd3.segment(image, NAMES, block=VARIED, size=SIZE).labels).mean() > 0.01
+
+
+def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    import torch
+    import torch.nn.functional as F
+
+    return F.interpolate(torch.from_numpy(np.asarray(scores))[None], size, mode="bilinear")[0].numpy()
+
+
+def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
+    """Of a list of images, each with its number's noise, for the classes present and for all, in several prompts."""
+    benchmark = folder_benchmark(write_images(tmp_path / "set", [(64, 64), (100, 70)]))
+    masks = replace(MASKS, edge_radius=1.0)
+    items = [each for each in Reader(benchmark, sd3.view).read(range(2)) if isinstance(each, Example)]
+    forward = Forward(sd3, (Readout(VARIED),), masks)
+    counting = ZeroShot(forward, len(benchmark.classes), steps=(8,), seeds=(5,), prompts=("present", "all"))
+    asked = questions(benchmark, sd3.tokenizers, counting.prompts)
+    batches = [assemble(items, 2, each) for each in asked.values()]
+    counting.add(forward.latents(batches[0].pixels), *batches)
+    counted = counting.take()
+    for place, (kind, each) in enumerate(asked.items()):
+        lists = [[benchmark.classes[label] for label in each(item)[0]] for item in items]
+        images = [benchmark.source[index]["image"] for index in range(2)]
+        found = sd3.segment(images, lists, block=VARIED, step=8, seed=5, size=(SQUARE, SQUARE), masks=masks)
+        scores = counting.scores(batches[place], Pass(8, 5, kind))[0]
+        for index, (item, one) in enumerate(zip(items, found, strict=True)):
+            assert relative_error(scores[index, : len(one.classes)], one.scores) <= SCORES
+            right = np.array(each(item)[0])[one.labels] == item.labels
+            few = 1e-3 * right.size
+            assert abs(int(right[item.labels != 255].sum()) - int(counted.right[place, 0, index])) <= few
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 0}, "views is 0; expected 1 to 64"),
+        ({"views": 3, "mirrored": True}, "mirrored takes every second view, and views is 3; expected an even number"),
+        ({"levels": (29,)}, "levels has 29; expected noise levels of 1 (nearly clean) to 28 (pure noise)"),
+        ({"levels": (3, 4)}, "2 levels for 1 views; expected a view for each level"),
+        ({"normalize": "softmax"}, "normalize is 'softmax'; expected one of none, content, minmax"),
+        ({"balance": 1.5}, "balance is 1.5; expected 0 to 1"),
+        ({"rounds": -1}, "rounds is -1; expected 0 to 20"),
+        ({"rounds": 1, "sharpness": float("nan")}, "sharpness is nan; expected a number above 0"),
+        ({"rounds": 1, "refine_heads": ()}, "refine_heads is (); expected numbers of heads, each once, or None"),
+        ({"refine_heads": (0,)}, "refine_block and refine_heads say how maps are refined; expected rounds of at"),
+        ({"edge_radius": -1.0}, "edge_radius is -1.0; expected 0 or more, in image tokens"),
+        ({"edge_smoothing": 0.0}, "edge_smoothing is 0.0; expected a number above 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MaskOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"masks": MaskOptions(rounds=1, refine_block=6)}, "refine_block is 6; blocks 0..5 are loaded, and block 3"),
+        ({"masks": MaskOptions(rounds=1, refine_heads=(1, 9))}, "refine_heads has 9; each block has heads 0.."),
+        ({"masks": {"rounds": 1}}, "masks is {'rounds': 1}; expected a MaskOptions"),
+        ({"masks": MaskOptions(views=2), "noise": np.zeros((14, 18, 16), np.float32)}, "noise is given, and masks has"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_it_runs(sd3, how, message, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    monkeypatch.setattr(passes, "encode_images", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sd3.segment(an_image(*SIZE), NAMES, block=3, size=SIZE, **how)
