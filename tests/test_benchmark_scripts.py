@@ -105,6 +105,17 @@ def test_three_readings_of_the_same_maps_are_scored(tmp_path):
     assert scores[0] > scores[1]  # the miniature's masks lie in the probabilities
 
 
+def test_refined_masks_are_scored_and_timed_beside_the_papers():
+    rows = ("the paper's masks", "chosen", "chosen, 1 view")
+    small = ("--scenes=4", "--seeds=[0, 1]", "--repeats=1", f"--rows={json.dumps(rows)}")
+    printed = run("better_masks.py", *small)
+    for name in rows:
+        _, present, everything, *times = cells(next(line for line in printed.splitlines() if f"│ {name} " in line))
+        assert 0 < float(present.split()[0]) <= 100
+        assert 0 < float(everything.split()[0]) <= 100
+        assert all(float(each.removesuffix(" x")) > 0 for each in times)
+
+
 def test_a_run_with_masks_is_timed_beside_one_without():
     printed = run("generated_masks.py", "--size=32", "--layers=2", "--steps=1", "--repeats=1", "--miniature_repeats=1")
     for kind in ("miniature, 64 px, 28 steps", "2 blocks, 32 px, 1 steps"):

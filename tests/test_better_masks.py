@@ -105,7 +105,7 @@ def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     import torch
     import torch.nn.functional as F
 
-    return F.interpolate(torch.from_numpy(np.asarray(scores))[None], size, mode="bilinear")[0].numpy()
+    return F.interpolate(torch.from_numpy(np.array(scores))[None], size, mode="bilinear")[0].numpy()
 
 
 def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):

@@ -115,6 +115,15 @@ def test_an_images_noise_depends_on_the_seed_and_its_index_alone():
     assert not np.array_equal(image_noise(8, [5], SHAPE)[0], many[0])
 
 
+def test_each_further_view_of_an_image_has_noise_of_its_own_and_the_first_is_the_only_ones():
+    views = [np.asarray(image_noise(7, [5, 0], SHAPE, view)) for view in range(4)]
+    np.testing.assert_array_equal(views[0], image_noise(7, [5, 0], SHAPE))
+    flat = np.stack([view.reshape(2, -1) for view in views]).reshape(8, -1)
+    correlation = np.corrcoef(flat) - np.eye(8)
+    assert np.abs(correlation).max() < 5 / np.sqrt(flat.shape[1])
+    np.testing.assert_array_equal(image_noise(7, [0], SHAPE, 3)[0], views[3][1])
+
+
 def test_noise_is_standard_normal_and_independent_between_images():
     first, second = np.asarray(image_noise(0, [0, 1], (64, 64, 4)))
     assert abs(first.mean()) < 0.05

@@ -19,6 +19,7 @@ from seg4diff_jax.checkpoints import Checkpoint
 from seg4diff_jax.command_line import main, segment
 from seg4diff_jax.command_line.segment import output_directory, parse_size
 from seg4diff_jax.flow import FlowSchedule
+from seg4diff_jax.segmentation.mask_options import REFINED_MASKS
 from tests.reference.ties import assert_same_labels
 
 CLASSES = ["cat", "dog", "sky"]
@@ -62,6 +63,28 @@ def test_the_label_image_holds_the_pipelines_labels(result, expected):
     labels = Image.open(result / "labels.png")
     assert labels.mode == "P"
     assert_same_labels(np.asarray(labels), expected.labels, expected.scores, few=0.02)
+
+
+def test_refined_masks_are_the_pipelines_and_their_stages_are_drawn(image, sd3_checkpoint, tmp_path, capsys):
+    out, how = tmp_path / "refined", ["--block", "0", "--size", "64x96", "--seed", "3", "--refine"]
+    command = ["segment", str(image), *CLASSES, "--model", str(sd3_checkpoint), *how, "--out", str(out)]
+    assert main([*command, "--explain"]) == 0
+    assert f"wrote {out / 'stages.png'}: what each step" in capsys.readouterr().err.replace("\n", "")
+    pipe = s4d.load(sd3_checkpoint, blocks=1)
+    expected = pipe.segment(image, CLASSES, block=0, seed=3, size=(64, 96), masks=REFINED_MASKS)
+    with np.load(out / "scores.npz") as saved:
+        np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4)
+    assert json.loads((out / "segmentation.json").read_text())["masks"]["rounds"] == REFINED_MASKS.rounds
+    names = [name for name, _ in REFINED_MASKS.stages()]
+    assert names == ["the paper's masks", "2 views", "balanced", "refined, 2 rounds", "edges"]
+    assert [stage for _, stage in REFINED_MASKS.stages()][-1] == REFINED_MASKS
+    assert main([*command, "--overwrite"]) == 0
+    assert not (out / "stages.png").exists(), "of an earlier run"
+
+
+def test_stages_are_of_refined_masks_alone(image, sd3_checkpoint, capsys):
+    assert main(["segment", str(image), *CLASSES, "--model", str(sd3_checkpoint), "--explain"]) == 1
+    assert "error: --explain shows what --refine does, which is not given" in capsys.readouterr().err
 
 
 def test_the_scores_are_the_pipelines(result, expected):

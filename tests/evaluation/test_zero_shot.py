@@ -147,6 +147,7 @@ def test_bfloat16_scores_are_within_two_hundredths(sd3, sd3_checkpoint):
     assert 1e-4 < error < 0.02  # measured: 0.009
 
 
+REFINED = s4d.MaskOptions(views=2, mirrored=True, balance=0.3, rounds=1)
 ON_EIGHT_DEVICES = f"""
 import sys
 import numpy as np
@@ -158,8 +159,10 @@ images = np.load(images)
 pipe = s4d.load(checkpoint, mesh=make_mesh(data=2, fsdp=2, tensor=2))
 kernel = pipe.transformer.stacks[0].image.mlp.up.kernel.get_value()
 assert len({{str(shard.index) for shard in kernel.addressable_shards}}) == 4, kernel.sharding
-masks = pipe.segment(list(images), [{NAMES!r}] * len(images), block={BLOCK}, size={SIZE}, seed=5)
-np.savez(target, labels=[mask.labels for mask in masks], scores=[mask.scores for mask in masks])
+ask = lambda **how: pipe.segment(list(images), [{NAMES!r}] * len(images), block={BLOCK}, size={SIZE}, seed=5, **how)
+masks, refined = ask(), ask(masks=s4d.{REFINED!r})
+arrays = {{"labels": [mask.labels for mask in masks], "scores": [mask.scores for mask in masks]}}
+np.savez(target, **arrays, refined=[mask.scores for mask in refined])
 """
 
 
@@ -177,3 +180,5 @@ def test_a_mesh_of_eight_devices_gives_the_masks_of_one(sd3, sd3_checkpoint, tmp
     for image, noise, labels, scores in zip(images, noises, spread["labels"], spread["scores"], strict=True):
         alone = sd3.segment(image, NAMES, block=BLOCK, noise=np.asarray(noise), size=SIZE)
         assert_equal(s4d.Segmentation(labels, scores, alone.classes, alone.prompts), alone)
+    alone = sd3.segment(list(images), NAMES, block=BLOCK, size=SIZE, seed=5, masks=REFINED)
+    assert relative_error(spread["refined"], np.stack([masks.scores for masks in alone])) <= SCORES
