@@ -14,6 +14,7 @@ from seg4diff_jax.command_line.tasks import TASKS
 from seg4diff_jax.command_line.train import main, parse
 from seg4diff_jax.configuration import problems, refuse, section, unchecked
 from seg4diff_jax.evaluation.options import Options
+from seg4diff_jax.evaluation.options import parse as parse_evaluation
 from seg4diff_jax.magnet.task import MagnetConfig
 from seg4diff_jax.miniature.flow_matching import FlowMatchingConfig
 from seg4diff_jax.training.sample_pictures import Samples, asked_for
@@ -125,13 +126,17 @@ def test_all_that_does_not_fit_in_an_evaluation_comes_in_one_message(tmp_path, c
     data = "--data.root x --data.split y --data.background ignored --data.labels z"
     unused = "--unsupervised.threshold 1 --unsupervised.match row"
     out = ["--out", str(tmp_path / "out")]
-    assert evaluation.main([*options.split(), *data.split(), *unused.split(), *out]) == 1
+    masks = "--masks.rounds 99 --masks.views 3 --masks.mirrored"
+    assert evaluation.main([*options.split(), *data.split(), *unused.split(), *masks.split(), *out]) == 1
     first, *said = lines(capsys.readouterr().err)
-    assert first == "error: 12 things do not fit:"
+    assert first == "error: 14 things do not fit:"
+    (mirrored,) = [line for line in said if line.startswith("--masks.mirrored ")]
+    assert mirrored == "--masks.mirrored takes every second view, and views is 3; expected an even number"
+    said.remove(mirrored)
     named = {line.split(" is ")[0] for line in said}
     assert named == {
         *("data.split", "data.background", "data.labels", "--pictures", "--shard-batches", "--heads", "--blocks"),
-        *("--steps", "--seeds", "--prompts", "--unsupervised.threshold", "--unsupervised.match"),
+        *("--steps", "--seeds", "--prompts", "--unsupervised.threshold", "--unsupervised.match", "--masks.rounds"),
     }
 
 
@@ -140,6 +145,25 @@ def test_an_evaluation_of_what_fits_is_not_refused():
 
     settings = evaluation.settle(Options(heads="mean,all", seeds=1), open_checkpoint("miniature"), 1).settings
     assert (settings.heads, settings.seeds) == ((None, 0, 1, 2, 3), (1,))
+
+
+def test_masks_that_a_checkpoint_cannot_make_are_refused_and_the_last_block_that_they_need_is_loaded():
+    from seg4diff_jax import MaskOptions
+    from seg4diff_jax import open as open_checkpoint
+
+    checkpoint = open_checkpoint("miniature")
+    absent = MaskOptions(rounds=1, refine_block=6)
+    with pytest.raises(ValueError, match=r"refine_block is 6; blocks 0\.\.5 are loaded, and block 3 is read"):
+        evaluation.settle(Options(masks=absent), checkpoint, 1)
+    later = MaskOptions(rounds=1, refine_block=5)
+    assert evaluation.settle(Options(masks=later), checkpoint, 1).settings.last_block == 5
+    assert evaluation.settle(Options(), checkpoint, 1).settings.last_block == 3
+
+
+def test_options_of_masks_are_read_from_a_file_and_from_the_terminal(tmp_path):
+    options = parse_evaluation(["--config", str(ROOT / "configs/eval/miniature_best.yaml"), "--masks.rounds=3"]).masks
+    assert (options.views, options.mirrored, options.rounds, options.refine_heads) == (2, True, 3, (0, 2, 3))
+    assert parse_evaluation(["--masks.views=2", "--masks.levels=[2,3]"]).masks.levels == (2, 3)
 
 
 def test_a_batch_that_devices_cannot_share_is_said_with_all_else_that_does_not_fit():
