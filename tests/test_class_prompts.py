@@ -69,17 +69,17 @@ def test_packed_prompts_hold_every_class_once_in_order_and_nothing_is_cut(tokeni
     names = draw.sample(NAMES, draw.randint(1, len(NAMES)))
     packed = class_prompts(tokenizers, names)
     assert packed.classes == tuple(names)
-    assert list(packed.prompt_of_class) == sorted(packed.prompt_of_class)
-    assert set(packed.prompt_of_class) == set(range(len(packed.prompts)))
+    assert list(packed.prompt_of_name) == sorted(packed.prompt_of_name)
+    assert set(packed.prompt_of_name) == set(range(len(packed.prompts)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids = tokenize(tokenizers._replace(t5=None), packed.prompts)
-    for name, prompt, span in zip(names, packed.prompt_of_class, packed.spans, strict=True):
+    for name, prompt, span in zip(names, packed.prompt_of_name, packed.spans, strict=True):
         for row, tokenizer in ((ids.clip_l[prompt], tokenizers.clip_l), (ids.clip_g[prompt], tokenizers.clip_g)):
             alone = tokenizer(name, add_special_tokens=False).input_ids
             assert row[span.start : span.stop].tolist() == alone
     for prompt, text in enumerate(packed.prompts):
-        group = [name for name, number in zip(names, packed.prompt_of_class, strict=True) if number == prompt]
+        group = [name for name, number in zip(names, packed.prompt_of_name, strict=True) if number == prompt]
         assert text == " ".join(group)
 
 
@@ -114,7 +114,7 @@ def test_packing_is_the_best_of_all_splits(seed):
 def test_a_vocabulary_too_long_by_one_token_is_split_in_halves(tokenizers):
     names = [f"{first} {second}" for first, second in itertools.combinations(WORDS[:10], 2)][:38]
     packed = class_prompts(tokenizers, names)
-    assert [packed.prompt_of_class.count(prompt) for prompt in range(2)] == [19, 19]
+    assert [packed.prompt_of_name.count(prompt) for prompt in range(2)] == [19, 19]
     assert packed.spans[18] == (37, 39)
     assert packed.spans[19] == (1, 3)
 
@@ -129,7 +129,7 @@ def test_averaging_gives_each_class_the_mean_of_its_tokens_maps(tokenizers):
     scores = jnp.einsum("pnt,pct->cn", maps, packed.averaging(), precision="highest")
     expected = [
         maps[prompt, :, span.start : span.stop].mean(1)
-        for prompt, span in zip(packed.prompt_of_class, packed.spans, strict=True)
+        for prompt, span in zip(packed.prompt_of_name, packed.spans, strict=True)
     ]
     assert relative_error(scores, np.stack(expected)) <= 1e-6
 
@@ -186,7 +186,7 @@ def test_a_bare_string_is_no_list_of_classes(tokenizers):
 
 def test_the_longest_name_that_fits_is_a_prompt_of_its_own(tokenizers):
     packed = class_prompts(tokenizers, ["cat", "dog " * 75, "sofa"])
-    assert packed.prompt_of_class == (0, 1, 2)
+    assert packed.prompt_of_name == (0, 1, 2)
     assert packed.spans[1] == (1, 76)
 
 
