@@ -276,8 +276,8 @@ def worded_prompts(
 
     Raises as `class_prompts` does, and ValueError if a class has no name, or the other words leave no room for one.
     """
-    if not all(classes):
-        raise ValueError(f"class {list(map(len, classes)).index(0)} has no name: expected one or more of each class")
+    if wrong := [each for each in classes if isinstance(each, str) or not each]:
+        raise ValueError(f"the names of a class are {wrong[0]!r}: expected a list of one or more")
     names = [name for each in classes for name in each]
     class_of_name = [index for index, each in enumerate(classes) for _ in each]
     before, after, end = wording.tokens(tokenizers.clip_l)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.wording import NO_WORDS
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
@@ -155,7 +156,8 @@ def _measured_alike(row: Row) -> bool:
 
 def _asked_alike(row: Row) -> bool:
     # The release asks for the background and does not score it.
-    return row.prompts == "present" and row.names != "readable" and row.images.background in (None, "asked")
+    named = row.names != "readable" and row.words == NO_WORDS and row.below is None
+    return row.prompts == "present" and named and row.images.background in (None, "asked")
 
 
 def _released_match(row: Row, merging: UnsupervisedProtocol) -> bool:
