@@ -201,7 +201,7 @@ def make_parser() -> Parser:
     for prefix, options in (("", Options), *((f"{name}.", group) for name, group in GROUPS.items())):
         types = get_type_hints(options)
         for one in fields(options):
-            if one.name in GROUPS:
+            if not prefix and one.name in GROUPS:  # `data.background` is an option, `background` a group
                 continue
             kind = {"action": "store_true"} if types[one.name] is bool else {"type": types[one.name]}
             name = prefix + one.name
