@@ -288,8 +288,8 @@ def worded_prompts(
     for name, count in zip(names, counts, strict=True):
         if count > room:
             beside = "" if wording == PLAIN else f" beside the other words of {_shortened(wording.prompt(['{}']))}"
-            has = f"{count - around} tokens, a prompt room for {max(0, room - around)}{beside}"
-            raise ValueError(f"class name {_shortened(name)} has {has}; shorten it")
+            own, left = count - around, f"{max(0, room - around)}{beside}"
+            raise ValueError(f"class name {_shortened(name)} has {own} tokens, a prompt room for {left}; shorten it")
     prompts, prompt_of_name, spans = [], [], []
     for number, run in enumerate(balanced_groups(counts, room)):
         group = names[run]

@@ -44,7 +44,7 @@ def both_ways(rows: Sequence[Row], baselines: Sequence[Row]) -> list[BothWays]:
         alike = {kind: chosen._replace(prompts=kind) for kind in COLUMNS}
         found[alike[PRESENT]] = BothWays(chosen.title, {kind: miou(settings[at]) for kind, at in alike.items()})
     lines = list(found.values())
-    for figure in published(rows[0]):
+    for figure in published(own[PRESENT][0]):
         scores = {kind: (figure.miou, 0.0) if figure.prompts == kind else None for kind in COLUMNS}
         lines.append(BothWays(figure.title, scores, figure.source))
     guessed = {kind: guesses(baselines, at) for kind, at in best.items()}

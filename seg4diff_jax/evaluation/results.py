@@ -123,7 +123,7 @@ def tell(console: Console, evaluation: Evaluation) -> None:
         table.add_section()
     Console(highlight=False).print(table)
     if lines := both_ways(rows, evaluation.baselines):
-        beside = Table(title="mIoU, % of both ways of asking", title_justify="left", title_style="bold")
+        beside = Table(title="mIoU, %, both ways of asking", title_justify="left", title_style="bold")
         beside.add_column("")
         for title in COLUMNS.values():
             beside.add_column(title, justify="right")
