@@ -108,11 +108,13 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
     for numbers, why, examples in _batches(measurement, outcome, chosen):
         scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
         for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
-            classes, _ = asked(example)
+            classes, prompts = asked(example)
             grid = grid[: len(classes)].copy()
-            if best.threshold is not None and classes[-1] == measurement.benchmark.background:
-                grid[-1] = best.threshold  # the row without words: it wins where all others are below
+            if wordless := len(classes) > len(prompts.classes):  # the last row wins where all others are below
+                grid[-1] = best.threshold
             predicted = np.array(classes, np.int32)[upsampled_labels(grid, example.labels.shape)]
+            if wordless:
+                grid[-1] = -grid[:-1].max(axis=0)  # below the scores of competitors, if there are any
             classes, grid = each_class_once(classes, grid)
             if best.prompts == "all":  # keep only classes that are present or predicted
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from seg4diff_jax.evaluation.background import at_thresholds
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
 from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.run import evaluate
+from seg4diff_jax.evaluation.wording import Words
 from seg4diff_jax.evaluation.zero_shot import Tally, Thresholds, count
 from seg4diff_jax.flow import image_noise
 from tests.reference.inputs import SQUARE
@@ -157,6 +159,19 @@ def test_results_record_what_finds_the_background_and_its_share_of_guesses(out, 
     assert kinds == [("constant", None), ("random", None), *(("permuted", each) for each in thresholds)]
     assert contents["best"]["threshold"] in thresholds
     assert f"threshold {contents['best']['threshold']:g}" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("competitors", [(), COMPETITORS])
+def test_images_are_shown_as_they_are_counted(sd3, root, predictions, competitors):
+    benchmark = replace(folder_benchmark(root), words=Words(competitors=competitors))
+    settings = Settings((BLOCK,), (STEP,), (SEED,), batch_size=2, prompts=("all",), thresholds=predictions[0])
+    shown = evaluate(sd3, benchmark, settings, shown=len(OWN_SIZES)).shown
+    assert len(shown) == len(OWN_SIZES)
+    for one in shown:
+        labelled = one.example.labels != 255
+        assert one.accuracy == pytest.approx(100 * (one.predicted == one.example.labels)[labelled].mean(), abs=0.05)
+        assert len(set(one.classes)) == len(one.classes) == len(one.scores)
+        assert 0 in one.classes
 
 
 def test_both_ways_of_asking_come_from_one_encoding_and_one_noise_of_each_seed(sd3, root, predictions, monkeypatch):

@@ -208,6 +208,8 @@ data:
 blocks: 0..3
 steps: 8
 seeds: [0, 1]
+background:
+  competitors: [sky, wall]
 unsupervised:
   threshold: 0.05
   minmax: pixel
