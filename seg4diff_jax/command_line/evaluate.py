@@ -159,9 +159,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
     checkpoint = in_step(lambda: open(options.model))
     chosen = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
     settings, side = chosen.settings, checkpoint.trained_size
-    benchmark = in_turn(
-        lambda: open_benchmark(options.data, side, chosen.protocols, options.background)
-    )  # one process writes scenes
+    opened = lambda: open_benchmark(options.data, side, chosen.protocols, options.background)
+    benchmark = in_turn(opened)  # one process writes scenes
     if options.batch_size is None:  # batches are padded to their size, so a small set gets a small batch
         devices = mesh.size if mesh else 1
         most = devices * math.ceil(len(benchmark.source) / devices)

@@ -31,7 +31,7 @@ class BothWays(NamedTuple):
 def both_ways(rows: Sequence[Row], baselines: Sequence[Row]) -> list[BothWays]:
     """Returns the lines: the best setting of each way of asking, what is published for the set, and guessers.
 
-    None if rows are not of both ways of asking.
+    Returns no lines if rows are not of both ways of asking.
     """
     own = {kind: [row for row in rows if row.prompts == kind] for kind in COLUMNS}
     if not all(own.values()):

@@ -16,7 +16,7 @@ EvaluationResize = Literal[Resize, "paper"]
 """How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
-Words = str | list[str] | None
+ListedWords = str | list[str] | None
 """`sky,wall` or a list of words; None where the option is not given."""
 GRID = "grid"
 """Value of an option that stands for all thresholds of a `THRESHOLD_GRID`: that of `segmentation.unsupervised`, or that
@@ -43,7 +43,7 @@ class Data:
     names: Spelling = "own"
     synonyms: str | None = None
     template: str = "{}"
-    stop_words: Words = None
+    stop_words: ListedWords = None
     background: Background | None = None
     unlabelled: Unlabelled | None = None
     list: str | None = None
@@ -56,7 +56,7 @@ class BackgroundOptions:
     """What pixels become background by, where that is not its name. See `HELP` for each option."""
 
     threshold: float | str | list[float] | None = None
-    competitors: Words = None
+    competitors: ListedWords = None
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _numbers_below(value: float | str | list[float], name: str, most: float, exa
     return found
 
 
-def listed_words(value: Words, name: str) -> tuple[str, ...]:
+def listed_words(value: ListedWords, name: str) -> tuple[str, ...]:
     """Returns the listed words, none for None.
 
     Raises:
