@@ -31,9 +31,10 @@ from transformers import AutoTokenizer
 from seg4diff_jax.batching import ModelView
 from seg4diff_jax.convert.sources.open import MINIATURE
 from seg4diff_jax.data.labelled import LabelledImages, read_fitting
-from seg4diff_jax.evaluation.batches import READERS, Example, PresentClasses, Reader, assemble
+from seg4diff_jax.evaluation.batches import READERS, Example, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, open_benchmark
 from seg4diff_jax.evaluation.options import Data
+from seg4diff_jax.evaluation.vocabulary import PresentClasses, Vocabulary
 from seg4diff_jax.images import resize, to_model_range
 from seg4diff_jax.text import Tokenizers
 
@@ -101,7 +102,7 @@ def main(size: int = 1024, images: int = 32, batch: int = 4, repeats: int = 3) -
             kilobytes = write_set(Path(work), layout, images)
             benchmark = open_benchmark(Data(name=name, root=work), size)
             reader = Reader(benchmark, ModelView(size, 16, size, 8, 16), ahead=2 * batch)
-            asked = PresentClasses(tokenizers, benchmark.prompts)
+            asked = PresentClasses(Vocabulary.of(benchmark, tokenizers))
             seconds = one_thread(reader, benchmark, size, repeats)
             examples = [reader.example(index) for index in range(min(batch, images))]
             together = best(lambda e=examples, a=asked: assemble(e, batch, a), repeats, time.thread_time)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack, overload
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from seg4diff_jax import passes
 from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, mean_over_seeds, one_for_each
+from seg4diff_jax.class_grids import class_grids
 from seg4diff_jax.class_names import list_for_each, one_class, warn_of_single
 from seg4diff_jax.flow import FlowSchedule, add_noise
 from seg4diff_jax.generated_masks import mask_step, pictures_with_masks, prompt_words, refuse_unread
@@ -47,7 +48,7 @@ from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.sampling import GeneratingRun, Looking, check_whole, sample_latents
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
-from seg4diff_jax.segmentation.open_vocabulary import Segmentation, padded_rows, upsampled_labels
+from seg4diff_jax.segmentation.open_vocabulary import Segmentation, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
     MinMax,
     UnsupervisedSegmentation,
@@ -55,7 +56,7 @@ from seg4diff_jax.segmentation.unsupervised import (
     merged_maps_of_images,
     unsupervised_segmentation,
 )
-from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, prompt_rows, tokenize
+from seg4diff_jax.text import Tokenizers, class_prompts, tokenize
 
 
 @dataclass
@@ -136,13 +137,13 @@ class Pipeline:
         masks = checked_masks(masks, block, self.transformer, noise)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         warn_of_single(map(one_class, lists), stacklevel=4)
+        read = partial(class_grids, self.transformer, encode=self.encode_prompts, spread=self.spread)
+        read = partial(read, block=block, kernel=kernel, masks=masks)
         results: dict[int, Segmentation] = {}
         for group in self.view.by_size(images, size, resize):
             asked = [prompts[place] for place in group.places]
-            each = [
-                self._scores(views, asked, block, kernel, masks)
-                for views in self._noised(group, len(images), seeds, noise, step, masks)
-            ]
+            with self.settings():
+                each = [read(views, asked) for views in self._noised(group, len(images), seeds, noise, step, masks)]
             scores = each[0] if len(each) == 1 else [np.mean(grids, axis=0) for grids in zip(*each, strict=True)]
             for place, own_size, pixels, grid in zip(*group.items, scores, strict=True):
                 labels = upsampled_labels(finite_maps(grid, block), own_size, masks=masks, pixels=pixels)
@@ -370,18 +371,6 @@ class Pipeline:
         )
         each = lambda seed: tuple(noised(seed, view) for view in range(masks.views))
         return [passes.Views(each(seed), masks.mirrors) for seed in seeds]
-
-    def _scores(
-        self, views: passes.Views, prompts: list[ClassPrompts], block: int, kernel: Kernel | None, masks: MaskOptions
-    ) -> list[Float[np.ndarray, "_ grid_rows grid_columns"]]:
-        """Class scores of images of one size: one jitted call, with one row for each prompt of each image."""
-        said, image_of_prompt, averaging = prompt_rows(prompts, padded_rows(max(len(item.classes) for item in prompts)))
-        texts, image_of_prompt, averaging = self.spread((self.encode_prompts(said), image_of_prompt, averaging))
-        each = tuple(replace(images, image_of_prompt=image_of_prompt) for images in views.each)
-        read = partial(passes.read_class_scores, self.transformer, replace(views, each=each), texts, averaging)
-        with self.settings():
-            scores = read(block=block, kernel=kernel, masks=masks)
-        return [grid[: len(item.classes)] for grid, item in zip(np.asarray(scores), prompts, strict=True)]
 
     def spread(self, arrays: Any) -> Any:
         """On the mesh's devices, leading axes split where they divide."""

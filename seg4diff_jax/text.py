@@ -174,16 +174,53 @@ def _shortened(text: str, length: int = 80) -> str:
 
 
 @dataclass(frozen=True)
-class ClassPrompts:
-    """Class names packed into prompts, and the place of each class's tokens.
+class Wording:
+    """What prompts hold beside names of classes. Scores are read from the tokens of the names alone.
 
-    Class c has the name `classes[c]` and the tokens `spans[c]` of `prompts[prompt_of_class[c]]`. The classes of a
-    prompt are consecutive. A prompt has `length` tokens, special tokens and padding included.
+    Attributes:
+      template: text around each name; `{}` stands for the name, as in `a photo of {}`.
+      stop_words: words at the end of each prompt. They draw attention away from the names, and win no pixel.
+    """
+
+    template: str = "{}"
+    stop_words: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.template.count("{}") != 1:
+            raise ValueError(f"the template is {self.template!r}: expected {{}} in it once, as in 'a photo of {{}}'")
+
+    def prompt(self, names: Sequence[str]) -> str:
+        """Returns the prompt of some names: each in the template, then the stop words, joined by one space."""
+        return " ".join([*(self.template.replace("{}", name) for name in names), *self.stop_words])
+
+    def tokens(self, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+        """Returns the token ids before and after each name, and those of the stop words.
+
+        Raises ValueError if one of them starts or ends a prompt.
+        """
+        texts = [*self.template.split("{}"), " ".join(self.stop_words)]
+        before, after, end = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        if _holds_an_end(tokenizer, [*before, *after, *end]):
+            raise ValueError(f"{self.prompt(['{}'])!r} holds a token that starts or ends a prompt; leave it out")
+        return before, after, end
+
+
+PLAIN = Wording()  # the paper's: names alone
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """Names of classes packed into prompts, and the place of each name's tokens.
+
+    Name n has the tokens `spans[n]` of `prompts[prompt_of_name[n]]`, and is a name of class `class_of_name[n]`, whose
+    first name is in `classes`. The names of a prompt are consecutive. A prompt has `length` tokens, special tokens and
+    padding included.
     """
 
     classes: tuple[str, ...]
     prompts: tuple[str, ...]
-    prompt_of_class: tuple[int, ...]
+    class_of_name: tuple[int, ...]
+    prompt_of_name: tuple[int, ...]
     spans: tuple[TokenSpan, ...]
     length: int
 
@@ -194,8 +231,8 @@ class ClassPrompts:
 
             einsum("pnt,pct->cn", maps, averaging)
 
-        at the highest precision. Row c averages class c's tokens in the prompt that names class c. In other prompts row
-        c is zero.
+        at the highest precision. A class's score is the mean over its names of the mean over the name's tokens, each in
+        the prompt that holds the name. In prompts without a name of class c, row c is zero.
 
         Args:
           classes: number of rows; a fixed number lets one compiled program serve class lists of any length. Rows past
@@ -208,8 +245,9 @@ class ClassPrompts:
         if rows < len(self.classes):
             raise ValueError(f"{len(self.classes)} classes do not fit in classes={rows} rows")
         weights = np.zeros((len(self.prompts), rows, self.length), np.float32)
-        for index, (prompt, span) in enumerate(zip(self.prompt_of_class, self.spans, strict=True)):
-            weights[prompt, index, span.start : span.stop] = 1 / (span.stop - span.start)
+        names = np.bincount(self.class_of_name)
+        for row, prompt, span in zip(self.class_of_name, self.prompt_of_name, self.spans, strict=True):
+            weights[prompt, row, span.start : span.stop] = 1 / (names[row] * (span.stop - span.start))
         return weights
 
 
@@ -227,18 +265,35 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool
       ValueError: there is no name; or a name is blank, is repeated, is longer than a prompt, holds a special token, has
         other tokens beside its neighbours than alone, or has a different number of tokens for the two CLIP tokenizers.
     """
-    if not isinstance(names, str | Sequence):
-        raise TypeError(f"expected a list of class names, in order, found a {type(names).__name__}")
-    counts = [len(ids) for ids in _name_ids(tokenizers.clip_l, names, repeats)]
+    _check_names(names)
+    return worded_prompts(tokenizers, [(name,) for name in names], repeats=repeats)
+
+
+def worded_prompts(
+    tokenizers: Tokenizers, classes: Sequence[Sequence[str]], wording: Wording = PLAIN, *, repeats: bool = False
+) -> ClassPrompts:
+    """Packs classes of one or more names each, as `class_prompts` does, with other words beside the names.
+
+    Raises as `class_prompts` does, and ValueError if a class has no name, or the other words leave no room for one.
+    """
+    if wrong := [each for each in classes if isinstance(each, str) or not each]:
+        raise ValueError(f"the names of a class are {wrong[0]!r}: expected a list of one or more")
+    names = [name for each in classes for name in each]
+    class_of_name = [index for index, each in enumerate(classes) for _ in each]
+    before, after, end = wording.tokens(tokenizers.clip_l)
+    around = len(before) + len(after)
+    counts = [around + len(ids) for ids in _name_ids(tokenizers.clip_l, names, repeats)]
     length = tokenizers.clip_l.model_max_length
-    room = length - 2  # the start and the end token
+    room = length - 2 - len(end)  # the start and the end token
     for name, count in zip(names, counts, strict=True):
         if count > room:
-            raise ValueError(f"class name {_shortened(name)} has {count} tokens, a prompt room for {room}; shorten it")
-    prompts, prompt_of_class, spans = [], [], []
+            beside = "" if wording == PLAIN else f" beside the other words of {_shortened(wording.prompt(['{}']))}"
+            own, left = count - around, f"{max(0, room - around)}{beside}"
+            raise ValueError(f"class name {_shortened(name)} has {own} tokens, a prompt room for {left}; shorten it")
+    prompts, prompt_of_name, spans = [], [], []
     for number, run in enumerate(balanced_groups(counts, room)):
         group = names[run]
-        spans_l, spans_g = (token_spans(each, group, repeats=repeats) for each in tokenizers[:2])
+        spans_l, spans_g = (token_spans(each, group, wording, repeats=repeats) for each in tokenizers[:2])
         for name, span, span_g in zip(group, spans_l, spans_g, strict=True):
             if span != span_g:
                 raise ValueError(
@@ -246,24 +301,11 @@ def class_prompts(tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool
                     f"{span_g.stop - span_g.start} for tokenizer_2: their states could not be paired; "
                     "a '!' is the usual cause, as the second one pads with it: leave it out"
                 )
-        prompts.append(" ".join(group))
-        prompt_of_class += [number] * len(group)
+        prompts.append(wording.prompt(group))
+        prompt_of_name += [number] * len(group)
         spans += spans_l
-    return ClassPrompts(tuple(names), tuple(prompts), tuple(prompt_of_class), tuple(spans), length)
-
-
-def prompt_rows(
-    each: Sequence[ClassPrompts], classes: int
-) -> tuple[list[str], Int[np.ndarray, " rows"], Float[np.ndarray, "rows classes tokens"]]:
-    """Returns the prompts of several images as rows of a batch: their texts, each one's image, and its averaging.
-
-    Args:
-      each: of each image, its prompts.
-      classes: rows of each averaging, at least as many as an image has classes.
-    """
-    texts = [text for item in each for text in item.prompts]
-    image_of_row = np.repeat(np.arange(len(each), dtype=np.int32), [len(item.prompts) for item in each])
-    return texts, image_of_row, np.concatenate([item.averaging(classes) for item in each])
+    first = tuple(each[0] for each in classes)
+    return ClassPrompts(first, tuple(prompts), tuple(class_of_name), tuple(prompt_of_name), tuple(spans), length)
 
 
 def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
@@ -290,53 +332,61 @@ def balanced_groups(counts: Sequence[int], room: int) -> list[slice]:
     return fill(high)
 
 
-def token_spans(tokenizer: Tokenizer, names: Sequence[str], *, repeats: bool = False) -> tuple[TokenSpan, ...]:
-    """Returns the place of each name's tokens in the prompt that joins the names by one space.
+def token_spans(
+    tokenizer: Tokenizer, names: Sequence[str], wording: Wording = PLAIN, *, repeats: bool = False
+) -> tuple[TokenSpan, ...]:
+    """Returns the place of each name's tokens in the prompt of these names (`Wording.prompt`).
 
-    A span has as many tokens as the name has alone. The spans follow one another, and the first begins at token 1,
-    after the start token (Seg4Diff). The whole prompt is tokenized as a check: CLIP's tokenizer never joins what a
-    space separates, but a token that was added to the vocabulary may hold a space. The prompt may be longer than the
-    tokenizer's length, which is not checked here.
-
-    Args:
-      repeats: allow a name more than once.
+    A span has as many tokens as the name has alone. Without other words the spans follow one another, and the first
+    begins at token 1, after the start token (Seg4Diff). The whole prompt is tokenized as a check: CLIP's tokenizer
+    never joins what a space separates, but a token that was added to the vocabulary may hold a space, and a template
+    may touch the name. The prompt may be longer than the tokenizer's length, which is not checked here.
 
     Raises:
       TypeError: `names` is one string.
       ValueError: there is no name; or a name is blank, is repeated (as the tokenizer sees it: `Cat` repeats `cat`), or
-        holds a special token; or the prompt's tokens are not those of the names, one after the other.
+        holds a special token; or the prompt's tokens are not those of its parts, one after the other.
     """
-    ids = _name_ids(tokenizer, names, repeats)
-    starts = np.cumsum([1, *map(len, ids)]).tolist()
-    spans = tuple(map(TokenSpan, starts[:-1], starts[1:]))
-    prompt = " ".join(names)
+    before, after, _ = wording.tokens(tokenizer)
+    prompt, start = wording.prompt(names), 1
     joined = tokenizer([prompt], verbose=False).input_ids[0]
-    for name, own, span in zip(names, ids, spans, strict=True):
-        if joined[span.start : span.stop] != own:
+    spans = []
+    for name, own in zip(names, _name_ids(tokenizer, names, repeats), strict=True):
+        parts = [*before, *own, *after]
+        if joined[start : start + len(parts)] != parts:
+            beside = "its neighbours" if wording == PLAIN else f"the words of {wording.template!r}"
+            hint = "" if wording == PLAIN else "put spaces around {}, or "
             raise ValueError(
-                f"class name {name!r} is split into other tokens beside its neighbours than alone, so its place in "
-                f"the prompt {_shortened(prompt)} is unknown; rename it, or remove the tokens added to the tokenizer "
+                f"class name {name!r} is split into other tokens beside {beside} than alone, so its place in the "
+                f"prompt {_shortened(prompt)} is unknown; {hint}rename it, or remove the tokens added to the tokenizer "
                 "that hold a space"
             )
-    return spans
+        spans.append(TokenSpan(start + len(before), start + len(before) + len(own)))
+        start += len(parts)
+    return tuple(spans)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises TypeError or ValueError for what is no list of at least one string."""
+    if isinstance(names, str):
+        raise TypeError(f"expected a list of class names, found the string {names!r}; write {names.split() or [names]}")
+    if not isinstance(names, Sequence):
+        raise TypeError(f"expected a list of class names, in order, found a {type(names).__name__}")
+    if not names:
+        raise ValueError("the list of class names is empty: expected at least one name")
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"expected class names that are strings, found {other[0]!r}")
 
 
 def _name_ids(tokenizer: Tokenizer, names: Sequence[str], repeats: bool = False) -> list[list[int]]:
     """Returns the token ids of each name. Raises ValueError for names that could not be told apart in a prompt."""
-    if isinstance(names, str):
-        raise TypeError(f"expected a list of class names, found the string {names!r}; write {names.split() or [names]}")
-    if not names:
-        raise ValueError("the list of class names is empty: expected at least one name")
-    other = [name for name in names if not isinstance(name, str)]
-    if other:
-        raise TypeError(f"expected class names that are strings, found {other[0]!r}")
+    _check_names(names)
     rows = tokenizer(list(names), add_special_tokens=False, verbose=False).input_ids
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     seen: dict[tuple[int, ...], str] = {}
     for index, (name, ids) in enumerate(zip(names, rows, strict=True)):
         if not ids or not name.strip():
             raise ValueError(f"class name {index} is blank ({name!r}): expected a word")
-        if any(token in ends for token in ids):
+        if _holds_an_end(tokenizer, ids):
             raise ValueError(f"class name {name!r} holds a token that starts or ends a prompt; rename it")
         if tuple(ids) in seen and not repeats:
             other = seen[tuple(ids)]
@@ -344,3 +394,7 @@ def _name_ids(tokenizer: Tokenizer, names: Sequence[str], repeats: bool = False)
             raise ValueError(f"class name {name!r} is repeated{same}; give each class a name of its own")
         seen[tuple(ids)] = name
     return rows
+
+
+def _holds_an_end(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    return tokenizer.bos_token_id in ids or tokenizer.eos_token_id in ids

@@ -11,9 +11,10 @@ import pytest
 
 import seg4diff_jax as s4d
 from seg4diff_jax import passes
-from seg4diff_jax.evaluation.batches import Example, Reader, assemble, questions
+from seg4diff_jax.evaluation.batches import Example, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
 from seg4diff_jax.evaluation.readouts import Forward, Readout
+from seg4diff_jax.evaluation.vocabulary import questions
 from seg4diff_jax.evaluation.zero_shot import Pass, ZeroShot
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import to_model_range

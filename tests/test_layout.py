@@ -53,12 +53,13 @@ MAY_IMPORT: dict[str, str] = {
     "text": "models",
     "class_names": "",
     "batching": "flow images models",
+    "class_grids": "models passes segmentation text",
     "pipeline_options": "checked flow images models segmentation",
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
     "generated_masks": "batching class_names flow models parallel passes prompt_attention sampling segmentation text",
-    "pipeline": "batching class_names flow generated_masks images models numerics parallel passes pipeline_options "
-    "prompt_attention prompt_cache sampling segmentation text",
+    "pipeline": "batching class_grids class_names flow generated_masks images models numerics parallel passes "
+    "pipeline_options prompt_attention prompt_cache sampling segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
@@ -75,8 +76,8 @@ MAY_IMPORT: dict[str, str] = {
     "magnet": "bilinear checked checkpoints convert data flow miniature models parallel passes segmentation text "
     "training",
     "planning": "checkpoints convert data magnet models parallel training",
-    "evaluation": "batching compilation configuration convert data flow images interrupted_runs miniature models "
-    "numerics parallel passes pipeline processes quoting reporting segmentation text versions",
+    "evaluation": "batching class_grids compilation configuration convert data flow images interrupted_runs miniature "
+    "models numerics parallel passes pipeline processes quoting reporting segmentation text versions",
     "reproduction": "analysis checkpoints convert evaluation flow images interrupted_runs magnet models numerics "
     "passes pipeline reporting segmentation text training",
     # What people start.

@@ -27,7 +27,7 @@ from seg4diff_jax.evaluation.options import (
     STEPS,
     UNSUPERVISED,
     Options,
-    Unsupervised,
+    background_thresholds,
     chosen_heads,
     kinds_of_prompts,
     numbers,
@@ -128,6 +128,8 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
     if settings.unsupervised:
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
         known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
+    if settings.thresholds:
+        known["background"] = replace(options.background, threshold=list(settings.thresholds))
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
     found: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
     if benchmark.background is not None:
@@ -158,7 +160,8 @@ def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
     checkpoint = in_step(lambda: open(options.model))
     chosen = in_step(lambda: settle(options, checkpoint, mesh.size if mesh else 1))
     settings, side = chosen.settings, checkpoint.trained_size
-    benchmark = in_turn(lambda: open_benchmark(options.data, side, chosen.protocols))  # one process writes scenes
+    opened = lambda: open_benchmark(options.data, side, chosen.protocols, options.background)
+    benchmark = in_turn(opened)  # one process writes scenes
     if options.batch_size is None:  # batches are padded to their size, so a small set gets a small batch
         devices = mesh.size if mesh else 1
         most = devices * math.ceil(len(benchmark.source) / devices)
@@ -187,7 +190,7 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.measurement import Settings, check_batch_size
 
-    refusals = Refusals(misfits(options.data))
+    refusals = Refusals(misfits(options.data, options.background))
     refusals.found += [
         f"--{name} is {value}: expected at least {least}"
         for name, value, least in (
@@ -211,8 +214,8 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     merged = ()
     if UNSUPERVISED in chosen:
         merged = refusals.parsed(lambda: merging_protocols(options, chosen), merged)
-    elif chosen:
-        refusals.found += unused(options)
+    for protocol in {OPEN_VOCABULARY, UNSUPERVISED}.difference(chosen) if chosen else ():
+        refusals.found += unused(options, protocol)
     refusals.found += problems(options.masks, "--masks.")
     if not refusals.found:
         refusals.check(lambda: options.masks.check_fits(max(blocks), model.num_layers, model.num_attention_heads))
@@ -230,6 +233,7 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         seeds=seeds,
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
         prompts=prompts if OPEN_VOCABULARY in chosen else (),
+        thresholds=background_thresholds(options.background.threshold) if OPEN_VOCABULARY in chosen else (),
         unsupervised=merged,
         resize=options.data.resize,
         lora=options.lora,
@@ -249,7 +253,7 @@ def merging_protocols(options: Options, chosen: Sequence[str]) -> tuple[Unsuperv
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
     if UNSUPERVISED not in chosen:
-        refuse(unused(options))
+        refuse(unused(options, UNSUPERVISED))
         return ()
     given = options.unsupervised
     threshold = MERGE_THRESHOLDS[given.minmax] if given.threshold is None else given.threshold
@@ -257,13 +261,17 @@ def merging_protocols(options: Options, chosen: Sequence[str]) -> tuple[Unsuperv
     return tuple(UnsupervisedProtocol(each, given.minmax, given.match, given.absent_classes) for each in below)
 
 
-def unused(options: Options) -> list[str]:
-    """What is to be said of options of segments without names where none are made."""
+OPTIONS_OF = {OPEN_VOCABULARY: "background", UNSUPERVISED: "unsupervised"}
+"""The group of options that each protocol has to itself."""
+
+
+def unused(options: Options, protocol: str) -> list[str]:
+    """What is to be said of the options that a protocol has to itself, where it is not measured."""
+    group = OPTIONS_OF[protocol]
     return [
-        f"--unsupervised.{name.replace('_', '-')} is {value!r}, but --protocol is {options.protocol!r}: add "
-        "unsupervised to it"
-        for name, value in asdict(options.unsupervised).items()
-        if value != getattr(Unsupervised(), name)
+        f"--{group}.{name.replace('_', '-')} is {value!r}, but --protocol is {options.protocol!r}: add {protocol} to it"
+        for name, value in asdict(getattr(options, group)).items()
+        if value != getattr(GROUPS[group](), name)
     ]
 
 

@@ -10,20 +10,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from seg4diff_jax.batching import ModelView
+from seg4diff_jax.class_grids import prompt_rows
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts, prompt_rows
+from seg4diff_jax.text import ClassPrompts
 
 CANVAS = 64
 """Smallest side of a canvas, in pixels."""
@@ -94,7 +94,8 @@ class EvaluationBatch:
       indices: each image's number in the data set, which seeds its noise.
       truth: labels at the images' own sizes, each padded with `IGNORED` to the same canvas.
       sizes: height and width of each image's labels.
-      class_of_row: for each image the class of each row of scores, `IGNORED` for unused rows.
+      class_of_row: for each image the class of each row of scores, `IGNORED` for unused rows. Several rows may be of
+        one class.
     """
 
     examples: tuple[Example, ...]
@@ -104,6 +105,13 @@ class EvaluationBatch:
     sizes: Int[np.ndarray, "images 2"]
     class_of_row: Int[np.ndarray, "images classes"]
     prompts: tuple[PromptRows, ...]
+
+    def guessed(self) -> EvaluationBatch:
+        """Returns the batch with one row for each class: a guesser does not favour those that have several."""
+        rows = self.class_of_row
+        earlier = np.tri(rows.shape[1], k=-1, dtype=bool)
+        again = ((rows[:, :, None] == rows[:, None, :]) & earlier).any(axis=2)
+        return replace(self, class_of_row=np.where(again, IGNORED, rows).astype(np.int32))
 
 
 class Reader:
@@ -199,68 +207,8 @@ def ahead_of(
 
 
 Asked = Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
-"""Takes an image; returns the classes that its prompts name, ascending, and these prompts."""
-
-
-class PresentClasses:
-    """The paper's protocol: the prompt of an image names the classes in its label map, and no others.
-
-    Args:
-      names: name of each class.
-      repeats: whether classes may share a name. Such classes differ only in their positions in the prompt.
-    """
-
-    name = "present"
-
-    def __init__(self, tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool = False):
-        @lru_cache(4096)
-        def prompts(present: tuple[int, ...]) -> ClassPrompts:
-            return class_prompts(tokenizers, [names[index] for index in present], repeats=repeats)
-
-        self._prompts = prompts
-
-    def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
-        """Returns the classes that the prompt names, ascending, and the prompt."""
-        return example.present, self._prompts(example.present)
-
-
-class AllClasses:
-    """The prompts of every image name the whole vocabulary, in as few prompts as possible.
-
-    Args:
-      without: a class that no prompt names.
-      names, repeats: as for `PresentClasses`.
-    """
-
-    name = "all"
-
-    def __init__(
-        self, tokenizers: Tokenizers, names: Sequence[str], *, without: int | None = None, repeats: bool = False
-    ):
-        self.classes = tuple(index for index in range(len(names)) if index != without)
-        self.prompts = class_prompts(tokenizers, [names[index] for index in self.classes], repeats=repeats)
-
-    def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
-        return self.classes, self.prompts
-
-
-def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[str]) -> dict[str, Asked]:
-    """Returns the maker of prompts for each kind of prompts in `prompts`: `present`, `all` or both.
-
-    Raises:
-      ValueError: prompts cannot be made from the class names.
-    """
-    repeats = benchmark.names == "release"
-    makers: dict[str, Callable[[], Asked]] = {
-        "present": lambda: PresentClasses(tokenizers, benchmark.prompts, repeats=repeats),
-        "all": lambda: AllClasses(
-            tokenizers,
-            benchmark.prompts,
-            without=benchmark.background if benchmark.rule == "ignored" else None,
-            repeats=repeats,
-        ),
-    }
-    return {name: makers[name]() for name in prompts}
+"""Takes an image; returns the class of each row of its scores, and the prompts that have these rows, in order. Rows
+past those of the prompts have no words, and score 0."""
 
 
 def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) -> EvaluationBatch:

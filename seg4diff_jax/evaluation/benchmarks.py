@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from seg4diff_jax.configuration import Refusals, refuse
@@ -16,12 +16,25 @@ from seg4diff_jax.data.loader import DataSource
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled, spelled
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.subset import Named, Subset, listed_places
-from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED, Data
+from seg4diff_jax.evaluation.options import (
+    OPEN_VOCABULARY,
+    UNSUPERVISED,
+    BackgroundOptions,
+    Data,
+    background_thresholds,
+    listed_words,
+)
+from seg4diff_jax.evaluation.wording import NO_WORDS, Words, check_words, read_synonyms
 from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene, write_folder
+from seg4diff_jax.quoting import quoted
+from seg4diff_jax.text import Wording
 
 SCENE_SPLITS = ("test", "validation", "train")
 OTHERS = ("tfds", "folder", "scenes")
 """Names of the sources of images other than the published sets."""
+BACKGROUND = "background"
+"""The class of a folder, or of a prepared set, that stands for all others. A published set says which it is."""
+NO_BACKGROUND = BackgroundOptions()
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Benchmark:
       split, kind: the part of the set and the kind of labels, where the set has several.
       background: index of the class that stands for all others; `rule` says how it is scored.
       names: how prompts spell the classes.
+      words: what prompts say beside, or instead of, these names.
       unlabelled: how unlabelled pixels are treated, where a set has a choice.
       listed: the file that names the images; None: all images of the set.
     """
@@ -50,27 +64,34 @@ class Benchmark:
     background: int | None = None
     rule: Background = "scored"
     names: Spelling = "own"
+    words: Words = NO_WORDS
     unlabelled: Unlabelled | None = None
     listed: str | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The names of the classes in prompts."""
+        """The names of the classes in prompts, but for synonyms."""
         return spelled(self.classes, self.names)
 
 
-def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN_VOCABULARY,)) -> Benchmark:
+def open_benchmark(
+    data: Data,
+    scene_size: int,
+    protocols: Sequence[str] = (OPEN_VOCABULARY,),
+    background: BackgroundOptions = NO_BACKGROUND,
+) -> Benchmark:
     """Opens the benchmark that the options name.
 
     Args:
       scene_size: side of synthetic scenes, in pixels.
+      background: what finds the background.
       protocols: the protocols that will be measured. Unsupervised segmentation scores the background by default.
 
     Raises:
       FolderError: files are missing or not as described.
       ValueError: an option does not fit the benchmark.
     """
-    refuse(misfits(data))
+    refuse(misfits(data, background))
     name = named(data)
     if name == "scenes":
         split = published_split(data.split, SCENE_SPLITS, "the synthetic world")
@@ -86,16 +107,40 @@ def open_benchmark(data: Data, scene_size: int, protocols: Sequence[str] = (OPEN
         places = listed_places(data.list, benchmark.source.names, benchmark.where)
         where = f"{benchmark.where}, of {data.list}"
         benchmark = replace(benchmark, source=Subset(benchmark.source, places), where=where, listed=data.list)
+    if benchmark.background is None:
+        refuse(_without_background(data, background, named(data)))
     benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
-    _ = benchmark.prompts  # equal names are found before weights are read
-    return benchmark
+    return replace(benchmark, words=_words(data, background, benchmark))
+
+
+def _words(data: Data, background: BackgroundOptions, benchmark: Benchmark) -> Words:
+    """Returns the words that the options name, checked against the benchmark's classes.
+
+    Raises FolderError or ValueError for those that do not fit, and for classes that would get one name.
+    """
+    for name, value in asdict(background).items():
+        if value is not None and benchmark.rule == "ignored":
+            raise ValueError(
+                f"background.{name} is {quoted(value)}, but {benchmark.name}'s background is ignored: give "
+                "--data.background scored or asked"
+            )
+    words = Words(
+        data.synonyms,
+        read_synonyms(data.synonyms) if data.synonyms else {},
+        Wording(data.template, listed_words(data.stop_words, "--data.stop-words")),
+        listed_words(background.competitors, "--background.competitors"),
+    )
+    asked = words.names(benchmark.classes, benchmark.prompts)
+    others = [name for index, names in enumerate(asked) if index != benchmark.background for name in names]
+    check_words(words, benchmark.classes, others, benchmark.name)
+    return words
 
 
 def named(data: Data) -> str:
     return data.name or ("folder" if data.root else "scenes")
 
 
-def misfits(data: Data) -> list[str]:
+def misfits(data: Data, background: BackgroundOptions = NO_BACKGROUND) -> list[str]:
     """Returns a sentence for each option that does not fit. Reads no files."""
     name, refusals = named(data), Refusals()
     found = refusals.found
@@ -114,15 +159,30 @@ def misfits(data: Data) -> list[str]:
         found.append(f"data.split is {data.split!r}, but a folder has no splits: leave it out")
     if name in ("scenes", "folder"):
         refusals.check(lambda: published_kind(data.labels, (), name))
-    for option, has, what in (
-        ("background", [each for each, one in SETS.items() if one.background is not None], "background class"),
-        ("unlabelled", [each for each, one in SETS.items() if one.unlabelled is not None], "such pixels"),
-    ):
-        value = getattr(data, option)
-        if value and name not in has:
-            ending = "has" if len(has) == 1 else "have"
-            found.append(f"data.{option} is {value!r}, but {name} has no {what}; {', '.join(has)} {ending}")
+    having = [each for each, one in SETS.items() if one.unlabelled is not None]
+    if data.unlabelled and name not in having:
+        found.append(f"data.unlabelled is {data.unlabelled!r}, but {name} has no such pixels; {', '.join(having)} has")
+    if name == "scenes" or (name in SETS and SETS[name].background is None):
+        found += _without_background(data, background, name)
+    refusals.check(lambda: background_thresholds(background.threshold))
+    refusals.check(lambda: listed_words(background.competitors, "--background.competitors"))
+    refusals.check(lambda: listed_words(data.stop_words, "--data.stop-words"))
+    refusals.check(lambda: Wording(data.template))
     return found
+
+
+def _without_background(data: Data, background: BackgroundOptions, name: str) -> list[str]:
+    """Returns a sentence for each option of the background of a set that has none."""
+    given = {"data.background": data.background} | {
+        f"background.{each}": one for each, one in asdict(background).items()
+    }
+    having = ", ".join(each for each, one in SETS.items() if one.background is not None)
+    return [
+        f"{option} is {quoted(value)}, but {name} has no background class; {having} have, and a folder whose "
+        f"classes.txt names {BACKGROUND}"
+        for option, value in given.items()
+        if value is not None
+    ]
 
 
 def _background_rule(data: Data, benchmark: Benchmark, protocols: Sequence[str]) -> Background:
@@ -182,6 +242,7 @@ def prepared_benchmark(root: str | Path, split: str | None = None, kind: str | N
         f"{source.name} {source.split} in {source.root}",
         split=source.split,
         kind=source.kind,
+        background=_background_of(source.classes),
     )
 
 
@@ -195,7 +256,12 @@ def folder_benchmark(root: str | Path, name: str | None = None) -> Benchmark:
     groups: dict[str, Sequence[int]] = {}
     if source.classes == CLASSES:
         groups = {"things": range(len(THINGS)), "stuffs": range(len(THINGS), len(THINGS) + len(STUFFS))}
-    return Benchmark(name or source.root.resolve().name, source.classes, source, groups, str(source.root))
+    own, background = source.root.resolve().name, _background_of(source.classes)
+    return Benchmark(name or own, source.classes, source, groups, str(source.root), background=background)
+
+
+def _background_of(classes: Sequence[str]) -> int | None:
+    return classes.index(BACKGROUND) if BACKGROUND in classes else None
 
 
 def scenes_benchmark(count: int, size: int, split: str = "test", cache: Path | None = None) -> Benchmark:

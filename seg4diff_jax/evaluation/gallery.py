@@ -14,6 +14,7 @@ from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, of_one_size
 from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
+from seg4diff_jax.evaluation.vocabulary import each_class_once
 from seg4diff_jax.evaluation.zero_shot import Pass
 from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
 from seg4diff_jax.segmentation.unsupervised_scores import matched_pairs
@@ -100,16 +101,22 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
     """Returns the images that `pictured` chooses by accuracy at the first seed, segmented by class names."""
     settings, counting = measurement.settings, measurement.zero_shot
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
-    accuracy = _percent(outcome.counted.right[counting.passes.index(one), place], outcome)
+    reading = settings.readings.index(best.reading)
+    accuracy = _percent(outcome.counted.right[counting.passes.index(one), reading], outcome)
     asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
     found: dict[int, Shown] = {}
     for numbers, why, examples in _batches(measurement, outcome, chosen):
         scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
         for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
-            classes, _ = asked(example)
-            grid = grid[: len(classes)]
+            classes, prompts = asked(example)
+            grid = grid[: len(classes)].copy()
+            if wordless := len(classes) > len(prompts.classes):  # the last row wins where all others are below
+                grid[-1] = best.threshold
             labels = upsampled_labels(grid, example.labels.shape, masks=settings.masks, pixels=example.pixels)
             predicted = np.array(classes, np.int32)[labels]
+            if wordless:
+                grid[-1] = -grid[:-1].max(axis=0)  # below the scores of competitors, if there are any
+            classes, grid = each_class_once(classes, grid)
             if best.prompts == "all":  # keep only classes that are present or predicted
                 kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
                 classes, grid = tuple(classes[at] for at in kept), grid[kept]

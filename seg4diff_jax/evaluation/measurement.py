@@ -17,14 +17,15 @@ import jax
 import numpy as np
 
 from seg4diff_jax.compilation import CompilationClock
-from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble, questions
+from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts, together
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.evaluation.readouts import Forward, Readout
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
-from seg4diff_jax.evaluation.zero_shot import ZeroShot
+from seg4diff_jax.evaluation.vocabulary import questions
+from seg4diff_jax.evaluation.zero_shot import NO_THRESHOLDS, Thresholds, ZeroShot
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.processes import gathered, in_step
@@ -47,6 +48,7 @@ class Settings:
       heads: None is the mean of all heads.
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
       prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
+      thresholds: scores below which pixels are background, ascending; each has figures of its own. None: no pixel is.
       unsupervised: protocols for segments without names; each has figures of its own.
       resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
@@ -60,6 +62,7 @@ class Settings:
     batch_size: int
     heads: tuple[int | None, ...] = (None,)
     prompts: tuple[str, ...] = ("present",)
+    thresholds: tuple[float, ...] = ()
     unsupervised: tuple[UnsupervisedProtocol, ...] = ()
     resize: EvaluationResize = "square"
     lora: str | None = None
@@ -75,6 +78,11 @@ class Settings:
     @property
     def readouts(self) -> tuple[Readout, ...]:
         return tuple(Readout(block, head) for block in self.blocks for head in self.heads)
+
+    @property
+    def readings(self) -> tuple[tuple[Readout, float | None], ...]:
+        """Every readout at every threshold of the background; None where there is no threshold."""
+        return tuple((readout, threshold) for readout in self.readouts for threshold in self.thresholds or (None,))
 
 
 def check_batch_size(size: int, devices: int) -> None:
@@ -96,10 +104,15 @@ class Measurement:
         ahead = 2 * settings.batch_size
         how = {"how": settings.resize, "skip_unreadable": settings.skip_unreadable}
         self.reader = Reader(benchmark, pipe.view, **how, ahead=ahead)
-        self.asked = questions(benchmark, pipe.tokenizers, settings.prompts)
+        by_threshold = bool(settings.thresholds)
+        self.asked = questions(benchmark, pipe.tokenizers, settings.prompts, by_threshold=by_threshold)
         self.forward = Forward(pipe, settings.readouts, settings.masks)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
-        self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts)
+        below = NO_THRESHOLDS
+        if by_threshold:
+            assert benchmark.background is not None, "a set without background has no thresholds of it"
+            below = Thresholds(settings.thresholds, benchmark.background)
+        self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts, thresholds=below)
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
         self._read = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
@@ -16,8 +17,11 @@ EvaluationResize = Literal[Resize, "paper"]
 """How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
+ListedWords = str | list[str] | None
+"""`sky,wall` or a list of words; None where the option is not given."""
 GRID = "grid"
-"""Value of an option that stands for all thresholds of `segmentation.unsupervised.THRESHOLD_GRID`."""
+"""Value of an option that stands for all thresholds of a `THRESHOLD_GRID`: that of `segmentation.unsupervised`, or that
+of `evaluation.background`."""
 MEAN = "mean"
 """Value of `--heads` that stands for the mean of all heads of a block."""
 STEPS = range(1, 29)
@@ -38,11 +42,22 @@ class Data:
     split: str | None = None
     labels: str | None = None
     names: Spelling = "own"
+    synonyms: str | None = None
+    template: str = "{}"
+    stop_words: ListedWords = None
     background: Background | None = None
     unlabelled: Unlabelled | None = None
     list: str | None = None
     resize: EvaluationResize = "square"
     scenes: int = 500
+
+
+@dataclass(frozen=True)
+class BackgroundOptions:
+    """What pixels become background by, where that is not its name. See `HELP` for each option."""
+
+    threshold: float | str | list[float] | None = None
+    competitors: ListedWords = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Options:
     steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
+    background: BackgroundOptions = field(default_factory=BackgroundOptions)
     unsupervised: Unsupervised = field(default_factory=Unsupervised)
     masks: MaskOptions = PAPERS_MASKS
     batch_size: int | None = None
@@ -82,7 +98,12 @@ class Options:
     name_expert: bool = False
 
 
-GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised, "masks": MaskOptions}
+GROUPS: dict[str, type] = {
+    "data": Data,
+    "background": BackgroundOptions,
+    "unsupervised": Unsupervised,
+    "masks": MaskOptions,
+}
 
 HELP = {
     "model": "miniature, a directory, a single file, or a Hub id",
@@ -106,9 +127,15 @@ HELP = {
         "how prompts spell classes: own, as the set does; readable, `dining table`, without suffixes; release, cut at "
         "the first '-'"
     ),
+    "data.synonyms": (
+        "a YAML file with names of classes, as in `sofa: [sofa, couch]`: prompts have them in place of the class's "
+        "own, and its score is the mean over them"
+    ),
+    "data.template": "text around each name in prompts, as in `a photo of {}`; scores are read from the names alone",
+    "data.stop_words": "words at the end of each prompt, as in the,of: they draw attention away, and win no pixel",
     "data.background": (
-        "of voc21, context60 and coco-object: scored as a class, ignored, or asked for without being scored, as the "
-        "release does with coco-object; default: the set's rule"
+        "of voc21, context60, coco-object, and a folder with a class `background`: scored as a class, ignored, or "
+        "asked for without being scored, as the release does with coco-object; default: the set's rule"
     ),
     "data.unlabelled": (
         "what pixels of coco-object are that nobody labelled: background, as others convert it (default), or ignored"
@@ -127,6 +154,14 @@ HELP = {
     "prompts": (
         "present: each image is asked for the classes that it has, as in the paper; all: for the whole vocabulary; "
         "present,all: both, reported apart"
+    ),
+    "background.threshold": (
+        "pixels whose classes all score less, 0 to 1, are background; 0.01,0.02 scores each, grid 24 of 0.0002..0.58; "
+        "its name is then not asked for; default: none"
+    ),
+    "background.competitors": (
+        "words that are asked for beside the classes, as in sky,wall,ground: their pixels are background, whose name "
+        "is then asked for only if it is one of them"
     ),
     "unsupervised.threshold": (
         "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "
@@ -188,7 +223,7 @@ def make_parser() -> Parser:
     for prefix, options in (("", Options), *((f"{name}.", group) for name, group in GROUPS.items())):
         types = get_type_hints(options)
         for one in fields(options):
-            if one.name in GROUPS:
+            if not prefix and one.name in GROUPS:  # `data.background` is an option, `background` a group
                 continue
             kind = {"action": "store_true"} if types[one.name] is bool else {"type": types[one.name]}
             name = prefix + one.name
@@ -263,7 +298,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]:
-    """Returns the listed thresholds, or the whole grid for `grid`.
+    """Returns the listed thresholds of unsupervised segments, or the whole grid for `grid`.
 
     Raises:
       ValueError: a threshold is not a finite number above 0, or is listed twice.
@@ -272,12 +307,48 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
         from seg4diff_jax.segmentation.unsupervised import THRESHOLD_GRID  # imports JAX, which takes seconds
 
         return THRESHOLD_GRID
+    return _numbers_below(value, name, math.inf, "0.005,0.01")
+
+
+def background_thresholds(value: float | str | list[float] | None) -> tuple[float, ...]:
+    """Returns the listed thresholds of the background, ascending, the whole grid for `grid`, or none for None.
+
+    Raises:
+      ValueError: a threshold is not a number between 0 and 1, or is listed twice.
+    """
+    if value is None:
+        return ()
+    if value == GRID:
+        from seg4diff_jax.evaluation.background import THRESHOLD_GRID  # imports JAX, which takes seconds
+
+        return THRESHOLD_GRID
+    return tuple(sorted(_numbers_below(value, "--background.threshold", 1.0, "0.01,0.02")))
+
+
+def _numbers_below(value: float | str | list[float], name: str, most: float, example: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in _parts(value))
     except ValueError:
         found = ()
-    if not found or len(set(found)) < len(found) or not all(0 < each < float("inf") for each in found):
-        raise ValueError(f"{name} is {quoted(value)}: expected numbers above 0, each once, as in 0.005,0.01, or {GRID}")
+    if not found or len(set(found)) < len(found) or not all(0 < each < most for each in found):
+        below = "" if most == math.inf else f" and below {most:g}"
+        raise ValueError(
+            f"{name} is {quoted(value)}: expected numbers above 0{below}, each once, as in {example}, or {GRID}"
+        )
+    return found
+
+
+def listed_words(value: ListedWords, name: str) -> tuple[str, ...]:
+    """Returns the listed words, none for None.
+
+    Raises:
+      ValueError: no word is listed, one is blank, or one is listed twice.
+    """
+    if value is None:
+        return ()
+    found = tuple(str(part).strip() for part in _parts(value))
+    if not found or not all(found) or len(set(found)) < len(found):
+        raise ValueError(f"{name} is {quoted(value)}: expected at least one word, and each once, as in sky,wall")
     return found
 
 

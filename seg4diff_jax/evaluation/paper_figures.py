@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.wording import NO_WORDS
 from seg4diff_jax.models.lora import IMAGE_ATTENTION, LoRAConfig
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
@@ -26,6 +27,7 @@ class Figure(NamedTuple):
       magnet: the images that MAGNET's adapters were trained on; None: without adapters.
       miou: in percent.
       source: the table.
+      prompts: what the method was asked for: `present` or `all` classes; None where the paper does not say.
     """
 
     dataset: str
@@ -35,6 +37,7 @@ class Figure(NamedTuple):
     magnet: str | None
     miou: float
     source: str
+    prompts: str | None = None
 
     @property
     def title(self) -> str:
@@ -70,10 +73,17 @@ TABLE_2: tuple[Line, ...] = (
 )
 
 
+METHOD = "Seg4Diff"
+NAMES_GIVEN = {METHOD: "present", "ProxyCLIP": "all", "CorrCLIP": "all"}
+"""What the methods of Table 1 are asked for. The paper says that the CLIP baselines get all names, and that this is not
+the same setting. Of its two diffusion baselines it does not say."""
+
+
 def _figures(source: str, protocol: str, sets: tuple[str, ...], lines: tuple[Line, ...]) -> Iterator[Figure]:
     for method, model, magnet, scores in lines:
+        prompts = NAMES_GIVEN.get(method) if protocol == OPEN_VOCABULARY else EMPTY
         for dataset, miou in zip(sets, scores, strict=True):
-            yield Figure(dataset, protocol, method, model, magnet, miou, source)
+            yield Figure(dataset, protocol, method, model, magnet, miou, source, prompts)
 
 
 FIGURES = (
@@ -82,7 +92,6 @@ FIGURES = (
 )
 
 
-METHOD = "Seg4Diff"
 MODELS: dict[str, dict[str, Any]] = {
     "SD3": {"qk_norm": False, "dual_attention_layers": ()},
     "SD3.5": {"qk_norm": True, "dual_attention_layers": tuple(range(13))},
@@ -136,6 +145,18 @@ def reported(
     )
 
 
+def published(row: Row) -> tuple[Figure, ...]:
+    """What Table 1 reports for the images of a row, of all methods of which it is known what they are asked for.
+
+    The models and their settings are others than the row's. None where the row's images are not those of the table: the
+    whole validation split, its background not scored.
+    """
+    images = row.images
+    alike = row.protocol == OPEN_VOCABULARY and _whole(row) and images.background in (None, "asked", "ignored")
+    known = lambda figure: figure.protocol == row.protocol and figure.prompts is not None
+    return tuple(figure for figure in FIGURES if alike and figure.dataset == images.dataset and known(figure))
+
+
 def _model(config: MMDiTConfig, trained_size: int) -> str | None:
     if trained_size != TRAINED_SIZE:
         return None
@@ -144,18 +165,22 @@ def _model(config: MMDiTConfig, trained_size: int) -> str | None:
 
 
 def _measured_alike(row: Row) -> bool:
-    images = row.images
-    whole = not images.skipped and images.list is None
-    whole = whole and images.images + images.unlabelled_images == IMAGES.get(images.dataset)
     expert = (row.block, row.head, row.step) == (BLOCK, None, STEP)
     alike = _asked_alike(row) if row.merging is None else _released_match(row, row.merging)
-    labelled = images.split in SPLITS and images.unlabelled in (None, "background")
-    return whole and expert and alike and labelled and images.resize in RESIZES
+    return _whole(row) and expert and alike and row.images.resize in RESIZES
+
+
+def _whole(row: Row) -> bool:
+    images = row.images
+    every = not images.skipped and images.list is None
+    every = every and images.images + images.unlabelled_images == IMAGES.get(images.dataset)
+    return every and images.split in SPLITS and images.unlabelled in (None, "background")
 
 
 def _asked_alike(row: Row) -> bool:
     # The release asks for the background and does not score it.
-    return row.prompts == "present" and row.names != "readable" and row.images.background in (None, "asked")
+    named = row.names != "readable" and row.words == NO_WORDS and row.below is None
+    return row.prompts == "present" and named and row.images.background in (None, "asked")
 
 
 def _released_match(row: Row, merging: UnsupervisedProtocol) -> bool:

@@ -1,7 +1,7 @@
 """Runs a model on batches of images for all protocols: encodes images and prompts, and records attention.
 
-Images of a batch are encoded once. Encoded prompts are cached. Each noise level and seed is one pass of the
-transformer, which records all blocks and heads that are read.
+Images of a batch are encoded once, and their noise is drawn once for each seed. Encoded prompts are cached. Each noise
+level and seed is one pass of the transformer, which records all blocks and heads that are read.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Forward:
 
     def __init__(self, pipe: Pipeline, readouts: Sequence[Readout], masks: MaskOptions = PAPERS_MASKS):
         self.pipe, self.readouts, self.masks = pipe, tuple(readouts), masks
+        self._noises: dict[tuple, Float[Array, "images latent_rows latent_columns channels"]] = {}
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
         with self.pipe.settings():
@@ -52,6 +53,14 @@ class Forward:
         """Returns the numbers of rows and columns of image tokens."""
         patch = self.pipe.transformer.config.patch_size
         return latents.shape[1] // patch, latents.shape[2] // patch
+
+    def noise(self, latents: Latents, indices: Int[np.ndarray, " images"], seed: int, view: int = 0) -> Latents:
+        """Returns the noise of a batch of images, drawn once: all prompts and noise levels of the batch share it."""
+        batch = latents.shape, indices.tobytes()
+        self._noises = {key: noise for key, noise in self._noises.items() if key[:2] == batch}
+        if (*batch, seed, view) not in self._noises:
+            self._noises[*batch, seed, view] = self.pipe.spread(image_noise(seed, indices, latents.shape[1:], view))
+        return self._noises[*batch, seed, view]
 
     def maps(
         self,
@@ -71,8 +80,7 @@ class Forward:
           step: noise level, counted from the clean end of 28.
           seed: seed of the noise.
         """
-        pipe = self.pipe
-        noise = pipe.spread(image_noise(seed, indices, latents.shape[1:]))
+        pipe, noise = self.pipe, self.noise(latents, indices, seed)
         image_of_row, prompts = pipe.spread((image_of_row, prompts))
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
@@ -99,7 +107,7 @@ class Forward:
         image_of_row, prompts, averaging = pipe.spread((image_of_row, prompts, averaging))
         noised = lambda view: NoisedImages(
             latents,
-            pipe.spread(image_noise(seed, indices, latents.shape[1:], view)),
+            self.noise(latents, indices, seed, view),
             jnp.float32(pipe.schedule.sigma_at(masks.level_of(view, step))),
             image_of_row,
         )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.both_ways import COLUMNS, both_ways
 from seg4diff_jax.evaluation.report.page import number, write_page
 from seg4diff_jax.evaluation.rows import BASELINES, Row, best_setting, by_setting, guesses, mean_figures
 from seg4diff_jax.evaluation.run import Evaluation
@@ -121,6 +122,16 @@ def tell(console: Console, evaluation: Evaluation) -> None:
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
         table.add_section()
     Console(highlight=False).print(table)
+    if lines := both_ways(rows, evaluation.baselines):
+        beside = Table(title="mIoU, %, both ways of asking", title_justify="left", title_style="bold")
+        beside.add_column("")
+        for title in COLUMNS.values():
+            beside.add_column(title, justify="right")
+        for line in lines:
+            title = f"{line.title}, {line.source}" if line.source else line.title
+            cells = [number(line.miou[kind]) for kind in COLUMNS]
+            beside.add_row(title, *cells, style="dim" if line.guess else "")
+        Console(highlight=False).print(beside)
     if images.cut_off:
         share = 100 * images.cut_off / (images.cut_off + images.pixels)
         console.print(f"cut off, without a prediction and not scored: {images.cut_off} pixels, {share:.1f} %")

@@ -10,6 +10,7 @@ import numpy as np
 
 from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.readouts import Readout
+from seg4diff_jax.evaluation.wording import NO_WORDS, Words
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
 ONE_SEGMENT = "one_segment"
@@ -30,7 +31,8 @@ class Setting(NamedTuple):
 
     Attributes:
       prompts: the kind of prompts.
-      threshold: segments without names: maps of a smaller divergence were merged.
+      threshold: segments without names: maps of a smaller divergence were merged. With names: pixels whose scores are
+        all smaller are background.
       head: None is the mean of all heads.
     """
 
@@ -43,6 +45,11 @@ class Setting(NamedTuple):
     @property
     def readout(self) -> Readout:
         return Readout(self.block, self.head)
+
+    @property
+    def reading(self) -> tuple[Readout, float | None]:
+        """Where attention is read, and the threshold of the background."""
+        return self.readout, self.threshold
 
     @property
     def title(self) -> str:
@@ -105,6 +112,8 @@ class Row:
     Attributes:
       protocol, prompts, names: what the model was asked, see `evaluation.options`.
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
+      words: what prompts say beside, or instead of, the classes' own names.
+      below: pixels whose scores are all below it are background; None where no threshold finds the background.
       merging: how segments without names are made; None with names.
       segments: how many an image has on average, without names.
       seconds, images_per_second: of one pass over the images; None for guessers.
@@ -122,6 +131,8 @@ class Row:
     head: int | None = None
     step: int | None = None
     seed: int | None = None
+    words: Words = NO_WORDS
+    below: float | None = None
     merging: UnsupervisedProtocol | None = None
     segments: float | None = None
     seconds: float | None = None
@@ -132,8 +143,10 @@ class Row:
 
     @property
     def threshold(self) -> float | None:
-        """Of merging. None with names, and of `one_segment`, which is the same for any."""
-        return self.merging.threshold if self.merging and self.baseline != ONE_SEGMENT else None
+        """Of merging, or of the background. None of `one_segment`, which is the same for any."""
+        if self.merging is None:
+            return self.below
+        return None if self.baseline == ONE_SEGMENT else self.merging.threshold
 
     @property
     def setting(self) -> Setting:
@@ -152,7 +165,8 @@ class Row:
     def plain(self) -> dict[str, Any]:
         """The row as `results.json` has it."""
         asked = {"protocol": self.protocol, "prompts": self.prompts, "names": self.names}
-        merging = asdict(self.merging) | {"threshold": self.threshold} if self.merging else {}
+        merging = asdict(self.merging) if self.merging else self.words.plain()
+        merging |= {"threshold": self.threshold}
         place = {"block": self.block, "head": self.head, "step": self.step, "seed": self.seed}
         if self.baseline:
             choice = {"choice": self.choice} if self.choice else {}

@@ -95,4 +95,4 @@ def evaluate(
 def _confusion(measurement: Measurement, outcome: Counts, best: Setting) -> Int[np.ndarray, "classes classes"]:
     settings, counting = measurement.settings, measurement.zero_shot
     passes = [counting.passes.index(Pass(best.step, seed, best.prompts)) for seed in settings.seeds]
-    return outcome.counted.confusion[passes, settings.readouts.index(best.readout)].sum(axis=0)
+    return outcome.counted.confusion[passes, settings.readings.index(best.reading)].sum(axis=0)

@@ -105,12 +105,14 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     rows: list[Row] = []
     for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
         seconds, rate = _speed(outcome, measurement, settings.prompts.index(one.prompts))
-        for readout, confusion in zip(settings.readouts, confusions, strict=True):
+        for (readout, below), confusion in zip(settings.readings, confusions, strict=True):
             row = Row(
                 images=images,
                 protocol=OPEN_VOCABULARY,
                 prompts=one.prompts,
                 names=benchmark.names,
+                words=benchmark.words,
+                below=below,
                 metrics=metrics(confusion, benchmark),
                 block=readout.block,
                 head=readout.head,
@@ -206,6 +208,7 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             protocol=OPEN_VOCABULARY,
             prompts=prompts,
             names=benchmark.names,
+            words=benchmark.words,
             metrics=metrics(constant, benchmark),
             baseline=CONSTANT,
         )
@@ -216,8 +219,9 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             found = metrics(outcome.counted.random[number, 0], benchmark)
             rows.append(replace(guess, baseline=RANDOM, seed=seed, metrics=found))
             permuted = replace(guess, baseline=PERMUTED, step=settings.steps[0], seed=seed)
-            for (block, head), each in zip(settings.readouts, outcome.counted.permuted[number], strict=True):
-                rows.append(replace(permuted, block=block, head=head, metrics=metrics(each, benchmark)))
+            for ((block, head), below), each in zip(settings.readings, outcome.counted.permuted[number], strict=True):
+                found = metrics(each, benchmark)
+                rows.append(replace(permuted, block=block, head=head, below=below, metrics=found))
     return rows
 
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from seg4diff_jax.evaluation.background import at_thresholds, part_of, right_pixels
 from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
-from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrix, mean_iou
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts, edges_of, label_map
+from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrices, mean_iou
+from seg4diff_jax.segmentation.open_vocabulary import best_classes, class_scores, combine_prompts, edges_of
 
 MOST_COUNTED = 2**31 - 1
 """Largest number of pixels that a confusion matrix of 32-bit integers can count."""
@@ -46,24 +47,47 @@ class Pass(NamedTuple):
 class ConfusionCounts(NamedTuple):
     """Pixel counts over some images, int64. The axes `passes` and `guesses` are in the order of a `ZeroShot`.
 
+    A reading is a readout at a threshold of the background; see `measurement.Settings.readings`.
+
     Attributes:
-      confusion: confusion matrices of all passes and readouts.
+      confusion: confusion matrices of all passes and readings.
       permuted: confusion matrices for the maps of the first noise level, with positions permuted in each image.
-      random: confusion matrices for random scores instead of those of the first readout.
+      random: confusion matrices for random scores instead of those of the first readout, without a threshold.
       right: number of right pixels in each image.
     """
 
-    confusion: Int[np.ndarray, "passes readouts classes classes"]
-    permuted: Int[np.ndarray, "guesses readouts classes classes"]
+    confusion: Int[np.ndarray, "passes readings classes classes"]
+    permuted: Int[np.ndarray, "guesses readings classes classes"]
     random: Int[np.ndarray, "guesses 1 classes classes"]
-    right: Int[np.ndarray, "passes readouts images"]
+    right: Int[np.ndarray, "passes readings images"]
+
+
+class Thresholds(NamedTuple):
+    """Scores below which a pixel is background, ascending, and the class that is; by default there is none."""
+
+    scores: tuple[float, ...] = ()
+    background: int = -1
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts they divide pixels."""
+        return len(self.scores) + 1
+
+    @property
+    def readings(self) -> int:
+        """How many ways to read a readout they make."""
+        return max(1, len(self.scores))
+
+
+NO_THRESHOLDS = Thresholds()
 
 
 class Tally:
-    """Confusion matrices of several readouts, counted on the device and added up on the host in 64 bits if needed."""
+    """Confusion matrices of several readings, counted on the device and added up on the host in 64 bits if needed."""
 
-    def __init__(self, readouts: int, classes: int):
-        self._shape = (readouts, classes, classes)
+    def __init__(self, readouts: int, classes: int, thresholds: Thresholds = NO_THRESHOLDS):
+        self._thresholds = thresholds
+        self._shape = (readouts, thresholds.parts, classes, classes)
         self._device: Array | None = None
         self._host = np.zeros(self._shape, np.int64)
         self._pixels = 0
@@ -74,23 +98,23 @@ class Tally:
         grid: tuple[int, int],
         batch: EvaluationBatch,
         masks: MaskOptions = PAPERS_MASKS,
-    ) -> Int[Array, "readouts images"]:
+    ) -> Int[Array, "readings images"]:
         """Counts a batch, its scores brought to edges as `masks` says. Returns the number of right pixels per image."""
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
         self._pixels += batch.truth.size
         former = jnp.zeros(self._shape, jnp.int32) if self._device is None else self._device
-        pixels = batch.pixels if masks.edge_radius else None
-        self._device, right = count(
-            former, scores, batch.truth, batch.sizes, batch.class_of_row, pixels, grid=grid, masks=masks
-        )
+        below = np.array(self._thresholds.scores, np.float32), np.int32(self._thresholds.background)
+        asked, pixels = (batch.truth, batch.sizes, batch.class_of_row), batch.pixels if masks.edge_radius else None
+        self._device, right = count(former, scores, *asked, *below, pixels, grid=grid, masks=masks)
         return right
 
-    def total(self) -> Int[np.ndarray, "readouts classes classes"]:
+    def total(self) -> Int[np.ndarray, "readings classes classes"]:
         if self._device is not None:
             self._host += np.asarray(self._device)
             self._device, self._pixels = None, 0
-        return self._host
+        each = at_thresholds(self._host, self._thresholds.background) if self._thresholds.scores else self._host
+        return each.reshape(-1, *self._shape[2:])
 
 
 class ZeroShot:
@@ -103,6 +127,7 @@ class ZeroShot:
 
     Args:
       prompts: kinds of prompts; `add` takes one batch for each. With none nothing is counted.
+      thresholds: of the background; each readout is read at each of them.
     """
 
     def __init__(
@@ -113,8 +138,9 @@ class ZeroShot:
         steps: Sequence[int],
         seeds: Sequence[int],
         prompts: Sequence[str] = ("present",),
+        thresholds: Thresholds = NO_THRESHOLDS,
     ):
-        self.forward, self.classes, self.prompts = forward, classes, tuple(prompts)
+        self.forward, self.classes, self.prompts, self.thresholds = forward, classes, tuple(prompts), thresholds
         self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
         self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
         self._first_step = steps[0]
@@ -124,7 +150,7 @@ class ZeroShot:
     def _reset(self) -> None:
         readouts = len(self.forward.readouts)
         names = [*self.passes, *((PERMUTED, *guess) for guess in self.guesses)]
-        self.tallies: dict[tuple, Tally] = {name: Tally(readouts, self.classes) for name in names}
+        self.tallies: dict[tuple, Tally] = {name: Tally(readouts, self.classes, self.thresholds) for name in names}
         self.tallies |= {(RANDOM, *guess): Tally(1, self.classes) for guess in self.guesses}
         self._right: dict[Pass, list[np.ndarray]] = {one: [] for one in self.passes}
 
@@ -153,13 +179,13 @@ class ZeroShot:
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
                 self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
-                self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
+                self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch.guessed())
 
     def take(self) -> ConfusionCounts:
         """Returns the counts since the last call."""
         self._keep(self._pending)
         self._pending = []
-        none = np.zeros((len(self.forward.readouts), 0), np.int64)
+        none = np.zeros((len(self.forward.readouts) * self.thresholds.readings, 0), np.int64)
         pieces = [np.concatenate([none, *some], axis=1) for some in self._right.values()]
         counted = ConfusionCounts(
             self._total(self.passes, len(none)),
@@ -170,12 +196,12 @@ class ZeroShot:
         self._reset()
         return counted
 
-    def _total(self, names: Sequence[tuple], readouts: int) -> Int[np.ndarray, "names readouts classes classes"]:
-        none = np.zeros((0, readouts, self.classes, self.classes), np.int64)
+    def _total(self, names: Sequence[tuple], readings: int) -> Int[np.ndarray, "names readings classes classes"]:
+        none = np.zeros((0, readings, self.classes, self.classes), np.int64)
         return np.concatenate([none, *(self.tallies[name].total()[None] for name in names)])
 
     def running_miou(self, before: ConfusionCounts | None) -> float | None:
-        """Returns the mIoU, 0 to 1, of the best readout in the first pass so far; None if nothing is counted.
+        """Returns the mIoU, 0 to 1, of the best reading in the first pass so far; None if nothing is counted.
 
         Waits for the device.
 
@@ -228,7 +254,7 @@ def add_scores(
     averaging: Float[Array, "rows classes columns"],
     image_of_row: Int[Array, " rows"],
 ) -> Float[Array, "readouts images classes tokens"]:
-    """Adds the class scores of some prompts to those of the others. Each class is named by one prompt."""
+    """Adds the class scores of some prompts to those of the others."""
     images = scores.shape[1]
     some = jax.lax.map(lambda one: combine_prompts(class_scores(one, averaging), image_of_row, images), maps)
     return split_batch(scores + some, 1)
@@ -236,41 +262,52 @@ def add_scores(
 
 @partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid", "masks"))
 def count(
-    confusion: Int[Array, "readouts classes classes"],
+    confusion: Int[Array, "readouts parts classes classes"],
     scores: Float[Array, "readouts images rows tokens"],
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
     class_of_row: Int[Array, "images rows"],
+    thresholds: Float[Array, " thresholds"],
+    background: Int[Array, ""],
     pixels: Float[Array, "images seen_rows seen_columns 3"] | np.ndarray | None = None,
     *,
     grid: tuple[int, int],
     masks: MaskOptions = PAPERS_MASKS,
-) -> tuple[Int[Array, "readouts classes classes"], Int[Array, "readouts images"]]:
+) -> tuple[Int[Array, "readouts parts classes classes"], Int[Array, "readings images"]]:
     """Upsamples scores to each image's own size on the canvas, takes the best class of each pixel and counts.
 
     Args:
+      confusion: confusion matrices of the parts into which thresholds divide pixels, one more than thresholds.
+      class_of_row: for each image the class of each row of scores, `IGNORED` for unused rows; several rows may be of
+        one class.
+      thresholds, background: the pixels of an image that is asked for `background` are that class where all scores are
+        below a threshold.
       pixels: of the images as the model sees them, values of -1..1, whose edges scores follow if `masks` says so.
 
     Returns:
-      the confusion matrices with this batch added, and the number of right pixels in each image; -1 if a score of the
-      image is not finite.
+      the confusion matrices with this batch added, and the number of right pixels in each image at each threshold; -1
+      if a score of the image is not finite.
     """
-    canvas = (truth.shape[1], truth.shape[2])
+    canvas, classes, parts = (truth.shape[1], truth.shape[2]), confusion.shape[-1], len(thresholds) + 1
     truth, sizes, class_of_row = (split_batch(array) for array in (truth, sizes, class_of_row))
     pixels = None if pixels is None else split_batch(pixels)
 
-    def predicted(scores: Array, size: Array, classes: Array, pixels: Array | None) -> Array:
+    def predicted(scores: Array, size: Array, asked: Array, pixels: Array | None) -> tuple[Array, Array]:
         rows, edges = scores.reshape(-1, *grid), None if pixels is None else edges_of(pixels, grid, masks)
-        return classes[label_map(rows, size, canvas=canvas, present=classes != IGNORED, edges=edges)]
+        best, labels = best_classes(rows, size, canvas=canvas, present=asked != IGNORED, edges=edges)
+        return asked[labels], part_of(best, thresholds, (asked == background).any())
 
     def of_readout(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:
         before, scores = before_and_scores
-        labels = split_batch(jax.vmap(predicted)(split_batch(scores), sizes, class_of_row, pixels))
-        right = jnp.sum((labels == truth) & (truth != IGNORED), axis=(1, 2))
+        found = jax.vmap(predicted)(split_batch(scores), sizes, class_of_row, pixels)
+        labels, part = (split_batch(array) for array in found)
+        right = jax.vmap(partial(right_pixels, background=background, parts=parts))(labels, truth, part)
         finite = jnp.isfinite(scores).all(axis=(1, 2))
-        return before + confusion_matrix(truth, labels, before.shape[0], IGNORED), jnp.where(finite, right, -1)
+        matrices = confusion_matrices(truth, labels, part, classes, IGNORED, parts=parts)
+        return before + matrices, jnp.where(finite, right.T, -1)
 
-    return jax.lax.map(of_readout, (confusion, scores))
+    confusion, right = jax.lax.map(of_readout, (confusion, scores))
+    return confusion, right.reshape(-1, right.shape[-1])
 
 
 @jax.jit

@@ -23,11 +23,27 @@ def confusion_matrix(
     Predictions must be in 0 to `classes` - 1, and so must true labels other than `ignored`. Add up the matrices of many
     images in int64 on the host.
     """
-    truth, predicted = truth.astype(jnp.int32).reshape(-1), predicted.astype(jnp.int32).reshape(-1)
-    counted = truth != ignored
-    pairs = jnp.where(counted, truth * classes + predicted, classes**2)
-    counts = jnp.bincount(pairs, length=classes**2 + 1).astype(jnp.int32)
-    return counts[:-1].reshape(classes, classes)
+    return confusion_matrices(truth, predicted, jnp.zeros((), jnp.int32), classes, ignored, parts=1)[0]
+
+
+def confusion_matrices(
+    truth: Integer[Array, "*pixels"],
+    predicted: Integer[Array, "*pixels"],
+    part: Integer[Array, ...],
+    classes: int,
+    ignored: int = IGNORED,
+    *,
+    parts: int,
+) -> Int[Array, "parts classes classes"]:
+    """Counts as `confusion_matrix` does, each part of the pixels by itself.
+
+    Args:
+      part: the part of each pixel, 0 to `parts` - 1, or of all pixels.
+    """
+    truth, predicted, part = (each.astype(jnp.int32) for each in (truth, predicted, part))
+    pairs = jnp.where(truth != ignored, (part * classes + truth) * classes + predicted, parts * classes**2)
+    counts = jnp.bincount(pairs.reshape(-1), length=parts * classes**2 + 1).astype(jnp.int32)
+    return counts[:-1].reshape(parts, classes, classes)
 
 
 def iou_per_class(confusion: Integer[np.ndarray, "classes classes"]) -> Float[np.ndarray, " classes"]:

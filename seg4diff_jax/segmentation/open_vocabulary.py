@@ -52,7 +52,7 @@ def combine_prompts(
 ) -> Float[Array, "images classes image"]:
     """Adds up the scores of each image's prompts, without normalising them again.
 
-    Only one prompt of an image names a given class; the others add zero.
+    A prompt that does not name a class adds zero to it; of a class with names in several prompts each adds its share.
     """
     return jax.ops.segment_sum(scores, image_of_prompt, num_segments=images)
 
@@ -65,14 +65,26 @@ def label_map(
     present: Bool[Array, " classes"] | None = None,
     edges: Guide | None = None,
 ) -> Int[Array, "height width"]:
-    """Upsamples class scores bilinearly, and returns the best class of every pixel. Ties go to the earlier class.
+    """Returns the class that `best_classes` finds for every pixel."""
+    return best_classes(scores, size, canvas=canvas, present=present, edges=edges)[1]
+
+
+def best_classes(
+    scores: Float[Array, "classes rows columns"],
+    size: Int[Array, " 2"] | tuple[int, int],
+    *,
+    canvas: tuple[int, int] | None = None,
+    present: Bool[Array, " classes"] | None = None,
+    edges: Guide | None = None,
+) -> tuple[Float[Array, "height width"], Int[Array, "height width"]]:
+    """Upsamples class scores bilinearly. Returns each pixel's best score and its class. Ties go to the earlier class.
 
     Classes are upsampled one after the other, so memory does not grow with their number.
 
     Args:
       scores: scores on the grid of image tokens.
       size: height and width of the label map; may be traced if `canvas` is given.
-      canvas: static height and width of the returned array, so that one program serves many sizes. Values past `size`
+      canvas: static height and width of the returned arrays, so that one program serves many sizes. Values past `size`
         have no meaning. Default: `size`.
       present: which classes compete. Default: all.
       edges: makes scores follow the edges of this picture, at its size, before they come to `size`. Default: none.
@@ -95,10 +107,8 @@ def label_map(
     classes = scores.shape[0]
     allowed = jnp.ones(classes, bool) if present is None else present
     start = jnp.full((height, width), -jnp.inf), jnp.zeros((height, width), jnp.int32)
-    (_, labels), _ = jax.lax.scan(
-        compete, start, (scores.astype(jnp.float32), jnp.arange(classes, dtype=jnp.int32), allowed)
-    )
-    return labels
+    best, _ = jax.lax.scan(compete, start, (scores.astype(jnp.float32), jnp.arange(classes, dtype=jnp.int32), allowed))
+    return best
 
 
 # ---- on the host, for images and class lists of any size -------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_problems_of_sections_are_named_by_their_place():
 
 def test_all_that_does_not_fit_in_an_evaluation_comes_in_one_message(tmp_path, capsys):
     options = "--blocks 99 --heads 7 --seeds x --steps 40 --prompts some --pictures -1 --shard-batches 0"
-    data = "--data.root x --data.split y --data.background ignored --data.labels z"
+    data = "--data.root x --data.split y --data.unlabelled ignored --data.labels z"
     unused = "--unsupervised.threshold 1 --unsupervised.match row"
     out = ["--out", str(tmp_path / "out")]
     masks = "--masks.rounds 99 --masks.views 3 --masks.mirrored"
@@ -135,7 +135,7 @@ def test_all_that_does_not_fit_in_an_evaluation_comes_in_one_message(tmp_path, c
     said.remove(mirrored)
     named = {line.split(" is ")[0] for line in said}
     assert named == {
-        *("data.split", "data.background", "data.labels", "--pictures", "--shard-batches", "--heads", "--blocks"),
+        *("data.split", "data.unlabelled", "data.labels", "--pictures", "--shard-batches", "--heads", "--blocks"),
         *("--steps", "--seeds", "--prompts", "--unsupervised.threshold", "--unsupervised.match", "--masks.rounds"),
     }
 

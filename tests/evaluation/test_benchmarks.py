@@ -15,9 +15,10 @@ from seg4diff_jax.batching import ModelView
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.data.sets import SETS
-from seg4diff_jax.evaluation.batches import Example, LeftOut, PresentClasses, Reader, assemble
+from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import OTHERS, Benchmark, open_benchmark
 from seg4diff_jax.evaluation.options import HELP, Data, parse
+from seg4diff_jax.evaluation.vocabulary import PresentClasses, Vocabulary
 from seg4diff_jax.text import class_prompts
 from tests.reference.label_files import label, picture, text
 
@@ -78,7 +79,7 @@ def test_background_that_is_asked_for_has_scores_but_no_pixel_to_win(tmp_path, s
     root = write_coco(tmp_path, (PERSON, TREE))
     benchmark = open_benchmark(Data(name="coco-object", root=str(root), background="asked"), SIDE)
     _, found = examples(benchmark)
-    batch = assemble(found, 1, PresentClasses(sd3.tokenizers, benchmark.prompts))
+    batch = assemble(found, 1, PresentClasses(Vocabulary.of(benchmark, sd3.tokenizers)))
     assert batch.prompts[0].texts == ("background person",)
     assert batch.class_of_row[0, :2].tolist() == [0, 1]
     assert set(np.unique(batch.truth[0, :SIDE, :SIDE])) == {1, 255}

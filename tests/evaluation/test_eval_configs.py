@@ -14,8 +14,14 @@ from seg4diff_jax.evaluation.options import STEPS, kinds_of_prompts, numbers, pa
 from seg4diff_jax.evaluation.paper_figures import BY_NAMES, FIGURES, METHOD, RESIZES, THRESHOLDS, WITHOUT_NAMES
 
 ROOT = Path(__file__).parents[2]
-OTHER_MEASURES = ("coco_object_background", "unsupervised_stuff27_listed")
+OTHER_MEASURES = ("coco_object_background", "unsupervised_stuff27_listed", "vocabulary_object")
 """Configurations of sets of which the paper's figures are measured in another way."""
+WHOLE = "vocabulary_"
+"""What the names of configurations begin with that ask for the whole vocabulary."""
+EIGHT = ("voc21", "context60", "coco-object", "voc20", "context59", "coco-171", "cityscapes19", "ade20k150")
+"""The sets by which methods that are not trained are compared, all names given."""
+PROMPTS = {"coco-object": 2, "ade20k150": 3, "coco-171": 4}
+"""Into how many prompts all names of a set go, where one is too short: 98, 184 and 251 of CLIP's tokens."""
 FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
@@ -35,7 +41,8 @@ def test_a_configuration_is_understood_and_names_a_set_that_exists(file):
     assert options.data.background is None or published.background is not None
     assert (options.blocks, options.steps, numbers(options.seeds, "", range(10))) == (9, 8, (0, 1, 2))
     assert numbers(options.steps, "--steps", STEPS) == (8,)
-    assert kinds_of_prompts(options.prompts) == ("present",)
+    whole = file.stem.startswith(WHOLE)
+    assert kinds_of_prompts(options.prompts) == (("present", "all") if whole else ("present",))
     resize = "release" if file.stem.endswith("_release") else "paper" if options.data.list else "square"
     assert options.data.resize == resize
     assert options.unsupervised.threshold is None or thresholds(options.unsupervised.threshold, "") == THRESHOLDS
@@ -62,7 +69,8 @@ def test_its_header_says_the_command_and_what_the_paper_reports_for_just_this(fi
 def test_its_times_are_arithmetic_and_say_so(file):
     said, seeds = header(file), 3
     needed = stages(CONFIGS["transformer"], CONFIGS["vae"], 1024, 9)["needed"]
-    image = needed["autoencoder"] + seeds * (sum(needed.values()) - needed["autoencoder"])
+    passes = seeds * (1 + PROMPTS.get(parse(["--config", str(file)]).data.name or "", 1) * file.stem.startswith(WHOLE))
+    image = needed["autoencoder"] + passes * (sum(needed.values()) - needed["autoencoder"])
     (images,) = re.findall(r"the (\d+) val", said)
     found = re.search(
         r"not measured\. Arithmetic: ([\d.]+) TFLOP an image .*?, ([\d.]+) PFLOP in all, ([\d.]+) min", said
@@ -71,6 +79,18 @@ def test_its_times_are_arithmetic_and_say_so(file):
     total = image * int(images)
     said_in_one_decimal = [round(each, 1) for each in (image / 1e12, total / 1e15, total / 6e15)]
     assert [float(each) for each in found.groups()] == said_in_one_decimal
+
+
+def test_eight_sets_are_asked_for_the_whole_vocabulary_beside_what_others_report_for_it():
+    whole = {parse(["--config", str(file)]).data.name: file for file in FILES if file.stem.startswith(WHOLE)}
+    assert set(whole) == set(EIGHT)
+    for name, file in whole.items():
+        options, said = parse(["--config", str(file)]), header(file)
+        assert (SETS[name or ""].background is not None) == ("background.threshold grid" in said)
+        assert options.data.background == ("scored" if name == "coco-object" else None)
+        for figure in FIGURES if options.data.background is None else ():
+            if (figure.dataset, figure.prompts) == (name, "all"):
+                assert f"{figure.method} {figure.miou}" in said
 
 
 def test_every_column_of_the_two_tables_has_a_configuration():

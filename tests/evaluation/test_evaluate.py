@@ -20,12 +20,13 @@ from PIL import Image
 import seg4diff_jax as s4d
 from seg4diff_jax.command_line.evaluate import main
 from seg4diff_jax.evaluation import zero_shot
-from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, PresentClasses, Reader, assemble
+from seg4diff_jax.evaluation.batches import EvaluationBatch, Example, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark, scenes_benchmark
 from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.readouts import Forward, Readout
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.evaluation.scores import constant_choices, metrics
+from seg4diff_jax.evaluation.vocabulary import PresentClasses, Vocabulary
 from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, without_images
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene
@@ -91,7 +92,7 @@ def evaluation(sd3, benchmark) -> Evaluation:
 def one_batch(pipe: s4d.Pipeline, benchmark: Benchmark, images: int) -> tuple[PresentClasses, EvaluationBatch]:
     """All images of a benchmark, filled up to that many."""
     items = Reader(benchmark, pipe.view).read(range(len(benchmark.source)))
-    asked = PresentClasses(pipe.tokenizers, benchmark.classes)
+    asked = PresentClasses(Vocabulary.of(benchmark, pipe.tokenizers))
     return asked, assemble([item for item in items if isinstance(item, Example)], images, asked)
 
 
@@ -218,8 +219,9 @@ def test_random_scores_give_each_class_present_an_equal_part_of_every_class():
     class_of_row[:, :classes] = np.arange(classes)
     _, random = without_images(jnp.zeros((2, images, rows, 64)), np.arange(images, dtype=np.int32), 3)
     sizes = np.full((images, 2), side, np.int32)
-    confusion, _ = count(jnp.zeros((1, classes, classes), jnp.int32), random, truth, sizes, class_of_row, grid=(8, 8))
-    np.testing.assert_allclose(np.asarray(confusion)[0] / (images * side**2 / classes), 1 / classes, atol=0.03)
+    before, none = jnp.zeros((1, 1, classes, classes), jnp.int32), (np.zeros(0, np.float32), np.int32(-1))
+    confusion, _ = count(before, random, truth, sizes, class_of_row, *none, grid=(8, 8))
+    np.testing.assert_allclose(np.asarray(confusion)[0, 0] / (images * side**2 / classes), 1 / classes, atol=0.03)
 
 
 def test_permuted_scores_are_the_same_numbers_elsewhere_and_the_same_for_all_classes_of_an_image():

@@ -12,12 +12,12 @@ import pytest
 
 import seg4diff_jax as s4d
 from seg4diff_jax.command_line.evaluate import main
-from seg4diff_jax.evaluation.batches import AllClasses, questions
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
 from seg4diff_jax.evaluation.measurement import Settings
 from seg4diff_jax.evaluation.options import kinds_of_prompts, numbers
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices
+from seg4diff_jax.evaluation.vocabulary import AllClasses, questions
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS
 from tests.reference.inputs import SQUARE
@@ -124,7 +124,7 @@ def test_background_is_in_the_vocabulary_unless_it_is_ignored(sd3, rule, first):
     benchmark = Benchmark("set", classes, [], background=0, rule=rule)
     asked = questions(benchmark, sd3.tokenizers, ("all",))["all"]
     assert isinstance(asked, AllClasses)
-    assert asked.classes == tuple(range(first, 3))
+    assert asked.rows == tuple(range(first, 3))
     assert asked.prompts.prompts == (" ".join(classes[first:]),)
 
 

@@ -119,10 +119,10 @@ def test_the_bilinear_matrix_is_torchs_interpolation_of_a_line(source, target):
 def test_a_classes_score_is_the_mean_of_its_tokens_columns():
     maps = np.random.default_rng(0).random((2, 5, 11), dtype=np.float32)
     spans = (TokenSpan(1, 2), TokenSpan(2, 5), TokenSpan(1, 3))
-    prompts = ClassPrompts(("cat", "a b c", "d e"), ("cat a b c", "d e"), (0, 0, 1), spans, length=11)
+    prompts = ClassPrompts(("cat", "a b c", "d e"), ("cat a b c", "d e"), (0, 1, 2), (0, 0, 1), spans, length=11)
     scores = class_scores(jnp.asarray(maps), jnp.asarray(prompts.averaging(4)))
     expected = np.zeros((2, 4, 5), np.float32)
-    for index, (prompt, (start, stop)) in enumerate(zip(prompts.prompt_of_class, spans, strict=True)):
+    for index, (prompt, (start, stop)) in enumerate(zip(prompts.prompt_of_name, spans, strict=True)):
         for image_token in range(5):
             expected[prompt, index, image_token] = np.mean([maps[prompt, image_token, t] for t in range(start, stop)])
     assert relative_error(np.asarray(scores), expected) <= 1e-6

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.both_ways import COLUMNS, both_ways
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.report.confusions import confused
@@ -117,6 +118,8 @@ def contents(
         "scores": mean_figures(best, names),
         "reported": best[0].reported,
         "speed": mean_figures(best, ["images_per_second"])["images_per_second"],
+        "both_ways": both_ways(rows, evaluation.baselines),
+        "ways_asked": COLUMNS,
         "tables": tables,
         "any_reported": any(line.reported for _, lines in tables for line in lines),
         "plots": plots([sweep(way, some) for way, some in ways.items()], best_guess(evaluation)),

@@ -18,6 +18,7 @@ from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
+from seg4diff_jax.evaluation.wording import read_synonyms
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import RUN
@@ -207,6 +208,8 @@ data:
 blocks: 0..3
 steps: 8
 seeds: [0, 1]
+background:
+  competitors: [sky, wall]
 unsupervised:
   threshold: 0.05
   minmax: pixel
@@ -232,6 +235,21 @@ lora:
   rank: 4
   alpha: 4.0
 """
+
+
+SYNONYMS = """\
+sofa: [sofa, couch, settee]
+potted plant: [houseplant]
+cat: feline
+"""
+
+
+def make_synonyms(root: Path) -> None:
+    (root / "synonyms.yaml").write_text(SYNONYMS)
+
+
+def read_of_synonyms(root: Path) -> Any:
+    return read_synonyms(str(root / "synonyms.yaml"))
 
 
 def configured(text: str) -> Any:
@@ -358,6 +376,14 @@ READERS: dict[str, Reader] = {
         errors=(*OWN_ERRORS, ValueError),
         options=True,
         cases=16,
+    ),
+    "synonyms": Reader(
+        make_synonyms,
+        read_of_synonyms,
+        ("seg4diff_jax/evaluation/wording.py",),
+        {"synonyms.yaml": "yaml"},
+        {"": "another word is another name: classes that the set does not have are refused later"},
+        cases=12,
     ),
     "training options": Reader(
         configured(TRAINING),
