@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.evaluation.options import ASKED, EMPTY
 from seg4diff_jax.quoting import quoted
 
 RESULTS = "results.json"
@@ -39,7 +40,7 @@ class Key(NamedTuple):
 
     @property
     def title(self) -> str:
-        asked = {"present": "present classes", "all": "all classes"}.get(self.prompts, "no names")
+        asked = ASKED.get(self.prompts, ASKED[EMPTY])
         head = "" if self.head is None else f", head {self.head}"
         merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
         return f"{asked}, block {self.block}{head}, noise level {self.step}{merged}"

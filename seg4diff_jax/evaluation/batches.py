@@ -20,7 +20,8 @@ from seg4diff_jax.batching import ModelView
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
-from seg4diff_jax.evaluation.options import EvaluationResize
+from seg4diff_jax.evaluation.decoys import Beside, lookalikes, random_decoys
+from seg4diff_jax.evaluation.options import Decoys, EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts, Tokenizers, class_prompts
@@ -207,21 +208,28 @@ class PresentClasses:
 
     Args:
       names: name of each class.
+      beside: chooses decoys, which are named too. Default: none are.
       repeats: whether classes may share a name. Such classes differ only in their positions in the prompt.
     """
 
-    name = "present"
-
-    def __init__(self, tokenizers: Tokenizers, names: Sequence[str], *, repeats: bool = False):
+    def __init__(
+        self,
+        tokenizers: Tokenizers,
+        names: Sequence[str],
+        *,
+        beside: Beside = lambda present, index: (),
+        repeats: bool = False,
+    ):
         @lru_cache(4096)
         def prompts(present: tuple[int, ...]) -> ClassPrompts:
             return class_prompts(tokenizers, [names[index] for index in present], repeats=repeats)
 
-        self._prompts = prompts
+        self._prompts, self._beside = prompts, beside
 
     def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
         """Returns the classes that the prompt names, ascending, and the prompt."""
-        return example.present, self._prompts(example.present)
+        named = tuple(sorted((*example.present, *self._beside(example.present, example.index))))
+        return named, self._prompts(named)
 
 
 class AllClasses:
@@ -231,8 +239,6 @@ class AllClasses:
       without: a class that no prompt names.
       names, repeats: as for `PresentClasses`.
     """
-
-    name = "all"
 
     def __init__(
         self, tokenizers: Tokenizers, names: Sequence[str], *, without: int | None = None, repeats: bool = False
@@ -244,21 +250,38 @@ class AllClasses:
         return self.classes, self.prompts
 
 
-def questions(benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[str]) -> dict[str, Asked]:
-    """Returns the maker of prompts for each kind of prompts in `prompts`: `present`, `all` or both.
+def questions(
+    benchmark: Benchmark,
+    tokenizers: Tokenizers,
+    prompts: Sequence[str],
+    *,
+    decoys: Decoys | None = None,
+    likeness: Callable[[Sequence[str]], Float[np.ndarray, "classes classes"]] | None = None,
+) -> dict[str, Asked]:
+    """Returns the maker of prompts for each kind of prompts in `prompts`, see `options.PROMPTS`.
+
+    Args:
+      decoys: how many decoys there are, and their seed. Default: the options' defaults.
+      likeness: says how alike class names are. Lookalikes need it.
 
     Raises:
       ValueError: prompts cannot be made from the class names.
     """
-    repeats = benchmark.names == "release"
+    repeats, names, chosen = benchmark.names == "release", benchmark.prompts, decoys or Decoys()
+    without = benchmark.background if benchmark.rule == "ignored" else None
+    allowed = [index for index in range(len(names)) if index != without]
+
+    def alike() -> Beside:
+        assert likeness is not None
+        return lookalikes(allowed, chosen.count, likeness(names))
+
     makers: dict[str, Callable[[], Asked]] = {
-        "present": lambda: PresentClasses(tokenizers, benchmark.prompts, repeats=repeats),
-        "all": lambda: AllClasses(
-            tokenizers,
-            benchmark.prompts,
-            without=benchmark.background if benchmark.rule == "ignored" else None,
-            repeats=repeats,
+        "present": lambda: PresentClasses(tokenizers, names, repeats=repeats),
+        "all": lambda: AllClasses(tokenizers, names, without=without, repeats=repeats),
+        "decoys": lambda: PresentClasses(
+            tokenizers, names, beside=random_decoys(allowed, chosen.count, chosen.seed), repeats=repeats
         ),
+        "lookalikes": lambda: PresentClasses(tokenizers, names, beside=alike(), repeats=repeats),
     }
     return {name: makers[name]() for name in prompts}
 

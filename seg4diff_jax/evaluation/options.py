@@ -15,14 +15,28 @@ EvaluationResize = Literal[Resize, "paper"]
 """How an image is brought to the model's size: as in `images.resize`, or only the square in its middle (`paper`)."""
 Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
+ALL = "all"
 GRID = "grid"
 """Value of an option that stands for all thresholds of `segmentation.unsupervised.THRESHOLD_GRID`."""
 MEAN = "mean"
 """Value of `--heads` that stands for the mean of all heads of a block."""
 STEPS = range(1, 29)
-PROMPTS = ("present", "all")
+PROMPTS = ("present", "all", "decoys", "lookalikes")
+"""Kinds of prompts: an image's own classes; the whole vocabulary; its own with others by seed, or by likeness."""
+WITH_ABSENT = PROMPTS[1:]
+"""Kinds of prompts that ask for classes that an image does not have."""
 EMPTY = "empty"
 """The kind of prompt of the unsupervised protocol."""
+ASKED = {
+    "present": "present classes",
+    "all": "all classes",
+    "decoys": "present classes and decoys",
+    "lookalikes": "present classes and lookalikes",
+    EMPTY: "no names",
+}
+"""What is asked for, in words, by kind of prompt."""
+METRICS = (PRESENCE,) = ("presence",)
+"""Figures beside mIoU."""
 PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
 """Default number of image tokens per device and batch: 4 images of SD3's 1024 x 1024 pixels."""
@@ -55,6 +69,14 @@ class Unsupervised:
 
 
 @dataclass(frozen=True)
+class Decoys:
+    """Classes that an image does not have and is asked for, see `decoys`."""
+
+    count: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of `evaluate.py`: what to measure, and where results go. See `HELP` for each option."""
 
@@ -67,6 +89,8 @@ class Options:
     steps: Numbers = "expert"
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
+    decoys: Decoys = field(default_factory=Decoys)
+    metrics: str | list[str] | None = None
     unsupervised: Unsupervised = field(default_factory=Unsupervised)
     batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -80,7 +104,7 @@ class Options:
     name_expert: bool = False
 
 
-GROUPS: dict[str, type] = {"data": Data, "unsupervised": Unsupervised}
+GROUPS: dict[str, type] = {"data": Data, "decoys": Decoys, "unsupervised": Unsupervised}
 
 HELP = {
     "model": "miniature, a directory, a single file, or a Hub id",
@@ -124,7 +148,14 @@ HELP = {
     "seeds": "of the noise; a pass each, averaged in the tables",
     "prompts": (
         "present: each image is asked for the classes that it has, as in the paper; all: for the whole vocabulary; "
+        "decoys: for its own and some that it has not, at random; lookalikes: for its own and those most like them; "
         "present,all: both, reported apart"
+    ),
+    "decoys.count": "how many classes that it has not an image is asked for, with --prompts decoys or lookalikes",
+    "decoys.seed": "of decoys at random: an image has the same ones whatever the noise",
+    "metrics": (
+        "figures beside mIoU, or all; presence: how well maps tell which classes are there, for prompts that name "
+        "absent ones; default: none"
     ),
     "unsupervised.threshold": (
         "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "
@@ -202,7 +233,7 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
     Raises:
       ValueError: the option lists something else, nothing, or a number twice.
     """
-    if all_allowed and value == "all":
+    if all_allowed and value == ALL:
         return tuple(allowed)
     found: list[int] = []
     for part in _parts(value):
@@ -220,8 +251,16 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
 
 
 def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
-    """Returns `present`, `all` or both, in the order given. Raises ValueError for anything else."""
+    """Returns the listed kinds of `PROMPTS`, in the order given. Raises ValueError for anything else."""
     return _each_once(value, "--prompts", PROMPTS)
+
+
+def metrics(value: str | list[str] | None) -> tuple[str, ...]:
+    """Returns the listed `METRICS`, all of them for `all`, none for None. Raises ValueError for anything else."""
+    if value is None or value == []:
+        return ()
+    found = _each_once(value, "--metrics", (*METRICS, ALL))
+    return METRICS if ALL in found else found
 
 
 def protocols(value: str | list[str]) -> tuple[str, ...]:
@@ -232,7 +271,10 @@ def protocols(value: str | list[str]) -> tuple[str, ...]:
 def _each_once(value: str | list[str], name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in _parts(value))
     if not kinds or set(kinds) - set(known) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"{name} is {quoted(value)}: expected {', '.join(known)}, or {','.join(known)}")
+        raise ValueError(
+            f"{name} is {quoted(value)}: expected {', '.join(known)}, or several of them, each once, as in "
+            f"{','.join(known[:2])}"
+        )
     return kinds
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from seg4diff_jax.evaluation.further_figures import FurtherFigures
 from seg4diff_jax.evaluation.paper_figures import Figure
+from seg4diff_jax.evaluation.percent import Percent
 from seg4diff_jax.evaluation.readouts import Readout
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -21,8 +23,6 @@ BASELINES = {
     ONE_SEGMENT: "each image one segment",
 }
 """The title of each guesser."""
-Percent = float | None
-"""None where nothing was there to be scored."""
 
 
 class Setting(NamedTuple):
@@ -104,6 +104,7 @@ class Row:
 
     Attributes:
       protocol, prompts, names: what the model was asked, see `evaluation.options`.
+      further: figures beside mIoU, where they were measured.
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
       merging: how segments without names are made; None with names.
       segments: how many an image has on average, without names.
@@ -118,6 +119,7 @@ class Row:
     prompts: str
     names: str | None
     metrics: Metrics
+    further: FurtherFigures = field(default_factory=FurtherFigures)
     block: int | None = None
     head: int | None = None
     step: int | None = None
@@ -165,7 +167,8 @@ class Row:
         metrics = asdict(self.metrics)
         groups = metrics.pop("groups")
         by_class = {name: metrics.pop(name) for name in ("iou", "accuracy")}
-        return asdict(self.images) | asked | merging | place | segments | metrics | groups | by_class
+        described = asdict(self.images) | asked | merging | place | segments
+        return described | metrics | groups | self.further.plain() | by_class
 
 
 def averaged(

@@ -10,11 +10,13 @@ from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.further_figures import FurtherFigures, presence_figures
 from seg4diff_jax.evaluation.measurement import Measurement
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.paper_figures import Figure, reported
+from seg4diff_jax.evaluation.percent import mean_percent, percent
 from seg4diff_jax.evaluation.rows import ONE_SEGMENT, Metrics, Row, ScoredImages
-from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM
+from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM, Pass
 from seg4diff_jax.models.lora import attached
 from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
@@ -38,12 +40,12 @@ def _metrics(
     accuracy: Float[np.ndarray, " classes"],
     benchmark: Benchmark,
 ) -> Metrics:
-    named = lambda scores: dict(zip(benchmark.classes, map(_percent, scores.tolist()), strict=True))
-    groups = {name: _mean(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()}
+    named = lambda scores: dict(zip(benchmark.classes, map(percent, scores.tolist()), strict=True))
+    groups = {name: mean_percent(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()}
     return Metrics(
-        miou=_mean(iou),
-        mean_accuracy=_mean(accuracy),
-        pixel_accuracy=_percent(right),
+        miou=mean_percent(iou),
+        mean_accuracy=mean_percent(accuracy),
+        pixel_accuracy=percent(right),
         groups=groups,
         iou=named(iou),
         accuracy=named(accuracy),
@@ -53,15 +55,6 @@ def _metrics(
 def class_groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
     """Classes that are reported apart; `things` and `stuffs` are always named, without classes where unknown."""
     return {"things": (), "stuffs": (), **benchmark.groups}
-
-
-def _mean(scores: Float[np.ndarray, " classes"]) -> float | None:
-    known = scores[~np.isnan(scores)]
-    return _percent(float(known.mean())) if len(known) else None
-
-
-def _percent(share: float) -> float | None:
-    return None if np.isnan(share) else round(100 * share, 4)
 
 
 def constant_choices(
@@ -105,13 +98,14 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     rows: list[Row] = []
     for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
         seconds, rate = _speed(outcome, measurement, settings.prompts.index(one.prompts))
-        for readout, confusion in zip(settings.readouts, confusions, strict=True):
+        for at, (readout, confusion) in enumerate(zip(settings.readouts, confusions, strict=True)):
             row = Row(
                 images=images,
                 protocol=OPEN_VOCABULARY,
                 prompts=one.prompts,
                 names=benchmark.names,
                 metrics=metrics(confusion, benchmark),
+                further=further_figures(outcome, measurement, one, at),
                 block=readout.block,
                 head=readout.head,
                 step=one.step,
@@ -121,6 +115,18 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             )
             rows.append(replace(row, reported=_reported(row, measurement)))
     return rows
+
+
+def further_figures(outcome: Counts, measurement: Measurement, one: Pass, readout: int) -> FurtherFigures:
+    """Figures beside mIoU of a pass, and of a readout given by its place."""
+    benchmark, asking = measurement.benchmark, measurement.zero_shot.further.asking
+    presence = None
+    if one in asking:
+        scores = outcome.further.presence[asking.index(one), readout].copy()
+        if benchmark.background is not None and benchmark.rule != "scored":
+            scores[:, benchmark.background] = np.nan  # its pixels do not count, so nobody says where it is
+        presence = presence_figures(scores, outcome.histograms, benchmark.classes)
+    return FurtherFigures(presence)
 
 
 def unsupervised_rows(outcome: Counts, measurement: Measurement) -> list[Row]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
+from seg4diff_jax.evaluation.further import Further, Pass
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
@@ -26,20 +27,6 @@ from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prom
 MOST_COUNTED = 2**31 - 1
 """Largest number of pixels that a confusion matrix of 32-bit integers can count."""
 PERMUTED, RANDOM = "permuted", "random"
-
-
-class Pass(NamedTuple):
-    """One pass over all images.
-
-    Attributes:
-      step: the noise level, counted from the clean end of 28.
-      seed: seed of the noise.
-      prompts: the classes that prompts name: `present` or `all`.
-    """
-
-    step: int
-    seed: int
-    prompts: str = "present"
 
 
 class ConfusionCounts(NamedTuple):
@@ -92,9 +79,11 @@ class ZeroShot:
       passes: every noise level with every seed, for each kind of prompts.
       guesses: kind of prompts and seed of each baseline that ignores the image (permuted and random scores).
       tallies: a tally for every pass, every `(PERMUTED, *guess)` and every `(RANDOM, *guess)`, see `ConfusionCounts`.
+      further: counts of figures beside mIoU.
 
     Args:
       prompts: kinds of prompts; `add` takes one batch for each. With none nothing is counted.
+      metrics: figures beside mIoU, see `options.METRICS`.
     """
 
     def __init__(
@@ -105,10 +94,12 @@ class ZeroShot:
         steps: Sequence[int],
         seeds: Sequence[int],
         prompts: Sequence[str] = ("present",),
+        metrics: Sequence[str] = (),
     ):
         self.forward, self.classes, self.prompts = forward, classes, tuple(prompts)
         self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
         self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
+        self.further = Further(self.passes, len(forward.readouts), classes, metrics)
         self._first_step = steps[0]
         self._pending: list[tuple[Pass, int, Array]] = []
         self._reset()
@@ -142,6 +133,7 @@ class ZeroShot:
         with self.forward.pipe.settings():
             right = self.tallies[one].count(scores, grid, batch)
             self._pending.append((one, len(batch.examples), right))
+            self.further.count(one, scores, batch)
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
                 self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
