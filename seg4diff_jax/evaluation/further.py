@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from seg4diff_jax.evaluation.batches import EvaluationBatch
-from seg4diff_jax.evaluation.options import PRESENCE, WITH_ABSENT
+from seg4diff_jax.evaluation.options import BOUNDARY, POINTING, PRESENCE, WITH_ABSENT
 from seg4diff_jax.parallel import split_batch
+from seg4diff_jax.segmentation.boundaries import band_widths, boundary_counts
 from seg4diff_jax.segmentation.metrics import IGNORED
+from seg4diff_jax.segmentation.open_vocabulary import label_map
+from seg4diff_jax.segmentation.pointing import pointing_counts
 from seg4diff_jax.segmentation.presence import SCORES, presence_scores
+
+OF_MASKS = BOUNDARY, POINTING
+"""Metrics that need the truth, pixel by pixel."""
 
 
 class Pass(NamedTuple):
@@ -34,9 +41,13 @@ class FurtherCounts(NamedTuple):
     """What was counted over some images. Passes are in the order of a `Further`; none of what is not measured.
 
     Attributes:
+      boundary: pixels of each class in bands along edges, see `segmentation.boundaries.boundary_counts`.
+      pointing: images in which each class was pointed at rightly, and tried, see `segmentation.pointing`.
       presence: scores of presence of each class in each image, see `segmentation.presence`; NaN where it was not asked.
     """
 
+    boundary: Int[np.ndarray, "passes readouts 3 classes"]
+    pointing: Int[np.ndarray, "passes readouts 2 classes"]
     presence: Float[np.ndarray, "asking readouts scores classes images"]
 
 
@@ -44,23 +55,41 @@ class Further:
     """Counts figures beside mIoU for all passes over a set.
 
     Attributes:
+      passes: all passes and guessers, in order.
       asking: the passes whose prompts name classes that an image does not have: those that presence is measured in.
 
     Args:
+      guesses: names of guessers whose masks are scored as those of passes are.
       readouts, classes: their numbers.
       metrics: which of `options.METRICS` are measured. With none nothing is computed.
     """
 
-    def __init__(self, passes: Sequence[Pass], readouts: int, classes: int, metrics: Sequence[str] = ()):
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        guesses: Sequence[tuple],
+        readouts: int,
+        classes: int,
+        metrics: Sequence[str] = (),
+    ):
         self.readouts, self.classes = readouts, classes
+        self.passes: tuple[tuple, ...] = (*passes, *guesses)
         self.asking = tuple(one for one in passes if PRESENCE in metrics and one.prompts in WITH_ABSENT)
+        self.of_masks = tuple(name for name in OF_MASKS if name in metrics)
         self._reset()
 
     def _reset(self) -> None:
-        self._presence: dict[Pass, list[tuple[Int[np.ndarray, "images rows"], Array]]]
+        self._masks: dict[tuple, list[dict[str, Array]]] = {one: [] for one in self.passes}
+        self._presence: dict[tuple, list[tuple[Int[np.ndarray, "images rows"], Array]]]
         self._presence = {one: [] for one in self.asking}
 
-    def count(self, one: Pass, scores: Float[Array, "readouts images classes tokens"], batch: EvaluationBatch) -> None:
+    def count(
+        self,
+        one: tuple,
+        scores: Float[Array, "readouts images classes tokens"],
+        grid: tuple[int, int],
+        batch: EvaluationBatch,
+    ) -> None:
         """Counts a batch in one pass. Returns at once: the device may still be working.
 
         Args:
@@ -69,6 +98,11 @@ class Further:
         if one in self._presence:
             own = batch.class_of_row[: len(batch.examples)]
             self._presence[one].append((own, image_scores(scores, batch.class_of_row)))
+        if self.of_masks:
+            options = {"grid": grid, "classes": self.classes, "metrics": self.of_masks}
+            widths = band_widths(batch.sizes)
+            counted = mask_counts(scores, batch.truth, batch.sizes, widths, batch.class_of_row, **options)
+            self._masks[one].append(counted)
 
     def take(self) -> FurtherCounts:
         """Returns what was counted since the last call. Waits for the device."""
@@ -77,9 +111,19 @@ class Further:
             np.concatenate([none, *(self._by_class(*each) for each in some)], axis=-1)
             for some in self._presence.values()
         ]
-        counted = FurtherCounts(np.stack(pieces) if pieces else none[None][:0])
+        presence = np.stack(pieces) if pieces else none[None][:0]
+        counted = FurtherCounts(self._total(BOUNDARY, 3), self._total(POINTING, 2), presence)
         self._reset()
         return counted
+
+    def _total(self, metric: str, numbers: int) -> Int[np.ndarray, "passes readouts numbers classes"]:
+        """Adds up what was counted of masks, in 64 bits; no passes if it was not measured."""
+        passes = self.passes if metric in self.of_masks else ()
+        total = np.zeros((len(passes), self.readouts, numbers, self.classes), np.int64)
+        for place, one in enumerate(passes):
+            for counted in self._masks[one]:
+                total[place] += np.asarray(counted[metric])
+        return total
 
     def _by_class(
         self, class_of_row: Int[np.ndarray, "images rows"], found: Float[Array, "readouts batch scores rows"]
@@ -91,6 +135,9 @@ class Further:
         return np.moveaxis(placed, 1, -1)
 
 
+# ---- compiled programs ----------------------------------------------------------------------------------------------
+
+
 @jax.jit
 def image_scores(
     scores: Float[Array, "readouts images classes tokens"], class_of_row: Int[Array, "images classes"]
@@ -98,3 +145,41 @@ def image_scores(
     """Returns `presence_scores` of each image; `class_of_row` is `IGNORED` for classes that are not asked for."""
     of_images = jax.vmap(presence_scores)
     return split_batch(jax.lax.map(lambda one: of_images(split_batch(one), class_of_row != IGNORED), scores), 1)
+
+
+@partial(jax.jit, static_argnames=("grid", "classes", "metrics"))
+def mask_counts(
+    scores: Float[Array, "readouts images rows tokens"],
+    truth: UInt8[Array, "images height width"],
+    sizes: Int[Array, "images 2"],
+    widths: Int[Array, " images"],
+    class_of_row: Int[Array, "images rows"],
+    *,
+    grid: tuple[int, int],
+    classes: int,
+    metrics: tuple[str, ...],
+) -> dict[str, Int[Array, "readouts numbers classes"]]:
+    """Counts a batch for each metric of masks: `boundary_counts` and `pointing_counts`, added up over images.
+
+    Args:
+      truth: labels at the images' own sizes on a canvas, with `IGNORED` around them; images without a label count
+        nothing.
+      widths: of the bands along edges.
+    """
+    canvas = (truth.shape[1], truth.shape[2])
+    truth, sizes, widths, class_of_row = (split_batch(array) for array in (truth, sizes, widths, class_of_row))
+
+    def bands(rows: Array, truth: Array, size: Array, width: Array, labels: Array) -> Array:
+        found = labels[label_map(rows, size, canvas=canvas, present=labels != IGNORED)]
+        return boundary_counts(truth, found, size, width, classes)
+
+    def points(rows: Array, truth: Array, size: Array, width: Array, labels: Array) -> Array:
+        return pointing_counts(rows, truth, size, labels, classes)
+
+    def of_readout(scores: Array) -> dict[str, Array]:
+        rows = split_batch(scores).reshape(*scores.shape[:2], *grid)
+        counting = {BOUNDARY: bands, POINTING: points}
+        each = {name: jax.vmap(counting[name])(rows, truth, sizes, widths, class_of_row) for name in metrics}
+        return {name: counts.sum(axis=0) for name, counts in each.items()}
+
+    return jax.lax.map(of_readout, scores)

@@ -49,17 +49,29 @@ class PresenceFigures:
 
 @dataclass(frozen=True)
 class FurtherFigures:
-    """Figures beside mIoU; None for what was not measured.
+    """Figures beside mIoU, in percent; None for what was not measured.
 
     Attributes:
+      boundary_iou: the mean over classes of the IoU of bands along the edges of masks.
+      pointing: the mean over classes of how often the highest point of a class's map lies on the class.
+      boundary_iou_by_class, pointing_by_class: what they are means of.
       presence: by the score of presence, see `segmentation.presence.SCORES`.
     """
 
+    boundary_iou: Percent = None
+    pointing: Percent = None
     presence: Mapping[str, PresenceFigures] | None = None
+    boundary_iou_by_class: Mapping[str, Percent] | None = None
+    pointing_by_class: Mapping[str, Percent] | None = None
 
     def plain(self) -> dict[str, Any]:
         """What was measured, as `results.json` has it."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def named(shares: Float[np.ndarray, " classes"], classes: tuple[str, ...]) -> dict[str, Percent]:
+    """Shares of classes in percent, by name."""
+    return dict(zip(classes, map(percent, shares.tolist()), strict=True))
 
 
 def presence_figures(
@@ -90,5 +102,5 @@ def _figures(
         threshold=percent(best_threshold(cases, there)),
         calibration_error=percent(bins.error),
         reliability=tuple(Bin(int(n), percent(score), percent(share)) for n, score, share in zip(*bins, strict=True)),
-        auc_by_class=dict(zip(classes, map(percent, by_class.tolist()), strict=True)),
+        auc_by_class=named(by_class, classes),
     )

@@ -35,7 +35,7 @@ ASKED = {
     EMPTY: "no names",
 }
 """What is asked for, in words, by kind of prompt."""
-METRICS = (PRESENCE,) = ("presence",)
+METRICS = PRESENCE, BOUNDARY, POINTING = "presence", "boundary", "pointing"
 """Figures beside mIoU."""
 PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
@@ -155,7 +155,8 @@ HELP = {
     "decoys.seed": "of decoys at random: an image has the same ones whatever the noise",
     "metrics": (
         "figures beside mIoU, or all; presence: how well maps tell which classes are there, for prompts that name "
-        "absent ones; default: none"
+        "absent ones; boundary: IoU of what lies near the edges of masks; pointing: how often a map's highest point "
+        "lies on its class; default: none"
     ),
     "unsupervised.threshold": (
         "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "

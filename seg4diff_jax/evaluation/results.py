@@ -30,6 +30,8 @@ SCORES = {
     "pixel_accuracy": "pixel acc.",
     "things": "things",
     "stuffs": "stuffs",
+    "boundary_iou": "boundary IoU",
+    "pointing": "pointing",
     "segments": "segments",
 }
 """Percentages; last, of segments without names, how many an image has."""

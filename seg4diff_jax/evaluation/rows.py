@@ -149,7 +149,14 @@ class Row:
         """Each figure that tables show, by its name in `results.json`."""
         metrics = self.metrics
         means = {name: getattr(metrics, name) for name in ("miou", "mean_accuracy", "pixel_accuracy")}
-        return {**means, **metrics.groups, "segments": self.segments, "images_per_second": self.images_per_second}
+        further = {"boundary_iou": self.further.boundary_iou, "pointing": self.further.pointing}
+        return {
+            **means,
+            **metrics.groups,
+            **further,
+            "segments": self.segments,
+            "images_per_second": self.images_per_second,
+        }
 
     def plain(self) -> dict[str, Any]:
         """The row as `results.json` has it."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts
-from seg4diff_jax.evaluation.further_figures import FurtherFigures, presence_figures
+from seg4diff_jax.evaluation.further_figures import FurtherFigures, named, presence_figures
 from seg4diff_jax.evaluation.measurement import Measurement
 from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.paper_figures import Figure, reported
 from seg4diff_jax.evaluation.percent import mean_percent, percent
 from seg4diff_jax.evaluation.rows import ONE_SEGMENT, Metrics, Row, ScoredImages
-from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM, Pass
+from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM
 from seg4diff_jax.models.lora import attached
+from seg4diff_jax.segmentation.boundaries import boundary_iou
 from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
+from seg4diff_jax.segmentation.pointing import pointing_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 CONSTANT = "constant"
@@ -40,15 +43,14 @@ def _metrics(
     accuracy: Float[np.ndarray, " classes"],
     benchmark: Benchmark,
 ) -> Metrics:
-    named = lambda scores: dict(zip(benchmark.classes, map(percent, scores.tolist()), strict=True))
     groups = {name: mean_percent(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()}
     return Metrics(
         miou=mean_percent(iou),
         mean_accuracy=mean_percent(accuracy),
         pixel_accuracy=percent(right),
         groups=groups,
-        iou=named(iou),
-        accuracy=named(accuracy),
+        iou=named(iou, benchmark.classes),
+        accuracy=named(accuracy, benchmark.classes),
     )
 
 
@@ -117,16 +119,24 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     return rows
 
 
-def further_figures(outcome: Counts, measurement: Measurement, one: Pass, readout: int) -> FurtherFigures:
-    """Figures beside mIoU of a pass, and of a readout given by its place."""
-    benchmark, asking = measurement.benchmark, measurement.zero_shot.further.asking
-    presence = None
-    if one in asking:
-        scores = outcome.further.presence[asking.index(one), readout].copy()
+def further_figures(outcome: Counts, measurement: Measurement, one: tuple, readout: int) -> FurtherFigures:
+    """Figures beside mIoU of a pass or guesser, and of a readout given by its place."""
+    benchmark, counting, counts = measurement.benchmark, measurement.zero_shot.further, outcome.further
+    found: dict[str, Any] = {}
+    place = counting.passes.index(one)
+    for name, counted, shares in (
+        ("boundary_iou", counts.boundary, boundary_iou),
+        ("pointing", counts.pointing, pointing_accuracy),
+    ):
+        if len(counted):
+            by_class = shares(counted[place, readout])
+            found |= {name: mean_percent(by_class), f"{name}_by_class": named(by_class, benchmark.classes)}
+    if one in counting.asking:
+        scores = counts.presence[counting.asking.index(one), readout].copy()
         if benchmark.background is not None and benchmark.rule != "scored":
             scores[:, benchmark.background] = np.nan  # its pixels do not count, so nobody says where it is
-        presence = presence_figures(scores, outcome.histograms, benchmark.classes)
-    return FurtherFigures(presence)
+        found["presence"] = presence_figures(scores, outcome.histograms, benchmark.classes)
+    return FurtherFigures(**found)
 
 
 def unsupervised_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
@@ -222,8 +232,10 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             found = metrics(outcome.counted.random[number, 0], benchmark)
             rows.append(replace(guess, baseline=RANDOM, seed=seed, metrics=found))
             permuted = replace(guess, baseline=PERMUTED, step=settings.steps[0], seed=seed)
-            for (block, head), each in zip(settings.readouts, outcome.counted.permuted[number], strict=True):
-                rows.append(replace(permuted, block=block, head=head, metrics=metrics(each, benchmark)))
+            for at, (block, head) in enumerate(settings.readouts):
+                found = metrics(outcome.counted.permuted[number, at], benchmark)
+                further = further_figures(outcome, measurement, (PERMUTED, kind, seed), at)
+                rows.append(replace(permuted, block=block, head=head, metrics=found, further=further))
     return rows
 
 

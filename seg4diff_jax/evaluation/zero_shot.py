@@ -99,7 +99,8 @@ class ZeroShot:
         self.forward, self.classes, self.prompts = forward, classes, tuple(prompts)
         self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
         self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
-        self.further = Further(self.passes, len(forward.readouts), classes, metrics)
+        guessers = [(PERMUTED, *guess) for guess in self.guesses]
+        self.further = Further(self.passes, guessers, len(forward.readouts), classes, metrics)
         self._first_step = steps[0]
         self._pending: list[tuple[Pass, int, Array]] = []
         self._reset()
@@ -133,10 +134,11 @@ class ZeroShot:
         with self.forward.pipe.settings():
             right = self.tallies[one].count(scores, grid, batch)
             self._pending.append((one, len(batch.examples), right))
-            self.further.count(one, scores, batch)
+            self.further.count(one, scores, grid, batch)
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
                 self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
+                self.further.count((PERMUTED, one.prompts, one.seed), permuted, grid, batch)
                 self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch)
 
     def take(self) -> ConfusionCounts:

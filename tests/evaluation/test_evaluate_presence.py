@@ -18,7 +18,7 @@ from seg4diff_jax.evaluation.further_figures import Bin, PresenceFigures, presen
 from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.presence_lines import pooled
 from seg4diff_jax.segmentation.presence import SCORES
-from tests.reference.presence import written_out
+from tests.reference import further_metrics
 from tests.reference.varied_set import NAMES, write_images
 
 SIZES = [(70, 120), (100, 66), (90, 90), (64, 64), (40, 60)]
@@ -50,7 +50,7 @@ def test_each_image_has_its_own_scores_at_the_places_of_the_classes_asked_for(me
             classes, _ = asked(example)
             maps = measurement.zero_shot.scores(assemble([example], 2, asked), one)[:, 0]
             maps = maps.reshape(*maps.shape[:2], -1)[:, : len(classes)]
-            alone = np.stack([written_out(each) for each in maps])
+            alone = np.stack([further_metrics.presence(each) for each in maps])
             found = presence[place, :, :, :, index]
             assert np.flatnonzero(~np.isnan(found[0, 0])).tolist() == list(classes)
             np.testing.assert_allclose(found[..., list(classes)][:, 1:], alone[:, 1:], rtol=1e-4)

@@ -32,7 +32,7 @@ from tests.reference.processes import QUICK_TO_COMPILE, flags
 from tests.reference.varied_set import SIZES, write_images
 
 ROOT = Path(__file__).parents[2]
-FIGURES = ("images", "miou", "pixel_accuracy", "iou", "presence")
+FIGURES = ("images", "miou", "pixel_accuracy", "iou", "boundary_iou_by_class", "pointing_by_class", "presence")
 """Of rows and baselines, by their names in `results.json`."""
 
 
@@ -74,17 +74,20 @@ def test_eight_devices_that_share_batches_count_what_one_counts(tmp_path):
     np.testing.assert_array_equal(spread.matched.segments, alone.matched.segments)
     assert figures(spread) == figures(single)
     for other in (alone, single):
-        assert_same_presence(spread, other)
+        assert_same_but_for_rounding(spread, other)
 
 
-def assert_same_presence(one: Counts, other: Counts) -> None:
-    """Scores that are equal but for rounding, and so as many pairs in order, but for those that are as close."""
+def assert_same_but_for_rounding(one: Counts, other: Counts) -> None:
+    """Counts of masks but for a pixel or two; scores of presence, and as many pairs in order but for those as close."""
     (ours,), (theirs,) = one.further.presence[0], other.further.presence[0]
     assert ours.shape == (len(SCORES), len(CLASSES), 12)
     area, others = (~np.isnan(ours[0])) & (ours[0] != theirs[0]), ours[1:]
     assert area.sum() <= 4, "a token that ties moves from one class to another"
     np.testing.assert_allclose(area * np.nan_to_num(ours[0] - theirs[0]), 0, atol=2 / 256)
     np.testing.assert_allclose(others, theirs[1:], rtol=1e-4)
+    for mine, his, most in zip(one.further[:2], other.further[:2], (2 * 5**2, 1), strict=True):
+        assert mine.shape == his.shape
+        assert np.abs(mine - his).max() <= most, "a pixel that ties moves the bands around it"
     present = one.histograms.T > 0
     for mine, his in zip(ours[1:], theirs[1:], strict=True):
         for scores, same, there in zip(mine, his, present, strict=True):
@@ -190,7 +193,9 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tuple[LeftOut, ...] = ()) -> Counts:
     images = len(indices)
     counted = ConfusionCounts._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
-    further = FurtherCounts(rng.random((2, 3, 3, 4, images)))
+    further = FurtherCounts(
+        *(rng.integers(0, 2**40, (2, 3, rows, 4)) for rows in (3, 2)), rng.random((2, 3, 3, 4, images))
+    )
     shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, images)]
     matched = SegmentCounts(*(rng.integers(0, 2**40, shape) for shape in shapes))
     histograms, cut_off = rng.integers(0, 9, (images, 4)), rng.integers(0, 9, images)

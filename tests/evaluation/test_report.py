@@ -262,6 +262,13 @@ def test_presence_has_a_table_for_each_way_of_asking_that_names_what_is_not_ther
     assert re.findall('<th scope="row">(\\d+ to \\d+)</th>', section) == [f"{n} to {n + 10}" for n in range(0, 100, 10)]
 
 
+def test_figures_beside_miou_have_columns_of_their_own(sweep, large):
+    for title, value in (("boundary IoU", "31.5"), ("pointing game", "72.5")):
+        assert f'<th scope="col" class="number">{title}</th>' in sweep.read_text()
+        assert f'<td class="number">{value}</td>' in sweep.read_text()
+        assert title not in large.read_text()
+
+
 def test_nothing_to_score_is_no_error(tmp_path):
     benchmark = made_up_benchmark(("cat", "sky"))
     nothing = {"miou": None, "pixel_accuracy": None, "iou": {"cat": None, "sky": None}}

@@ -19,7 +19,7 @@ from seg4diff_jax.segmentation.presence import (
     presence_scores,
     reliability,
 )
-from tests.reference.presence import written_out
+from tests.reference import further_metrics
 
 
 def cases(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ def test_scores_of_presence_are_what_is_won_what_is_had_and_the_highest():
     scores[4] += 10  # not asked for: it takes nothing from the others
     asked = np.array([True, True, True, True, False])
     found = np.asarray(presence_scores(jnp.asarray(scores), jnp.asarray(asked)))[:, :4]
-    np.testing.assert_allclose(found, written_out(scores[:4]), rtol=1e-5)
+    np.testing.assert_allclose(found, further_metrics.presence(scores[:4]), rtol=1e-5)
     assert found[0, 1] == 0
     assert found[0].sum() == pytest.approx(1)
 

@@ -44,7 +44,14 @@ MOST_SETTINGS = 200
 """Lines of the table of all settings; `results.json` has more."""
 MOST_NAMED = 20
 """Images that were left out, by name."""
-TITLES = {"miou": "mIoU", "mean_accuracy": "mACC", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
+TITLES = {
+    "miou": "mIoU",
+    "mean_accuracy": "mACC",
+    "pixel_accuracy": "pixel accuracy",
+    "boundary_iou": "boundary IoU",
+    "pointing": "pointing game",
+    "segments": "segments",
+}
 PROTOCOL_NAMES = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
 ASKED = {
     "present": "asked for the classes present",
@@ -103,7 +110,15 @@ def contents(
     """Everything that the template names."""
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
-    names = ["miou", "mean_accuracy", "pixel_accuracy", *class_groups(benchmark), "segments"]
+    names = [
+        "miou",
+        "mean_accuracy",
+        "pixel_accuracy",
+        *class_groups(benchmark),
+        "boundary_iou",
+        "pointing",
+        "segments",
+    ]
     known = {name for row in rows for name, figure in row.figures.items() if figure is not None}
     names = [name for name in names if name == "miou" or name in known]
     ways, images, best_iou = by_way(rows), rows[0].images, mean_iou(best, benchmark.classes)
