@@ -27,6 +27,7 @@ from seg4diff_jax.evaluation.options import (
     STEPS,
     UNSUPERVISED,
     WITH_ABSENT,
+    WITH_DECOYS,
     Decoys,
     Options,
     Unsupervised,
@@ -276,9 +277,9 @@ def unused(options: Options) -> list[str]:
 def unasked(options: Options, prompts: Sequence[str], further: Sequence[str]) -> list[str]:
     """What is to be said of decoys that no prompt names, and of figures that the prompts of a run cannot give."""
     found = [
-        f"--decoys.{name} is {value}, but no prompts have decoys: add decoys or lookalikes to --prompts"
+        f"--decoys.{name} is {value}, but no prompts have decoys: add {' or '.join(WITH_DECOYS)} to --prompts"
         for name, value in asdict(options.decoys).items()
-        if value != getattr(Decoys(), name) and not {"decoys", "lookalikes"} & set(prompts)
+        if value != getattr(Decoys(), name) and not set(WITH_DECOYS) & set(prompts)
     ]
     if further and not prompts:
         found.append(f"--metrics is {options.metrics!r}, but nothing is asked for: add open_vocabulary to --protocol")

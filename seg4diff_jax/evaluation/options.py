@@ -25,6 +25,8 @@ PROMPTS = ("present", "all", "decoys", "lookalikes")
 """Kinds of prompts: an image's own classes; the whole vocabulary; its own with others by seed, or by likeness."""
 WITH_ABSENT = PROMPTS[1:]
 """Kinds of prompts that ask for classes that an image does not have."""
+WITH_DECOYS = PROMPTS[2:]
+"""Those that ask for a chosen few of them."""
 EMPTY = "empty"
 """The kind of prompt of the unsupervised protocol."""
 ASKED = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seg4diff_jax.evaluation.further_figures import FurtherFigures
+from seg4diff_jax.evaluation.options import Decoys
 from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.percent import Percent
 from seg4diff_jax.evaluation.readouts import Readout
@@ -105,6 +106,7 @@ class Row:
     Attributes:
       protocol, prompts, names: what the model was asked, see `evaluation.options`.
       further: figures beside mIoU, where they were measured.
+      decoys: which absent classes prompts named; None for prompts without a chosen few.
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
       merging: how segments without names are made; None with names.
       segments: how many an image has on average, without names.
@@ -120,6 +122,7 @@ class Row:
     names: str | None
     metrics: Metrics
     further: FurtherFigures = field(default_factory=FurtherFigures)
+    decoys: Decoys | None = None
     block: int | None = None
     head: int | None = None
     step: int | None = None
@@ -160,7 +163,9 @@ class Row:
 
     def plain(self) -> dict[str, Any]:
         """The row as `results.json` has it."""
-        asked = {"protocol": self.protocol, "prompts": self.prompts, "names": self.names}
+        asked: dict[str, Any] = {"protocol": self.protocol, "prompts": self.prompts, "names": self.names}
+        if self.decoys:
+            asked |= {"decoys": self.decoys.count, "decoys_seed": self.decoys.seed}
         merging = asdict(self.merging) | {"threshold": self.threshold} if self.merging else {}
         place = {"block": self.block, "head": self.head, "step": self.step, "seed": self.seed}
         if self.baseline:

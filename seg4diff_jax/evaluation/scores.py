@@ -13,7 +13,7 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.further_figures import FurtherFigures, named, presence_figures
 from seg4diff_jax.evaluation.measurement import Measurement
-from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED, WITH_DECOYS
 from seg4diff_jax.evaluation.paper_figures import Figure, reported
 from seg4diff_jax.evaluation.percent import mean_percent, percent
 from seg4diff_jax.evaluation.rows import ONE_SEGMENT, Metrics, Row, ScoredImages
@@ -108,6 +108,7 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
                 names=benchmark.names,
                 metrics=metrics(confusion, benchmark),
                 further=further_figures(outcome, measurement, one, at),
+                decoys=settings.decoys if one.prompts in WITH_DECOYS else None,
                 block=readout.block,
                 head=readout.head,
                 step=one.step,
@@ -223,6 +224,7 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             prompts=prompts,
             names=benchmark.names,
             metrics=metrics(constant, benchmark),
+            decoys=settings.decoys if prompts in WITH_DECOYS else None,
             baseline=CONSTANT,
         )
         rows.append(replace(guess, choice=choice))

@@ -80,7 +80,9 @@ def out(sd3_checkpoint, root, tmp_path_factory) -> Path:
 def test_rows_that_name_absent_classes_have_figures_of_presence(out):
     contents = json.loads((out / "results.json").read_text())
     present, *others = contents["rows"]
-    assert "presence" not in present
+    assert not {"presence", "decoys"} & present.keys()
+    assert [(row.get("decoys"), row.get("decoys_seed")) for row in others] == [(2, 0), (None, None)]
+    assert [row.get("decoys") for row in contents["baselines"] if row["prompts"] == "lookalikes"] == [2, 2, 2]
     for row in others:
         assert list(row["presence"]) == list(SCORES)
         for figures in row["presence"].values():
