@@ -1,7 +1,7 @@
 """Scores of masks that are fused and refined, beside the paper's, on the miniature's scenes: what helps, what it costs.
 
     python benchmarks/better_masks.py                                   # the 500 test scenes, three seeds
-    python benchmarks/better_masks.py --split validation --scenes 200 --seeds 0
+    python benchmarks/better_masks.py --split validation --scenes 200 --seeds "[0]"
 
 Each row is the paper's masks with one thing added, or the chosen masks (`configs/eval/miniature_best.yaml`) with one
 thing left out or changed, winners and losers alike. mIoU is of the classes present, and of the whole vocabulary. Time

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seg4diff_jax.convert.files import read_json
+from seg4diff_jax.evaluation.options import ASKED, EMPTY
 from seg4diff_jax.quoting import quoted
 
 RESULTS = "results.json"
@@ -36,10 +37,14 @@ class Key(NamedTuple):
     minmax: str | None
     match: str | None
     absent_classes: bool | None
+    decoys: int | None
+    decoys_seed: int | None
 
     @property
     def title(self) -> str:
-        asked = {"present": "present classes", "all": "all classes"}.get(self.prompts, "no names")
+        asked = ASKED.get(self.prompts, ASKED[EMPTY])
+        if self.decoys is not None:
+            asked += f" ({self.decoys}, seed {self.decoys_seed})"
         head = "" if self.head is None else f", head {self.head}"
         merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
         return f"{asked}, block {self.block}{head}, noise level {self.step}{merged}"
@@ -122,6 +127,7 @@ def _misread(row: Any) -> str | None:
         return "scores"
     kinds: dict[str, Any] = {"protocol": str, "prompts": str, "block": int, "head": int | None, "step": int}
     kinds |= {"threshold": int | float | None, "minmax": str | None, "match": str | None}
+    kinds |= {"decoys": int | None, "decoys_seed": int | None}
     kinds |= {"seed": int, "images": int, "pixels": int, "dataset": str}
     kinds |= {"miou": int | float | None, "pixel_accuracy": int | float | None, "iou": dict}
     for name, kind in kinds.items():

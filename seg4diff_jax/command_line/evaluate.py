@@ -24,12 +24,17 @@ from seg4diff_jax.evaluation.options import (
     GROUPS,
     MEAN,
     OPEN_VOCABULARY,
+    PRESENCE,
     STEPS,
     UNSUPERVISED,
+    WITH_ABSENT,
+    WITH_DECOYS,
+    Decoys,
     Options,
     background_thresholds,
     chosen_heads,
     kinds_of_prompts,
+    metrics,
     numbers,
     parse,
     protocols,
@@ -124,7 +129,7 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
     settings = chosen.settings
     known: dict[str, Any] = {name: list(getattr(settings, name)) for name in ("blocks", "steps", "seeds")}
     known["heads"] = [MEAN if head is None else head for head in settings.heads]
-    known |= {"protocol": list(chosen.protocols), "prompts": list(chosen.prompts)}
+    known |= {"protocol": list(chosen.protocols), "prompts": list(chosen.prompts), "metrics": list(settings.metrics)}
     if settings.unsupervised:
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
         known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
@@ -141,9 +146,9 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
 
 def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the resolved options that affect the scores, as a flat dictionary."""
-    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "batch_size", "dtype")
+    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "metrics")
     grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
-    return {name: resolved[name] for name in names} | grouped
+    return {name: resolved[name] for name in (*names, "batch_size", "dtype")} | grouped
 
 
 def prepare(options: Options) -> tuple[Pipeline, Benchmark, Chosen]:
@@ -197,6 +202,8 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
             ("batch-size", 1 if options.batch_size is None else options.batch_size, 1),
             ("pictures", options.pictures, 0),
             ("shard-batches", options.shard_batches, 1),
+            ("decoys.count", options.decoys.count, 1),
+            ("decoys.seed", options.decoys.seed, 0),
         )
         if value < least
     ]
@@ -211,6 +218,9 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     seeds = refusals.parsed(lambda: numbers(options.seeds, "--seeds", range(2**31), all_allowed=False), ())
     prompts = refusals.parsed(lambda: kinds_of_prompts(options.prompts), ())
     chosen = refusals.parsed(lambda: protocols(options.protocol), ())
+    further = refusals.parsed(lambda: metrics(options.metrics), ())
+    if prompts and chosen:
+        refusals.found += unasked(options, prompts if OPEN_VOCABULARY in chosen else (), further)
     merged = ()
     if UNSUPERVISED in chosen:
         merged = refusals.parsed(lambda: merging_protocols(options, chosen), merged)
@@ -234,6 +244,8 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         batch_size=options.batch_size or devices * max(1, BATCH_TOKENS // tokens),
         prompts=prompts if OPEN_VOCABULARY in chosen else (),
         thresholds=background_thresholds(options.background.threshold) if OPEN_VOCABULARY in chosen else (),
+        decoys=options.decoys,
+        metrics=further,
         unsupervised=merged,
         resize=options.data.resize,
         lora=options.lora,
@@ -273,6 +285,28 @@ def unused(options: Options, protocol: str) -> list[str]:
         for name, value in asdict(getattr(options, group)).items()
         if value != getattr(GROUPS[group](), name)
     ]
+
+
+def unasked(options: Options, prompts: Sequence[str], further: Sequence[str]) -> list[str]:
+    """What is to be said of decoys that no prompt names, and of figures that the prompts of a run cannot give."""
+    found = [
+        f"--decoys.{name} is {value}, but no prompts have decoys: add {' or '.join(WITH_DECOYS)} to --prompts"
+        for name, value in asdict(options.decoys).items()
+        if value != getattr(Decoys(), name) and not set(WITH_DECOYS) & set(prompts)
+    ]
+    if further and (options.background.threshold is not None or options.background.competitors):
+        found.append(
+            f"--metrics is {options.metrics!r}, which is of one row of scores for each class: leave out "
+            "--background.threshold and --background.competitors"
+        )
+    if further and not prompts:
+        found.append(f"--metrics is {options.metrics!r}, but nothing is asked for: add open_vocabulary to --protocol")
+    elif PRESENCE in further and not set(WITH_ABSENT) & set(prompts):
+        found.append(
+            f"--metrics is {options.metrics!r}, but --prompts is {options.prompts!r}, which names no absent classes to "
+            f"tell from present ones: add {', '.join(WITH_ABSENT[:-1])} or {WITH_ABSENT[-1]} to it"
+        )
+    return found
 
 
 def heads_described(heads: Sequence[int | None]) -> str:

@@ -14,12 +14,13 @@ from jaxtyping import Float, Int
 
 from seg4diff_jax.convert.files import parse_json
 from seg4diff_jax.evaluation.batches import LeftOut
+from seg4diff_jax.evaluation.further import FurtherCounts
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 
 LEFT_OUT, CHECKSUM = "left_out", "checksum"
-COUNTS_OF = {"counted": ConfusionCounts, "matched": SegmentCounts}
-Kind = TypeVar("Kind", ConfusionCounts, SegmentCounts)
+COUNTS_OF = {"counted": ConfusionCounts, "further": FurtherCounts, "matched": SegmentCounts}
+Kind = TypeVar("Kind", ConfusionCounts, FurtherCounts, SegmentCounts)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Counts:
 
     Attributes:
       counted, matched: counts of the open-vocabulary and of the unsupervised protocol; no passes if not measured.
+      further: counts of figures beside mIoU, of the open-vocabulary protocol.
       indices: numbers of the scored images.
       histograms: number of counted pixels of each class, for each scored image.
       cut_off: number of pixels that would count, had they a prediction, for each scored image, see `batches.Example`.
@@ -37,6 +39,7 @@ class Counts:
     """
 
     counted: ConfusionCounts
+    further: FurtherCounts
     matched: SegmentCounts
     indices: Int[np.ndarray, " images"]
     histograms: Int[np.ndarray, "images classes"]
@@ -92,6 +95,7 @@ def together(parts: Sequence[Counts]) -> Counts:
     order = np.argsort(indices, kind="stable")
     return Counts(
         _added([part.counted for part in parts], order),
+        _added([part.further for part in parts], order),
         _added([part.matched for part in parts], order),
         indices[order],
         np.concatenate([part.histograms for part in parts])[order],
@@ -103,8 +107,8 @@ def together(parts: Sequence[Counts]) -> Counts:
 
 
 def _added(parts: Sequence[Kind], order: Int[np.ndarray, " images"]) -> Kind:
-    """Adds the counts of one protocol. Numbers per image are put into the given order."""
-    *sums, rights = zip(*parts, strict=True)
-    right = np.concatenate(rights, axis=-1)
-    right = right[..., order] if right.size else right  # a protocol that was not measured has no images
-    return type(parts[0])._make([*(sum(arrays) for arrays in sums), right])
+    """Adds the counts of one protocol. Its last array has numbers per image, which are put into the given order."""
+    *sums, per_image = zip(*parts, strict=True)
+    joined = np.concatenate(per_image, axis=-1)
+    joined = joined[..., order] if joined.size else joined  # a protocol that was not measured has no images
+    return type(parts[0])._make([*(sum(arrays) for arrays in sums), joined])

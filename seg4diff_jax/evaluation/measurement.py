@@ -10,17 +10,19 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_otherwise, assemble
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts, together
-from seg4diff_jax.evaluation.options import EvaluationResize
+from seg4diff_jax.evaluation.decoys import cosines
+from seg4diff_jax.evaluation.options import Decoys, EvaluationResize
 from seg4diff_jax.evaluation.readouts import Forward, Readout
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
@@ -49,6 +51,8 @@ class Settings:
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
       prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
       thresholds: scores below which pixels are background, ascending; each has figures of its own. None: no pixel is.
+      decoys: which absent classes the prompts `decoys` and `lookalikes` name.
+      metrics: figures beside mIoU, see `options.METRICS`.
       unsupervised: protocols for segments without names; each has figures of its own.
       resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
@@ -63,6 +67,8 @@ class Settings:
     heads: tuple[int | None, ...] = (None,)
     prompts: tuple[str, ...] = ("present",)
     thresholds: tuple[float, ...] = ()
+    decoys: Decoys = field(default_factory=Decoys)
+    metrics: tuple[str, ...] = ()
     unsupervised: tuple[UnsupervisedProtocol, ...] = ()
     resize: EvaluationResize = "square"
     lora: str | None = None
@@ -78,6 +84,11 @@ class Settings:
     @property
     def readouts(self) -> tuple[Readout, ...]:
         return tuple(Readout(block, head) for block in self.blocks for head in self.heads)
+
+    @property
+    def thresholds_each(self) -> int:
+        """How many readings each readout has."""
+        return max(1, len(self.thresholds))
 
     @property
     def readings(self) -> tuple[tuple[Readout, float | None], ...]:
@@ -104,17 +115,27 @@ class Measurement:
         ahead = 2 * settings.batch_size
         how = {"how": settings.resize, "skip_unreadable": settings.skip_unreadable}
         self.reader = Reader(benchmark, pipe.view, **how, ahead=ahead)
-        by_threshold = bool(settings.thresholds)
-        self.asked = questions(benchmark, pipe.tokenizers, settings.prompts, by_threshold=by_threshold)
-        self.forward = Forward(pipe, settings.readouts, settings.masks)
+        self.forward, by_threshold = Forward(pipe, settings.readouts, settings.masks), bool(settings.thresholds)
+        chosen = {"decoys": settings.decoys, "likeness": self._likeness, "by_threshold": by_threshold}
+        self.asked = questions(benchmark, pipe.tokenizers, settings.prompts, **chosen)
         classes, looks = len(benchmark.classes), {"steps": settings.steps, "seeds": settings.seeds}
         below = NO_THRESHOLDS
         if by_threshold:
             assert benchmark.background is not None, "a set without background has no thresholds of it"
             below = Thresholds(settings.thresholds, benchmark.background)
-        self.zero_shot = ZeroShot(self.forward, classes, **looks, prompts=settings.prompts, thresholds=below)
+        asking = {"prompts": settings.prompts, "thresholds": below, "metrics": settings.metrics}
+        self.zero_shot = ZeroShot(self.forward, classes, **looks, **asking)
         self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
         self._read = time.monotonic()
+
+    def _likeness(self, names: Sequence[str]) -> Float[np.ndarray, "classes classes"]:
+        """How alike class names are to the checkpoint's own text encoders."""
+        size, pooled = self.settings.batch_size, []
+        for start in range(0, len(names), size):
+            some = [*names[start : start + size]]
+            texts = self.forward.encoded(some + some[-1:] * (size - len(some)))
+            pooled.append(np.asarray(texts.pooled, np.float32)[: len(some)])
+        return cosines(np.concatenate(pooled))
 
     @settled()
     def outcome(self, *, on_progress: OnImages = lambda done, miou: None, kept: Progress | None = None) -> Counts:
@@ -187,6 +208,7 @@ class Measurement:
         classes = len(self.benchmark.classes)
         return Counts(
             counted,
+            self.zero_shot.further.take(),
             matched,
             np.array([example.index for example in seen], np.int64),
             np.array([example.histogram for example in seen], np.int64).reshape(-1, classes),

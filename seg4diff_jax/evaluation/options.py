@@ -9,6 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from seg4diff_jax.configuration import Parser, check_parsed, configuration_file, unchecked
 from seg4diff_jax.data.names import Background, Spelling, Unlabelled
+from seg4diff_jax.evaluation.option_help import HELP
 from seg4diff_jax.images import Resize
 from seg4diff_jax.quoting import quoted
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
@@ -19,15 +20,31 @@ Numbers = int | str | list[int | str]
 """A number, `2,4,8`, `0..23`, a list, or a name such as `all`."""
 ListedWords = str | list[str] | None
 """`sky,wall` or a list of words; None where the option is not given."""
+ALL = "all"
 GRID = "grid"
 """Value of an option that stands for all thresholds of a `THRESHOLD_GRID`: that of `segmentation.unsupervised`, or that
 of `evaluation.background`."""
 MEAN = "mean"
 """Value of `--heads` that stands for the mean of all heads of a block."""
 STEPS = range(1, 29)
-PROMPTS = ("present", "all")
+PROMPTS = ("present", "all", "decoys", "lookalikes")
+"""Kinds of prompts: an image's own classes; the whole vocabulary; its own with others by seed, or by likeness."""
+WITH_ABSENT = PROMPTS[1:]
+"""Kinds of prompts that ask for classes that an image does not have."""
+WITH_DECOYS = PROMPTS[2:]
+"""Those that ask for a chosen few of them."""
 EMPTY = "empty"
 """The kind of prompt of the unsupervised protocol."""
+ASKED = {
+    "present": "present classes",
+    "all": "all classes",
+    "decoys": "present classes and decoys",
+    "lookalikes": "present classes and lookalikes",
+    EMPTY: "no names",
+}
+"""What is asked for, in words, by kind of prompt."""
+METRICS = PRESENCE, BOUNDARY, POINTING = "presence", "boundary", "pointing"
+"""Figures beside mIoU."""
 PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
 """Default number of image tokens per device and batch: 4 images of SD3's 1024 x 1024 pixels."""
@@ -35,7 +52,7 @@ BATCH_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Data:
-    """Which images to evaluate on, and how their classes and labels are treated. See `HELP` for each option."""
+    """Which images to evaluate on, and how their classes and labels are treated. See `option_help.HELP` for each."""
 
     name: str | None = None
     root: str | None = None
@@ -54,7 +71,7 @@ class Data:
 
 @dataclass(frozen=True)
 class BackgroundOptions:
-    """What pixels become background by, where that is not its name. See `HELP` for each option."""
+    """What pixels become background by, where that is not its name. See `option_help.HELP` for each option."""
 
     threshold: float | str | list[float] | None = None
     competitors: ListedWords = None
@@ -71,8 +88,16 @@ class Unsupervised:
 
 
 @dataclass(frozen=True)
+class Decoys:
+    """Classes that an image does not have and is asked for, see `decoys`."""
+
+    count: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Options:
-    """All options of `evaluate.py`: what to measure, and where results go. See `HELP` for each option."""
+    """All options of `evaluate.py`: what to measure, and where results go. See `option_help.HELP` for each option."""
 
     model: str = "miniature"
     lora: str | None = None
@@ -84,6 +109,8 @@ class Options:
     seeds: Numbers = "0,1,2"
     prompts: str | list[str] = "present"
     background: BackgroundOptions = field(default_factory=BackgroundOptions)
+    decoys: Decoys = field(default_factory=Decoys)
+    metrics: str | list[str] | None = None
     unsupervised: Unsupervised = field(default_factory=Unsupervised)
     masks: MaskOptions = PAPERS_MASKS
     batch_size: int | None = None
@@ -101,106 +128,9 @@ class Options:
 GROUPS: dict[str, type] = {
     "data": Data,
     "background": BackgroundOptions,
+    "decoys": Decoys,
     "unsupervised": Unsupervised,
     "masks": MaskOptions,
-}
-
-HELP = {
-    "model": "miniature, a directory, a single file, or a Hub id",
-    "lora": "adapters for the transformer: a file or directory of any format that `seg4diff convert lora` reads",
-    "protocol": (
-        "open_vocabulary: classes by their names; unsupervised: segments without names, matched with classes; "
-        "open_vocabulary,unsupervised: both, reported apart"
-    ),
-    "data.name": (
-        "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, "
-        "cityscapes27, tfds, "
-        "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
-    ),
-    "data.root": "directory with the set as it is handed out; of a folder: with images/, labels/ and classes.txt",
-    "data.split": "part of the set; default: the one that results are reported on",
-    "data.labels": (
-        "which labels, where a set has several: SegmentationClass or SegmentationClassAug, stuffthingmaps or panoptic, "
-        "labelIds or labelTrainIds; of tfds the field; default: the first that is there"
-    ),
-    "data.names": (
-        "how prompts spell classes: own, as the set does; readable, `dining table`, without suffixes; release, cut at "
-        "the first '-'"
-    ),
-    "data.synonyms": (
-        "a YAML file with names of classes, as in `sofa: [sofa, couch]`: prompts have them in place of the class's "
-        "own, and its score is the mean over them"
-    ),
-    "data.template": "text around each name in prompts, as in `a photo of {}`; scores are read from the names alone",
-    "data.stop_words": "words at the end of each prompt, as in the,of: they draw attention away, and win no pixel",
-    "data.background": (
-        "of voc21, context60, coco-object, and a folder with a class `background`: scored as a class, ignored, or "
-        "asked for without being scored, as the release does with coco-object; default: the set's rule"
-    ),
-    "data.unlabelled": (
-        "what pixels of coco-object are that nobody labelled: background, as others convert it (default), or ignored"
-    ),
-    "data.list": "a file with names of images, one a line: these alone are read, in its order",
-    "data.resize": (
-        "how images come to the size that the model sees: square, straight to it, antialiased; release, as the release "
-        "does it, by way of a shorter side of 640 pixels; aspect, to as many pixels in the nearest of 11 common aspects"
-        "; paper, the square in the middle alone: what is cut off is not scored, and reported"
-    ),
-    "data.scenes": "how many synthetic scenes; they are written to the user's cache if they are not there",
-    "blocks": "expert (the checkpoint's own), all, 9, 2,5,9 or 0..23: all come from one pass",
-    "heads": "whose attention is read: mean (of all heads), all (each by itself), 3, 0..5 or mean,all",
-    "steps": "expert (the checkpoint's own), 8, 2,4,8 or all of 1 (nearly clean) to 28 (pure noise); a pass each",
-    "seeds": "of the noise; a pass each, averaged in the tables",
-    "prompts": (
-        "present: each image is asked for the classes that it has, as in the paper; all: for the whole vocabulary; "
-        "present,all: both, reported apart"
-    ),
-    "background.threshold": (
-        "pixels whose classes all score less, 0 to 1, are background; 0.01,0.02 scores each, grid 24 of 0.0002..0.58; "
-        "its name is then not asked for; default: none"
-    ),
-    "background.competitors": (
-        "words that are asked for beside the classes, as in sky,wall,ground: their pixels are background, whose name "
-        "is then asked for only if it is one of them"
-    ),
-    "unsupervised.threshold": (
-        "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "
-        "the minmax"
-    ),
-    "unsupervised.minmax": "what maps are brought to 0..1 over: pixel, each its pixels; token, as in the release",
-    "unsupervised.match": "what is matched by itself: image; row of pixels, as in the release, which scores higher",
-    "unsupervised.absent_classes": "classes that are not there take part in the match, as in the release",
-    "masks.views": "how often each image is noised for masks by name; the maps are averaged",
-    "masks.mirrored": "every second view sees the mirrored latents",
-    "masks.levels": "noise levels of the views in turn, as in [2,3]; default: all at the level that --steps has",
-    "masks.normalize": (
-        "of class maps: none; content, in parts of what all class words get; minmax, each from 0 to 1 over its image"
-    ),
-    "masks.balance": "0 to 1: each class's map is divided by its mean over the image to this power",
-    "masks.rounds": "how often class maps are averaged over image tokens that attend to each other",
-    "masks.sharpness": "factor of the queries in that attention; above 1 only the most alike are averaged",
-    "masks.refine_block": "the block whose image-to-image attention it is; default: the one that is read",
-    "masks.refine_heads": "its heads, as in [0,2,3]; default: all",
-    "masks.edge_radius": (
-        "radius, in image tokens, of the windows in which scores follow the edges of the image; 0: they do not"
-    ),
-    "masks.edge_smoothing": "variance of pixels (0 to 1) below which a window has no edges",
-    "batch_size": (
-        "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
-        "tokens, and no more than the set has"
-    ),
-    "dtype": "of parameters and computation; default: float32 on a CPU, else bfloat16",
-    "skip_unreadable": "leave out images that cannot be read or have no usable label, and say so",
-    "pictures": "images on the page: the best, the worst and some at random",
-    "out": "directory for results; default: runs/evaluate/TIME",
-    "overwrite": "replace the results of an earlier run in --out",
-    "resume": "go on with the interrupted run in --out, if there is one",
-    "shard_batches": "batches after which what was counted is saved, for --resume",
-    "distributed": (
-        "this is one process of several: they find each other through the cluster, or through "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-    ),
-    "name_expert": "write the best block and noise level into the checkpoint's configuration, as its own from then on",
 }
 
 
@@ -257,7 +187,7 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
     Raises:
       ValueError: the option lists something else, nothing, or a number twice.
     """
-    if all_allowed and value == "all":
+    if all_allowed and value == ALL:
         return tuple(allowed)
     found: list[int] = []
     for part in _parts(value):
@@ -275,8 +205,16 @@ def numbers(value: Numbers, name: str, allowed: range, *, all_allowed: bool = Tr
 
 
 def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
-    """Returns `present`, `all` or both, in the order given. Raises ValueError for anything else."""
+    """Returns the listed kinds of `PROMPTS`, in the order given. Raises ValueError for anything else."""
     return _each_once(value, "--prompts", PROMPTS)
+
+
+def metrics(value: str | list[str] | None) -> tuple[str, ...]:
+    """Returns the listed `METRICS`, all of them for `all`, none for None. Raises ValueError for anything else."""
+    if value is None or value == []:
+        return ()
+    found = _each_once(value, "--metrics", (*METRICS, ALL))
+    return METRICS if ALL in found else found
 
 
 def protocols(value: str | list[str]) -> tuple[str, ...]:
@@ -287,7 +225,10 @@ def protocols(value: str | list[str]) -> tuple[str, ...]:
 def _each_once(value: str | list[str], name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in _parts(value))
     if not kinds or set(kinds) - set(known) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"{name} is {quoted(value)}: expected {', '.join(known)}, or {','.join(known)}")
+        raise ValueError(
+            f"{name} is {quoted(value)}: expected {', '.join(known)}, or several of them, each once, as in "
+            f"{','.join(known[:2])}"
+        )
     return kinds
 
 

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.both_ways import COLUMNS, both_ways
+from seg4diff_jax.evaluation.options import ASKED
+from seg4diff_jax.evaluation.presence_lines import FIGURES, presence_lines
 from seg4diff_jax.evaluation.report.page import number, write_page
 from seg4diff_jax.evaluation.rows import BASELINES, Row, best_setting, by_setting, guesses, mean_figures
 from seg4diff_jax.evaluation.run import Evaluation
@@ -29,11 +31,12 @@ SCORES = {
     "pixel_accuracy": "pixel acc.",
     "things": "things",
     "stuffs": "stuffs",
+    "boundary_iou": "boundary IoU",
+    "pointing": "pointing",
     "segments": "segments",
 }
 """Percentages; last, of segments without names, how many an image has."""
 PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "step", "seed", "images", "skipped")
-ASKED = {"present": "present classes", "all": "all classes", "empty": "no names"}
 MOST_NAMED = 5
 """Left-out images that are named on the terminal; `results.json` has all."""
 
@@ -121,7 +124,8 @@ def tell(console: Console, evaluation: Evaluation) -> None:
         for name, some in guesses(evaluation.baselines, best_setting(own)).items():
             table.add_row(f"{BASELINES[name]}{asked}", *cells(some), style="dim")
         table.add_section()
-    Console(highlight=False).print(table)
+    out = Console(highlight=False)
+    out.print(table)
     if lines := both_ways(rows, evaluation.baselines):
         beside = Table(title="mIoU, %, both ways of asking", title_justify="left", title_style="bold")
         beside.add_column("")
@@ -131,7 +135,8 @@ def tell(console: Console, evaluation: Evaluation) -> None:
             title = f"{line.title}, {line.source}" if line.source else line.title
             cells = [number(line.miou[kind]) for kind in COLUMNS]
             beside.add_row(title, *cells, style="dim" if line.guess else "")
-        Console(highlight=False).print(beside)
+        out.print(beside)
+    tell_presence(out, rows)
     if images.cut_off:
         share = 100 * images.cut_off / (images.cut_off + images.pixels)
         console.print(f"cut off, without a prediction and not scored: {images.cut_off} pixels, {share:.1f} %")
@@ -140,3 +145,19 @@ def tell(console: Console, evaluation: Evaluation) -> None:
             listing = "".join(f"\n  {name}" for name in names[:MOST_NAMED])
             counted = f"{len(names)} image{'s' * (len(names) != 1)}"
             console.print(f"{counted} {what}:{listing}" + "\n  ..." * (len(names) > MOST_NAMED))
+
+
+def tell_presence(out: Console, rows: Sequence[Row]) -> None:
+    """Tables of what tells which classes are there, one for each kind of prompts in which it was measured."""
+    for kind in presence_lines(rows):
+        miou = f"mIoU {number(kind.miou)}"
+        if kind.present and kind.miou:
+            miou += f", {kind.present[0] - kind.miou[0]:.1f} below present classes alone"
+        asked = f"Is it there? {ASKED[kind.prompts].capitalize()}, {kind.setting.title}, %\n{miou}"
+        table = Table("", title=asked, title_justify="left", title_style="bold")
+        for title in FIGURES.values():
+            table.add_column(title, justify="right")
+        for line in kind.lines:
+            table.add_row(line.score, *(number(line.figures[name]) for name in FIGURES))
+        table.add_row("all are there", "", "", number(kind.f1_of_all), style="dim")
+        out.print(table)

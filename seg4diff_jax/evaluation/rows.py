@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from seg4diff_jax.evaluation.further_figures import FurtherFigures
+from seg4diff_jax.evaluation.options import Decoys
 from seg4diff_jax.evaluation.paper_figures import Figure
+from seg4diff_jax.evaluation.percent import Percent
 from seg4diff_jax.evaluation.readouts import Readout
 from seg4diff_jax.evaluation.wording import NO_WORDS, Words
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
@@ -22,8 +25,6 @@ BASELINES = {
     ONE_SEGMENT: "each image one segment",
 }
 """The title of each guesser."""
-Percent = float | None
-"""None where nothing was there to be scored."""
 
 
 class Setting(NamedTuple):
@@ -111,6 +112,8 @@ class Row:
 
     Attributes:
       protocol, prompts, names: what the model was asked, see `evaluation.options`.
+      further: figures beside mIoU, where they were measured.
+      decoys: which absent classes prompts named; None for prompts without a chosen few.
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
       words: what prompts say beside, or instead of, the classes' own names.
       below: pixels whose scores are all below it are background; None where no threshold finds the background.
@@ -127,6 +130,8 @@ class Row:
     prompts: str
     names: str | None
     metrics: Metrics
+    further: FurtherFigures = field(default_factory=FurtherFigures)
+    decoys: Decoys | None = None
     block: int | None = None
     head: int | None = None
     step: int | None = None
@@ -160,11 +165,20 @@ class Row:
         """Each figure that tables show, by its name in `results.json`."""
         metrics = self.metrics
         means = {name: getattr(metrics, name) for name in ("miou", "mean_accuracy", "pixel_accuracy")}
-        return {**means, **metrics.groups, "segments": self.segments, "images_per_second": self.images_per_second}
+        further = {"boundary_iou": self.further.boundary_iou, "pointing": self.further.pointing}
+        return {
+            **means,
+            **metrics.groups,
+            **further,
+            "segments": self.segments,
+            "images_per_second": self.images_per_second,
+        }
 
     def plain(self) -> dict[str, Any]:
         """The row as `results.json` has it."""
-        asked = {"protocol": self.protocol, "prompts": self.prompts, "names": self.names}
+        asked: dict[str, Any] = {"protocol": self.protocol, "prompts": self.prompts, "names": self.names}
+        if self.decoys:
+            asked |= {"decoys": self.decoys.count, "decoys_seed": self.decoys.seed}
         merging = asdict(self.merging) if self.merging else self.words.plain()
         merging |= {"threshold": self.threshold}
         place = {"block": self.block, "head": self.head, "step": self.step, "seed": self.seed}
@@ -179,7 +193,8 @@ class Row:
         metrics = asdict(self.metrics)
         groups = metrics.pop("groups")
         by_class = {name: metrics.pop(name) for name in ("iou", "accuracy")}
-        return asdict(self.images) | asked | merging | place | segments | metrics | groups | by_class
+        described = asdict(self.images) | asked | merging | place | segments
+        return described | metrics | groups | self.further.plain() | by_class
 
 
 def averaged(

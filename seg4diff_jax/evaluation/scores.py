@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.further_figures import FurtherFigures, named, presence_figures
 from seg4diff_jax.evaluation.measurement import Measurement
-from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED
+from seg4diff_jax.evaluation.options import EMPTY, OPEN_VOCABULARY, UNSUPERVISED, WITH_DECOYS
 from seg4diff_jax.evaluation.paper_figures import Figure, reported
+from seg4diff_jax.evaluation.percent import mean_percent, percent
 from seg4diff_jax.evaluation.rows import ONE_SEGMENT, Metrics, Row, ScoredImages
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, RANDOM
 from seg4diff_jax.models.lora import attached
+from seg4diff_jax.segmentation.boundaries import boundary_iou
 from seg4diff_jax.segmentation.metrics import accuracy_per_class, iou_per_class, mean_iou, pixel_accuracy
+from seg4diff_jax.segmentation.pointing import pointing_accuracy
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts
 
 CONSTANT = "constant"
@@ -38,30 +43,20 @@ def _metrics(
     accuracy: Float[np.ndarray, " classes"],
     benchmark: Benchmark,
 ) -> Metrics:
-    named = lambda scores: dict(zip(benchmark.classes, map(_percent, scores.tolist()), strict=True))
-    groups = {name: _mean(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()}
+    groups = {name: mean_percent(iou[np.asarray(classes, int)]) for name, classes in class_groups(benchmark).items()}
     return Metrics(
-        miou=_mean(iou),
-        mean_accuracy=_mean(accuracy),
-        pixel_accuracy=_percent(right),
+        miou=mean_percent(iou),
+        mean_accuracy=mean_percent(accuracy),
+        pixel_accuracy=percent(right),
         groups=groups,
-        iou=named(iou),
-        accuracy=named(accuracy),
+        iou=named(iou, benchmark.classes),
+        accuracy=named(accuracy, benchmark.classes),
     )
 
 
 def class_groups(benchmark: Benchmark) -> dict[str, Sequence[int]]:
     """Classes that are reported apart; `things` and `stuffs` are always named, without classes where unknown."""
     return {"things": (), "stuffs": (), **benchmark.groups}
-
-
-def _mean(scores: Float[np.ndarray, " classes"]) -> float | None:
-    known = scores[~np.isnan(scores)]
-    return _percent(float(known.mean())) if len(known) else None
-
-
-def _percent(share: float) -> float | None:
-    return None if np.isnan(share) else round(100 * share, 4)
 
 
 def constant_choices(
@@ -105,7 +100,7 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     rows: list[Row] = []
     for one, confusions in zip(measurement.zero_shot.passes, outcome.counted.confusion, strict=True):
         seconds, rate = _speed(outcome, measurement, settings.prompts.index(one.prompts))
-        for (readout, below), confusion in zip(settings.readings, confusions, strict=True):
+        for at, ((readout, below), confusion) in enumerate(zip(settings.readings, confusions, strict=True)):
             row = Row(
                 images=images,
                 protocol=OPEN_VOCABULARY,
@@ -114,6 +109,8 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
                 words=benchmark.words,
                 below=below,
                 metrics=metrics(confusion, benchmark),
+                further=further_figures(outcome, measurement, one, at // settings.thresholds_each),
+                decoys=settings.decoys if one.prompts in WITH_DECOYS else None,
                 block=readout.block,
                 head=readout.head,
                 step=one.step,
@@ -123,6 +120,26 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             )
             rows.append(replace(row, reported=_reported(row, measurement)))
     return rows
+
+
+def further_figures(outcome: Counts, measurement: Measurement, one: tuple, readout: int) -> FurtherFigures:
+    """Figures beside mIoU of a pass or guesser, and of a readout given by its place."""
+    benchmark, counting, counts = measurement.benchmark, measurement.zero_shot.further, outcome.further
+    found: dict[str, Any] = {}
+    place = counting.passes.index(one)
+    for name, counted, shares in (
+        ("boundary_iou", counts.boundary, boundary_iou),
+        ("pointing", counts.pointing, pointing_accuracy),
+    ):
+        if len(counted):
+            by_class = shares(counted[place, readout])
+            found |= {name: mean_percent(by_class), f"{name}_by_class": named(by_class, benchmark.classes)}
+    if one in counting.asking:
+        scores = counts.presence[counting.asking.index(one), readout].copy()
+        if benchmark.background is not None and benchmark.rule != "scored":
+            scores[:, benchmark.background] = np.nan  # its pixels do not count, so nobody says where it is
+        found["presence"] = presence_figures(scores, outcome.histograms, benchmark.classes)
+    return FurtherFigures(**found)
 
 
 def unsupervised_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
@@ -210,6 +227,7 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             names=benchmark.names,
             words=benchmark.words,
             metrics=metrics(constant, benchmark),
+            decoys=settings.decoys if prompts in WITH_DECOYS else None,
             baseline=CONSTANT,
         )
         rows.append(replace(guess, choice=choice))
@@ -219,9 +237,11 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             found = metrics(outcome.counted.random[number, 0], benchmark)
             rows.append(replace(guess, baseline=RANDOM, seed=seed, metrics=found))
             permuted = replace(guess, baseline=PERMUTED, step=settings.steps[0], seed=seed)
-            for ((block, head), below), each in zip(settings.readings, outcome.counted.permuted[number], strict=True):
-                found = metrics(each, benchmark)
-                rows.append(replace(permuted, block=block, head=head, below=below, metrics=found))
+            for at, ((block, head), below) in enumerate(settings.readings):
+                found = metrics(outcome.counted.permuted[number, at], benchmark)
+                further = further_figures(outcome, measurement, (PERMUTED, kind, seed), at // settings.thresholds_each)
+                row = replace(permuted, block=block, head=head, below=below, metrics=found)
+                rows.append(replace(row, further=further))
     return rows
 
 

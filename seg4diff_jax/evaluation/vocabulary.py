@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +10,8 @@ from jaxtyping import Float
 
 from seg4diff_jax.evaluation.batches import Asked, Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.decoys import Beside, lookalikes, random_decoys
+from seg4diff_jax.evaluation.options import Decoys
 from seg4diff_jax.text import PLAIN, ClassPrompts, Tokenizers, Wording, worded_prompts
 
 
@@ -78,15 +80,17 @@ class Vocabulary:
 
 
 class PresentClasses:
-    """The paper's protocol: the prompt of an image names the classes in its label map, and no others."""
+    """The paper's protocol: the prompt of an image names the classes in its label map, and no others.
 
-    name = "present"
+    Args:
+      beside: chooses decoys, which are named too. Default: none are.
+    """
 
-    def __init__(self, vocabulary: Vocabulary):
-        self._asked = lru_cache(4096)(vocabulary.asked)
+    def __init__(self, vocabulary: Vocabulary, beside: Beside = lambda present, index: ()):
+        self._asked, self._beside = lru_cache(4096)(vocabulary.asked), beside
 
     def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
-        return self._asked(example.present)
+        return self._asked(tuple(sorted((*example.present, *self._beside(example.present, example.index)))))
 
 
 class AllClasses:
@@ -96,8 +100,6 @@ class AllClasses:
       without: a class that no prompt names.
     """
 
-    name = "all"
-
     def __init__(self, vocabulary: Vocabulary, *, without: int | None = None):
         self.rows, self.prompts = vocabulary.asked(tuple(each for each in range(len(vocabulary)) if each != without))
 
@@ -106,22 +108,41 @@ class AllClasses:
 
 
 def questions(
-    benchmark: Benchmark, tokenizers: Tokenizers, prompts: Sequence[str], *, by_threshold: bool = False
+    benchmark: Benchmark,
+    tokenizers: Tokenizers,
+    prompts: Sequence[str],
+    *,
+    by_threshold: bool = False,
+    decoys: Decoys | None = None,
+    likeness: Callable[[Sequence[str]], Float[np.ndarray, "classes classes"]] | None = None,
 ) -> dict[str, Asked]:
-    """Returns the maker of prompts for each kind of prompts in `prompts`: `present`, `all` or both.
+    """Returns the maker of prompts for each kind of prompts in `prompts`, see `options.PROMPTS`.
 
     Args:
       by_threshold: whether background is found by a threshold.
+      decoys: how many decoys there are, and their seed. Default: the options' defaults.
+      likeness: says how alike class names are. Lookalikes need it.
 
     Raises:
       ValueError: prompts cannot be made from the class names.
     """
     if not prompts:
         return {}
-    vocabulary = Vocabulary.of(benchmark, tokenizers, by_threshold=by_threshold)
+    vocabulary, chosen = Vocabulary.of(benchmark, tokenizers, by_threshold=by_threshold), decoys or Decoys()
     without = benchmark.background if benchmark.rule == "ignored" else None
-    makers = {"present": PresentClasses, "all": lambda each: AllClasses(each, without=without)}
-    return {name: makers[name](vocabulary) for name in prompts}
+    allowed = [index for index in range(len(benchmark.classes)) if index != without]
+
+    def alike() -> Beside:
+        assert likeness is not None
+        return lookalikes(allowed, chosen.count, likeness(benchmark.prompts))
+
+    makers: dict[str, Callable[[], Asked]] = {
+        "present": lambda: PresentClasses(vocabulary),
+        "all": lambda: AllClasses(vocabulary, without=without),
+        "decoys": lambda: PresentClasses(vocabulary, random_decoys(allowed, chosen.count, chosen.seed)),
+        "lookalikes": lambda: PresentClasses(vocabulary, alike()),
+    }
+    return {name: makers[name]() for name in prompts}
 
 
 def each_class_once(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from seg4diff_jax.evaluation.background import at_thresholds, part_of, right_pixels
 from seg4diff_jax.evaluation.batches import EvaluationBatch
+from seg4diff_jax.evaluation.further import Further, Pass
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
@@ -28,20 +29,6 @@ from seg4diff_jax.segmentation.open_vocabulary import best_classes, class_scores
 MOST_COUNTED = 2**31 - 1
 """Largest number of pixels that a confusion matrix of 32-bit integers can count."""
 PERMUTED, RANDOM = "permuted", "random"
-
-
-class Pass(NamedTuple):
-    """One pass over all images.
-
-    Attributes:
-      step: the noise level, counted from the clean end of 28.
-      seed: seed of the noise.
-      prompts: the classes that prompts name: `present` or `all`.
-    """
-
-    step: int
-    seed: int
-    prompts: str = "present"
 
 
 class ConfusionCounts(NamedTuple):
@@ -124,10 +111,12 @@ class ZeroShot:
       passes: every noise level with every seed, for each kind of prompts.
       guesses: kind of prompts and seed of each baseline that ignores the image (permuted and random scores).
       tallies: a tally for every pass, every `(PERMUTED, *guess)` and every `(RANDOM, *guess)`, see `ConfusionCounts`.
+      further: counts of figures beside mIoU.
 
     Args:
       prompts: kinds of prompts; `add` takes one batch for each. With none nothing is counted.
       thresholds: of the background; each readout is read at each of them.
+      metrics: figures beside mIoU, see `options.METRICS`.
     """
 
     def __init__(
@@ -139,10 +128,13 @@ class ZeroShot:
         seeds: Sequence[int],
         prompts: Sequence[str] = ("present",),
         thresholds: Thresholds = NO_THRESHOLDS,
+        metrics: Sequence[str] = (),
     ):
         self.forward, self.classes, self.prompts, self.thresholds = forward, classes, tuple(prompts), thresholds
         self.passes = tuple(Pass(step, seed, kind) for kind in prompts for seed in seeds for step in steps)
         self.guesses = tuple((kind, seed) for kind in prompts for seed in seeds)
+        guessers = [(PERMUTED, *guess) for guess in self.guesses]
+        self.further = Further(self.passes, guessers, len(forward.readouts), classes, metrics)
         self._first_step = steps[0]
         self._pending: list[tuple[Pass, int, Array]] = []
         self._reset()
@@ -176,9 +168,11 @@ class ZeroShot:
         with self.forward.pipe.settings():
             right = self.tallies[one].count(scores, grid, batch, self.forward.masks)
             self._pending.append((one, len(batch.examples), right))
+            self.further.count(one, scores, grid, batch, self.forward.masks)
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
                 self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
+                self.further.count((PERMUTED, one.prompts, one.seed), permuted, grid, batch)
                 self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch.guessed())
 
     def take(self) -> ConfusionCounts:

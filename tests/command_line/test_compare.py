@@ -190,3 +190,20 @@ def test_a_run_without_names_leaves_no_confusion_matrix_of_an_earlier_one(tmp_pa
     (tmp_path / "confusion.csv").write_text("of before")
     written(tmp_path, prompts=(None,))
     assert not (tmp_path / "confusion.csv").exists()
+
+
+def test_rows_that_were_asked_for_other_decoys_are_other_rows(tmp_path, capsys):
+    runs = []
+    for count in (2, 4):
+        directory = written(tmp_path / str(count), prompts=("decoys",))
+        path = directory / "results.json"
+        contents = json.loads(path.read_text())
+        for row in contents["rows"]:
+            row |= {"decoys": count, "decoys_seed": 0}
+        path.write_text(json.dumps(contents))
+        runs.append(str(directory))
+    assert main(["compare", *runs]) == 1
+    said = capsys.readouterr().err
+    assert "the first has present classes and decoys (2, seed 0), block 9, noise level 8" in said
+    assert "the second present classes and decoys (4, seed 0)" in said
+    assert main(["compare", runs[0], runs[0]]) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.better_masks import CHOSEN
 from benchmarks.convert_checkpoint import CONFIGS
 from benchmarks.real_shapes.flops import stages
 from seg4diff_jax.data.sets import SETS
@@ -22,7 +23,8 @@ EIGHT = ("voc21", "context60", "coco-object", "voc20", "context59", "coco-171", 
 """The sets by which methods that are not trained are compared, all names given."""
 PROMPTS = {"coco-object": 2, "ade20k150": 3, "coco-171": 4}
 """Into how many prompts all names of a set go, where one is too short: 98, 184 and 251 of CLIP's tokens."""
-FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+MINIATURE = ROOT / "configs" / "eval" / "miniature_best.yaml"
+FILES = sorted({*(ROOT / "configs" / "eval").glob("*.yaml")} - {MINIATURE})
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -114,3 +116,11 @@ def test_the_releases_way_is_a_configuration_of_its_own_where_options_make_it():
             assert options.data.background == ("asked" if released else "ignored")
     asked = [file for file in FILES if not file.stem.startswith("unsupervised_") and file.stem.endswith("_release")]
     assert {parse(["--config", str(file)]).data.name for file in asked} == set(BY_NAMES)
+
+
+def test_the_miniatures_best_masks_are_those_that_the_benchmark_calls_chosen():
+    options = parse(["--config", str(MINIATURE)])
+    assert options.masks == CHOSEN
+    assert (options.model, options.data.name, options.data.split) == ("miniature", "scenes", None)
+    assert kinds_of_prompts(options.prompts) == ("present", "all")
+    assert header(MINIATURE).count("python evaluate.py --config configs/eval/miniature_best.yaml") == 2

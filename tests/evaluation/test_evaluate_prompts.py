@@ -136,9 +136,9 @@ def test_a_constant_guesser_that_does_not_know_the_classes_says_one_class_of_all
 
 
 @pytest.mark.parametrize("wrong", ["", "some", "all,all", "present all"])
-def test_ways_of_asking_are_present_all_or_both(wrong):
+def test_ways_of_asking_are_some_of_those_that_there_are_each_once(wrong):
     assert kinds_of_prompts("present, all") == kinds_of_prompts(["present", "all"]) == ("present", "all")
-    with pytest.raises(ValueError, match=r"--prompts is .*: expected present, all, or present,all"):
+    with pytest.raises(ValueError, match=r"--prompts is .*: expected present, all, decoys, lookalikes, or several"):
         kinds_of_prompts(wrong)
 
 

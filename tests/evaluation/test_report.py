@@ -23,6 +23,7 @@ from seg4diff_jax.evaluation.report.page import PAGE, write_page
 from seg4diff_jax.evaluation.rows import by_setting
 from seg4diff_jax.reporting.colors import PAGE_COLORS, class_colors, ink_on, neutral_colors, oklab, palette, tint
 from seg4diff_jax.reporting.svg_plots import LINE_COLORS
+from seg4diff_jax.segmentation.presence import SCORES
 from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS
 from tests.reference.browser import BROWSER, browser, visit
 from tests.reference.evaluations import (
@@ -30,6 +31,7 @@ from tests.reference.evaluations import (
     MADE,
     made_up_benchmark,
     made_up_evaluation,
+    made_up_further,
     made_up_images,
     made_up_segments,
 )
@@ -63,6 +65,7 @@ def tab(chromium) -> Iterator[Page]:
 def sweep(tmp_path_factory) -> Path:
     """Few classes, many settings, two ways of asking, two seeds."""
     benchmark = made_up_benchmark(("cat", MARKUP, "dining table", "sky", "grass", "wall-brick"), things=3)
+    further = made_up_further(benchmark)
     evaluation = made_up_evaluation(
         benchmark,
         blocks=range(24),
@@ -70,6 +73,7 @@ def sweep(tmp_path_factory) -> Path:
         seeds=(0, 1),
         prompts=("present", "all"),
         shown=made_up_images(benchmark, 6, (64, 48), present=4),
+        change=lambda row: replace(row, further=further) if row.prompts == "all" else row,
     )
     evaluation.skipped.append("images/<b>1</b>.png: cannot be read")
     return written(tmp_path_factory.mktemp("sweep"), evaluation, benchmark)
@@ -246,6 +250,23 @@ def test_images_of_both_protocols_are_shown_one_after_the_other_as_they_were_mat
     assert "Heat" not in without
     for said in ("a match of each row of pixels by itself", "Classes that are not there are matched too", "as drawn"):
         assert said in without
+
+
+def test_presence_has_a_table_for_each_way_of_asking_that_names_what_is_not_there(sweep):
+    section = sweep.read_text().split("<h2>Is it there?</h2>")[1].split("</section>")[0]
+    assert section.count("<h3>") == 1
+    assert "Asked for the whole vocabulary" in section
+    assert " below present classes alone" in section
+    for score in SCORES:
+        assert f'<th scope="row">{score}</th>' in section
+    assert re.findall('<th scope="row">(\\d+ to \\d+)</th>', section) == [f"{n} to {n + 10}" for n in range(0, 100, 10)]
+
+
+def test_figures_beside_miou_have_columns_of_their_own(sweep, large):
+    for title, value in (("boundary IoU", "31.5"), ("pointing game", "72.5")):
+        assert f'<th scope="col" class="number">{title}</th>' in sweep.read_text()
+        assert f'<td class="number">{value}</td>' in sweep.read_text()
+        assert title not in large.read_text()
 
 
 def test_nothing_to_score_is_no_error(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from seg4diff_jax.evaluation.batches import assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, Settings
+from seg4diff_jax.evaluation.options import METRICS
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
@@ -35,9 +37,14 @@ def measured(
     block: int = 0,
     step: int = 8,
     unsupervised: Sequence[UnsupervisedProtocol] = WITHOUT_NAMES,
+    **further: Any,
 ) -> Counts:
-    """One block at one noise level, seed 5: the classes that are present, and segments without names."""
-    settings = Settings((block,), (step,), (5,), batch_size, unsupervised=tuple(unsupervised))
+    """One block at one noise level, seed 5: the classes that are present, and segments without names.
+
+    Args:
+      further: other settings.
+    """
+    settings = Settings((block,), (step,), (5,), batch_size, unsupervised=tuple(unsupervised), **further)
     return Measurement(pipe, folder_benchmark(root), settings).outcome()
 
 
@@ -86,7 +93,8 @@ def spread(root: str, target: str) -> None:
     protocols = settled(one, root, **read)
     for name, where, batch_size in (("spread", mesh, mesh.size), ("alone", None, mesh.size), ("one by one", None, 1)):
         pipe = one if where is None else load("miniature", mesh=where, blocks=4)
-        outcome = measured(pipe, root, batch_size, **read, unsupervised=protocols)
+        further = {"prompts": ("present", "decoys"), "metrics": METRICS}
+        outcome = measured(pipe, root, batch_size, **read, unsupervised=protocols, **further)
         (Path(target) / name).write_bytes(outcome.to_bytes())
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from seg4diff_jax.evaluation.batches import Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
+from seg4diff_jax.evaluation.further_figures import FurtherFigures, presence_figures
 from seg4diff_jax.evaluation.gallery import UNMATCHED, Shown, ShownSegments, pictured
 from seg4diff_jax.evaluation.rows import Metrics, Row, ScoredImages, best_setting
 from seg4diff_jax.evaluation.run import Evaluation
@@ -104,6 +105,15 @@ def _row(benchmark: Benchmark, prompts: str | None, scores: Metrics) -> Row:
     if prompts is None:
         return Row(images, "unsupervised", "empty", None, scores, merging=UnsupervisedProtocol(0.1))
     return Row(images, "open_vocabulary", prompts, "own", scores)
+
+
+def made_up_further(benchmark: Benchmark) -> FurtherFigures:
+    """Figures beside mIoU of rows whose prompts name absent classes."""
+    draw, classes = np.random.default_rng(0), benchmark.classes
+    histograms = draw.integers(0, 2, (40, len(classes)))
+    scores = draw.random((3, len(classes), 40)) / 2 + histograms.T / 4
+    presence = presence_figures(scores, histograms, classes)
+    return FurtherFigures(boundary_iou=31.5, pointing=72.5, presence=presence)
 
 
 def made_up_images(

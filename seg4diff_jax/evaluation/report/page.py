@@ -18,6 +18,7 @@ from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.both_ways import COLUMNS, both_ways
 from seg4diff_jax.evaluation.options import OPEN_VOCABULARY, UNSUPERVISED
 from seg4diff_jax.evaluation.paper_figures import Figure
+from seg4diff_jax.evaluation.presence_lines import FIGURES, presence_lines
 from seg4diff_jax.evaluation.report.confusions import confused
 from seg4diff_jax.evaluation.report.images import Card, card, segments_card
 from seg4diff_jax.evaluation.report.plots import Sweep, plots
@@ -44,9 +45,21 @@ MOST_SETTINGS = 200
 """Lines of the table of all settings; `results.json` has more."""
 MOST_NAMED = 20
 """Images that were left out, by name."""
-TITLES = {"miou": "mIoU", "mean_accuracy": "mACC", "pixel_accuracy": "pixel accuracy", "segments": "segments"}
+TITLES = {
+    "miou": "mIoU",
+    "mean_accuracy": "mACC",
+    "pixel_accuracy": "pixel accuracy",
+    "boundary_iou": "boundary IoU",
+    "pointing": "pointing game",
+    "segments": "segments",
+}
 PROTOCOL_NAMES = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
-ASKED = {"present": "asked for the classes present", "all": "asked for the whole vocabulary"}
+ASKED = {
+    "present": "asked for the classes present",
+    "all": "asked for the whole vocabulary",
+    "decoys": "asked for the classes present and decoys",
+    "lookalikes": "asked for the classes present and lookalikes",
+}
 
 Score = tuple[float, float] | None
 """Mean over seeds and spread, percent; None where there was nothing to score."""
@@ -98,7 +111,15 @@ def contents(
     """Everything that the template names."""
     rows = evaluation.rows
     best = by_setting(rows)[evaluation.best]
-    names = ["miou", "mean_accuracy", "pixel_accuracy", *class_groups(benchmark), "segments"]
+    names = [
+        "miou",
+        "mean_accuracy",
+        "pixel_accuracy",
+        *class_groups(benchmark),
+        "boundary_iou",
+        "pointing",
+        "segments",
+    ]
     known = {name for row in rows for name, figure in row.figures.items() if figure is not None}
     names = [name for name in names if name == "miou" or name in known]
     ways, images, best_iou = by_way(rows), rows[0].images, mean_iou(best, benchmark.classes)
@@ -129,6 +150,9 @@ def contents(
         "absent": [name for name in benchmark.classes if best_iou[name] is None],
         "others": [way.title for way in ways][1:2],
         "confused": worst_classes(evaluation, benchmark),
+        "presence": presence_lines(rows),
+        "presence_figures": FIGURES,
+        "asked": ASKED,
         "colors": [hexadecimal(color) for color in class_colors(len(benchmark.classes))],
         "grids": grids(evaluation, benchmark, ways),
         "cut_off": images.cut_off,
@@ -198,10 +222,10 @@ def guess_title(name: str) -> str:
 
 
 def _remark(row: Row) -> str:
-    of = "present" if row.prompts == "present" else "in the vocabulary"
+    of = {"present": "present", "all": "in the vocabulary"}.get(row.prompts, "asked for")
     return {
         "random": f"for each image token one of the classes {of}",
-        "constant": f"the {row.choice} of those {of}",
+        "constant": f"the {row.choice} of those {'present' if row.prompts == 'present' else 'in the vocabulary'}",
         "permuted": f"block {row.block}'s own maps{_of_head(row.head)} in random places",
     }.get(row.baseline or "", "")
 

@@ -16,6 +16,7 @@ from seg4diff_jax.data.record_cache import RecordCache, write_cache
 from seg4diff_jax.evaluation import options as evaluation
 from seg4diff_jax.evaluation.batches import LeftOut
 from seg4diff_jax.evaluation.counts import Counts
+from seg4diff_jax.evaluation.further import FurtherCounts
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import SegmentCounts
 from seg4diff_jax.evaluation.wording import read_synonyms
@@ -98,9 +99,10 @@ def make_progress(root: Path) -> None:
         each, all_classes = (1, 1, 1), (1, 1, 1, 3, 3)
         sizes = all_classes, each, all_classes, each, all_classes, (*each, 2)
         matched = SegmentCounts(*(counts(*size) for size in sizes))
+        further = FurtherCounts(counts(1, 1, 3, 3), counts(1, 1, 2, 3), draw.random((1, 1, 3, 3, 2)))
         indices = np.arange(2) + IMAGES_PER_SHARD * number
         left_out = (LeftOut(IMAGES_PER_SHARD * number + 2, "skipped", "broken.png: cannot be read"),)
-        outcome = Counts(counted, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
+        outcome = Counts(counted, further, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
         progress.save(number, outcome)
 
 
