@@ -1,14 +1,14 @@
 """Runs a model on batches of images for all protocols: encodes images and prompts, and records attention.
 
-Images of a batch are encoded once. Encoded prompts are cached. Each noise level and seed is one pass of the
-transformer, which records all blocks and heads that are read.
+Images of a batch are encoded once, and their noise is drawn once for each seed. Encoded prompts are cached. Each noise
+level and seed is one pass of the transformer, which records all blocks and heads that are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Forward:
 
     def __init__(self, pipe: Pipeline, readouts: Sequence[Readout]):
         self.pipe, self.readouts = pipe, tuple(readouts)
+        self._drawn: tuple[Any, Latents] | None = None
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
         with self.pipe.settings():
@@ -70,11 +71,18 @@ class Forward:
           seed: seed of the noise.
         """
         pipe = self.pipe
-        noise = pipe.spread(image_noise(seed, indices, latents.shape[1:]))
+        noise = self._noise(seed, indices, latents.shape[1:])
         image_of_row, prompts = pipe.spread((image_of_row, prompts))
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
             return attention_maps(pipe.transformer, images, prompts, readouts=self.readouts)
+
+    def _noise(self, seed: int, indices: Int[np.ndarray, " images"], shape: tuple[int, ...]) -> Latents:
+        """Draws a batch's noise once for all of its prompts and noise levels, which follow one another."""
+        asked = seed, tuple(indices.tolist()), shape
+        if self._drawn is None or self._drawn[0] != asked:
+            self._drawn = asked, self.pipe.spread(image_noise(seed, indices, shape))
+        return self._drawn[1]
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:
         """Encodes prompts. Always encodes `len(texts)` rows at a time, so that one compiled program is enough."""
