@@ -73,6 +73,18 @@ def test_both_sides_of_the_real_shapes_find_the_same_labels(tmp_path):
     assert "matmul peak: ours" in printed
 
 
+def test_a_whole_vocabulary_is_timed_beside_the_classes_present():
+    small = ("--shapes=tiny", "--block=1", "--size=64", "--images=1", "--batch=1", "--repeats=1")
+    printed = run("whole_vocabulary.py", *small)
+    names = ("classes present", "whole vocabulary", "both in one run")
+    rows = [next(line for line in printed.splitlines() if line.startswith(f"│ {name}")) for name in names]
+    assert [cells(row)[1:3] for row in rows] == [["1", "1"], ["3", "3"], ["4", "4"]], "prompts, and launches for them"
+    assert all(float(cell) > 0 for row in rows for cell in cells(row)[3:])
+    operations = [line for line in printed.splitlines() if line.startswith(("│ 64 ", "│ 128 "))]
+    assert [cells(row)[6] for row in operations[::2]] == ["1.000", "1.000"]
+    assert [float(cells(row)[8]) < 3 for row in operations[1::2]] == [True, True], "the autoencoder runs once"
+
+
 def test_reading_is_timed_through_the_evaluators_reader_for_each_layout():
     printed = run("decode.py", "--images", "2", "--size", "64", "--batch", "2", "--repeats", "1")
     for name, pixels in (("voc20", "500 x 375"), ("coco-171", "640 x 480"), ("cityscapes19", "2048 x 1024")):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from seg4diff_jax import command_line
-from seg4diff_jax.command_line import plan
+from seg4diff_jax.command_line import plan, plan_evaluate
 from seg4diff_jax.command_line import train as training
 from seg4diff_jax.command_line.evaluate import merging_protocols
 from seg4diff_jax.convert import __main__ as convert_commands
@@ -103,8 +103,11 @@ def trained(arguments: list[str]) -> None:
 
 
 def planned(arguments: list[str]) -> None:
-    _, own = plan.parse(arguments)
-    Slice.parse(own["topology"])
+    if arguments[:1] == ["evaluate"]:
+        _, topology, _ = plan_evaluate.parse(arguments[1:])
+    else:
+        topology = plan.parse(arguments)[1]["topology"]
+    Slice.parse(topology)
 
 
 def gained(arguments: list[str]) -> None:
@@ -184,7 +187,9 @@ def named(command: Command) -> None:
     if name in ("seg4diff", "convert"):
         commands = command_line.COMMANDS if name == "seg4diff" else convert_commands.COMMANDS
         parser = jsonargparse.ArgumentParser()
-        if arguments[0] == "plan":
+        if arguments[:2] == ["plan", "evaluate"]:
+            parser = plan_evaluate.make_parser()
+        elif arguments[0] == "plan":
             parser = training.task_parser("magnet", "", "")
             parser.add_argument("--topology")
         else:
@@ -269,6 +274,7 @@ def test_the_messages_that_troubleshooting_shows_are_in_the_sources():
         ("python", "train.py", "--config", "configs/magnet/coco.yaml", "--run.stepz=3"),
         ("seg4diff", "segment", "photo.jpg", "--sizes", "3"),
         ("seg4diff", "plan", "--config", "configs/magnet/coco.yaml", "--topology", "v9:1x1"),
+        ("seg4diff", "plan", "evaluate", "--topology", "v5e:1x1", "--promptz", "3"),
         ("python", "benchmarks/decode.py", "--pictures", "3"),
         ("pytest", "tests/test_nothing.py"),
         ("pip", "install", "-e", ".[everything]"),

@@ -28,7 +28,7 @@ ENTRIES = {
         *("data.tfds_source", "data.sets"),
     ),
     "train": ("command_line.train", "command_line.tasks", "command_line.reproduction"),
-    "plan": ("command_line.plan", "planning.plan"),
+    "plan": ("command_line.plan", "command_line.plan_evaluate", "planning.plan"),
 }
 """Extra to the modules that start what it is for."""
 ASKED_FOR = {"torch", "diffusers", "accelerate", "gguf"}

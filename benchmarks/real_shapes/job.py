@@ -94,6 +94,10 @@ class Clock:
     def now(self) -> Taken:
         return Taken(time.perf_counter(), time.process_time())
 
+    @property
+    def unit(self) -> str:
+        return "processor s" if self.processor else "s"
+
     def deciding(self, taken: Taken) -> float:
         return taken.processor if self.processor else taken.wall
 

@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
 PROGRAMS = {
     "evaluate": ("seg4diff_jax.command_line.evaluate", "score masks on labelled images: evaluate.py"),
     "train": ("seg4diff_jax.command_line.train", "train MAGNET's adapters, or the miniature: train.py"),
-    "plan": ("seg4diff_jax.command_line.plan", "what training needs of TPUs that are not here"),
+    "plan": ("seg4diff_jax.command_line.plan", "what training, or evaluation, needs of TPUs that are not here"),
     "convert": ("seg4diff_jax.convert.__main__", "checkpoints from PyTorch and back"),
 }
 """Subcommands with parsers of their own: the module whose `main` takes the arguments, and the help text."""

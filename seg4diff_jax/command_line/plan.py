@@ -1,7 +1,8 @@
 """`seg4diff plan --config FILE --topology v5e:4x4`: does this training fit a slice of TPUs, and what limits its speed?
 
 The step that `train.py` runs is compiled for the slice from shapes alone. Neither TPUs nor weights are needed. Exit
-status: 0 if the step fits, 1 if it does not, 2 if that cannot be found out.
+status: 0 if the step fits, 1 if it does not, 2 if that cannot be found out. `seg4diff plan evaluate` plans evaluations,
+see `plan_evaluate`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ PLANNED = "magnet"
 def main(arguments: Sequence[str]) -> int:
     os.environ.update(SETTINGS)
     jax.config.update("jax_platforms", "cpu")  # JAX has already read the variable
+    if list(arguments[:1]) == ["evaluate"]:
+        from seg4diff_jax.command_line import plan_evaluate
+
+        return plan_evaluate.main(arguments[1:])
     from seg4diff_jax.planning.chips import Slice
     from seg4diff_jax.planning.largest import largest_batch
     from seg4diff_jax.planning.plan import plan_magnet

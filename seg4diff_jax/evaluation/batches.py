@@ -1,7 +1,7 @@
 """Makes batches from labelled images, on the host: reads ahead, makes prompts, and pads arrays to few shapes.
 
 Label maps of any size are padded with the void label to canvases whose sides are powers of two. The number of class
-rows is a power of two, and the last batch is padded. So few programs are compiled, whatever a data set holds.
+rows is one of few, too, and the last batch is padded. So few programs are compiled, whatever a data set holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ CANVAS = 64
 """Smallest side of a canvas, in pixels."""
 CLASS_ROWS = 8
 """Smallest number of class rows."""
+WIDE_ROWS = 32
+"""Up to here numbers of class rows are powers of two, past it multiples: each row of a vocabulary is upsampled."""
 READERS = 4
 """Number of threads that decode images. Pillow lets other threads run while it decodes."""
 
@@ -243,11 +245,16 @@ def _questions(
     group: Sequence[Example], images: int, asked: Asked
 ) -> tuple[Int[np.ndarray, "images classes"], tuple[PromptRows, ...]]:
     found = [asked(example) for example in group]
-    rows = _power_of_two(max(len(classes) for classes, _ in found), CLASS_ROWS)
+    rows = class_rows(max(len(classes) for classes, _ in found))
     class_of_row = np.full((images, rows), IGNORED, np.int32)
     for place, (classes, _) in enumerate(found):
         class_of_row[place, : len(classes)] = classes
     return class_of_row, tuple(_prompt_rows([prompts for _, prompts in found], images, rows))
+
+
+def class_rows(classes: int) -> int:
+    """Returns the number of rows of scores for images of up to so many classes, from few numbers: see `WIDE_ROWS`."""
+    return _power_of_two(classes, CLASS_ROWS) if classes <= WIDE_ROWS else -(-classes // WIDE_ROWS) * WIDE_ROWS
 
 
 def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> Iterator[PromptRows]:

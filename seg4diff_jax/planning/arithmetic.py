@@ -12,8 +12,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
+from jax.lax import Precision
 
-def operations(jaxpr: Any, chips: int = 1, shares: int = 1) -> float:
+FP32_PASSES = 6
+"""Products of bf16 parts by which TPUs make one product of fp32 at the highest precision (XLA's `bf16_6x`)."""
+
+
+def operations(jaxpr: Any, chips: int = 1, shares: int = 1, *, passes: int = 1) -> float:
     """Returns the operations of one chip.
 
     The compiler is assumed to divide work evenly: products over all chips, convolutions over the shares of a batch,
@@ -24,24 +30,25 @@ def operations(jaxpr: Any, chips: int = 1, shares: int = 1) -> float:
       jaxpr: the traced function, of arrays over the whole mesh.
       chips: number of chips of the mesh.
       shares: number of shares into which a batch is divided.
+      passes: how often an operation of fp32 at the highest precision counts: `FP32_PASSES` in bf16 operations of a TPU.
 
     Raises:
       ValueError: a loop of unknown length holds products.
     """
-    return sum((_of_equation(equation, chips, shares) for equation in _plain(jaxpr).eqns), 0.0)
+    return sum((_of_equation(equation, chips, shares, passes) for equation in _plain(jaxpr).eqns), 0.0)
 
 
-def _of_equation(equation: Any, chips: int, shares: int) -> float:
+def _of_equation(equation: Any, chips: int, shares: int, passes: int) -> float:
     kind, params = equation.primitive.name, equation.params
     if kind == "dot_general":
-        return _product(equation) / chips
+        return _product(equation) * _weight(equation, passes) / chips
     if kind == "conv_general_dilated":
-        return _convolution(equation) / shares
+        return _convolution(equation) * _weight(equation, passes) / shares
     if kind == "cond":
-        return max(operations(branch, chips, shares) for branch in params["branches"])
+        return max(operations(branch, chips, shares, passes=passes) for branch in params["branches"])
     if kind == "shard_map":
-        return operations(params["jaxpr"])
-    inside = sum((operations(inner, chips, shares) for inner in _inner(params)), 0.0)
+        return operations(params["jaxpr"], passes=passes)
+    inside = sum((operations(inner, chips, shares, passes=passes) for inner in _inner(params)), 0.0)
     if kind == "scan":
         return params["length"] * inside
     if kind == "pallas_call":
@@ -49,6 +56,12 @@ def _of_equation(equation: Any, chips: int, shares: int) -> float:
     if kind == "while" and inside:
         raise ValueError("a loop of unknown length holds matrix products: their number is unknown")
     return inside
+
+
+def _weight(equation: Any, passes: int) -> int:
+    precision, operand = equation.params["precision"], equation.invars[0].aval
+    highest = Precision.HIGHEST in (precision if isinstance(precision, tuple) else (precision,))
+    return passes if highest and operand.dtype == jnp.float32 else 1
 
 
 def _product(equation: Any) -> float:

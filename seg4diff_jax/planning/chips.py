@@ -85,6 +85,12 @@ class Slice:
     def chips(self) -> int:
         return math.prod(self.sides)
 
+    @property
+    def host(self) -> Slice:
+        """The chips of one host, which are 2 x 2, or fewer in a smaller slice."""
+        sides = tuple(min(2, side) for side in self.sides[:2])
+        return Slice(self.chip, sides + (1,) * (len(self.sides) - 2))
+
     def devices(self) -> list[Any]:
         """Returns devices to compile for, which need not exist.
 
@@ -99,11 +105,9 @@ class Slice:
             )
         from jax.experimental import topologies
 
-        # A host has 2 x 2 chips, or fewer in a smaller slice.
-        host = tuple(min(2, side) for side in self.sides) + (1,) * (3 - len(self.sides))
         try:
             described: Any = topologies.get_topology_desc(
-                self.name, platform="tpu", chips_per_host_bounds=(*host[:2], 1)
+                self.name, platform="tpu", chips_per_host_bounds=(*self.host.sides[:2], 1)
             )
         except JaxRuntimeError as error:
             raise ValueError(f"topology is {self.name!r}, which libtpu refuses: {error}") from None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from seg4diff_jax.planning.plan import Memory, Plan
+from seg4diff_jax.planning.compiled import Memory
+from seg4diff_jax.planning.plan import Plan
 
 MOST = 4096
 """Largest number of units that the search tries."""

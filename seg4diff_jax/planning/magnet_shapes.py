@@ -17,9 +17,9 @@ from seg4diff_jax.magnet import adapter_files
 from seg4diff_jax.magnet.items import T5_LENGTH
 from seg4diff_jax.magnet.task import Magnet, MagnetConfig, check, image_size
 from seg4diff_jax.models.encoders import Encoders
-from seg4diff_jax.parallel import BATCH, parameter_shardings
+from seg4diff_jax.parallel import BATCH
 from seg4diff_jax.planning.checkpoints import describe
-from seg4diff_jax.training.state import name as dotted
+from seg4diff_jax.planning.placement import placed
 
 
 def described(config: MagnetConfig) -> Checkpoint:
@@ -43,14 +43,7 @@ def abstract_magnet(config: MagnetConfig, checkpoint: Checkpoint, mesh: Mesh) ->
         adapted, head = adapter_files.begin(transformer, config.lora, None, with_head=with_head, seed=0)
         return Magnet(adapted, head, encoders)
 
-    graph, state = nnx.split(nnx.eval_shape(build, component("transformer"), encoders))
-    rule = parameter_shardings(mesh)
-    placed = []
-    for path, variable in nnx.to_flat_state(state):
-        leaf = variable.get_value()
-        place = rule(dotted(path), leaf.shape)
-        placed.append((path, variable.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))))
-    return nnx.merge(graph, nnx.from_flat_state(placed))
+    return placed(nnx.eval_shape(build, component("transformer"), encoders), mesh)
 
 
 def item_shapes(config: MagnetConfig, checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], Any]]:

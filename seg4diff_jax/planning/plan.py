@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
-from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from seg4diff_jax.magnet.task import TRAINABLE, MagnetConfig, loss, step_flops
 from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.planning.arithmetic import operations
 from seg4diff_jax.planning.chips import Slice
-from seg4diff_jax.planning.hlo import Collective, Program
+from seg4diff_jax.planning.compiled import Memory, Moved, compiled
 from seg4diff_jax.planning.magnet_shapes import abstract_batch, abstract_magnet, described
+from seg4diff_jax.planning.placement import on_one_chip
 from seg4diff_jax.training.loop import check_batch
 from seg4diff_jax.training.step import traced_step
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The bytes of one chip's HBM that a step uses.
-
-    Attributes:
-      parts: bytes by use. Arguments by kind (base, encoders, adapters, optimizer, batch), what their layout in memory
-        adds (padding), temporaries, output that is not in donated arguments' memory, and code. If the compiler gave
-        up: the sizes in its message.
-      total: sum of the parts.
-      limit: bytes of HBM of the chip; if the compiler gave up, the bytes that it had available.
-      gave_up: whether the compiler found no program that fits.
-    """
-
-    parts: dict[str, float]
-    total: float
-    limit: float
-    gave_up: bool = False
-
-    @property
-    def fits(self) -> bool:
-        return not self.gave_up and self.total <= self.limit
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Bytes that a compiled step moves: to and from one chip's HBM, and to this chip over the interconnect."""
-
-    hbm: float
-    collectives: tuple[Collective, ...]
-
-    @property
-    def received(self) -> float:
-        return sum((each.bytes for each in self.collectives), 0.0)
 
 
 @dataclass(frozen=True)
@@ -117,15 +77,15 @@ def plan_magnet(config: MagnetConfig, where: Slice) -> Plan:
             "optimizer": on_one_chip(state.optimizer),
             "batch": on_one_chip(batch),
         }
-        memory, moved = compiled(traced, arguments, where.chip.memory)
+        found = compiled(traced, arguments, where.chip.memory)
     return Plan(
         slice=where,
         layout=tuple(mesh.shape.values()),
         batch_size=config.run.batch_size,
-        memory=memory,
+        memory=found.memory,
         needed=step_flops(config, checkpoint) * config.run.batch_size / where.chips,
         done=operations(traced.jaxpr, where.chips, mesh.shape["data"] * mesh.shape["fsdp"]),
-        moved=moved,
+        moved=found.moved,
         seconds=time.perf_counter() - begun,
     )
 
@@ -139,54 +99,3 @@ def described_mesh(config: MagnetConfig, where: Slice) -> Mesh:
     except ValueError as error:
         raise ValueError(f"{where.name}: {error}") from None
     return mesh
-
-
-def on_one_chip(tree: Any) -> float:
-    """Returns the bytes that one chip holds of abstract arrays with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return float(sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
-
-
-def compiled(traced: Any, arguments: dict[str, float], limit: float) -> tuple[Memory, Moved | None]:
-    """Compiles a traced step, and returns its memory and traffic; no traffic if the compiler gave up.
-
-    Args:
-      arguments: bytes of the step's arguments, by kind.
-      limit: bytes of HBM of the chip.
-    """
-    try:
-        program = traced.lower().compile()
-    except JaxRuntimeError as error:
-        return refused(str(error), arguments, limit), None
-    text = Program.parse(program.as_text())
-    return measured(program.memory_analysis(), arguments, limit), Moved(text.traffic(), tuple(text.collectives()))
-
-
-def measured(analysis: Any, arguments: dict[str, float], limit: float) -> Memory:
-    """Makes a `Memory` from the compiler's memory analysis."""
-    parts = {
-        **arguments,
-        "padding": float(analysis.argument_size_in_bytes) - sum(arguments.values()),
-        "temporaries": float(analysis.temp_size_in_bytes),
-        "output": float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-        "code": float(analysis.generated_code_size_in_bytes),
-    }
-    return Memory(parts, sum(parts.values()), limit)
-
-
-def refused(message: str, arguments: dict[str, float], limit: float) -> Memory:
-    """Makes a `Memory` from one of the compiler's messages that no program fits.
-
-    Raises:
-      JaxRuntimeError: the message is about anything else.
-    """
-    size = r"\(?([\d.]+)([KMGT]?)\w*\)?"
-    beside = re.search(rf"required for HLO temporaries {size} exceeds available HBM {size}", message)
-    whole = re.search(rf"Used {size} of {size} hbm", message)
-    found = beside or whole
-    if found is None:
-        raise JaxRuntimeError(message)
-    needed, allowed = float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]]
-    taken = sum(arguments.values(), 0.0)
-    rest = {"temporaries": needed} if beside else {"everything else": needed - taken}
-    return Memory(arguments | rest, taken + sum(rest.values()), min(allowed, limit), gave_up=True)

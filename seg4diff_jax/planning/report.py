@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from seg4diff_jax.planning.chips import Chip
 from seg4diff_jax.planning.plan import Plan
 
 GIB = 2**30
@@ -32,9 +33,8 @@ NOTE = (
 def lines(plan: Plan) -> Iterator[str]:
     memory, chips = plan.memory, plan.slice.chips
     layout = " x ".join(map(str, plan.layout))
-    yield f"{plan.slice.name}: {_count(chips, 'chip')}, data x fsdp x tensor {layout}, batch {plan.batch_size}"
-    versions = ", ".join(f"{package} {_version(package)}" for package in ("libtpu", "jax"))
-    yield f"{'compiled in' if plan.moved else 'given up by the compiler after'} {plan.seconds:.0f} s by {versions}"
+    yield f"{plan.slice.name}: {count(chips, 'chip')}, data x fsdp x tensor {layout}, batch {plan.batch_size}"
+    yield f"{'compiled in' if plan.moved else 'given up by the compiler after'} {plan.seconds:.0f} s by {versions()}"
     yield ""
     yield "memory of one chip, GiB"
     for name, size in memory.parts.items():
@@ -57,13 +57,8 @@ def lines(plan: Plan) -> Iterator[str]:
         slowest = max(plan.bounds, key=lambda name: plan.bounds[name])
         rate = plan.batch_size / plan.bounds[slowest]
         yield f"  {slowest} dominates: at most {rate:.2f} images/s, {rate / chips:.2f} a chip"
-    chip = plan.slice.chip
     yield ""
-    yield (
-        f"{chip.name}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.0f} GiB at "
-        f"{chip.memory_rate / 1e9:.0f} GB/s, {chip.link_rate / 1e9:.0f} GB/s each way over the "
-        f"interconnect ({chip.source})"
-    )
+    yield described_chip(plan.slice.chip)
     yield NOTE
 
 
@@ -92,6 +87,18 @@ def _cells(plan: Plan) -> Iterator[str]:
     yield ", ".join(f"{1000 * seconds:.1f}" for seconds in plan.bounds.values())
 
 
+def described_chip(chip: Chip) -> str:
+    return (
+        f"{chip.name}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / GIB:.0f} GiB at "
+        f"{chip.memory_rate / 1e9:.0f} GB/s, {chip.link_rate / 1e9:.0f} GB/s each way over the "
+        f"interconnect ({chip.source})"
+    )
+
+
+def versions() -> str:
+    return ", ".join(f"{package} {_version(package)}" for package in ("libtpu", "jax"))
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -99,5 +106,5 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import seg4diff_jax as s4d
 from seg4diff_jax.command_line.evaluate import main
+from seg4diff_jax.evaluation import readouts
+from seg4diff_jax.evaluation.batches import class_rows
 from seg4diff_jax.evaluation.benchmarks import Benchmark, folder_benchmark
-from seg4diff_jax.evaluation.measurement import Settings
+from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.options import kinds_of_prompts, numbers
 from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.evaluation.scores import constant_choices
@@ -116,6 +119,39 @@ def test_images_of_other_sizes_and_classes_compile_nothing_however_they_are_segm
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert not compiled
+
+
+def test_images_are_encoded_once_and_noised_once_however_many_prompts_they_have(out, sd3, whole, monkeypatch):
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        function = getattr(readouts, name)
+        monkeypatch.setattr(readouts, name, lambda *args, **how: calls.append(name) or function(*args, **how))
+
+    for name in ("encode_images", "image_noise", "attention_maps"):
+        counted(name)
+    settings = Settings((0,), (8,), (5,), batch_size=2, prompts=("present", "all"))
+    measurement = Measurement(sd3, folder_benchmark(whole), settings)
+    outcome = measurement.outcome()
+    # Two images and one have a prompt each, and then two each, in batches of two prompts.
+    assert outcome.forwards.tolist() == [2, 3, 0]
+    assert calls.count("attention_maps") == 2 + 3
+    assert calls.count("encode_images") == 2
+    assert calls.count("image_noise") == 2
+
+
+def test_other_noise_is_drawn_for_other_images_and_seeds(sd3):
+    forward = readouts.Forward(sd3, [readouts.Readout(0)])
+    for seed, indices in ((5, [0, 1]), (5, [0, 2]), (6, [0, 2]), (5, [0, 1])):
+        drawn = forward.noise(jnp.zeros((2, 4, 4, 16)), np.array(indices), seed)
+        np.testing.assert_array_equal(drawn, image_noise(seed, indices, (4, 4, 16)))
+
+
+def test_the_numbers_of_class_rows_are_few_and_a_vocabulary_has_hardly_more_than_it_needs():
+    rows = [class_rows(classes) for classes in range(1, 256)]
+    assert all(classes <= count for classes, count in enumerate(rows, 1))
+    assert sorted(set(rows)) == [8, 16, *range(32, 257, 32)]
+    assert {name: class_rows(count) for name, count in (("ade", 150), ("coco", 171))} == {"ade": 160, "coco": 192}
 
 
 @pytest.mark.parametrize(("rule", "first"), [("ignored", 1), ("asked", 0), ("scored", 0)])

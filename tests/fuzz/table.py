@@ -50,7 +50,12 @@ ELSEWHERE: dict[str, str] = {
         "reads by what is fuzzed",
     ),
     **dict.fromkeys(
-        ("seg4diff_jax/command_line/plan.py", "convert/command_line/__init__.py"), "options of the command line alone"
+        (
+            "seg4diff_jax/command_line/plan.py",
+            "seg4diff_jax/command_line/plan_evaluate.py",
+            "convert/command_line/__init__.py",
+        ),
+        "options of the command line alone",
     ),
     **dict.fromkeys(
         ("seg4diff_jax/evaluation/results.py", "convert/command_line/verify.py"),

@@ -27,9 +27,10 @@ from seg4diff_jax.parallel import make_mesh
 from seg4diff_jax.planning import plan as planning
 from seg4diff_jax.planning.checkpoints import TRANSFORMERS, describe
 from seg4diff_jax.planning.chips import CHIPS, Slice
+from seg4diff_jax.planning.compiled import Memory, Moved, measured, refused
 from seg4diff_jax.planning.largest import largest_batch
 from seg4diff_jax.planning.magnet_shapes import abstract_batch, abstract_magnet, described
-from seg4diff_jax.planning.plan import Memory, Moved, Plan
+from seg4diff_jax.planning.plan import Plan
 from seg4diff_jax.training.state import name as dotted
 from tests.reference.processes import as_users_compile
 
@@ -138,25 +139,25 @@ TOO_MANY = (
 
 
 def test_memory_is_arguments_temporaries_and_what_is_not_given_back_in_place():
-    memory = planning.measured(ANALYSIS, {"base": 900.0, "batch": 150.0}, limit=1630.0)
+    memory = measured(ANALYSIS, {"base": 900.0, "batch": 150.0}, limit=1630.0)
     assert memory.parts["padding"] == 50
     assert memory.parts["output"] == 10
     assert memory.total == 1100 + 500 + 10 + 20
     assert memory.fits
-    assert not planning.measured(ANALYSIS, {"base": 900.0}, limit=1629.0).fits
+    assert not measured(ANALYSIS, {"base": 900.0}, limit=1629.0).fits
 
 
 def test_the_compilers_refusal_is_a_verdict_and_every_other_error_is_one():
-    memory = planning.refused(FULL, {"base": 2.0**30}, limit=16.0 * 2**30)
+    memory = refused(FULL, {"base": 2.0**30}, limit=16.0 * 2**30)
     assert not memory.fits
     assert (memory.total, memory.limit) == (18.5 * 2**30, 15.75 * 2**30)
-    beside = planning.refused(TOO_MANY, {"base": 2.0**30}, limit=32.0 * 2**30)
+    beside = refused(TOO_MANY, {"base": 2.0**30}, limit=32.0 * 2**30)
     assert beside.parts == {"base": 2.0**30, "temporaries": pytest.approx(49.11 * 2**30)}
     assert (beside.fits, beside.limit) == (False, 31.24 * 2**30)
-    vast = planning.refused(TOO_MANY.replace("49.11G", "2.15T"), {}, limit=32.0 * 2**30)
+    vast = refused(TOO_MANY.replace("49.11G", "2.15T"), {}, limit=32.0 * 2**30)
     assert vast.total == pytest.approx(2.15 * 2**40)
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
-        planning.refused("INTERNAL: something else", {}, limit=1.0)
+        refused("INTERNAL: something else", {}, limit=1.0)
 
 
 def made(batch: int, total: float, limit: float, where: str = "v5e:2x2") -> Plan:
@@ -198,8 +199,8 @@ def test_a_compiler_that_holds_a_larger_batch_in_less_does_not_mislead_the_searc
 
     def plan(batch: int) -> Plan:
         found = made(batch, total(batch), 316)
-        refused = Memory({"temporaries": 7.0}, 7.0, 315.0, gave_up=True)  # of what does not fit the size is unknown
-        return found if found.memory.fits else replace(found, memory=refused)
+        given_up = Memory({"temporaries": 7.0}, 7.0, 315.0, gave_up=True)  # of what does not fit the size is unknown
+        return found if found.memory.fits else replace(found, memory=given_up)
 
     plans = {plan.batch_size: plan for plan in largest_batch(plan, 1)}
     best = max(batch for batch, plan in plans.items() if plan.memory.fits)

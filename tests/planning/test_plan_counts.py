@@ -75,6 +75,17 @@ def test_a_kernels_operations_count_its_padded_tiles_and_are_those_of_each_chip(
         assert operations(jax.make_jaxpr(program)(q), chips=4) == whole / 4
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype", "times"), [("highest", "float32", 6), (None, "float32", 1), ("highest", "bfloat16", 1)]
+)
+def test_fp32_at_the_highest_precision_counts_as_often_as_a_tpu_multiplies(precision, dtype, times):
+    x = jax.ShapeDtypeStruct((8, 8), dtype)
+    with jax.default_matmul_precision(precision):
+        program = jax.make_jaxpr(lambda x: jax.lax.map(lambda row: row @ x, x[None]))(x)
+    assert operations(program) == 2 * 8**3
+    assert operations(program, passes=6) == times * 2 * 8**3
+
+
 def test_a_loop_of_unknown_length_must_hold_no_products():
     endless = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
     with pytest.raises(ValueError, match="loop of unknown length"):
