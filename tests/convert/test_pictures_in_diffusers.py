@@ -70,7 +70,8 @@ def test_a_checkpoint_that_is_converted_back_makes_our_picture(sd3_checkpoint: P
     assert main(["checkpoint", str(native), str(back), "--to", "diffusers"]) == 0
     expected = theirs(loaded(back))
     assert expected.std() > 10
-    np.testing.assert_array_equal(expected, theirs(loaded(sd3_checkpoint)))
+    # Of equal weights, up to PyTorch's order of sums, which depends on where in memory they lie; in levels of 255.
+    np.testing.assert_allclose(expected, theirs(loaded(sd3_checkpoint)), atol=0.01)
     for directory in (native, sd3_checkpoint, back):
         assert np.abs(ours(s4d.load(directory)) - expected).max() <= 1
 

@@ -59,7 +59,7 @@ def test_fresh_heads_begin_as_pytorchs_convolutions_do():
 
 def test_a_classs_map_is_the_mean_of_its_span():
     prompts = ClassPrompts(
-        ("cat", "traffic light"), ("cat traffic light",), (0, 0), (TokenSpan(1, 2), TokenSpan(2, 4)), TEXT
+        ("cat", "traffic light"), ("cat traffic light",), (0, 1), (0, 0), (TokenSpan(1, 2), TokenSpan(2, 4)), TEXT
     )
     maps = normal(1, 30, TEXT)
     found = class_maps(jnp.asarray(maps), jnp.asarray(prompts.averaging(3)), GRID)
