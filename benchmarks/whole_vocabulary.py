@@ -56,6 +56,7 @@ from seg4diff_jax.planning.evaluator_programs import (
     each_program,
     settled_config,
 )
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS
 from seg4diff_jax.text import Tokenizers
 
 PROTOCOLS = {"classes present": ("present",), "whole vocabulary": ("all",), "both in one run": ("present", "all")}
@@ -275,7 +276,7 @@ def counted(measurement: Measurement, batch: EvaluationBatch, grid: tuple[int, i
     scores = jax.random.uniform(jax.random.key(0), shape)
     found = []
     for each in (scores, *without_images(scores, batch.indices, SEED)):
-        found.append(Tally(1, len(measurement.benchmark.classes)).count(each, grid, batch))
+        found.append(Tally(1, len(measurement.benchmark.classes)).count([(each, PAPERS_MASKS)], grid, batch))
     return found
 
 

@@ -39,6 +39,7 @@ class Key(NamedTuple):
     absent_classes: bool | None
     decoys: int | None
     decoys_seed: int | None
+    refined: bool | None
 
     @property
     def title(self) -> str:
@@ -47,7 +48,8 @@ class Key(NamedTuple):
             asked += f" ({self.decoys}, seed {self.decoys_seed})"
         head = "" if self.head is None else f", head {self.head}"
         merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
-        return f"{asked}, block {self.block}{head}, noise level {self.step}{merged}"
+        refined = ", refined masks" if self.refined else ""
+        return f"{asked}, block {self.block}{head}, noise level {self.step}{merged}{refined}"
 
 
 class Difference(NamedTuple):
@@ -133,8 +135,9 @@ def _misread(row: Any) -> str | None:
     for name, kind in kinds.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             return f"usable {name}"
-    if not isinstance(row.get("absent_classes"), bool | None):
-        return "usable absent_classes"
+    for name in ("absent_classes", "refined"):
+        if not isinstance(row.get(name), bool | None):
+            return f"usable {name}"
     wrong = [name for name, value in row["iou"].items() if not isinstance(value, int | float | None)]
     return f"usable iou of {wrong[0]}" if wrong else None
 

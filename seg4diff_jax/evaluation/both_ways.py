@@ -31,6 +31,8 @@ class BothWays(NamedTuple):
 def both_ways(rows: Sequence[Row], baselines: Sequence[Row]) -> list[BothWays]:
     """Returns the lines: the best setting of each way of asking, what is published for the set, and guessers.
 
+    Beside the best setting stand the paper's masks, where it is of refined ones.
+
     Returns no lines if rows are not of both ways of asking.
     """
     own = {kind: [row for row in rows if row.prompts == kind] for kind in COLUMNS}
@@ -40,7 +42,8 @@ def both_ways(rows: Sequence[Row], baselines: Sequence[Row]) -> list[BothWays]:
     miou = lambda some: mean_figures(some, ["miou"])["miou"]
     found: dict[Setting, BothWays] = {}
     best = {kind: best_setting(some) for kind, some in own.items()}
-    for chosen in best.values():
+    plain = [chosen._replace(refined=False) for chosen in best.values() if chosen.refined]
+    for chosen in (*best.values(), *plain):
         alike = {kind: chosen._replace(prompts=kind) for kind in COLUMNS}
         found[alike[PRESENT]] = BothWays(chosen.title, {kind: miou(settings[at]) for kind, at in alike.items()})
     lines = list(found.values())

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -87,25 +88,27 @@ class Further:
     def count(
         self,
         one: tuple,
-        scores: Float[Array, "readouts images classes tokens"],
+        parts: Sequence[tuple[Float[Array, "_ images classes tokens"], MaskOptions]],
         grid: tuple[int, int],
         batch: EvaluationBatch,
-        masks: MaskOptions = PAPERS_MASKS,
     ) -> None:
         """Counts a batch in one pass. Returns at once: the device may still be working.
 
         Args:
-          scores: class scores on the grid of image tokens, rows as in `batch.class_of_row`.
-          masks: whether masks follow the image's edges.
+          parts: class scores on the grid of image tokens, rows as in `batch.class_of_row`, and whether masks follow the
+            image's edges: see `Forward.by_edges`.
         """
         if one in self._presence:
-            own = batch.class_of_row[: len(batch.examples)]
+            own, scores = batch.class_of_row[: len(batch.examples)], jnp.concatenate([scores for scores, _ in parts])
             self._presence[one].append((own, image_scores(scores, batch.class_of_row)))
         if self.of_masks:
-            options = {"grid": grid, "classes": self.classes, "metrics": self.of_masks, "masks": masks}
+            options = {"grid": grid, "classes": self.classes, "metrics": self.of_masks}
             asked = batch.truth, batch.sizes, band_widths(batch.sizes), batch.class_of_row
-            counted = mask_counts(scores, *asked, batch.pixels if masks.edge_radius else None, **options)
-            self._masks[one].append(counted)
+            counted = [
+                mask_counts(scores, *asked, batch.pixels if masks.edge_radius else None, **options, masks=masks)
+                for scores, masks in parts
+            ]
+            self._masks[one].append({name: jnp.concatenate([each[name] for each in counted]) for name in self.of_masks})
 
     def take(self) -> FurtherCounts:
         """Returns what was counted since the last call. Waits for the device."""

@@ -16,6 +16,7 @@ from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
 from seg4diff_jax.evaluation.vocabulary import each_class_once
 from seg4diff_jax.evaluation.zero_shot import Pass
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS
 from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
 from seg4diff_jax.segmentation.unsupervised_scores import matched_pairs
 from seg4diff_jax.segmentation.unsupervised_tally import tables
@@ -101,7 +102,7 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
     """Returns the images that `pictured` chooses by accuracy at the first seed, segmented by class names."""
     settings, counting = measurement.settings, measurement.zero_shot
     one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
-    reading = settings.readings.index(best.reading)
+    reading, masks = settings.readings.index(best.reading), settings.masks if best.refined else PAPERS_MASKS
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), reading], outcome)
     asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
     found: dict[int, Shown] = {}
@@ -112,7 +113,12 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
             grid = grid[: len(classes)].copy()
             if wordless := len(classes) > len(prompts.classes):  # the last row wins where all others are below
                 grid[-1] = best.threshold
-            labels = upsampled_labels(grid, example.labels.shape, masks=settings.masks, pixels=example.pixels)
+            labels = upsampled_labels(
+                grid,
+                example.labels.shape,
+                masks=masks,
+                pixels=example.pixels,
+            )
             predicted = np.array(classes, np.int32)[labels]
             if wordless:
                 grid[-1] = -grid[:-1].max(axis=0)  # below the scores of competitors, if there are any
@@ -128,7 +134,7 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
 def shown_segments(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[ShownSegments]:
     """Returns the images that `pictured` chooses by accuracy after the match, at the first seed, as segments."""
     settings, counting = measurement.settings, measurement.unsupervised
-    look, block = Look(best.step, settings.seeds[0]), settings.readouts.index(best.readout)
+    look, block = Look(best.step, settings.seeds[0]), settings.plain_readouts.index(best.readout)
     thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
     place = thresholds.index(best.threshold)
     accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)

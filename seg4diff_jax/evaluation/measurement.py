@@ -57,7 +57,7 @@ class Settings:
       resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
-      masks: how masks by name are made of attention.
+      masks: how masks by name are fused and refined; the paper's are measured beside them.
     """
 
     blocks: tuple[int, ...]
@@ -83,6 +83,12 @@ class Settings:
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
+        """Those of the paper's masks, then those of refined masks, if any are asked for."""
+        refined = [readout._replace(refined=True) for readout in self.plain_readouts if self.masks != PAPERS_MASKS]
+        return (*self.plain_readouts, *refined)
+
+    @property
+    def plain_readouts(self) -> tuple[Readout, ...]:
         return tuple(Readout(block, head) for block in self.blocks for head in self.heads)
 
     @property
@@ -125,7 +131,9 @@ class Measurement:
             below = Thresholds(settings.thresholds, benchmark.background)
         asking = {"prompts": settings.prompts, "thresholds": below, "metrics": settings.metrics}
         self.zero_shot = ZeroShot(self.forward, classes, **looks, **asking)
-        self.unsupervised = Unsupervised(self.forward, classes, **looks, protocols=settings.unsupervised)
+        self.unsupervised = Unsupervised(
+            Forward(pipe, settings.plain_readouts), classes, **looks, protocols=settings.unsupervised
+        )
         self._read = time.monotonic()
 
     def _likeness(self, names: Sequence[str]) -> Float[np.ndarray, "classes classes"]:

@@ -167,7 +167,7 @@ def _model(config: MMDiTConfig, trained_size: int) -> str | None:
 def _measured_alike(row: Row) -> bool:
     expert = (row.block, row.head, row.step) == (BLOCK, None, STEP)
     alike = _asked_alike(row) if row.merging is None else _released_match(row, row.merging)
-    return _whole(row) and expert and alike and row.images.resize in RESIZES
+    return _whole(row) and expert and alike and row.images.resize in RESIZES and not row.refined
 
 
 def _whole(row: Row) -> bool:

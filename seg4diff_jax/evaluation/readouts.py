@@ -27,23 +27,44 @@ Latents = Float[Array, "images latent_rows latent_columns channels"]
 
 
 class Readout(NamedTuple):
-    """Where attention is read: a block and one of its heads; None is the mean of all heads."""
+    """Where attention is read: a block and one of its heads; None is the mean of all heads.
+
+    Attributes:
+      refined: whether class maps are then fused and refined, as `Forward.masks` says.
+    """
 
     block: int
     head: int | None = None
+    refined: bool = False
 
 
 class Forward:
     """A model whose attention is read. Images are split over the devices of the model's mesh, if it has one.
 
     Attributes:
-      readouts: where attention is read. One pass reads all of them, and stops at the last of their blocks.
-      masks: how class maps are fused and refined, for `refined_scores`, which has a pass for each readout.
+      readouts: where attention is read, the refined ones last. One pass reads all others, and stops at the last of
+        their blocks; each refined one has a pass of its own.
+      masks: how class maps of the refined readouts are fused and refined.
     """
 
     def __init__(self, pipe: Pipeline, readouts: Sequence[Readout], masks: MaskOptions = PAPERS_MASKS):
-        self.pipe, self.readouts, self.masks = pipe, tuple(readouts), masks
+        self.pipe, self.masks = pipe, masks
+        self.readouts = (*self._refined(readouts, False), *self._refined(readouts, True))
         self._noises: dict[tuple, Float[Array, "images latent_rows latent_columns channels"]] = {}
+
+    @staticmethod
+    def _refined(readouts: Sequence[Readout], refined: bool) -> tuple[Readout, ...]:
+        return tuple(readout for readout in readouts if readout.refined == refined)
+
+    def by_edges(
+        self, scores: Float[Array, "readouts images classes tokens"]
+    ) -> list[tuple[Float[Array, "_ images classes tokens"], MaskOptions]]:
+        """Splits scores by readouts into those that follow edges and those that do not, each with the options."""
+        plain = len(self._refined(self.readouts, False))
+        if not self.masks.edge_radius:
+            return [(scores, PAPERS_MASKS)]
+        each = (scores[:plain], PAPERS_MASKS), (scores[plain:], self.masks)
+        return [(some, masks) for some, masks in each if len(some)]
 
     def latents(self, pixels: Float[np.ndarray, "images height width 3"]) -> Latents:
         with self.pipe.settings():
@@ -72,7 +93,9 @@ class Forward:
         step: int,
         seed: int,
     ) -> Float[Array, "readouts rows tokens clip_tokens"]:
-        """Returns the attention of image tokens to CLIP's tokens, for rows of prompts; see `attention_maps`.
+        """Returns the attention of image tokens to CLIP's tokens at all readouts that are not refined.
+
+        Of rows of prompts; see `attention_maps`.
 
         Args:
           indices: each image's number in the data set, which seeds its noise.
@@ -84,7 +107,7 @@ class Forward:
         image_of_row, prompts = pipe.spread((image_of_row, prompts))
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
-            return attention_maps(pipe.transformer, images, prompts, readouts=self.readouts)
+            return attention_maps(pipe.transformer, images, prompts, readouts=self._refined(self.readouts, False))
 
     def refined_scores(
         self,
@@ -96,8 +119,8 @@ class Forward:
         *,
         step: int,
         seed: int,
-    ) -> Float[Array, "readouts images classes tokens"]:
-        """Returns the class scores of some prompts, fused over views and refined as `masks` says.
+    ) -> Float[Array, "refined images classes tokens"]:
+        """Returns the class scores of some prompts at the refined readouts, fused over views and refined.
 
         Args:
           averaging: weights of each class's tokens in each prompt.
@@ -114,7 +137,7 @@ class Forward:
         views = Views(tuple(noised(view) for view in range(masks.views)), masks.mirrors)
         read = partial(read_class_scores, pipe.transformer, views, prompts, averaging, masks=masks)
         with pipe.settings():
-            each = [read(block=readout.block, head=readout.head) for readout in self.readouts]
+            each = [read(block=block, head=head) for block, head, _ in self._refined(self.readouts, True)]
             return jnp.stack([scores.reshape(*scores.shape[:2], -1) for scores in each])
 
     def encoded(self, texts: Sequence[str]) -> TextConditioning:

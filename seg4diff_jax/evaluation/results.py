@@ -36,7 +36,7 @@ SCORES = {
     "segments": "segments",
 }
 """Percentages; last, of segments without names, how many an image has."""
-PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "step", "seed", "images", "skipped")
+PLACE = ("dataset", "protocol", "prompts", "threshold", "block", "head", "refined", "step", "seed", "images", "skipped")
 MOST_NAMED = 5
 """Left-out images that are named on the terminal; `results.json` has all."""
 
@@ -65,7 +65,7 @@ def write(
     contents = {
         "rows": [row.plain() for row in evaluation.rows],
         "baselines": [row.plain() for row in evaluation.baselines],
-        "best": {name: value for name, value in evaluation.best._asdict().items() if value is not None},
+        "best": {name: value for name, value in evaluation.best._asdict().items() if value not in (None, False)},
         "units": "percent",
         "skipped": evaluation.skipped,
         "unlabelled": evaluation.unlabelled,

@@ -35,6 +35,7 @@ class Setting(NamedTuple):
       threshold: segments without names: maps of a smaller divergence were merged. With names: pixels whose scores are
         all smaller are background.
       head: None is the mean of all heads.
+      refined: whether masks were fused and refined.
     """
 
     block: int
@@ -42,10 +43,11 @@ class Setting(NamedTuple):
     prompts: str
     threshold: float | None = None
     head: int | None = None
+    refined: bool = False
 
     @property
     def readout(self) -> Readout:
-        return Readout(self.block, self.head)
+        return Readout(self.block, self.head, self.refined)
 
     @property
     def reading(self) -> tuple[Readout, float | None]:
@@ -56,7 +58,8 @@ class Setting(NamedTuple):
     def title(self) -> str:
         head = "" if self.head is None else f", head {self.head}"
         merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
-        return f"block {self.block}{head}, noise level {self.step}{merged}"
+        refined = ", refined" if self.refined else ""
+        return f"block {self.block}{head}, noise level {self.step}{merged}{refined}"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Row:
       further: figures beside mIoU, where they were measured.
       decoys: which absent classes prompts named; None for prompts without a chosen few.
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
+      refined: whether masks were fused and refined; how, says the run's configuration.
       words: what prompts say beside, or instead of, the classes' own names.
       below: pixels whose scores are all below it are background; None where no threshold finds the background.
       merging: how segments without names are made; None with names.
@@ -136,6 +140,7 @@ class Row:
     head: int | None = None
     step: int | None = None
     seed: int | None = None
+    refined: bool = False
     words: Words = NO_WORDS
     below: float | None = None
     merging: UnsupervisedProtocol | None = None
@@ -158,7 +163,7 @@ class Row:
         """Raises ValueError for a guesser that reads no attention."""
         if self.block is None or self.step is None:
             raise ValueError(f"{self.baseline} reads no block at no noise level")
-        return Setting(self.block, self.step, self.prompts, self.threshold, self.head)
+        return Setting(self.block, self.step, self.prompts, self.threshold, self.head, self.refined)
 
     @property
     def figures(self) -> dict[str, float | None]:
@@ -182,6 +187,7 @@ class Row:
         merging = asdict(self.merging) if self.merging else self.words.plain()
         merging |= {"threshold": self.threshold}
         place = {"block": self.block, "head": self.head, "step": self.step, "seed": self.seed}
+        place |= {"refined": True} if self.refined else {}
         if self.baseline:
             choice = {"choice": self.choice} if self.choice else {}
             place = {"baseline": self.baseline, **choice, **place}
@@ -242,6 +248,6 @@ def guesses(baselines: Sequence[Row], best: Setting) -> dict[str, list[Row]]:
     named: dict[str, list[Row]] = {}
     for row in sorted(baselines, key=lambda row: row.baseline != "random"):
         alike = row.prompts == best.prompts and row.threshold in (None, best.threshold)
-        if alike and (row.block is None or Readout(row.block, row.head) == best.readout):
+        if alike and (row.block is None or Readout(row.block, row.head, row.refined) == best.readout):
             named.setdefault(str(row.baseline), []).append(row)
     return named

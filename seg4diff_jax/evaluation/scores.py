@@ -113,6 +113,7 @@ def score_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
                 decoys=settings.decoys if one.prompts in WITH_DECOYS else None,
                 block=readout.block,
                 head=readout.head,
+                refined=readout.refined,
                 step=one.step,
                 seed=one.seed,
                 seconds=seconds,
@@ -148,7 +149,7 @@ def unsupervised_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
     seconds, rate = _speed(outcome, measurement, -1) if settings.unsupervised else (None, None)
     rows: list[Row] = []
     for look, one in enumerate(measurement.unsupervised.looks):
-        for at, readout in enumerate(settings.readouts):
+        for at, readout in enumerate(settings.plain_readouts):
             for number, protocol in enumerate(settings.unsupervised):
                 counts = MatchCounts(*matched.pixels[look, at, number])
                 row = Row(
@@ -237,10 +238,10 @@ def baseline_rows(outcome: Counts, measurement: Measurement) -> list[Row]:
             found = metrics(outcome.counted.random[number, 0], benchmark)
             rows.append(replace(guess, baseline=RANDOM, seed=seed, metrics=found))
             permuted = replace(guess, baseline=PERMUTED, step=settings.steps[0], seed=seed)
-            for at, ((block, head), below) in enumerate(settings.readings):
+            for at, (readout, below) in enumerate(settings.readings):
                 found = metrics(outcome.counted.permuted[number, at], benchmark)
                 further = further_figures(outcome, measurement, (PERMUTED, kind, seed), at // settings.thresholds_each)
-                row = replace(permuted, block=block, head=head, below=below, metrics=found)
+                row = replace(permuted, **readout._asdict(), below=below, metrics=found)
                 rows.append(replace(row, further=further))
     return rows
 
@@ -269,7 +270,7 @@ def unsupervised_baselines(outcome: Counts, measurement: Measurement) -> list[Ro
     for which, protocol in enumerate(settings.unsupervised):
         permuted = replace(guess, baseline=PERMUTED, merging=protocol, step=settings.steps[0])
         for number, seed in enumerate(settings.seeds):
-            for at, (block, head) in enumerate(settings.readouts):
+            for at, (block, head, _) in enumerate(settings.plain_readouts):
                 segments = _per_image(matched.permuted_segments[number, at, which], outcome)
                 found = score(matched.permuted[number, at, which])
                 rows.append(replace(permuted, block=block, head=head, seed=seed, segments=segments, metrics=found))

@@ -75,31 +75,38 @@ class Tally:
     def __init__(self, readouts: int, classes: int, thresholds: Thresholds = NO_THRESHOLDS):
         self._thresholds = thresholds
         self._shape = (readouts, thresholds.parts, classes, classes)
-        self._device: Array | None = None
+        self._device: list[Array] = []
         self._host = np.zeros(self._shape, np.int64)
         self._pixels = 0
 
     def count(
         self,
-        scores: Float[Array, "readouts images classes tokens"],
+        parts: Sequence[tuple[Float[Array, "_ images classes tokens"], MaskOptions]],
         grid: tuple[int, int],
         batch: EvaluationBatch,
-        masks: MaskOptions = PAPERS_MASKS,
     ) -> Int[Array, "readings images"]:
-        """Counts a batch, its scores brought to edges as `masks` says. Returns the number of right pixels per image."""
+        """Counts a batch. Returns the number of right pixels in each image.
+
+        Args:
+          parts: scores, readouts first, and whether they follow the image's edges: see `Forward.by_edges`.
+        """
         if self._pixels + batch.truth.size > MOST_COUNTED:
             self.total()
         self._pixels += batch.truth.size
-        former = jnp.zeros(self._shape, jnp.int32) if self._device is None else self._device
+        former = self._device or [jnp.zeros((len(scores), *self._shape[1:]), jnp.int32) for scores, _ in parts]
         below = np.array(self._thresholds.scores, np.float32), np.int32(self._thresholds.background)
-        asked, pixels = (batch.truth, batch.sizes, batch.class_of_row), batch.pixels if masks.edge_radius else None
-        self._device, right = count(former, scores, *asked, *below, pixels, grid=grid, masks=masks)
-        return right
+        asked = batch.truth, batch.sizes, batch.class_of_row, *below
+        counted = [
+            count(before, scores, *asked, batch.pixels if masks.edge_radius else None, grid=grid, masks=masks)
+            for before, (scores, masks) in zip(former, parts, strict=True)
+        ]
+        self._device = [confusion for confusion, _ in counted]
+        return jnp.concatenate([right for _, right in counted])
 
     def total(self) -> Int[np.ndarray, "readings classes classes"]:
-        if self._device is not None:
-            self._host += np.asarray(self._device)
-            self._device, self._pixels = None, 0
+        if self._device:
+            self._host += np.concatenate([np.asarray(confusion) for confusion in self._device])
+            self._device, self._pixels = [], 0
         each = at_thresholds(self._host, self._thresholds.background) if self._thresholds.scores else self._host
         return each.reshape(-1, *self._shape[2:])
 
@@ -166,14 +173,16 @@ class ZeroShot:
         scores = self._scores(batch, latents, conditioning, one)
         grid = self.forward.grid(latents)
         with self.forward.pipe.settings():
-            right = self.tallies[one].count(scores, grid, batch, self.forward.masks)
+            parts = self.forward.by_edges(scores)
+            right = self.tallies[one].count(parts, grid, batch)
             self._pending.append((one, len(batch.examples), right))
-            self.further.count(one, scores, grid, batch, self.forward.masks)
+            self.further.count(one, parts, grid, batch)
             if one.step == self._first_step:
                 permuted, random = without_images(scores, batch.indices, one.seed)
-                self.tallies[PERMUTED, one.prompts, one.seed].count(permuted, grid, batch)
-                self.further.count((PERMUTED, one.prompts, one.seed), permuted, grid, batch)
-                self.tallies[RANDOM, one.prompts, one.seed].count(random, grid, batch.guessed())
+                smooth = [(permuted, PAPERS_MASKS)]
+                self.tallies[PERMUTED, one.prompts, one.seed].count(smooth, grid, batch)
+                self.further.count((PERMUTED, one.prompts, one.seed), smooth, grid, batch)
+                self.tallies[RANDOM, one.prompts, one.seed].count([(random, PAPERS_MASKS)], grid, batch.guessed())
 
     def take(self) -> ConfusionCounts:
         """Returns the counts since the last call."""
@@ -224,18 +233,21 @@ class ZeroShot:
         self, batch: EvaluationBatch, latents: Latents, conditioning: list[TextConditioning], one: Pass
     ) -> Float[Array, "readouts images classes tokens"]:
         forward, (rows, columns) = self.forward, self.forward.grid(latents)
-        shape = len(forward.readouts), len(latents), batch.class_of_row.shape[1], rows * columns
-        scores = jnp.zeros(shape, jnp.float32)
+        refined = sum(readout.refined for readout in forward.readouts)
+        shape = len(latents), batch.class_of_row.shape[1], rows * columns
+        scores = jnp.zeros((len(forward.readouts) - refined, *shape), jnp.float32)
+        better = jnp.zeros((refined, *shape), jnp.float32)
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
-            if forward.masks.is_of_maps:
-                whose = latents, batch.indices, texts, asked.image_of_row, asked.averaging
-                scores = scores + forward.refined_scores(*whose, step=one.step, seed=one.seed)
+            seen = latents, batch.indices, texts, asked.image_of_row
+            if refined:
+                better = better + forward.refined_scores(*seen, asked.averaging, step=one.step, seed=one.seed)
+            if not len(scores):
                 continue
-            maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, step=one.step, seed=one.seed)
+            maps = forward.maps(*seen, step=one.step, seed=one.seed)
             averaging, image_of_row = forward.pipe.spread((asked.averaging, asked.image_of_row))
             with forward.pipe.settings():
                 scores = add_scores(scores, maps, averaging, image_of_row)
-        return scores
+        return jnp.concatenate([scores, better]) if refined else scores
 
 
 # ---- compiled programs ----------------------------------------------------------------------------------------------

@@ -48,6 +48,22 @@ def test_a_line_has_the_same_setting_asked_both_ways_and_each_ways_best_has_one(
     assert guessers == ["random classes (chance)", "one class everywhere", "positions permuted"]
 
 
+def test_the_papers_masks_stand_beside_refined_ones_and_refined_ones_beside_no_published_figure():
+    evaluation = made_up("voc20")
+    better = lambda row: replace(row, refined=True, metrics=replace(row.metrics, miou=100.0), reported=())
+    baselines = [*evaluation.baselines, *(replace(row, refined=row.block is not None) for row in evaluation.baselines)]
+    rows = [*evaluation.rows, *map(better, evaluation.rows)]
+    ours = [line for line in both_ways(rows, baselines) if not line.guess and not line.source]
+    first = best_setting([row for row in rows if row.prompts == "present"])
+    assert first.refined
+    assert [line.title for line in ours[:1]] == [first.title]
+    plain = first._replace(refined=False)
+    (beside,) = [line for line in ours if line.title == plain.title]
+    assert first.title == f"{plain.title}, refined"
+    assert beside.miou["present"][0] == pytest.approx(of_mean(by_setting(rows)[plain]))
+    assert {row.plain().get("refined") for row in rows} == {None, True}
+
+
 def test_one_way_of_asking_has_no_table():
     evaluation = made_up()
     present = [row for row in evaluation.rows if row.prompts == "present"]

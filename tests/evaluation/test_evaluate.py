@@ -31,6 +31,7 @@ from seg4diff_jax.evaluation.zero_shot import Pass, Tally, ZeroShot, count, with
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.miniature.world.shapes import CLASSES, STUFFS, THINGS, scene
 from seg4diff_jax.prompt_cache import PromptCache
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS
 from tests.reference.inputs import SQUARE
 from tests.reference.random_weights import relative_error
 from tests.reference.ties import ignore, undecided
@@ -189,11 +190,11 @@ def test_matrices_that_would_overflow_on_the_device_are_summed_up_on_the_host(sd
     _, batch = one_batch(sd3, benchmark, 8)
     scores = jax.random.uniform(jax.random.key(0), (1, 8, batch.class_of_row.shape[1], 16))
     once = Tally(1, len(NAMES))
-    once.count(scores, (4, 4), batch)
+    once.count([(scores, PAPERS_MASKS)], (4, 4), batch)
     monkeypatch.setattr(zero_shot, "MOST_COUNTED", batch.truth.size + 1)
     thrice = Tally(1, len(NAMES))
     for _ in range(3):
-        thrice.count(scores, (4, 4), batch)
+        thrice.count([(scores, PAPERS_MASKS)], (4, 4), batch)
     assert thrice._host.any(), "nothing was summed up before the end"
     np.testing.assert_array_equal(thrice.total(), 3 * once.total())
     assert thrice.total().dtype == np.int64
@@ -203,7 +204,7 @@ def test_scores_that_are_not_finite_are_an_error_and_no_result(sd3, benchmark):
     _, batch = one_batch(sd3, benchmark, 8)
     counting = ZeroShot(Forward(sd3, (Readout(0),)), len(NAMES), steps=[8], seeds=[0])
     scores = jnp.zeros((1, 8, batch.class_of_row.shape[1], 16)).at[0, 2, 0, 3].set(jnp.nan)
-    right = counting.tallies[Pass(8, 0)].count(scores, (4, 4), batch)
+    right = counting.tallies[Pass(8, 0)].count([(scores, PAPERS_MASKS)], (4, 4), batch)
     assert np.flatnonzero(np.asarray(right)[0] < 0).tolist() == [2]
     with pytest.raises(FloatingPointError, match="step 8 are not finite"):
         counting._keep([(Pass(8, 0), 7, right)])
