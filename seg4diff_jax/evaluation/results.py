@@ -65,7 +65,9 @@ def write(
     contents = {
         "rows": [row.plain() for row in evaluation.rows],
         "baselines": [row.plain() for row in evaluation.baselines],
-        "best": {name: value for name, value in evaluation.best._asdict().items() if value not in (None, False)},
+        "best": {
+            name: value for name, value in evaluation.best._asdict().items() if value is not None and value is not False
+        },
         "units": "percent",
         "skipped": evaluation.skipped,
         "unlabelled": evaluation.unlabelled,

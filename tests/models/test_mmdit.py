@@ -288,7 +288,7 @@ def by_layer(model: MMDiT) -> dict[str, np.ndarray]:
 def gradient_bound(name: str, variant: str, expected: np.ndarray, scale: float) -> float:
     """How far a gradient in fp32 may be from autograd's in float64.
 
-    Of a gradient's largest value it is up to 1.2e-5 on an Intel Xeon and 1.8e-5 on an AMD EPYC, with two exceptions (all
+    Of a gradient's largest value it is up to 1.2e-5 on an Intel Xeon, 1.8e-5 on an AMD EPYC, with two exceptions (all
     measured); PyTorch's own error is up to 4e-6.
     """
     if name == "time_embed.up.kernel":
