@@ -177,7 +177,7 @@ def mask_counts(
     """
     canvas = (truth.shape[1], truth.shape[2])
     truth, sizes, widths, class_of_row = (split_batch(array) for array in (truth, sizes, widths, class_of_row))
-    pixels = None if pixels is None else split_batch(pixels)
+    pixels = None if pixels is None else split_batch(jnp.asarray(pixels))
 
     def bands(rows: Array, truth: Array, size: Array, width: Array, labels: Array, pixels: Array | None) -> Array:
         edges = None if pixels is None else edges_of(pixels, grid, masks)

@@ -296,7 +296,7 @@ def count(
     """
     canvas, classes, parts = (truth.shape[1], truth.shape[2]), confusion.shape[-1], len(thresholds) + 1
     truth, sizes, class_of_row = (split_batch(array) for array in (truth, sizes, class_of_row))
-    pixels = None if pixels is None else split_batch(pixels)
+    pixels = None if pixels is None else split_batch(jnp.asarray(pixels))
 
     def predicted(scores: Array, size: Array, asked: Array, pixels: Array | None) -> tuple[Array, Array]:
         rows, edges = scores.reshape(-1, *grid), None if pixels is None else edges_of(pixels, grid, masks)

@@ -142,7 +142,8 @@ def _label_map(
     present: Bool[Array, " classes"],
     masks: MaskOptions,
 ) -> Int[Array, "height width"]:
-    edges = None if pixels is None else edges_of(pixels, scores.shape[1:], masks)
+    grid = scores.shape[1], scores.shape[2]
+    edges = None if pixels is None else edges_of(jnp.asarray(pixels), grid, masks)
     return label_map(scores, size, canvas=canvas, present=present, edges=edges)
 
 
