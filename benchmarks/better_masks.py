@@ -47,9 +47,9 @@ ADDED: dict[str, MaskOptions] = {
 CHANGED: dict[str, MaskOptions] = {
     "chosen": CHOSEN,
     "chosen, by all heads (--refine)": REFINED_MASKS,
-    "chosen, 1 view": replace(CHOSEN, views=1, mirrored=False),
-    "chosen, 4 views": replace(CHOSEN, views=4),
-    "chosen, not mirrored": replace(CHOSEN, mirrored=False),
+    "chosen, 2 views": replace(CHOSEN, views=2),
+    "chosen, 2 views, one mirrored": replace(CHOSEN, views=2, mirrored=True),
+    "chosen, 4 views, two mirrored": replace(CHOSEN, views=4, mirrored=True),
     "chosen, not balanced": replace(CHOSEN, balance=0.0),
     "chosen, not refined": replace(CHOSEN, rounds=0, refine_heads=None),
     "chosen, 1 round": replace(CHOSEN, rounds=1),

@@ -118,7 +118,7 @@ def test_three_readings_of_the_same_maps_are_scored(tmp_path):
 
 
 def test_refined_masks_are_scored_and_timed_beside_the_papers():
-    rows = ("the paper's masks", "chosen", "chosen, 1 view")
+    rows = ("the paper's masks", "chosen", "chosen, 2 views")
     small = ("--scenes=4", "--seeds=[0, 1]", "--repeats=1", f"--rows={json.dumps(rows)}")
     printed = run("better_masks.py", *small)
     for name in rows:

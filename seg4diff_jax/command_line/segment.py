@@ -44,7 +44,7 @@ def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
-    add("--refine", action="store_true", help="fuse two views, balance classes, refine masks: docs/better_masks.md")
+    add("--refine", action="store_true", help="balance classes, refine masks, follow edges: docs/better_masks.md")
     add("--explain", action="store_true", help="with --refine: draw what each of its steps changes, as stages.png")
     result_arguments(parser)
     model_arguments(parser)

@@ -120,5 +120,5 @@ class MaskOptions(Checked):
 
 PAPERS_MASKS = MaskOptions()
 """One view, not refined: the paper's masks."""
-REFINED_MASKS = MaskOptions(views=2, mirrored=True, balance=0.3, rounds=2, edge_radius=1.0)
+REFINED_MASKS = MaskOptions(balance=0.3, rounds=2, edge_radius=1.0)
 """What `seg4diff segment --refine` does: of what was tried on the miniature the best that names no heads of its own."""

@@ -76,7 +76,7 @@ def test_refined_masks_are_the_pipelines_and_their_stages_are_drawn(image, sd3_c
         np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4)
     assert json.loads((out / "segmentation.json").read_text())["masks"]["rounds"] == REFINED_MASKS.rounds
     names = [name for name, _ in REFINED_MASKS.stages()]
-    assert names == ["the paper's masks", "2 views", "balanced", "refined, 2 rounds", "edges"]
+    assert names == ["the paper's masks", "balanced", "refined, 2 rounds", "edges"]
     assert [stage for _, stage in REFINED_MASKS.stages()][-1] == REFINED_MASKS
     assert main([*command, "--overwrite"]) == 0
     assert not (out / "stages.png").exists(), "of an earlier run"
