@@ -20,7 +20,7 @@ class Guide:
     """A pytree of what the filter needs of a picture, whatever the maps.
 
     Attributes:
-      pixels: values of 0..1.
+      pixels: values of 0..1, less the picture's mean colour.
       mean: of each pixel's window, which ends at the picture's edge.
       inverse: of the window's covariance of colours, the smoothing added to its diagonal.
       radius: windows are 2 x radius + 1 pixels wide. Static.
@@ -40,12 +40,11 @@ def guide(pixels: Float[Array, "height width 3"], radius: int, smoothing: float)
       radius: of the windows, in pixels.
       smoothing: variance (of values of 0..1) below which a window has no edges.
     """
-    mean = window_mean(pixels, radius)
-    centred = pixels - pixels.mean(axis=(0, 1))  # the variance of small differences, not of large values
-    of_centred = window_mean(centred, radius)
+    centred = pixels - pixels.mean(axis=(0, 1))  # products of small differences round less than those of large values
+    mean = window_mean(centred, radius)
     products = window_mean(centred[..., :, None] * centred[..., None, :], radius)
-    covariance = products - of_centred[..., :, None] * of_centred[..., None, :]
-    return Guide(pixels, mean, _inverse(covariance + smoothing * jnp.eye(3)), radius)
+    covariance = products - mean[..., :, None] * mean[..., None, :]
+    return Guide(centred, mean, _inverse(covariance + smoothing * jnp.eye(3)), radius)
 
 
 def _inverse(symmetric: Float[Array, "height width 3 3"]) -> Float[Array, "height width 3 3"]:

@@ -74,11 +74,6 @@ class MaskOptions(Checked):
         return found
 
     @property
-    def is_of_maps(self) -> bool:
-        """Whether maps are made otherwise than the paper's before they are upsampled."""
-        return self.views > 1 or self.normalize != "none" or self.balance > 0 or self.rounds > 0 or bool(self.levels)
-
-    @property
     def mirrors(self) -> tuple[bool, ...]:
         """Whether each view is mirrored."""
         return tuple(self.mirrored and view % 2 == 1 for view in range(self.views))
