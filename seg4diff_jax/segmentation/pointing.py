@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, Integer, UInt8
 from seg4diff_jax.bilinear import bilinear_matrix
 from seg4diff_jax.segmentation.metrics import IGNORED
 
+ROUNDING = 2.0**-20
+"""Of the highest value of a map: eight steps of fp32."""
+
 
 def pointing_counts(
     scores: Float[Array, "rows grid_rows grid_columns"],
@@ -21,7 +24,9 @@ def pointing_counts(
     """Counts, of one image, the classes that were pointed at rightly, and those that were tried: each 0 or 1.
 
     A class is tried if the image has it and the highest pixel of its upsampled map has a label: of a pixel that is
-    `IGNORED` nobody knows. Of equals the first pixel in reading order is the highest. There is no tolerance around it.
+    `IGNORED` nobody knows. Of equals the first pixel in reading order is the highest, and values are equal that
+    differ by less than `ROUNDING`: where the highest token lies on an edge, the pixels outside its centre all take its
+    value, give or take what a processor's products round. There is no tolerance of place around the point.
 
     Args:
       scores: class scores on the grid of image tokens; they are upsampled bilinearly, as for label maps.
@@ -36,7 +41,9 @@ def pointing_counts(
     def pointed(row: tuple[Array, Array]) -> Array:
         grid, label = row
         upsampled = jnp.einsum("hr,rc,wc->hw", down, grid, across, precision="highest")
-        found = truth.reshape(-1)[jnp.argmax(jnp.where(inside, upsampled, -jnp.inf))]
+        highest = jnp.max(upsampled, where=inside, initial=-jnp.inf)
+        is_highest = inside & (upsampled >= highest - ROUNDING * jnp.abs(highest))
+        found = truth.reshape(-1)[jnp.argmax(is_highest)]
         tried = jnp.any(truth == label) & (label != IGNORED) & (found != IGNORED)
         return jnp.stack([tried & (found == label), tried])
 

@@ -38,8 +38,8 @@ def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def pointing(scores: np.ndarray, truth: np.ndarray, class_of_row: np.ndarray, classes: int) -> np.ndarray:
     """Classes that are pointed at rightly, and that are tried: [2, classes], each 0 or 1."""
     found = np.zeros((2, classes), int)
-    for grid, label in zip(upsampled(scores, truth.shape), class_of_row, strict=True):
-        pixel = np.unravel_index(grid.argmax(), truth.shape)
+    for grid, label in zip(upsampled(scores.astype(np.float64), truth.shape), class_of_row, strict=True):
+        pixel = np.unravel_index((grid >= grid.max() - 2**-20 * abs(grid.max())).argmax(), truth.shape)
         if label != 255 and (truth == label).any() and truth[pixel] != 255:
             found[:, label] += truth[pixel] == label, 1
     return found

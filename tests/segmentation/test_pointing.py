@@ -39,5 +39,16 @@ def test_a_point_on_a_pixel_without_a_label_is_no_try_and_of_equals_the_first_co
     assert np.asarray(counted(flat, truth, size, own))[:, 0].tolist() == [1, 1]
 
 
+def test_a_token_on_an_edge_points_to_its_first_pixel_whatever_rounding_prefers():
+    scores = np.full((1, 4, 4), 0.1, np.float32)
+    scores[0, 3, 3] = 0.7
+    size, own = np.array([32, 32]), np.array([0])
+    outside_the_centre = np.arange(32) >= 28
+    for row, column in np.argwhere(np.ones((32, 32), bool) & outside_the_centre[:, None] & outside_the_centre):
+        truth = np.ones((32, 32), np.uint8)
+        truth[row, column] = 0
+        assert np.asarray(counted(scores, truth, size, own))[:, 0].tolist() == [int((row, column) == (28, 28)), 1]
+
+
 def test_accuracy_is_of_tries():
     np.testing.assert_array_equal(pointing_accuracy(np.array([[3, 0, 0], [4, 2, 0]])), [0.75, 0, np.nan])
