@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seg4diff_jax.checkpoints import Checkpoint, load, open
     from seg4diff_jax.class_names import OneClassWarning
+    from seg4diff_jax.class_priors import measure_class_prior, read_class_prior
     from seg4diff_jax.convert.errors import CheckpointError
     from seg4diff_jax.data.errors import FolderError
     from seg4diff_jax.image_files import ImageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from seg4diff_jax.parallel import make_mesh
     from seg4diff_jax.pipeline import Pipeline, PromptAttention, Segmentation, UnsupervisedSegmentation
     from seg4diff_jax.reporting.drawings import draw_maps, draw_masks, draw_words
+    from seg4diff_jax.segmentation.class_prior import ClassPrior
     from seg4diff_jax.segmentation.mask_options import MaskOptions
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Blur",
     "Checkpoint",
     "CheckpointError",
+    "ClassPrior",
     "FolderError",
     "ImageError",
     "JointAttention",
@@ -42,7 +45,9 @@ __all__ = [
     "draw_words",
     "load",
     "make_mesh",
+    "measure_class_prior",
     "open",
+    "read_class_prior",
     "skip_layers",
 ]
 
@@ -55,6 +60,7 @@ except PackageNotFoundError:  # a clone that is not installed
 _HOMES = {
     "checkpoints": ("Checkpoint", "load", "open"),
     "class_names": ("OneClassWarning",),
+    "class_priors": ("measure_class_prior", "read_class_prior"),
     "convert.errors": ("CheckpointError",),
     "data.errors": ("FolderError",),
     "image_files": ("ImageError",),
@@ -64,6 +70,7 @@ _HOMES = {
     "parallel": ("make_mesh",),
     "pipeline": ("Pipeline", "PromptAttention", "Segmentation", "UnsupervisedSegmentation"),
     "reporting.drawings": ("draw_maps", "draw_masks", "draw_words"),
+    "segmentation.class_prior": ("ClassPrior",),
     "segmentation.mask_options": ("MaskOptions",),
 }
 

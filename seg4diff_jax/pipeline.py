@@ -47,6 +47,7 @@ from seg4diff_jax.pipeline_options import (
 from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.sampling import GeneratingRun, Looking, check_whole, sample_latents
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised import (
@@ -105,6 +106,7 @@ class Pipeline:
         resize: Resize = "aspect",
         kernel: Kernel | None = None,
         masks: MaskOptions | None = None,
+        prior: ClassPrior | None = None,
     ) -> Segmentation | list[Segmentation]:
         """Zero-shot open-vocabulary masks from one forward pass on each noised image (Seg4Diff, section 3).
 
@@ -123,6 +125,7 @@ class Pipeline:
             trained square; "release" does so the released Seg4Diff's way.
           kernel: attention kernel. Default: by backend and dtype.
           masks: how maps are fused and refined (docs/better_masks.md). Default: the paper's masks, which are not.
+          prior: what `masks.prior` is a power of (`class_priors.measure_class_prior`).
 
         Raises:
           ImageError: an image cannot be read.
@@ -134,16 +137,16 @@ class Pipeline:
         images, single = listed(image)
         lists = list_for_each(classes, len(images), "images", single)
         block, _, seeds = self._block(block), self._sigma(step), listed_seeds(seed, noise)
-        masks = checked_masks(masks, block, self.transformer, noise)
+        masks = checked_masks(masks, block, self.transformer, noise, prior)
         prompts = [class_prompts(self.tokenizers, names) for names in lists]
         warn_of_single(map(one_class, lists), stacklevel=4)
         read = partial(class_grids, self.transformer, encode=self.encode_prompts, spread=self.spread)
-        read = partial(read, block=block, kernel=kernel, masks=masks)
+        read = partial(read, block=block, kernel=kernel, masks=masks, prior=prior)
         results: dict[int, Segmentation] = {}
         for group in self.view.by_size(images, size, resize):
             asked = [prompts[place] for place in group.places]
             with self.settings():
-                each = [read(views, asked) for views in self._noised(group, len(images), seeds, noise, step, masks)]
+                each = [read(views, asked) for views in self.noised(group, len(images), seeds, noise, step, masks)]
             scores = each[0] if len(each) == 1 else [np.mean(grids, axis=0) for grids in zip(*each, strict=True)]
             for place, own_size, pixels, grid in zip(*group.items, scores, strict=True):
                 labels = upsampled_labels(finite_maps(grid, block), own_size, masks=masks, pixels=pixels)
@@ -188,7 +191,7 @@ class Pipeline:
         results: dict[int, UnsupervisedSegmentation] = {}
         seeds = listed_seeds(seed, noise)
         for group in self.view.by_size(images, size, resize):
-            noised = self._noised(group, len(images), seeds, noise, step)
+            noised = self.noised(group, len(images), seeds, noise, step)
             texts = self.spread(self.encode_prompts([""] * len(group.places)))
             with self.settings():
                 read = partial(passes.text_maps, self.transformer, texts=texts, block=block, kernel=kernel)
@@ -240,7 +243,7 @@ class Pipeline:
         request, wanted = request or AttentionRequest(), checked_blocks(blocks, self.transformer.depth)
         results: dict[int, dict[int, PromptAttention]] = {}
         for group in self.view.by_size(images, size, resize):
-            noised = self._noised(group, len(images), (seed,), noise, step)[0].each[0]
+            noised = self.noised(group, len(images), (seed,), noise, step)[0].each[0]
             asked = {place: prompts[place] for place in group.places}
             texts = self.spread(self.encode_prompts([*asked.values()]))
             with self.settings():
@@ -351,7 +354,7 @@ class Pipeline:
         with self.settings():
             return self._conditioning.conditioning(prompts, encode, rows)
 
-    def _noised(
+    def noised(
         self,
         group: SizeGroup,
         images: int,

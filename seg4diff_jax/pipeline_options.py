@@ -16,6 +16,7 @@ from seg4diff_jax.models.attention import AttentionRequest
 from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.perturbation import Perturbation
 from seg4diff_jax.models.sd3.model import MMDiT
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import MinMax
@@ -42,6 +43,7 @@ class SegmentOptions(SeenOptions, total=False):
     """Keyword arguments of `Pipeline.segment`, whose docstring explains them."""
 
     masks: MaskOptions | None
+    prior: ClassPrior | None
 
 
 class UnsupervisedOptions(SeenOptions, total=False):
@@ -180,16 +182,23 @@ class ManyMasksOptions(RunOptions, total=False):
     at_step: int | None
 
 
-def checked_masks(masks: MaskOptions | None, block: int, transformer: MMDiT, noise: Any = None) -> MaskOptions:
+def checked_masks(
+    masks: MaskOptions | None,
+    block: int,
+    transformer: MMDiT,
+    noise: Any = None,
+    prior: ClassPrior | None = None,
+) -> MaskOptions:
     """Returns the options of masks, by default the paper's.
 
-    Raises ValueError for what is none, for blocks or heads that the transformer lacks, and for given noise that several
-    views would have to share.
+    Raises ValueError for what is none, for blocks or heads that the transformer lacks, for given noise that several
+    views would have to share, and for a class prior that does not fit.
     """
     if masks is None:
-        return PAPERS_MASKS
+        masks = PAPERS_MASKS
     if not isinstance(masks, MaskOptions):
         raise ValueError(f"masks is {masks!r:.80}; expected a MaskOptions, which says how masks are made")
+    masks.check_prior(prior, block)
     masks.check_fits(block, transformer.depth, transformer.config.num_attention_heads)
     if noise is not None and masks.views > 1:
         raise ValueError(

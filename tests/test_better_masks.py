@@ -20,6 +20,7 @@ from seg4diff_jax.evaluation.zero_shot import Pass, ZeroShot
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import to_model_range
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.guided_filter import guide, guided
 from seg4diff_jax.segmentation.mask_options import MaskOptions
 from seg4diff_jax.text import class_prompts
@@ -113,12 +114,13 @@ def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
     """Of a list of images, each with its number's noise, for the classes present and for all, in several prompts."""
     benchmark = folder_benchmark(write_images(tmp_path / "set", [(64, 64), (100, 70)]))
-    masks = replace(MASKS, edge_radius=1.0)
+    masks = replace(MASKS, edge_radius=1.0, prior=0.5)
+    prior = ClassPrior({name: 0.002 * place for place, name in enumerate(benchmark.classes, 1)}, VARIED, 8, 1)
     items = [each for each in Reader(benchmark, sd3.view).read(range(2)) if isinstance(each, Example)]
     forward = Forward(sd3, (Readout(VARIED, refined=True), Readout(VARIED)), masks)
     counting = ZeroShot(forward, len(benchmark.classes), steps=(8,), seeds=(5,), prompts=("present", "all"))
     asked = questions(benchmark, sd3.tokenizers, counting.prompts)
-    batches = [assemble(items, 2, each) for each in asked.values()]
+    batches = [assemble(items, 2, each, prior) for each in asked.values()]
     counting.add(forward.latents(batches[0].pixels), *batches)
     counted = counting.take()
     for place, (kind, each) in enumerate(asked.items()):
@@ -127,7 +129,8 @@ def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
         ask = partial(sd3.segment, images, lists, block=VARIED, step=8, seed=5, size=(SQUARE, SQUARE))
         scores = counting.scores(batches[place], Pass(8, 5, kind))
         for at, how in enumerate((None, masks)):  # the paper's masks come first
-            for index, (item, one) in enumerate(zip(items, ask(masks=how), strict=True)):
+            found = ask(masks=how, prior=how and prior)
+            for index, (item, one) in enumerate(zip(items, found, strict=True)):
                 assert relative_error(scores[at, index, : len(one.classes)], one.scores) <= SCORES
                 right = np.array(each(item)[0])[one.labels] == item.labels
                 few = 1e-3 * right.size
@@ -143,6 +146,8 @@ def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
         ({"levels": (3, 4)}, "2 levels for 1 views; expected a view for each level"),
         ({"normalize": "softmax"}, "normalize is 'softmax'; expected one of none, content, minmax"),
         ({"balance": 1.5}, "balance is 1.5; expected 0 to 1"),
+        ({"prior": -0.1}, "prior is -0.1; expected 0 to 1"),
+        ({"prior": 0.5, "normalize": "minmax"}, "prior scales whole maps, which minmax undoes; expected one of them"),
         ({"rounds": -1}, "rounds is -1; expected 0 to 20"),
         ({"rounds": 1, "sharpness": float("nan")}, "sharpness is nan; expected a number above 0"),
         ({"rounds": 1, "refine_heads": ()}, "refine_heads is (); expected numbers of heads, each once, or None"),

@@ -17,7 +17,7 @@ from tests.test_layout import ROOT, imported, sources
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MODULES = dict(sources())
 CORE_COMMANDS = ("segment", "segment_unsupervised", "generate", "clip_score", "analyze", "perturb", "reproduce")
-CORE_COMMANDS = (*CORE_COMMANDS, "scenes", "compare", "memory")
+CORE_COMMANDS = (*CORE_COMMANDS, "scenes", "compare", "memory", "class_prior")
 ENTRIES = {
     "core": (
         *("__init__", "__main__", "pipeline", "checkpoints", "convert.__main__"),

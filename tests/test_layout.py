@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, str] = {
     "checked": "",
     "flow": "numerics",
     "bilinear": "",
-    "segmentation": "bilinear checked models",
+    "segmentation": "bilinear checked models quoting",
     "parallel": "",
     "checksums": "",
     "passes": "flow models parallel segmentation",
@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, str] = {
     "generated_masks": "batching class_names flow models parallel passes prompt_attention sampling segmentation text",
     "pipeline": "batching class_grids class_names flow generated_masks images models numerics parallel passes "
     "pipeline_options prompt_attention prompt_cache sampling segmentation text",
+    "class_priors": "batching class_grids convert images numerics pipeline pipeline_options quoting segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",
@@ -82,11 +83,12 @@ MAY_IMPORT: dict[str, str] = {
     "reproduction": "analysis checkpoints convert evaluation flow images interrupted_runs magnet models numerics "
     "passes pipeline reporting segmentation text training",
     # What people start.
-    "command_line": "analysis batching checkpoints class_names compilation configuration convert data evaluation "
-    "extras flow generated_masks images interrupted_runs magnet miniature models numerics parallel pipeline "
+    "command_line": "analysis batching checkpoints class_names class_priors compilation configuration convert data "
+    "evaluation extras flow generated_masks images interrupted_runs magnet miniature models numerics parallel pipeline "
     "pipeline_options planning processes prompt_attention quoting reporting reproduction segmentation terminal text "
     "training versions",
-    "__init__": "checkpoints class_names convert data image_files models parallel pipeline reporting segmentation",
+    "__init__": "checkpoints class_names class_priors convert data image_files models parallel pipeline "
+    "reporting segmentation",
     "__main__": "command_line",
 }
 """Part to the parts that it may import besides itself."""

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from seg4diff_jax.command_line import (
     analyze,
+    class_prior,
     clip_score,
     compare,
     generate,
@@ -26,6 +27,9 @@ COMMANDS: dict[str, Command] = {
     "segment": Command(segment.arguments, segment.run, "find where in an image each class is"),
     "segment-unsupervised": Command(
         segment_unsupervised.arguments, segment_unsupervised.run, "divide an image into segments without names"
+    ),
+    "class-prior": Command(
+        class_prior.arguments, class_prior.run, "how much attention each class's words draw anywhere"
     ),
     "generate": Command(generate.arguments, generate.run, "make pictures of prompts"),
     "clip-score": Command(clip_score.arguments, clip_score.run, "score pictures against their prompts by CLIP"),

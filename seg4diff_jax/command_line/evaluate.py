@@ -146,7 +146,7 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
 
 def measured(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the resolved options that affect the scores, as a flat dictionary."""
-    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "metrics")
+    names = ("model", "lora", "protocol", "blocks", "heads", "steps", "seeds", "prompts", "metrics", "class_prior")
     grouped = {f"{group}.{name}": each for group in GROUPS for name, each in resolved[group].items()}
     return {name: resolved[name] for name in (*names, "batch_size", "dtype")} | grouped
 
@@ -191,6 +191,7 @@ class Chosen(NamedTuple):
 
 def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     """Parses the options once. Raises ValueError with all that do not fit the checkpoint or each other."""
+    from seg4diff_jax.class_priors import read_class_prior
     from seg4diff_jax.evaluation.benchmarks import misfits
     from seg4diff_jax.evaluation.expert import configuration
     from seg4diff_jax.evaluation.measurement import Settings, check_batch_size
@@ -227,8 +228,15 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     for protocol in {OPEN_VOCABULARY, UNSUPERVISED}.difference(chosen) if chosen else ():
         refusals.found += unused(options, protocol)
     refusals.found += problems(options.masks, "--masks.")
+    prior = refusals.parsed(
+        lambda: options.class_prior and read_class_prior(Path(options.class_prior).expanduser()), None
+    )
     if not refusals.found:
         refusals.check(lambda: options.masks.check_fits(max(blocks), model.num_layers, model.num_attention_heads))
+        for each in blocks:
+            refusals.check(lambda each=each: options.masks.check_prior(prior, each))
+        if prior and heads != (None,):
+            refusals.found.append(f"--class-prior is of the mean of a block's heads, and --heads is {options.heads!r}")
     if options.name_expert:
         refusals.check(lambda: configuration(options.model))
         if heads and None not in heads:
@@ -252,6 +260,7 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         skip_unreadable=options.skip_unreadable,
         shard_batches=options.shard_batches,
         masks=options.masks,
+        prior=prior,
     )
     return Chosen(chosen, prompts, settings)
 

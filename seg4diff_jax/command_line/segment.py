@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from rich.text import Text
 
 from seg4diff_jax.checkpoints import DTYPES, Checkpoint, open
 from seg4diff_jax.class_names import OneClassWarning, one_class, with_commas
+from seg4diff_jax.class_priors import read_class_prior
 from seg4diff_jax.command_line.memory import TO_LOAD, explaining_full_memory
 from seg4diff_jax.compilation import CompilationClock
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
@@ -34,7 +36,7 @@ from seg4diff_jax.pipeline import Pipeline, Segmentation
 from seg4diff_jax.reporting.drawings import draw_stages
 from seg4diff_jax.reporting.overlays import percent
 from seg4diff_jax.reporting.segmentation_files import FILES, STAGES, write_segmentation
-from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, REFINED_MASKS
+from seg4diff_jax.segmentation.mask_options import MASKS_WITH_PRIOR, PAPERS_MASKS, REFINED_MASKS
 from seg4diff_jax.terminal import counted_bytes, stderr_console
 from seg4diff_jax.text import class_prompts
 from seg4diff_jax.versions import versions
@@ -45,6 +47,12 @@ def arguments(parser: ArgumentParser) -> None:
     add("image", type=str, help="image file")
     add("classes", type=str, nargs="+", metavar="CLASS", help='class names, such as: cat "traffic light" sky')
     add("--refine", action="store_true", help="balance classes, refine masks, follow edges: docs/better_masks.md")
+    add(
+        "--prior",
+        type=str,
+        metavar="FILE",
+        help="with --refine: what seg4diff class-prior wrote; divides each class's map by what its words draw anywhere",
+    )
     add("--explain", action="store_true", help="with --refine: draw what each of its steps changes, as stages.png")
     result_arguments(parser)
     model_arguments(parser)
@@ -84,13 +92,19 @@ def model_arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     if options.explain and not options.refine:
         raise ValueError("--explain shows what --refine does, which is not given")
-    masks = REFINED_MASKS if options.refine else PAPERS_MASKS
+    if options.prior is not None and not options.refine:
+        raise ValueError("--prior is for --refine, which is not given")
+    masks, prior = REFINED_MASKS if options.refine else PAPERS_MASKS, None
+    if options.prior is not None:
+        masks, prior = MASKS_WITH_PRIOR, read_class_prior(Path(options.prior).expanduser())
+        prior.of(options.classes)  # a class that was not measured is refused before weights are read
 
     def segment(pipe: Pipeline, pixels: np.ndarray, **how: Any) -> Segmentation:
-        found = pipe.segment(pixels, options.classes, **how, masks=masks)
+        ask = partial(pipe.segment, pixels, options.classes, **how)
+        found = ask(masks=masks, prior=prior)
         if options.explain:
             *sooner, (last, _) = masks.stages()
-            stages = [(name, pipe.segment(pixels, options.classes, **how, masks=each)) for name, each in sooner]
+            stages = [(name, ask(masks=each, prior=prior if each.prior else None)) for name, each in sooner]
             shown.append(draw_stages(pixels, [*stages, (last, found)]))
         return found
 

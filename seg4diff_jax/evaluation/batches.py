@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from seg4diff_jax.batching import ModelView
-from seg4diff_jax.class_grids import prompt_rows
+from seg4diff_jax.class_grids import prior_rows, prompt_rows
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.text import ClassPrompts
 
@@ -81,11 +82,13 @@ class PromptRows(NamedTuple):
       texts: the prompts; the last one is repeated as padding.
       image_of_row: for each row the place of its image in the batch.
       averaging: weights of each class's tokens, 0 for padding.
+      prior: class prior of each class's words, 1 for padding and without a prior.
     """
 
     texts: tuple[str, ...]
     image_of_row: Int[np.ndarray, " rows"]
     averaging: Float[np.ndarray, "rows classes tokens"]
+    prior: Float[np.ndarray, "rows classes"]
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,13 @@ Asked = Callable[[Example], tuple[tuple[int, ...], ClassPrompts]]
 past those of the prompts have no words, and score 0."""
 
 
-def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) -> EvaluationBatch:
+def assemble(
+    group: Sequence[Example], images: int, asked: Asked | None = None, prior: ClassPrior | None = None
+) -> EvaluationBatch:
     """Puts up to `images` examples into one batch, with up to `images` prompts per pass; no prompts without `asked`.
 
     Raises:
-      ValueError: prompts cannot be made from the class names; the message says why.
+      ValueError: prompts cannot be made from the class names, or the prior lacks a class; the message says why.
     """
     height, width = (_power_of_two(max(example.labels.shape[axis] for example in group), CANVAS) for axis in (0, 1))
     truth = np.full((images, height, width), IGNORED, np.uint8)
@@ -231,25 +236,28 @@ def assemble(group: Sequence[Example], images: int, asked: Asked | None = None) 
         _filled(np.stack([example.pixels for example in group]), images),
         truth,
         sizes,
-        *(_questions(group, images, asked) if asked else (np.zeros((images, 0), np.int32), ())),
+        *(_questions(group, images, asked, prior) if asked else (np.zeros((images, 0), np.int32), ())),
     )
 
 
-def asked_otherwise(batch: EvaluationBatch, asked: Asked) -> EvaluationBatch:
-    """Returns the batch of the same images with other prompts."""
-    class_of_row, prompts = _questions(batch.examples, len(batch.pixels), asked)
+def asked_otherwise(batch: EvaluationBatch, asked: Asked, prior: ClassPrior | None = None) -> EvaluationBatch:
+    """Returns the batch of the same images with other prompts.
+
+    Raises ValueError for classes that the prior lacks.
+    """
+    class_of_row, prompts = _questions(batch.examples, len(batch.pixels), asked, prior)
     return replace(batch, class_of_row=class_of_row, prompts=prompts)
 
 
 def _questions(
-    group: Sequence[Example], images: int, asked: Asked
+    group: Sequence[Example], images: int, asked: Asked, prior: ClassPrior | None = None
 ) -> tuple[Int[np.ndarray, "images classes"], tuple[PromptRows, ...]]:
     found = [asked(example) for example in group]
     rows = class_rows(max(len(classes) for classes, _ in found))
     class_of_row = np.full((images, rows), IGNORED, np.int32)
     for place, (classes, _) in enumerate(found):
         class_of_row[place, : len(classes)] = classes
-    return class_of_row, tuple(_prompt_rows([prompts for _, prompts in found], images, rows))
+    return class_of_row, tuple(_prompt_rows([prompts for _, prompts in found], images, rows, prior))
 
 
 def class_rows(classes: int) -> int:
@@ -257,21 +265,24 @@ def class_rows(classes: int) -> int:
     return _power_of_two(classes, CLASS_ROWS) if classes <= WIDE_ROWS else -(-classes // WIDE_ROWS) * WIDE_ROWS
 
 
-def _prompt_rows(prompts: Sequence[ClassPrompts], count: int, classes: int) -> Iterator[PromptRows]:
+def _prompt_rows(
+    prompts: Sequence[ClassPrompts], count: int, classes: int, prior: ClassPrior | None
+) -> Iterator[PromptRows]:
     texts, image_of_row, averaging = prompt_rows(prompts, classes)
+    priors = prior_rows(prompts, classes, prior)
     for start in range(0, len(texts), count):
         some = slice(start, start + count)
         own = texts[some]
-        yield PromptRows(
-            (*own, *own[-1:] * (count - len(own))), _filled(image_of_row[some], count), _filled(averaging[some], count)
-        )
+        texts_of_rows = (*own, *own[-1:] * (count - len(own)))
+        padded = (_filled(each[some], count) for each in (image_of_row, averaging))
+        yield PromptRows(texts_of_rows, *padded, _filled(priors[some], count, value=1))
 
 
-def _filled(array: np.ndarray, count: int) -> np.ndarray:
-    """Pads an array with zeros to `count` rows."""
+def _filled(array: np.ndarray, count: int, value: int = 0) -> np.ndarray:
+    """Pads an array with a value to `count` rows."""
     if len(array) == count:  # avoids a copy: images are large
         return array
-    return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
+    return np.concatenate([array, np.full((count - len(array), *array.shape[1:]), value, array.dtype)])
 
 
 def _power_of_two(number: int, least: int) -> int:

@@ -107,7 +107,7 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
     asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
     found: dict[int, Shown] = {}
     for numbers, why, examples in _batches(measurement, outcome, chosen):
-        scores = counting.scores(assemble(examples, settings.batch_size, asked), one)[place]
+        scores = counting.scores(assemble(examples, settings.batch_size, asked, settings.prior), one)[place]
         for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
             classes, prompts = asked(example)
             grid = grid[: len(classes)].copy()

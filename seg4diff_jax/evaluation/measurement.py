@@ -31,6 +31,7 @@ from seg4diff_jax.evaluation.zero_shot import NO_THRESHOLDS, Thresholds, ZeroSho
 from seg4diff_jax.numerics import settled
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.processes import gathered, in_step
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
@@ -58,6 +59,7 @@ class Settings:
       lora: what adapters the model was loaded with, for the record.
       shard_batches: after how many batches what was counted is kept.
       masks: how masks by name are fused and refined; the paper's are measured beside them.
+      prior: what `masks.prior` is a power of.
     """
 
     blocks: tuple[int, ...]
@@ -75,6 +77,7 @@ class Settings:
     skip_unreadable: bool = False
     shard_batches: int = 8
     masks: MaskOptions = PAPERS_MASKS
+    prior: ClassPrior | None = None
 
     @property
     def last_block(self) -> int:
@@ -203,7 +206,7 @@ class Measurement:
         done = len(before.indices) + len(before.left_out) if before else 0
         for group in of_one_size(items, self.settings.batch_size, left_out):
             batch = assemble(group, self.settings.batch_size)
-            batches = [asked_otherwise(batch, asked) for asked in self.asked.values()]
+            batches = [asked_otherwise(batch, asked, self.settings.prior) for asked in self.asked.values()]
             latents = self.forward.latents(batch.pixels)
             self.zero_shot.add(latents, *batches)
             self.unsupervised.add(latents, batch)

@@ -82,6 +82,7 @@ HELP = {
         "of class maps: none; content, in parts of what all class words get; minmax, each from 0 to 1 over its image"
     ),
     "masks.balance": "0 to 1: each class's map is divided by its mean over the image to this power",
+    "masks.prior": "0 to 1: each class's map is divided by its mean in --class-prior to this power",
     "masks.rounds": "how often class maps are averaged over image tokens that attend to each other",
     "masks.sharpness": "factor of the queries in that attention; above 1 only the most alike are averaged",
     "masks.refine_block": "the block whose image-to-image attention it is; default: the one that is read",
@@ -90,6 +91,7 @@ HELP = {
         "radius, in image tokens, of the windows in which scores follow the edges of the image; 0: they do not"
     ),
     "masks.edge_smoothing": "variance of pixels (0 to 1) below which a window has no edges",
+    "class_prior": "what seg4diff class-prior wrote: how much attention each class's words draw anywhere",
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
         "tokens, and no more than the set has"

@@ -113,6 +113,7 @@ class Options:
     metrics: str | list[str] | None = None
     unsupervised: Unsupervised = field(default_factory=Unsupervised)
     masks: MaskOptions = PAPERS_MASKS
+    class_prior: str | None = None
     batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     skip_unreadable: bool = False

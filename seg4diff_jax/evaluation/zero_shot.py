@@ -22,6 +22,7 @@ from seg4diff_jax.evaluation.further import Further, Pass
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
+from seg4diff_jax.segmentation.class_prior import divided_by_prior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrices, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import best_classes, class_scores, combine_prompts, edges_of
@@ -240,7 +241,8 @@ class ZeroShot:
         for asked, texts in zip(batch.prompts, conditioning, strict=True):
             seen = latents, batch.indices, texts, asked.image_of_row
             if refined:
-                better = better + forward.refined_scores(*seen, asked.averaging, step=one.step, seed=one.seed)
+                divided = divided_by_prior(asked.averaging, asked.prior, forward.masks.prior)
+                better = better + forward.refined_scores(*seen, divided, step=one.step, seed=one.seed)
             if not len(scores):
                 continue
             maps = forward.maps(*seen, step=one.step, seed=one.seed)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from seg4diff_jax.checked import Checked
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 
 Normalization = Literal["none", "content", "minmax"]
 MOST_ROUNDS, MOST_VIEWS = 20, 64
@@ -23,6 +24,8 @@ class MaskOptions(Checked):
         `minmax` brings each class's map to 0..1 over the image.
       balance: 0 to 1: each class's map is divided by its mean over the image to this power. At 1 all classes have equal
         mass, so that words which draw attention everywhere lose what they have too much.
+      prior: 0 to 1: each class's map is divided by its class prior to this power: by what its words draw on average in
+        pictures that nobody labelled (`class_prior`).
       rounds: how often maps are averaged over image tokens that attend to each other (`refinement`). 0: never.
       sharpness: factor of the queries in that attention; above 1 it keeps to the most alike.
       refine_block, refine_heads: whose image-to-image attention it is. Default: the block that is read, all its heads.
@@ -36,6 +39,7 @@ class MaskOptions(Checked):
     levels: tuple[int, ...] = ()
     normalize: Normalization = "none"
     balance: float = 0.0
+    prior: float = 0.0
     rounds: int = 0
     sharpness: float = 3.0
     refine_block: int | None = None
@@ -56,8 +60,11 @@ class MaskOptions(Checked):
             found.append(f"{len(self.levels)} levels for {self.views} views; expected a view for each level")
         if self.normalize not in get_args(Normalization):
             found.append(f"normalize is {self.normalize!r}; expected one of {', '.join(get_args(Normalization))}")
-        if not 0 <= self.balance <= 1:
-            found.append(f"balance is {self.balance}; expected 0 to 1")
+        for name, power in (("balance", self.balance), ("prior", self.prior)):
+            if not 0 <= power <= 1:
+                found.append(f"{name} is {power}; expected 0 to 1")
+        if self.normalize == "minmax" and self.prior:
+            found.append("prior scales whole maps, which minmax undoes; expected one of them")
         if not 0 <= self.rounds <= MOST_ROUNDS:
             found.append(f"rounds is {self.rounds}; expected 0 to {MOST_ROUNDS}")
         if not 0 < self.sharpness < float("inf"):
@@ -94,6 +101,15 @@ class MaskOptions(Checked):
         if absent := [head for head in self.refine_heads or () if head >= heads]:
             raise ValueError(f"refine_heads has {absent[0]}; each block has heads 0..{heads - 1}")
 
+    def check_prior(self, prior: ClassPrior | None, block: int) -> None:
+        """Raises ValueError when a prior is given and not used, or used and not given, or another block's."""
+        if self.prior and prior is None:
+            raise ValueError(f"prior is {self.prior}, the power of a class prior, and none is given")
+        if prior is not None and not self.prior:
+            raise ValueError("a class prior is given, but its power, prior, is 0; expected more than 0, such as 0.4")
+        if prior is not None and prior.block != block:
+            raise ValueError(f"the class prior is block {prior.block}'s, and block {block} is read: measure it there")
+
     def stages(self) -> list[tuple[str, MaskOptions]]:
         """Returns what the options add to the paper's masks, one thing after the other, each with its name."""
         views = {"views": self.views, "mirrored": self.mirrored, "levels": self.levels}
@@ -102,6 +118,7 @@ class MaskOptions(Checked):
         steps = [
             (f"{self.views} views", views, self.views > 1 or bool(self.levels)),
             (f"by {self.normalize}", {"normalize": self.normalize}, self.normalize != "none"),
+            ("divided by the prior", {"prior": self.prior}, self.prior > 0),
             ("balanced", {"balance": self.balance}, self.balance > 0),
             (f"refined, {self.rounds} rounds", refinement, self.rounds > 0),
             ("edges", edges, self.edge_radius > 0),
@@ -117,3 +134,5 @@ PAPERS_MASKS = MaskOptions()
 """One view, not refined: the paper's masks."""
 REFINED_MASKS = MaskOptions(balance=0.3, rounds=2, edge_radius=1.0)
 """What `seg4diff segment --refine` does: of what was tried on the miniature the best that names no heads of its own."""
+MASKS_WITH_PRIOR = MaskOptions(prior=0.4, rounds=2, edge_radius=1.0)
+"""The same where a class prior was measured, which then takes the place of balance."""

@@ -162,7 +162,7 @@ def test_masks_that_a_checkpoint_cannot_make_are_refused_and_the_last_block_that
 
 def test_options_of_masks_are_read_from_a_file_and_from_the_terminal(tmp_path):
     options = parse_evaluation(["--config", str(ROOT / "configs/eval/miniature_best.yaml"), "--masks.rounds=3"]).masks
-    assert (options.views, options.balance, options.rounds, options.refine_heads) == (1, 0.3, 3, (0, 2, 3))
+    assert (options.views, options.prior, options.rounds, options.refine_heads) == (1, 0.4, 3, (0, 2, 3))
     assert parse_evaluation(["--masks.views=2", "--masks.levels=[2,3]"]).masks.levels == (2, 3)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from seg4diff_jax.class_priors import read_class_prior, write_class_prior
 from seg4diff_jax.command_line import compare, perturbation
 from seg4diff_jax.command_line.picture_directory import RECORD, read_pictures, remove_former
 from seg4diff_jax.command_line.train import parse
@@ -25,6 +26,7 @@ from seg4diff_jax.images import read_image
 from seg4diff_jax.interrupted_runs import RUN
 from seg4diff_jax.reproduction import run
 from seg4diff_jax.reproduction.parts import Part, Step
+from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.training.checkpoints import Checkpoints
 from seg4diff_jax.training.logs import Logs
 from seg4diff_jax.training.loop import train
@@ -246,6 +248,17 @@ cat: feline
 """
 
 
+PRIOR = ClassPrior({"sky": 0.021875, "cat": 0.00390625}, block=9, step=8, pictures=500)
+
+
+def make_prior(root: Path) -> None:
+    write_class_prior(root / "prior.json", PRIOR, "miniature")
+
+
+def read_of_prior(root: Path) -> Any:
+    return read_class_prior(root / "prior.json")
+
+
 def make_synonyms(root: Path) -> None:
     (root / "synonyms.yaml").write_text(SYNONYMS)
 
@@ -326,6 +339,14 @@ READERS: dict[str, Reader] = {
         {"items.json": "json", "items.arrayrecord": "summed"},
         errors=(*OWN_ERRORS, ValueError),
         cases=24,
+    ),
+    "class prior": Reader(
+        make_prior,
+        read_of_prior,
+        ("seg4diff_jax/class_priors.py",),
+        {"prior.json": "json"},
+        {r"": "another sound value of a mean; what is no prior is refused"},
+        cases=16,
     ),
     "results": Reader(
         make_results,
