@@ -29,7 +29,7 @@ from seg4diff_jax.evaluation.run import evaluate
 from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.mask_options import MASKS_WITH_PRIOR, PAPERS_MASKS, REFINED_MASKS, MaskOptions
 
-CHOSEN = replace(MASKS_WITH_PRIOR, refine_heads=(0, 2, 3))
+CHOSEN = replace(MASKS_WITH_PRIOR, reading="concepts", refine_heads=(0, 2, 3))
 """By mIoU on validation scenes. Head 1 of the miniature's expert block is the one that attends to words."""
 BALANCED = replace(REFINED_MASKS, refine_heads=(0, 2, 3))
 """The best without a class prior."""
@@ -41,6 +41,8 @@ ADDED: dict[str, MaskOptions] = {
     "2 views, one mirrored": MaskOptions(views=2, mirrored=True),
     "4 views, two mirrored": MaskOptions(views=4, mirrored=True),
     "2 views, noise levels 2 and 3": MaskOptions(views=2, levels=(2, 3)),
+    "concepts": MaskOptions(reading="concepts"),
+    "concept outputs (ConceptAttention)": MaskOptions(reading="concept outputs"),
     "in parts of all words' attention": MaskOptions(normalize="content"),
     "each map from 0 to 1": MaskOptions(normalize="minmax"),
     "balance 0.3": MaskOptions(balance=0.3),
@@ -55,7 +57,8 @@ ADDED: dict[str, MaskOptions] = {
 }
 CHANGED: dict[str, MaskOptions] = {
     "chosen": CHOSEN,
-    "chosen, by all heads (--refine --prior)": MASKS_WITH_PRIOR,
+    "chosen, by all heads (--refine --prior --concepts)": replace(CHOSEN, refine_heads=None),
+    "chosen, words in the prompt": replace(CHOSEN, reading="prompt"),
     "chosen, balanced instead of divided by the prior": BALANCED,
     "the same by all heads (--refine)": REFINED_MASKS,
     "chosen, prior 0.3": replace(CHOSEN, prior=0.3),

@@ -5,7 +5,7 @@
     latents   -> decode_pictures
 
 `attention` stops at the last block that is read. `velocity` runs all blocks, and can return attention as well. From
-noise to latents: `sampling`.
+noise to latents: `sampling`; from attention to class scores: `class_maps`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
-from seg4diff_jax.segmentation.balance import balanced, normalized
-from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
-from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
-from seg4diff_jax.segmentation.refinement import refined
 
 MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
 """The maps that masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
@@ -204,70 +200,6 @@ def text_maps(
     record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
     assert record.probs is not None
     return record.probs
-
-
-@partial(jax.jit, static_argnames=("block", "kernel", "head", "masks"))
-def read_class_scores(
-    transformer: MMDiT,
-    images: NoisedImages | Views,
-    texts: TextConditioning,
-    averaging: Float[Array, "prompts classes text"] | np.ndarray,
-    *,
-    block: int,
-    kernel: Kernel | None = None,
-    head: int | None = None,
-    masks: MaskOptions = PAPERS_MASKS,
-) -> Float[Array, "images classes grid_rows grid_columns"]:
-    """Returns the mean attention of each image token to each class's words in one block (Seg4Diff, section 3).
-
-    Args:
-      images: one noised view of each image, or as many as `masks` fuses.
-      averaging: weights of each class's tokens in each prompt (`ClassPrompts.averaging`).
-      block: the number of the block that is read.
-      head: one head of it; None: the mean of all.
-      masks: how maps are fused and refined.
-    """
-    views = images if isinstance(images, Views) else Views((images,))
-    first, patch = views.each[0], transformer.config.patch_size
-    owner = jnp.arange(len(first)) if first.image_of_prompt is None else first.image_of_prompt
-    maps = fused_class_maps(transformer, views, texts, jnp.asarray(averaging), block, head, masks, kernel)
-    scores = combine_prompts(maps, owner, len(first))
-    return scores.reshape(*scores.shape[:2], *first.grid(patch))
-
-
-def fused_class_maps(
-    transformer: MMDiT,
-    views: Views,
-    texts: TextConditioning,
-    averaging: Float[Array, "prompts classes text"],
-    block: int,
-    head: int | None,
-    masks: MaskOptions,
-    kernel: Kernel | None = None,
-) -> Float[Array, "prompts classes tokens"]:
-    """Returns class maps of one block, mean over views, balanced and refined as the options say."""
-    refine = (block if masks.refine_block is None else masks.refine_block) if masks.rounds else block
-    request = AttentionRequest(scores=False, mean_heads=head is None, qkv=masks.rounds > 0)
-    options, blocks = ForwardOptions(request, kernel), tuple({block: None, refine: None})
-    count, rows = len(views.each), len(averaging)
-    seen = views.as_one() if count > 1 else views.each[0]
-    # The views of a row follow one another, so that all of them lie on one device.
-    several = texts if count == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), texts)
-    records = attention(transformer, seen, several, blocks=blocks, options=options)
-    probs: Any = records[block].probs if head is None else records[block].probs[:, head]
-    grid = seen.grid(transformer.config.patch_size)
-    flip = lambda maps: views.mirrored_back(maps.reshape(rows, count, -1, *grid)).reshape(rows * count, -1, *grid)
-
-    each_averaging = jnp.repeat(averaging, count, axis=0)
-    maps = normalized(class_scores(probs, each_averaging), probs, each_averaging, masks.normalize)
-    fuse = lambda maps: flip(maps).reshape(rows, count, *maps.shape[1:]).mean(axis=1)
-    maps = balanced(fuse(maps), masks.balance)
-    for _ in range(masks.rounds):
-        record, tokens = records[refine], maps.shape[-1]
-        own = flip(jnp.repeat(maps, count, axis=0)).reshape(rows * count, -1, tokens)
-        q, k = record.q[:, :tokens], record.k[:, :tokens]  # pyright: ignore
-        maps = fuse(refined(own, q, k, sharpness=masks.sharpness, heads=masks.refine_heads, kernel=kernel))
-    return maps
 
 
 # ---- from latents to pictures ---------------------------------------------------------------------------------------

@@ -19,10 +19,13 @@ from seg4diff_jax.evaluation.vocabulary import questions
 from seg4diff_jax.evaluation.zero_shot import Pass, ZeroShot
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import to_model_range
-from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
+from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions, joint_attention
+from seg4diff_jax.models.concepts import attend_to_image_and_group, image_to_concepts
+from seg4diff_jax.models.trunk import concepts_at
 from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.guided_filter import guide, guided
 from seg4diff_jax.segmentation.mask_options import MaskOptions
+from seg4diff_jax.segmentation.refinement import refined
 from seg4diff_jax.text import class_prompts
 from tests.reference.inputs import NAMES, SIZE, SQUARE, VARIED, an_image
 from tests.reference.random_weights import relative_error
@@ -111,10 +114,60 @@ def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(torch.from_numpy(np.array(scores))[None], size, mode="bilinear")[0].numpy()
 
 
-def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
+@pytest.mark.parametrize("reading", ["concepts", "concept outputs"])
+def test_concepts_are_read_beside_an_empty_text_each_prompt_by_itself(sd3, reading):
+    """Of images with lists of different lengths, in several prompts, two views of each; refined by an earlier block."""
+    images, lists = [an_image(*SIZE), an_image(*SIZE, seed=1)], [MANY_NAMES, NAMES]
+    masks = MaskOptions(reading=reading, views=2, levels=(5, 9))
+    ask = partial(sd3.segment, block=VARIED, seed=4, size=SIZE)
+    found = ask(images, lists, masks=masks)
+    for place, (image, names) in enumerate(zip(images, lists, strict=True)):
+        assert relative_error(found[place].scores, by_concepts(sd3, image, names, masks, place)) <= SCORES
+
+
+@pytest.mark.parametrize("by", [1, 3])
+def test_maps_of_concepts_are_refined_by_the_image_that_read_an_empty_text(sd3, by):
+    image, masks = an_image(*SIZE), MaskOptions(reading="concepts", rounds=1, sharpness=2.0, refine_block=by)
+    ask = partial(sd3.segment, image, NAMES, block=3, step=5, size=SIZE)
+    maps = jnp.asarray(ask(masks=replace(masks, rounds=0, refine_block=None)).scores).reshape(1, len(NAMES), -1)
+    latents = passes.encode_images(sd3.vae, to_model_range(image)[None])
+    noise = image_noise(0, [0], latents.shape[1:])
+    noised = passes.NoisedImages(latents, noise, jnp.float32(sd3.schedule.sigma_at(5)))
+    options = ForwardOptions(AttentionRequest(qkv=True))
+    record = passes.attention(sd3.transformer, noised, sd3.encode_prompts([""]), blocks=(by,), options=options)[by]
+    q, k = (array[:, : maps.shape[-1]] for array in (record.q, record.k))
+    expected = refined(maps, q, k, sharpness=2.0)
+    assert relative_error(ask(masks=masks).scores, np.asarray(expected).reshape(-1, *GRID)) <= SCORES
+    assert relative_error(maps, expected) > 0.01
+
+
+def by_concepts(pipe: s4d.Pipeline, image: np.ndarray, names: list[str], masks: MaskOptions, place: int) -> np.ndarray:
+    """Class scores, a pass for each view and prompt."""
+    prompts = class_prompts(pipe.tokenizers, names)
+    latents = passes.encode_images(pipe.vae, to_model_range(image)[None])
+    scores = np.zeros((len(names), GRID[0] * GRID[1]))
+    for text, weights in zip(prompts.prompts, prompts.averaging(), strict=True):
+        for view, level in enumerate(masks.levels):
+            noise = image_noise(4, [place], latents.shape[1:], view)
+            noised = passes.NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(level)))
+            empty, concepts = pipe.encode_prompts([""]), pipe.encode_prompts([text])
+            read = concepts_at(pipe.transformer, *noised.inputs(), empty, concepts, block=VARIED)
+            image_qkv, text_qkv, own, _ = read
+            if masks.reading == "concepts":
+                probs = np.asarray(image_to_concepts(own, image_qkv, (0, weights.shape[1])), np.float64)[0].mean(axis=0)
+                scores += weights @ probs.T / 2
+            else:
+                outputs = np.asarray(joint_attention(image_qkv, text_qkv)[0], np.float64).reshape(GRID[0] * GRID[1], -1)
+                of_words = np.asarray(attend_to_image_and_group(own, image_qkv), np.float64)[0, : weights.shape[1]]
+                scores += weights @ of_words.reshape(weights.shape[1], -1) @ outputs.T / 2
+    return scores.reshape(-1, *GRID)
+
+
+@pytest.mark.parametrize("reading", ["prompt", "concepts"])
+def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path, reading):
     """Of a list of images, each with its number's noise, for the classes present and for all, in several prompts."""
     benchmark = folder_benchmark(write_images(tmp_path / "set", [(64, 64), (100, 70)]))
-    masks = replace(MASKS, edge_radius=1.0, prior=0.5)
+    masks = replace(MASKS, edge_radius=1.0, prior=0.5, reading=reading, refine_block=None)
     prior = ClassPrior({name: 0.002 * place for place, name in enumerate(benchmark.classes, 1)}, VARIED, 8, 1)
     items = [each for each in Reader(benchmark, sd3.view).read(range(2)) if isinstance(each, Example)]
     forward = Forward(sd3, (Readout(VARIED, refined=True), Readout(VARIED)), masks)
@@ -145,6 +198,11 @@ def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path):
         ({"levels": (29,)}, "levels has 29; expected noise levels of 1 (nearly clean) to 28 (pure noise)"),
         ({"levels": (3, 4)}, "2 levels for 1 views; expected a view for each level"),
         ({"normalize": "softmax"}, "normalize is 'softmax'; expected one of none, content, minmax"),
+        ({"reading": "words"}, "reading is 'words'; expected one of prompt, concepts, concept outputs"),
+        (
+            {"reading": "concept outputs", "prior": 0.3},
+            "concept outputs are no shares of attention: content, prior and",
+        ),
         ({"balance": 1.5}, "balance is 1.5; expected 0 to 1"),
         ({"prior": -0.1}, "prior is -0.1; expected 0 to 1"),
         ({"prior": 0.5, "normalize": "minmax"}, "prior scales whole maps, which minmax undoes; expected one of them"),
@@ -167,6 +225,10 @@ def test_options_that_mean_nothing_are_refused(options, message, monkeypatch):
     [
         ({"masks": MaskOptions(rounds=1, refine_block=6)}, "refine_block is 6; blocks 0..5 are loaded, and block 3"),
         ({"masks": MaskOptions(rounds=1, refine_heads=(1, 9))}, "refine_heads has 9; each block has heads 0.."),
+        (
+            {"masks": MaskOptions(reading="concepts", rounds=1, refine_block=4)},
+            "refine_block is 4, and with concepts nothing after block 3 is run",
+        ),
         ({"masks": {"rounds": 1}}, "masks is {'rounds': 1}; expected a MaskOptions"),
         ({"masks": MaskOptions(views=2), "noise": np.zeros((14, 18, 16), np.float32)}, "noise is given, and masks has"),
     ],

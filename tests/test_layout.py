@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation": "bilinear checked models quoting",
     "parallel": "",
     "checksums": "",
-    "passes": "flow models parallel segmentation",
+    "passes": "flow models parallel",
+    "class_maps": "models passes segmentation",
     "sampling": "flow models",
     # What is around them, in memory.
     "terminal": "",
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, str] = {
     "text": "models",
     "class_names": "",
     "batching": "flow images models",
-    "class_grids": "models passes segmentation text",
+    "class_grids": "class_maps models passes segmentation text",
     "pipeline_options": "checked flow images models segmentation",
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
@@ -78,8 +79,8 @@ MAY_IMPORT: dict[str, str] = {
     "training",
     "planning": "checkpoints convert data evaluation magnet models numerics parallel passes prompt_cache segmentation "
     "training",
-    "evaluation": "batching class_grids compilation configuration convert data flow images interrupted_runs miniature "
-    "models numerics parallel passes pipeline processes quoting reporting segmentation text versions",
+    "evaluation": "batching class_grids class_maps compilation configuration convert data flow images interrupted_runs "
+    "miniature models numerics parallel passes pipeline processes quoting reporting segmentation text versions",
     "reproduction": "analysis checkpoints convert evaluation flow images interrupted_runs magnet models numerics "
     "passes pipeline reporting segmentation text training",
     # What people start.

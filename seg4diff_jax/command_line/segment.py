@@ -7,7 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,11 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="with --refine: what seg4diff class-prior wrote; divides each class's map by what its words draw anywhere",
     )
+    add(
+        "--concepts",
+        action="store_true",
+        help="with --refine: the image does not read the class words, which read it: docs/better_masks.md",
+    )
     add("--explain", action="store_true", help="with --refine: draw what each of its steps changes, as stages.png")
     result_arguments(parser)
     model_arguments(parser)
@@ -92,12 +97,15 @@ def model_arguments(parser: ArgumentParser) -> None:
 def run(options: Any) -> None:
     if options.explain and not options.refine:
         raise ValueError("--explain shows what --refine does, which is not given")
-    if options.prior is not None and not options.refine:
-        raise ValueError("--prior is for --refine, which is not given")
+    for name in ("prior", "concepts"):
+        if getattr(options, name) and not options.refine:
+            raise ValueError(f"--{name} is for --refine, which is not given")
     masks, prior = REFINED_MASKS if options.refine else PAPERS_MASKS, None
     if options.prior is not None:
         masks, prior = MASKS_WITH_PRIOR, read_class_prior(Path(options.prior).expanduser())
         prior.of(options.classes)  # a class that was not measured is refused before weights are read
+    if options.concepts:
+        masks = replace(masks, reading="concepts")
 
     def segment(pipe: Pipeline, pixels: np.ndarray, **how: Any) -> Segmentation:
         ask = partial(pipe.segment, pixels, options.classes, **how)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from seg4diff_jax.batching import ModelView
-from seg4diff_jax.class_grids import prior_rows, prompt_rows
+from seg4diff_jax.class_grids import as_many_for_each, prior_rows, prompt_rows
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.errors import FolderError
 from seg4diff_jax.evaluation.benchmarks import Benchmark
@@ -110,6 +110,17 @@ class EvaluationBatch:
     sizes: Int[np.ndarray, "images 2"]
     class_of_row: Int[np.ndarray, "images classes"]
     prompts: tuple[PromptRows, ...]
+
+    def as_concepts(self) -> PromptRows:
+        """Returns all prompts as one batch of rows: as many for each image, in order, filled up with weight 0."""
+        image_of_row, averaging, prior = (
+            np.concatenate(each) for each in zip(*(rows[1:] for rows in self.prompts), strict=True)
+        )
+        (own,) = np.nonzero(averaging.any(axis=(1, 2)))  # no padding
+        places, is_own = as_many_for_each(image_of_row[own], len(self.pixels))
+        texts, places = [text for rows in self.prompts for text in rows.texts], own[places]
+        weights = np.where(is_own[:, None, None], averaging[places], np.float32(0))
+        return PromptRows(tuple(texts[place] for place in places), image_of_row[places], weights, prior[places])
 
     def guessed(self) -> EvaluationBatch:
         """Returns the batch with one row for each class: a guesser does not favour those that have several."""

@@ -78,6 +78,10 @@ HELP = {
     "masks.views": "how often each image is noised for masks by name; the maps are averaged",
     "masks.mirrored": "every second view sees the mirrored latents",
     "masks.levels": "noise levels of the views in turn, as in [2,3]; default: all at the level that --steps has",
+    "masks.reading": (
+        "where class words stand: prompt, in the text that images read; concepts, in tokens that read images and that "
+        "nothing reads; concept outputs, the likeness of their attention's outputs"
+    ),
     "masks.normalize": (
         "of class maps: none; content, in parts of what all class words get; minmax, each from 0 to 1 over its image"
     ),

@@ -15,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seg4diff_jax.class_grids import NO_TEXT
+from seg4diff_jax.class_maps import read_class_scores
+from seg4diff_jax.evaluation.batches import PromptRows
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.passes import NoisedImages, Views, attention, encode_images, read_class_scores
+from seg4diff_jax.passes import NoisedImages, Views, attention, encode_images
 from seg4diff_jax.pipeline import Pipeline
+from seg4diff_jax.segmentation.class_prior import divided_by_prior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 
 Latents = Float[Array, "images latent_rows latent_columns channels"]
@@ -114,8 +118,7 @@ class Forward:
         latents: Latents,
         indices: Int[np.ndarray, " images"],
         prompts: TextConditioning,
-        image_of_row: Int[np.ndarray, " rows"],
-        averaging: Float[np.ndarray, "rows classes clip_tokens"],
+        asked: PromptRows,
         *,
         step: int,
         seed: int,
@@ -123,19 +126,23 @@ class Forward:
         """Returns the class scores of some prompts at the refined readouts, fused over views and refined.
 
         Args:
-          averaging: weights of each class's tokens in each prompt.
+          asked: what the prompts ask for; where they are read as concepts, as many for each image, in order.
           others: as for `maps`.
         """
         pipe, masks = self.pipe, self.masks
-        image_of_row, prompts, averaging = pipe.spread((image_of_row, prompts, averaging))
+        as_concepts = masks.reading != "prompt"
+        beside = self.encoded([NO_TEXT] * len(latents)) if as_concepts else None
+        averaging = divided_by_prior(asked.averaging, asked.prior, masks.prior)
+        owner = None if as_concepts else asked.image_of_row
+        owner, prompts, averaging, beside = pipe.spread((owner, prompts, averaging, beside))
         noised = lambda view: NoisedImages(
             latents,
             self.noise(latents, indices, seed, view),
             jnp.float32(pipe.schedule.sigma_at(masks.level_of(view, step))),
-            image_of_row,
+            owner,
         )
         views = Views(tuple(noised(view) for view in range(masks.views)), masks.mirrors)
-        read = partial(read_class_scores, pipe.transformer, views, prompts, averaging, masks=masks)
+        read = partial(read_class_scores, pipe.transformer, views, prompts, averaging, beside, masks=masks)
         with pipe.settings():
             each = [read(block=block, head=head) for block, head, _ in self._refined(self.readouts, True)]
             return jnp.stack([scores.reshape(*scores.shape[:2], -1) for scores in each])

@@ -22,7 +22,6 @@ from seg4diff_jax.evaluation.further import Further, Pass
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
-from seg4diff_jax.segmentation.class_prior import divided_by_prior
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.metrics import IGNORED, confusion_matrices, mean_iou
 from seg4diff_jax.segmentation.open_vocabulary import best_classes, class_scores, combine_prompts, edges_of
@@ -237,19 +236,21 @@ class ZeroShot:
         refined = sum(readout.refined for readout in forward.readouts)
         shape = len(latents), batch.class_of_row.shape[1], rows * columns
         scores = jnp.zeros((len(forward.readouts) - refined, *shape), jnp.float32)
-        better = jnp.zeros((refined, *shape), jnp.float32)
-        for asked, texts in zip(batch.prompts, conditioning, strict=True):
-            seen = latents, batch.indices, texts, asked.image_of_row
-            if refined:
-                divided = divided_by_prior(asked.averaging, asked.prior, forward.masks.prior)
-                better = better + forward.refined_scores(*seen, divided, step=one.step, seed=one.seed)
-            if not len(scores):
-                continue
-            maps = forward.maps(*seen, step=one.step, seed=one.seed)
+        for asked, texts in zip(batch.prompts, conditioning, strict=True) if len(scores) else ():
+            maps = forward.maps(latents, batch.indices, texts, asked.image_of_row, step=one.step, seed=one.seed)
             averaging, image_of_row = forward.pipe.spread((asked.averaging, asked.image_of_row))
             with forward.pipe.settings():
                 scores = add_scores(scores, maps, averaging, image_of_row)
-        return jnp.concatenate([scores, better]) if refined else scores
+        if not refined:
+            return scores
+        read = partial(forward.refined_scores, latents, batch.indices, step=one.step, seed=one.seed)
+        each = list(zip(batch.prompts, conditioning, strict=True))
+        if forward.masks.reading != "prompt":
+            each = [((rows := batch.as_concepts()), forward.encoded(rows.texts))]
+        better = jnp.zeros((refined, *shape), jnp.float32)
+        for asked, texts in each:
+            better = better + read(texts, asked)
+        return jnp.concatenate([scores, better])
 
 
 # ---- compiled programs ----------------------------------------------------------------------------------------------

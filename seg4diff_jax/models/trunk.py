@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions, attention_record
+from seg4diff_jax.models.attention import DEFAULT_OPTIONS, QKV, UNRECORDED, ForwardOptions, attention_record
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.perturbation import Perturbing
 from seg4diff_jax.models.stacked_layers import LayerStack, scan_layers, take_layer
@@ -40,6 +40,10 @@ class Trunk(Protocol):
         self, latents: Array, timesteps: Array, conditioning: TextConditioning
     ) -> tuple[Any, Float[Array, "batch dim"]]:
         """Returns the input of the first block, and the vector that modulates every block."""
+        ...
+
+    def embed_concepts(self, timesteps: Array, conditioning: TextConditioning) -> Any:
+        """Returns concept tokens as the first block reads them, a group for each prompt."""
         ...
 
 
@@ -170,3 +174,42 @@ def attentions_at(
     block = take_layer(trunk.stacks[number], last - stack.start)
     image, text = block.qkv(state, vector)
     return records | {last: attention_record(image, text, options)}
+
+
+def concepts_at(
+    trunk: Trunk,
+    latents: Float[Array, "batch height width channels"],
+    timesteps: Float[Array, " batch"],
+    conditioning: TextConditioning,
+    concepts: TextConditioning,
+    *,
+    block: int,
+    options: ForwardOptions = UNRECORDED,
+    capture: Collection[int] = (),
+) -> tuple[QKV, QKV, QKV, dict[int, Any]]:
+    """Returns queries, keys and values of image, text and concepts in one block, and the records of others before it.
+
+    Nothing after it is run.
+
+    Args:
+      conditioning: the text that the image reads.
+      concepts: prompts whose tokens read and do not write, the same number for each image, an image's after one
+        another (`models.concepts`).
+      options, capture: of the records, as for `run_blocks`.
+
+    Raises ValueError when the model does not hold that block, or the prompts are not a multiple of the images.
+    """
+    if not 0 <= block < trunk.depth:
+        raise ValueError(f"cannot read block {block}: the model holds blocks 0..{trunk.depth - 1}")
+    groups, left = divmod(len(concepts.pooled), len(latents))
+    if left or not groups:
+        raise ValueError(
+            f"{len(concepts.pooled)} prompts of concepts for {len(latents)} images: expected as many for each"
+        )
+    state, vector = trunk.embed(latents, timesteps, conditioning)
+    state = replace(state, concepts=trunk.embed_concepts(jnp.repeat(timesteps, groups), concepts))
+    state, records = run_blocks(trunk, state, vector, block, capture, options.about(conditioning))
+    number, stack = next((number, stack) for number, stack in enumerate(trunk.layer_stacks) if block < stack.stop)
+    one = take_layer(trunk.stacks[number], block - stack.start)
+    image, text = one.qkv(state, vector)
+    return image, text, one.concepts_qkv(state.concepts), records

@@ -29,10 +29,13 @@ def normalized(
         is_content = (averaging > 0).any(axis=1)
         to_content = jnp.where(is_content[:, None], probs, 0).sum(axis=-1)
         return maps / jnp.maximum(to_content, TINY)[:, None]
-    if how == "minmax":
-        least, greatest = maps.min(axis=-1, keepdims=True), maps.max(axis=-1, keepdims=True)
-        return (maps - least) / jnp.maximum(greatest - least, TINY)
-    return maps
+    return minmax(maps) if how == "minmax" else maps
+
+
+def minmax(maps: Float[Array, "prompts classes tokens"]) -> Float[Array, "prompts classes tokens"]:
+    """Brings each map from 0 to 1 over the image. A constant map becomes 0."""
+    least, greatest = maps.min(axis=-1, keepdims=True), maps.max(axis=-1, keepdims=True)
+    return (maps - least) / jnp.maximum(greatest - least, TINY)
 
 
 def balanced(maps: Float[Array, "prompts classes tokens"], power: float) -> Float[Array, "prompts classes tokens"]:

@@ -9,6 +9,7 @@ from seg4diff_jax.checked import Checked
 from seg4diff_jax.segmentation.class_prior import ClassPrior
 
 Normalization = Literal["none", "content", "minmax"]
+Reading = Literal["prompt", "concepts", "concept outputs"]
 MOST_ROUNDS, MOST_VIEWS = 20, 64
 
 
@@ -20,6 +21,10 @@ class MaskOptions(Checked):
       views: how often each image is noised; the maps are averaged. A row of the batch for each.
       mirrored: every second view sees the mirrored latents, and its maps are mirrored back.
       levels: noise levels of the views in turn, counted from the clean end of 28. Empty: all at the level asked for.
+      reading: where class words stand. `prompt`: in the text that images read, as in the paper. `concepts`: in
+        tokens that read the image and that nothing reads (`models.concepts`), beside an empty text; then any
+        number of prompts is one pass of the image. `concept outputs`: not the attention to these, but how alike their
+        attention's output is to that of each image token, as in ConceptAttention.
       normalize: `content` divides each image token's attention by what it gives to all class words of its prompt;
         `minmax` brings each class's map to 0..1 over the image.
       balance: 0 to 1: each class's map is divided by its mean over the image to this power. At 1 all classes have equal
@@ -37,6 +42,7 @@ class MaskOptions(Checked):
     views: int = 1
     mirrored: bool = False
     levels: tuple[int, ...] = ()
+    reading: Reading = "prompt"
     normalize: Normalization = "none"
     balance: float = 0.0
     prior: float = 0.0
@@ -58,6 +64,10 @@ class MaskOptions(Checked):
             found.append(f"levels has {outside[0]}; expected noise levels of 1 (nearly clean) to 28 (pure noise)")
         if len(self.levels) > self.views:
             found.append(f"{len(self.levels)} levels for {self.views} views; expected a view for each level")
+        if self.reading not in get_args(Reading):
+            found.append(f"reading is {self.reading!r}; expected one of {', '.join(get_args(Reading))}")
+        if self.reading == "concept outputs" and (self.normalize == "content" or self.prior or self.balance):
+            found.append("concept outputs are no shares of attention: content, prior and balance mean nothing for them")
         if self.normalize not in get_args(Normalization):
             found.append(f"normalize is {self.normalize!r}; expected one of {', '.join(get_args(Normalization))}")
         for name, power in (("balance", self.balance), ("prior", self.prior)):
@@ -98,6 +108,8 @@ class MaskOptions(Checked):
         last = self.refine_block
         if last is not None and not 0 <= last < depth:
             raise ValueError(f"refine_block is {last}; blocks 0..{depth - 1} are loaded, and block {block} is read")
+        if last is not None and last > block and self.reading != "prompt":
+            raise ValueError(f"refine_block is {last}, and with {self.reading} nothing after block {block} is run")
         if absent := [head for head in self.refine_heads or () if head >= heads]:
             raise ValueError(f"refine_heads has {absent[0]}; each block has heads 0..{heads - 1}")
 
@@ -116,6 +128,7 @@ class MaskOptions(Checked):
         refinement = {name: getattr(self, name) for name in ("rounds", "sharpness", "refine_block", "refine_heads")}
         edges = {name: getattr(self, name) for name in ("edge_radius", "edge_smoothing")}
         steps = [
+            (f"by {self.reading}", {"reading": self.reading}, self.reading != "prompt"),
             (f"{self.views} views", views, self.views > 1 or bool(self.levels)),
             (f"by {self.normalize}", {"normalize": self.normalize}, self.normalize != "none"),
             ("divided by the prior", {"prior": self.prior}, self.prior > 0),

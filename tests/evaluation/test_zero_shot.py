@@ -148,6 +148,7 @@ def test_bfloat16_scores_are_within_two_hundredths(sd3, sd3_checkpoint):
 
 
 REFINED = s4d.MaskOptions(views=2, mirrored=True, balance=0.3, rounds=1)
+CONCEPTS = s4d.MaskOptions(reading="concepts", views=2, rounds=1)
 ON_EIGHT_DEVICES = f"""
 import sys
 import numpy as np
@@ -160,9 +161,10 @@ pipe = s4d.load(checkpoint, mesh=make_mesh(data=2, fsdp=2, tensor=2))
 kernel = pipe.transformer.stacks[0].image.mlp.up.kernel.get_value()
 assert len({{str(shard.index) for shard in kernel.addressable_shards}}) == 4, kernel.sharding
 ask = lambda **how: pipe.segment(list(images), [{NAMES!r}] * len(images), block={BLOCK}, size={SIZE}, seed=5, **how)
-masks, refined = ask(), ask(masks=s4d.{REFINED!r})
+masks, refined, concepts = ask(), ask(masks=s4d.{REFINED!r}), ask(masks=s4d.{CONCEPTS!r})
 arrays = {{"labels": [mask.labels for mask in masks], "scores": [mask.scores for mask in masks]}}
-np.savez(target, **arrays, refined=[mask.scores for mask in refined])
+better = {{"refined": refined, "concepts": concepts}}
+np.savez(target, **arrays, **{{name: [mask.scores for mask in some] for name, some in better.items()}})
 """
 
 
@@ -180,5 +182,6 @@ def test_a_mesh_of_eight_devices_gives_the_masks_of_one(sd3, sd3_checkpoint, tmp
     for image, noise, labels, scores in zip(images, noises, spread["labels"], spread["scores"], strict=True):
         alone = sd3.segment(image, NAMES, block=BLOCK, noise=np.asarray(noise), size=SIZE)
         assert_equal(s4d.Segmentation(labels, scores, alone.classes, alone.prompts), alone)
-    alone = sd3.segment(list(images), NAMES, block=BLOCK, size=SIZE, seed=5, masks=REFINED)
-    assert relative_error(spread["refined"], np.stack([masks.scores for masks in alone])) <= SCORES
+    for name, how in (("refined", REFINED), ("concepts", CONCEPTS)):
+        alone = sd3.segment(list(images), NAMES, block=BLOCK, size=SIZE, seed=5, masks=how)
+        assert relative_error(spread[name], np.stack([masks.scores for masks in alone])) <= SCORES

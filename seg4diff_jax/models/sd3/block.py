@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seg4diff_jax.models.attention import QKV, UNRECORDED, ForwardOptions, JointQKV, joint_attention
+from seg4diff_jax.models.concepts import Concepts, attend_to_image_and_group
 from seg4diff_jax.models.kernels import attend
 from seg4diff_jax.models.sd3.config import MMDiTConfig
 from seg4diff_jax.parallel import split_batch
@@ -25,11 +26,13 @@ class StreamState:
     """A pytree of the token states of both streams, as one block passes them to the next.
 
     The last text token stands for `last_token_count` equal ones in every block (see `TextConditioning`).
+    Concepts read both streams and change neither.
     """
 
     image: Float[Array, "batch image dim"] | Any  # JAX rebuilds pytrees with stand-ins for arrays
     text: Float[Array, "batch text dim"] | Any
     last_token_count: int = field(default=1, metadata={"static": True})
+    concepts: Concepts | Any = None
 
 
 def layer_norm(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
@@ -158,7 +161,8 @@ class JointBlock(nnx.Module):
           vector: embedding of the timestep and the pooled text, which modulates both streams.
         """
         image_mod, text_mod = modulations = self._modulations(vector)
-        image_heads, text_heads, joint = joint_attention(*self._qkv(state, modulations), options)
+        image_qkv, text_qkv = self._qkv(state, modulations)
+        image_heads, text_heads, joint = joint_attention(image_qkv, text_qkv, options)
         attended = image_mod[2][:, None] * self.image.attention.merge(image_heads)
         if self.image.dual_attention is not None:
             shift, scale, gate = image_mod[6:]
@@ -169,4 +173,20 @@ class JointBlock(nnx.Module):
         if self.text.mlp is not None:
             attended = text_mod[2][:, None] * self.text.attention.merge(text_heads)
             text = self.text.update(text, attended, text_mod[3:6])
-        return replace(state, image=image, text=text), joint
+        concepts = state.concepts
+        if concepts is not None:
+            own = self.concepts_qkv(concepts)
+            concepts = self._updated_concepts(concepts, attend_to_image_and_group(own, image_qkv, options.kernel))
+        return replace(state, image=image, text=text, concepts=concepts), joint
+
+    def concepts_qkv(self, concepts: Concepts) -> QKV:
+        """Returns the queries, keys and values of concept tokens: those of a text with their states."""
+        shift, scale, *_ = self.text.modulations(concepts.vector)
+        return self.text.attention.qkv(modulate(concepts.tokens, shift, scale), concepts.last_count)
+
+    def _updated_concepts(self, concepts: Concepts, heads: Float[Array, "groups tokens heads head_dim"]) -> Concepts:
+        if self.text.mlp is None:
+            return concepts
+        modulations = self.text.modulations(concepts.vector)
+        attended = modulations[2][:, None] * self.text.attention.merge(heads)
+        return replace(concepts, tokens=self.text.update(concepts.tokens, attended, modulations[3:6]))

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.attention import DEFAULT_OPTIONS, ForwardOptions
+from seg4diff_jax.models.concepts import Concepts
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.block import MLP, JointBlock, StreamState, modulate
 from seg4diff_jax.models.sd3.config import MMDiTConfig
@@ -154,10 +155,24 @@ class MMDiT(nnx.Module):
         patches = self.patch_embed(latents.astype(dtype))
         position = self._crop_position(patches.shape[1], patches.shape[2], latents.shape)
         image = (patches + position).astype(dtype).reshape(patches.shape[0], -1, self.config.width)
+        text, vector = self._embed_text(timesteps, conditioning)
+        return StreamState(image, text, conditioning.last_token_count), vector
+
+    def embed_concepts(self, timesteps: Float[Array, " groups"], conditioning: TextConditioning) -> Concepts:
+        """Returns concept tokens as the first block reads them, a group for each prompt.
+
+        Args:
+          timesteps: of each group, its image's.
+        """
+        return Concepts(*self._embed_text(timesteps, conditioning), conditioning.last_token_count)
+
+    def _embed_text(
+        self, timesteps: Float[Array, " batch"], conditioning: TextConditioning
+    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, "batch dim"]]:
+        dtype = self.context_embed.dtype
         time = self.time_embed(timestep_features(timesteps).astype(dtype))
         vector = time + self.pooled_embed(conditioning.pooled.astype(dtype))
-        text = self.context_embed(split_batch(conditioning.context.astype(dtype)))
-        return StreamState(image, text, conditioning.last_token_count), vector
+        return self.context_embed(split_batch(conditioning.context.astype(dtype))), vector
 
     def _crop_position(self, rows: int, columns: int, latents: tuple[int, ...]) -> Float[Array, "rows columns dim"]:
         size, patch = self.config.pos_embed_max_size, self.config.patch_size
