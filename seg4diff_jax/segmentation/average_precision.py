@@ -41,8 +41,8 @@ def object_precision(
     inside = inside_of(size, scores.shape)
     least = jnp.min(scores, where=inside, initial=jnp.inf)
     span = jnp.max(scores, where=inside, initial=-jnp.inf) - least
-    # Behind the barrier XLA divides each score. It would multiply by a rounded reciprocal otherwise, and some s and 1 - s
-    # that are equal, so one step, would be two.
+    # Behind the barrier XLA divides each score. Otherwise it would multiply by a rounded reciprocal, and some scores s
+    # and 1 - s that are equal, which is one step, would be two.
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.where(span > 0, span, 1), scores.shape))
     own = jnp.where(span > 0, (scores - least) / divisor, 0)
     other = jnp.where(span > 0, 1 - own, 0)
@@ -68,8 +68,15 @@ def average_precision(
     last = jnp.append(falling[1:] != falling[:-1], True)  # of equal scores
     before = jax.lax.cummax(jnp.where(last, hits, 0))
     gained = jnp.where(last, hits - jnp.append(jnp.zeros(1, hits.dtype), before[:-1]), 0)
-    steps = gained * (hits / jnp.maximum(cases, 1))
-    return jnp.sum(steps) / jnp.maximum(hits[-1], 1)
+    return _pairwise_sum(gained * (hits / jnp.maximum(cases, 1))) / jnp.maximum(hits[-1], 1)
+
+
+def _pairwise_sum(values: Float[Array, " values"]) -> Float[Array, ""]:
+    """Adds values in fp32 with the error of a few additions. One after the other, 1e5 values lose four digits."""
+    values = jnp.pad(values, (0, (1 << (len(values) - 1).bit_length()) - len(values)))
+    while len(values) > 1:
+        values = values[: len(values) // 2] + values[len(values) // 2 :]
+    return values[0]
 
 
 def inside_of(size: Int[Array, " 2"], canvas: tuple[int, ...]) -> Bool[Array, "height width"]:
