@@ -11,8 +11,8 @@ Or as files, where somebody has unpacked it, or made a set of the same kind:
     DIR/masks/NAME.png         one channel, as large as the image: 0 background, 1 or 255 foreground
     DIR/names.txt              an image and the name of its object a line, as in "NAME<tab>tench"
 
-The structure of the file is that which public loaders read (Chefer et al.'s `data/Imagenet.py`, ConceptAttention's
-`experiments/imagenet_segmentation/data_processing.py`):
+The structure of the file is that which public loaders index: Chefer et al.'s `data/Imagenet.py` (img, gt) and
+ConceptAttention's `experiments/imagenet_segmentation/data_processing.py` (img, gt, id):
 
     value/img [images, 1]      references to pixels, uint8 [3, width, height]: MATLAB's axes come out reversed
     value/gt  [images, 1]      references to a cell of references [.., 1]; the first is the mask [width, height], 0 or 1

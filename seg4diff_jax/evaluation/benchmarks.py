@@ -211,7 +211,7 @@ def _without_background(data: Data, background: BackgroundOptions, name: str) ->
     given = {"data.background": data.background} | {
         f"background.{each}": one for each, one in asdict(background).items()
     }
-    having = ", ".join(each for each, one in SETS.items() if one.background is not None)
+    having = ", ".join(each for each, one in SETS.items() if one.background is not None and not one.single)
     return [
         f"{option} is {quoted(value)}, but {name} has no background class; {having} have, and a folder whose "
         f"classes.txt names {BACKGROUND}"

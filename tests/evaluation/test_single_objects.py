@@ -72,7 +72,7 @@ def maps(pipe, image: np.ndarray, index: int, names: Sequence[str]) -> torch.Ten
     latents = encode_images(pipe.vae, jnp.zeros((1, side, side, 3)))
     noise = np.asarray(image_noise(SEED, [index], latents.shape[1:]))[0]
     found = pipe.segment(image, [*names], block=BLOCK, step=STEP, noise=noise, size=(side, side))
-    return F.interpolate(torch.from_numpy(found.scores).double()[None], (SIDE, SIDE), mode="bilinear")[0]
+    return F.interpolate(torch.tensor(found.scores).double()[None], (SIDE, SIDE), mode="bilinear")[0]
 
 
 def published(each: Sequence[torch.Tensor], masks: Sequence[np.ndarray], *, by_mean: bool) -> dict[str, float]:
@@ -108,6 +108,7 @@ WAYS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::seg4diff_jax.class_names.OneClassWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_figures_are_those_of_images_segmented_one_by_one_in_the_published_codes_way(way, pipe, root, tmp_path):
     options, others, by_mean = WAYS[way]
