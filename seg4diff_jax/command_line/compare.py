@@ -135,7 +135,7 @@ def _misread(row: Any) -> str | None:
     for name, kind in kinds.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             return f"usable {name}"
-    if row["threshold"] != MEAN and isinstance(row["threshold"], str):
+    if isinstance(row.get("threshold"), str) and row["threshold"] != MEAN:
         return "usable threshold"
     for name in ("absent_classes", "refined"):
         if not isinstance(row.get(name), bool | None):
