@@ -75,12 +75,16 @@ def maps(pipe, image: np.ndarray, index: int, names: Sequence[str]) -> torch.Ten
     return F.interpolate(torch.tensor(found.scores).double()[None], (SIDE, SIDE), mode="bilinear")[0]
 
 
+def squared(values: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
 def published(each: Sequence[torch.Tensor], masks: Sequence[np.ndarray], *, by_mean: bool) -> dict[str, float]:
     """Figures in percent, as the published code adds them up; an object is the first map of its image."""
     right = pixels = 0
     both, either, precision = np.zeros(2), np.zeros(2), []
     for scores, mask in zip(each, masks, strict=True):
-        truth = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)) == 1
+        truth = squared(mask) == 1
         own = (scores[0] - scores[0].min()) / (scores[0].max() - scores[0].min())
         found = (own > own.mean() if by_mean else scores.argmax(dim=0) == 0).numpy()
         right, pixels = right + (found == truth).sum(), pixels + truth.size
@@ -151,6 +155,36 @@ def test_a_folder_of_the_same_images_has_the_same_figures(root, tmp_path, pipe):
     ours, theirs = (counted(pipe, opened(where)) for where in (root, tmp_path / "set"))
     np.testing.assert_array_equal(ours.counted.confusion, theirs.counted.confusion)
     np.testing.assert_array_equal(ours.further.average_precision, theirs.further.average_precision)
+
+
+def test_borders_of_voc_are_not_scored_and_images_of_several_classes_left_out(pipe, tmp_path):
+    home, labels = tmp_path / "VOCdevkit/VOC2012", []
+    for index, (_, record) in enumerate(objects()[:4]):
+        values = np.where(record.mask, 8 if index else 15, 0)  # a person, then cats
+        values[:5] = 255
+        values[-1, -1] = 3 if index == 2 else values[-1, -1]
+        labels.append(values)
+        label(home / f"SegmentationClass/{index}.png", values, palette=True)
+        (home / "JPEGImages").mkdir(exist_ok=True)
+        Image.fromarray(record.image).save(home / f"JPEGImages/{index}.jpg", quality=95)
+    text(home / "ImageSets/Segmentation/val.txt", ["0", "1", "2", "3"])
+    background = BackgroundOptions(competitors=",".join(COMPETITORS))
+    benchmark = open_benchmark(Data(name="voc-single", root=str(tmp_path)), SIZE, background=background)
+    assert (benchmark.objects, benchmark.rule) == (("person", "cat", "cat"), "scored")
+    found, right, pixels = counted(pipe, benchmark), 0, 0
+    for place, index in enumerate((0, 1, 3)):
+        scores = maps(pipe, benchmark.source[place]["image"], place, [benchmark.objects[place], *COMPETITORS])
+        truth = squared(labels[index])
+        own = ((scores[0] - scores[0].min()) / (scores[0].max() - scores[0].min())).float()
+        scored, positive = truth != 255, np.stack([truth == 0, (truth != 0)])
+        both = np.stack([scored, scored])
+        expected = average_precision_score(positive[both], torch.stack([1 - own, own]).numpy()[both])
+        assert found.further.average_precision[0, 0, place] == pytest.approx(expected, abs=1e-5)
+        right += ((scores.argmax(dim=0).numpy() == 0) == (truth != 0))[scored].sum()
+        pixels += scored.sum()
+    (confusion,) = found.counted.confusion[0]
+    assert confusion.sum() == pixels < 3 * SIDE**2
+    assert np.trace(confusion) == pytest.approx(right, abs=5)
 
 
 def test_a_list_chooses_images_and_their_names(root, tmp_path, pipe):
