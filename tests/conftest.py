@@ -54,7 +54,7 @@ LONGEST = [
     "command_line/generate_many",
     *("magnet/interrupted", "magnet/configurations", "evaluation/evaluate_spread", "evaluation/evaluate"),
     *("magnet/training", "models/vae", "evaluation/zero_shot", "magnet/step", "benchmark_scripts", "training/loop"),
-    *("models/lora", "parallel_numbers", "pipeline"),
+    *("models/lora", "parallel_numbers", "evaluation/single_objects", "pipeline"),
 ]
 """Files that take half a minute and more, the longest first: one that comes last leaves the other workers idle."""
 

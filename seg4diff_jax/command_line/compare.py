@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seg4diff_jax.convert.files import read_json
-from seg4diff_jax.evaluation.options import ASKED, EMPTY
+from seg4diff_jax.evaluation.options import ASKED, EMPTY, MEAN, Threshold, shown_threshold
 from seg4diff_jax.quoting import quoted
 
 RESULTS = "results.json"
@@ -33,7 +33,7 @@ class Key(NamedTuple):
     block: int
     head: int | None
     step: int
-    threshold: float | None
+    threshold: Threshold | None
     minmax: str | None
     match: str | None
     absent_classes: bool | None
@@ -47,7 +47,7 @@ class Key(NamedTuple):
         if self.decoys is not None:
             asked += f" ({self.decoys}, seed {self.decoys_seed})"
         head = "" if self.head is None else f", head {self.head}"
-        merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
+        merged = "" if self.threshold is None else f", threshold {shown_threshold(self.threshold)}"
         refined = ", refined masks" if self.refined else ""
         return f"{asked}, block {self.block}{head}, noise level {self.step}{merged}{refined}"
 
@@ -128,13 +128,15 @@ def _misread(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return "scores"
     kinds: dict[str, Any] = {"protocol": str, "prompts": str, "block": int, "head": int | None, "step": int}
-    kinds |= {"threshold": int | float | None, "minmax": str | None, "match": str | None}
+    kinds |= {"threshold": int | float | str | None, "minmax": str | None, "match": str | None}
     kinds |= {"decoys": int | None, "decoys_seed": int | None}
     kinds |= {"seed": int, "images": int, "pixels": int, "dataset": str}
     kinds |= {"miou": int | float | None, "pixel_accuracy": int | float | None, "iou": dict}
     for name, kind in kinds.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             return f"usable {name}"
+    if isinstance(row.get("threshold"), str) and row["threshold"] != MEAN:
+        return "usable threshold"
     for name in ("absent_classes", "refined"):
         if not isinstance(row.get(name), bool | None):
             return f"usable {name}"

@@ -20,6 +20,7 @@ from seg4diff_jax.command_line import AT_FAULT
 from seg4diff_jax.configuration import Refusals, problems, refuse
 from seg4diff_jax.convert.command_line import exit_status
 from seg4diff_jax.evaluation.options import (
+    AVERAGE_PRECISION,
     BATCH_TOKENS,
     GROUPS,
     MEAN,
@@ -134,7 +135,8 @@ def resolve(options: Options, pipe: Pipeline, benchmark: Benchmark, chosen: Chos
         merged_below = [protocol.threshold for protocol in settings.unsupervised]
         known["unsupervised"] = replace(options.unsupervised, threshold=merged_below)
     if settings.thresholds:
-        known["background"] = replace(options.background, threshold=list(settings.thresholds))
+        below = MEAN if settings.thresholds == (MEAN,) else list(settings.thresholds)
+        known["background"] = replace(options.background, threshold=below)
     known |= {"batch_size": settings.batch_size, "dtype": pipe.transformer.pos_embed.get_value().dtype.name}
     found: dict[str, Any] = {"split": benchmark.split, "labels": benchmark.kind, "unlabelled": benchmark.unlabelled}
     if benchmark.background is not None:
@@ -303,11 +305,13 @@ def unasked(options: Options, prompts: Sequence[str], further: Sequence[str]) ->
         for name, value in asdict(options.decoys).items()
         if value != getattr(Decoys(), name) and not set(WITH_DECOYS) & set(prompts)
     ]
-    if further and (options.background.threshold is not None or options.background.competitors):
+    of_rows = [name for name in further if name != AVERAGE_PRECISION]
+    if of_rows and (options.background.threshold is not None or options.background.competitors):
         found.append(
             f"--metrics is {options.metrics!r}, which is of one row of scores for each class: leave out "
             "--background.threshold and --background.competitors"
         )
+    found += of_objects(options, prompts, further)
     if further and not prompts:
         found.append(f"--metrics is {options.metrics!r}, but nothing is asked for: add open_vocabulary to --protocol")
     elif PRESENCE in further and not set(WITH_ABSENT) & set(prompts):
@@ -316,6 +320,19 @@ def unasked(options: Options, prompts: Sequence[str], further: Sequence[str]) ->
             f"tell from present ones: add {', '.join(WITH_ABSENT[:-1])} or {WITH_ABSENT[-1]} to it"
         )
     return found
+
+
+def of_objects(options: Options, prompts: Sequence[str], further: Sequence[str]) -> list[str]:
+    """What is to be said of prompts and figures that do not fit how many objects an image of the set has."""
+    from seg4diff_jax.evaluation.benchmarks import named, single
+
+    name = named(options.data)
+    if not single(options.data):
+        told = f"--metrics is {options.metrics!r}, but {name} names no single object in each image: leave out"
+        return [f"{told} {AVERAGE_PRECISION}"] if AVERAGE_PRECISION in further else []
+    if other := [kind for kind in prompts if kind != "present"]:
+        return [f"--prompts is {options.prompts!r}, but {name} asks for one name in each image: leave out {other[0]}"]
+    return []
 
 
 def heads_described(heads: Sequence[int | None]) -> str:

@@ -42,6 +42,7 @@ class LabelledImages:
     Attributes:
       split: the set's own name of the split.
       kind: the kind of labels that are read, for a set with several kinds.
+      objects: what the object of each image is called, for a set whose labels are foreground and background.
 
     Raises, for an item:
       FolderError: its label is absent, damaged, of another size, or holds an id that the set does not have.
@@ -53,6 +54,7 @@ class LabelledImages:
     labels: Labels
     split: str = ""
     kind: str = ""
+    objects: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)

@@ -7,12 +7,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from seg4diff_jax.data import ade20k, cityscapes, coco, pascal_context, voc
+from seg4diff_jax.data import (
+    ade20k,
+    cityscapes,
+    coco,
+    imagenet_segmentation,
+    pascal_context,
+    single_objects,
+    voc,
+    voc_single,
+)
+from seg4diff_jax.data.imagenet_segmentation import MatlabImages
 from seg4diff_jax.data.labelled import LabelledImages
 from seg4diff_jax.data.names import Background, Unlabelled
 from seg4diff_jax.segmentation.metrics import IGNORED
 
-Read = Callable[[str | Path, str | None, str | None, Mapping[int, int]], LabelledImages]
+PublishedImages = LabelledImages | MatlabImages
+Read = Callable[[str | Path, str | None, str | None, Mapping[int, int]], PublishedImages]
 """A function that opens a set. Its arguments are the directory, the split (None: the usual one), the kind of labels
 (None: any) and the class of each id."""
 
@@ -30,6 +41,8 @@ class PublishedSet:
       rule: default rule for that class.
       groups: groups of classes whose mean IoU is reported separately.
       unlabelled: published id of unlabelled pixels, if these are background by default and may also be ignored.
+      single: each image has one object. Its name is that of its class, the source's `objects` have it, and labels tell
+        foreground from background alone.
     """
 
     read: Read
@@ -40,6 +53,7 @@ class PublishedSet:
     rule: Background = "scored"
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     unlabelled: int | None = None
+    single: bool = False
 
     def open(
         self,
@@ -47,7 +61,7 @@ class PublishedSet:
         split: str | None = None,
         kind: str | None = None,
         unlabelled: Unlabelled | None = None,
-    ) -> LabelledImages:
+    ) -> PublishedImages:
         """Opens the set, and returns its images.
 
         Args:
@@ -116,5 +130,21 @@ SETS: dict[str, PublishedSet] = {
         cityscapes.CLASSES_27,
         cityscapes.IDS_27,
         cityscapes.ORIGIN,
+    ),
+    "imagenet-segmentation": PublishedSet(
+        imagenet_segmentation.read_imagenet,
+        single_objects.CLASSES,
+        imagenet_segmentation.IDS,
+        imagenet_segmentation.ORIGIN,
+        background=single_objects.BACKGROUND,
+        single=True,
+    ),
+    "voc-single": PublishedSet(
+        voc_single.read_single,
+        single_objects.CLASSES,
+        voc_single.IDS,
+        voc.ORIGIN,
+        background=single_objects.BACKGROUND,
+        single=True,
     ),
 }

@@ -1,5 +1,9 @@
 """Background by a threshold: pixels whose best class scores less than the threshold are background.
 
+The threshold is a score, or the mean of an object's map over its image. The latter is Chefer et al.'s (CVPR 2021,
+`baselines/ViT/imagenet_seg_eval.py` of github.com/hila-chefer/Transformer-Explainability): a pixel is the object where
+its score is greater than the mean. ConceptAttention's code does so too on ImageNet-Segmentation.
+
 Several thresholds are counted at once. The pixels of a set are divided into parts, by how many thresholds their best
 score reaches, and each part has a confusion matrix. The matrix of every threshold is a sum over parts, in which the
 pixels of the lower parts are moved to the background.
@@ -11,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from seg4diff_jax.segmentation.average_precision import inside_of
 from seg4diff_jax.segmentation.metrics import IGNORED
 
 THRESHOLD_GRID = tuple(float(f"{0.0002 * 2 ** (step / 2):.2g}") for step in range(24))
@@ -27,6 +32,15 @@ def part_of(
     """
     reached = jnp.searchsorted(thresholds, scores, side="right")
     return jnp.where(there, reached, len(thresholds)).astype(jnp.int32)
+
+
+def above_mean(scores: Float[Array, "height width"], size: Int[Array, " 2"]) -> Bool[Array, "height width"]:
+    """Returns where scores on a canvas are greater than their mean over the image, unlabelled pixels included.
+
+    Args:
+      size: height and width of the image; may be traced.
+    """
+    return scores > jnp.mean(scores, where=inside_of(size, scores.shape))
 
 
 def right_pixels(

@@ -19,6 +19,7 @@ from seg4diff_jax.batching import ModelView
 from seg4diff_jax.class_grids import as_many_for_each, prior_rows, prompt_rows
 from seg4diff_jax.data.crops import View
 from seg4diff_jax.data.errors import FolderError
+from seg4diff_jax.data.single_objects import SIDE, at_side
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.options import EvaluationResize
 from seg4diff_jax.images import ImageError, nearest_aspect, resize, to_model_range
@@ -42,7 +43,7 @@ class Example(NamedTuple):
     Attributes:
       index: the image's number in the data set.
       pixels: the image at the size that the model sees.
-      labels: labels at their own size; 255 for pixels that are not counted.
+      labels: labels at their own size, or at that of `data.single_objects`; 255 for pixels that are not counted.
       histogram: number of counted pixels of each class.
       present: classes in the image, ascending: the counted ones, and background if prompts name it without scoring it.
       cut_off: number of pixels that would count, outside the square that the resize `paper` keeps. They have no
@@ -164,6 +165,9 @@ class Reader:
             image, labels, how = middle_square(image), middle_square(labels), "square"
         size = self.view.size(nearest_aspect(*image.shape[:2]), None, how)
         pixels = to_model_range(resize(image, size, how))
+        if self.benchmark.objects:
+            labels = at_side(labels)
+            whole = np.bincount(labels.ravel(), minlength=IGNORED + 1)
         inside = np.bincount(labels.ravel(), minlength=IGNORED + 1)
         histogram, outside = (each[: len(self.benchmark.classes)] for each in (inside, whole - inside))
         present = histogram > 0
@@ -175,8 +179,13 @@ class Reader:
         return Example(index, item["name"], pixels, labels, histogram, shown, int(outside.sum()))
 
     def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Returns the part of an image that the model sees, at its own resolution. Raises as `example` does."""
+        """Returns the part of an image that the model sees, at its own resolution; as a square where labels are one.
+
+        Raises as `example` does.
+        """
         image = self.benchmark.source[index]["image"]
+        if self.benchmark.objects:
+            return resize(image, (SIDE, SIDE))
         return middle_square(image) if self.how == "paper" else image
 
     def read(self, numbers: Iterable[int]) -> Generator[Example | LeftOut, None, None]:

@@ -17,6 +17,7 @@ from seg4diff_jax.data.names import Background, Spelling, Unlabelled, spelled
 from seg4diff_jax.data.sets import SETS
 from seg4diff_jax.data.subset import Named, Subset, listed_places
 from seg4diff_jax.evaluation.options import (
+    MEAN,
     OPEN_VOCABULARY,
     UNSUPERVISED,
     BackgroundOptions,
@@ -52,6 +53,7 @@ class Benchmark:
       words: what prompts say beside, or instead of, these names.
       unlabelled: how unlabelled pixels are treated, where a set has a choice.
       listed: the file that names the images; None: all images of the set.
+      objects: what the object of each image is called, where labels are foreground and background; else none.
     """
 
     name: str
@@ -67,6 +69,12 @@ class Benchmark:
     words: Words = NO_WORDS
     unlabelled: Unlabelled | None = None
     listed: str | None = None
+    objects: tuple[str, ...] = ()
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """The names of all objects, each once."""
+        return tuple(dict.fromkeys(self.objects))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -106,7 +114,9 @@ def open_benchmark(
         assert isinstance(benchmark.source, Named)
         places = listed_places(data.list, benchmark.source.names, benchmark.where)
         where = f"{benchmark.where}, of {data.list}"
-        benchmark = replace(benchmark, source=Subset(benchmark.source, places), where=where, listed=data.list)
+        objects = tuple(benchmark.objects[place] for place in places) if benchmark.objects else ()
+        source = Subset(benchmark.source, places)
+        benchmark = replace(benchmark, source=source, where=where, listed=data.list, objects=objects)
     if benchmark.background is None:
         refuse(_without_background(data, background, named(data)))
     benchmark = replace(benchmark, rule=_background_rule(data, benchmark, protocols), names=data.names)
@@ -130,6 +140,11 @@ def _words(data: Data, background: BackgroundOptions, benchmark: Benchmark) -> W
         Wording(data.template, listed_words(data.stop_words, "--data.stop-words")),
         listed_words(background.competitors, "--background.competitors"),
     )
+    if benchmark.objects:
+        classes, asked = benchmark.object_names, spelled(benchmark.object_names, benchmark.names)
+        others = [name for names in words.names(classes, asked) for name in names]
+        check_words(words, classes, others, benchmark.name)
+        return words
     asked = words.names(benchmark.classes, benchmark.prompts)
     others = [name for index, names in enumerate(asked) if index != benchmark.background for name in names]
     check_words(words, benchmark.classes, others, benchmark.name)
@@ -162,6 +177,7 @@ def misfits(data: Data, background: BackgroundOptions = NO_BACKGROUND) -> list[s
     having = [each for each, one in SETS.items() if one.unlabelled is not None]
     if data.unlabelled and name not in having:
         found.append(f"data.unlabelled is {data.unlabelled!r}, but {name} has no such pixels; {', '.join(having)} has")
+    found += _of_one_object(data, background, name)
     if name == "scenes" or (name in SETS and SETS[name].background is None):
         found += _without_background(data, background, name)
     refusals.check(lambda: background_thresholds(background.threshold))
@@ -171,12 +187,31 @@ def misfits(data: Data, background: BackgroundOptions = NO_BACKGROUND) -> list[s
     return found
 
 
+def single(data: Data) -> bool:
+    """Whether each image of the set has one object, whose name it is asked for."""
+    return named(data) in SETS and SETS[named(data)].single
+
+
+def _of_one_object(data: Data, background: BackgroundOptions, name: str) -> list[str]:
+    """Returns a sentence for each option that does not fit a set with one object in each image, or fits only such."""
+    if not single(data):
+        having = ", ".join(each for each, one in SETS.items() if one.single)
+        told = f"background.threshold is {MEAN!r}, the mean of one object's map: {having} have one in each image"
+        return [f"{told}, {name} has not"] if background.threshold == MEAN else []
+    found = []
+    if data.background not in (None, "scored"):
+        found.append(f"data.background is {data.background!r}, but {name}'s is half of the score: leave it out")
+    if data.resize == "paper":
+        found.append(f"data.resize is 'paper', but {name}'s labels are compared whole: give square")
+    return found
+
+
 def _without_background(data: Data, background: BackgroundOptions, name: str) -> list[str]:
     """Returns a sentence for each option of the background of a set that has none."""
     given = {"data.background": data.background} | {
         f"background.{each}": one for each, one in asdict(background).items()
     }
-    having = ", ".join(each for each, one in SETS.items() if one.background is not None)
+    having = ", ".join(each for each, one in SETS.items() if one.background is not None and not one.single)
     return [
         f"{option} is {quoted(value)}, but {name} has no background class; {having} have, and a folder whose "
         f"classes.txt names {BACKGROUND}"
@@ -226,6 +261,7 @@ def published_benchmark(
         background=published.background,
         rule=published.rule,
         unlabelled=None if published.unlabelled is None else unlabelled or "background",
+        objects=source.objects,
     )
 
 

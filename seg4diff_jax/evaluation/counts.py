@@ -20,6 +20,8 @@ from seg4diff_jax.evaluation.zero_shot import ConfusionCounts
 
 LEFT_OUT, CHECKSUM = "left_out", "checksum"
 COUNTS_OF = {"counted": ConfusionCounts, "further": FurtherCounts, "matched": SegmentCounts}
+PER_IMAGE = ("right", "presence", "average_precision")
+"""Arrays of these whose last axis is images; all others are sums over images."""
 Kind = TypeVar("Kind", ConfusionCounts, FurtherCounts, SegmentCounts)
 
 
@@ -107,8 +109,13 @@ def together(parts: Sequence[Counts]) -> Counts:
 
 
 def _added(parts: Sequence[Kind], order: Int[np.ndarray, " images"]) -> Kind:
-    """Adds the counts of one protocol. Its last array has numbers per image, which are put into the given order."""
-    *sums, per_image = zip(*parts, strict=True)
-    joined = np.concatenate(per_image, axis=-1)
-    joined = joined[..., order] if joined.size else joined  # a protocol that was not measured has no images
-    return type(parts[0])._make([*(sum(arrays) for arrays in sums), joined])
+    """Adds the counts of one protocol. Numbers per image are put into the given order."""
+
+    def added(name: str) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        if name not in PER_IMAGE:
+            return cast(np.ndarray, sum(arrays))
+        joined = np.concatenate(arrays, axis=-1)
+        return joined[..., order] if joined.size else joined  # what was not measured has no images
+
+    return type(parts[0])._make(map(added, parts[0]._fields))

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from seg4diff_jax.data.single_objects import FOREGROUND
 from seg4diff_jax.evaluation.batches import EvaluationBatch
-from seg4diff_jax.evaluation.options import BOUNDARY, POINTING, PRESENCE, WITH_ABSENT
+from seg4diff_jax.evaluation.options import AVERAGE_PRECISION, BOUNDARY, POINTING, PRESENCE, WITH_ABSENT
 from seg4diff_jax.parallel import split_batch
+from seg4diff_jax.segmentation.average_precision import object_precision
 from seg4diff_jax.segmentation.boundaries import band_widths, boundary_counts
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.segmentation.open_vocabulary import edges_of, label_map
+from seg4diff_jax.segmentation.open_vocabulary import best_classes, edges_of, label_map
 from seg4diff_jax.segmentation.pointing import pointing_counts
 from seg4diff_jax.segmentation.presence import SCORES, presence_scores
 
@@ -46,11 +48,13 @@ class FurtherCounts(NamedTuple):
       boundary: pixels of each class in bands along edges, see `segmentation.boundaries.boundary_counts`.
       pointing: images in which each class was pointed at rightly, and tried, see `segmentation.pointing`.
       presence: scores of presence of each class in each image, see `segmentation.presence`; NaN where it was not asked.
+      average_precision: of each image's object, see `segmentation.average_precision`.
     """
 
     boundary: Int[np.ndarray, "passes readouts 3 classes"]
     pointing: Int[np.ndarray, "passes readouts 2 classes"]
     presence: Float[np.ndarray, "asking readouts scores classes images"]
+    average_precision: Float[np.ndarray, "passes readouts images"]
 
 
 class Further:
@@ -78,12 +82,14 @@ class Further:
         self.passes: tuple[tuple, ...] = (*passes, *guesses)
         self.asking = tuple(one for one in passes if PRESENCE in metrics and one.prompts in WITH_ABSENT)
         self.of_masks = tuple(name for name in OF_MASKS if name in metrics)
+        self.of_objects = self.passes if AVERAGE_PRECISION in metrics else ()
         self._reset()
 
     def _reset(self) -> None:
         self._masks: dict[tuple, list[dict[str, Array]]] = {one: [] for one in self.passes}
         self._presence: dict[tuple, list[tuple[Int[np.ndarray, "images rows"], Array]]]
         self._presence = {one: [] for one in self.asking}
+        self._precision: dict[tuple, list[tuple[int, Array]]] = {one: [] for one in self.of_objects}
 
     def count(
         self,
@@ -101,6 +107,15 @@ class Further:
         if one in self._presence:
             own, scores = batch.class_of_row[: len(batch.examples)], jnp.concatenate([scores for scores, _ in parts])
             self._presence[one].append((own, image_scores(scores, batch.class_of_row)))
+        if one in self._precision:
+            asked = batch.truth, batch.sizes
+            found = [
+                precision_of_objects(
+                    scores, *asked, batch.pixels if masks.edge_radius else None, grid=grid, masks=masks
+                )
+                for scores, masks in parts
+            ]
+            self._precision[one].append((len(batch.examples), jnp.concatenate(found)))
         if self.of_masks:
             options = {"grid": grid, "classes": self.classes, "metrics": self.of_masks}
             asked = batch.truth, batch.sizes, band_widths(batch.sizes), batch.class_of_row
@@ -118,9 +133,17 @@ class Further:
             for some in self._presence.values()
         ]
         presence = np.stack(pieces) if pieces else none[None][:0]
-        counted = FurtherCounts(self._total(BOUNDARY, 3), self._total(POINTING, 2), presence)
+        counted = FurtherCounts(self._total(BOUNDARY, 3), self._total(POINTING, 2), presence, self._precision_taken())
         self._reset()
         return counted
+
+    def _precision_taken(self) -> Float[np.ndarray, "passes readouts images"]:
+        none = np.zeros((self.readouts, 0))
+        pieces = [
+            np.concatenate([none, *(np.asarray(found)[:, :images] for images, found in some)], axis=1)
+            for some in self._precision.values()
+        ]
+        return np.stack(pieces) if pieces else none[None][:0]
 
     def _total(self, metric: str, numbers: int) -> Int[np.ndarray, "passes readouts numbers classes"]:
         """Adds up what was counted of masks, in 64 bits; no passes if it was not measured."""
@@ -192,5 +215,36 @@ def mask_counts(
         counting = {BOUNDARY: bands, POINTING: points}
         each = {name: jax.vmap(counting[name])(rows, truth, sizes, widths, class_of_row, pixels) for name in metrics}
         return {name: counts.sum(axis=0) for name, counts in each.items()}
+
+    return jax.lax.map(of_readout, scores)
+
+
+@partial(jax.jit, static_argnames=("grid", "masks"))
+def precision_of_objects(
+    scores: Float[Array, "readouts images rows tokens"],
+    truth: UInt8[Array, "images height width"],
+    sizes: Int[Array, "images 2"],
+    pixels: Float[Array, "images seen_rows seen_columns 3"] | np.ndarray | None = None,
+    *,
+    grid: tuple[int, int],
+    masks: MaskOptions = PAPERS_MASKS,
+) -> Float[Array, "readouts images"]:
+    """Returns `object_precision` of each image, whose first row of scores is that of its object.
+
+    Args:
+      truth, sizes, pixels, masks: as for `mask_counts`; labels are foreground or background.
+    """
+    canvas = (truth.shape[1], truth.shape[2])
+    truth, sizes = split_batch(truth), split_batch(sizes)
+    pixels = None if pixels is None else split_batch(jnp.asarray(pixels))
+
+    def of_image(row: Array, truth: Array, size: Array, pixels: Array | None) -> Array:
+        edges = None if pixels is None else edges_of(pixels, grid, masks)
+        upsampled, _ = best_classes(row[None], size, canvas=canvas, edges=edges)
+        return object_precision(upsampled, truth, size, FOREGROUND)
+
+    def of_readout(scores: Array) -> Array:
+        rows = split_batch(scores[:, 0]).reshape(len(scores), *grid)
+        return jax.vmap(of_image)(rows, truth, sizes, pixels)
 
     return jax.lax.map(of_readout, scores)

@@ -54,12 +54,14 @@ class FurtherFigures:
     Attributes:
       boundary_iou: the mean over classes of the IoU of bands along the edges of masks.
       pointing: the mean over classes of how often the highest point of a class's map lies on the class.
+      average_precision: mAP, the mean over images; see `segmentation.average_precision`.
       boundary_iou_by_class, pointing_by_class: what they are means of.
       presence: by the score of presence, see `segmentation.presence.SCORES`.
     """
 
     boundary_iou: Percent = None
     pointing: Percent = None
+    average_precision: Percent = None
     presence: Mapping[str, PresenceFigures] | None = None
     boundary_iou_by_class: Mapping[str, Percent] | None = None
     pointing_by_class: Mapping[str, Percent] | None = None

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from seg4diff_jax.data.single_objects import BACKGROUND, FOREGROUND
+from seg4diff_jax.evaluation.background import above_mean
 from seg4diff_jax.evaluation.batches import Example, assemble
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, of_one_size
+from seg4diff_jax.evaluation.options import MEAN
 from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
 from seg4diff_jax.evaluation.vocabulary import each_class_once
 from seg4diff_jax.evaluation.zero_shot import Pass
-from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS
-from seg4diff_jax.segmentation.open_vocabulary import upsampled_labels
+from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
+from seg4diff_jax.segmentation.open_vocabulary import best_classes, edges_of, upsampled_labels
 from seg4diff_jax.segmentation.unsupervised_scores import matched_pairs
 from seg4diff_jax.segmentation.unsupervised_tally import tables
 
@@ -112,14 +116,12 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
             classes, prompts = asked(example)
             grid = grid[: len(classes)].copy()
             if wordless := len(classes) > len(prompts.classes):  # the last row wins where all others are below
-                grid[-1] = best.threshold
-            labels = upsampled_labels(
-                grid,
-                example.labels.shape,
-                masks=masks,
-                pixels=example.pixels,
-            )
-            predicted = np.array(classes, np.int32)[labels]
+                grid[-1] = 0 if best.threshold == MEAN else best.threshold
+            if best.threshold == MEAN:
+                predicted = _object_above_mean(grid[0], example, masks)
+            else:
+                labels = upsampled_labels(grid, example.labels.shape, masks=masks, pixels=example.pixels)
+                predicted = np.array(classes, np.int32)[labels]
             if wordless:
                 grid[-1] = -grid[:-1].max(axis=0)  # below the scores of competitors, if there are any
             classes, grid = each_class_once(classes, grid)
@@ -131,11 +133,21 @@ def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, coun
     return [found[number] for number, _ in chosen]
 
 
+def _object_above_mean(
+    grid: Float[np.ndarray, "rows columns"], example: Example, masks: MaskOptions
+) -> Int[np.ndarray, "height width"]:
+    """Returns what is foreground by the mean of the object's map, as `zero_shot.count` finds it."""
+    size = np.array(example.labels.shape)
+    edges = edges_of(jnp.asarray(example.pixels), (grid.shape[0], grid.shape[1]), masks)
+    scores, _ = best_classes(jnp.asarray(grid)[None], jnp.asarray(size), canvas=example.labels.shape, edges=edges)
+    return np.where(above_mean(scores, jnp.asarray(size)), FOREGROUND, BACKGROUND).astype(np.int32)
+
+
 def shown_segments(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[ShownSegments]:
     """Returns the images that `pictured` chooses by accuracy after the match, at the first seed, as segments."""
     settings, counting = measurement.settings, measurement.unsupervised
     look, block = Look(best.step, settings.seeds[0]), settings.plain_readouts.index(best.readout)
-    thresholds: list[float | None] = [protocol.threshold for protocol in settings.unsupervised]
+    thresholds: list[Any] = [protocol.threshold for protocol in settings.unsupervised]
     place = thresholds.index(best.threshold)
     accuracy = _percent(outcome.matched.right[counting.looks.index(look), block, place], outcome)
     absent_classes, classes = settings.unsupervised[place].absent_classes, len(measurement.benchmark.classes)

@@ -22,7 +22,7 @@ from seg4diff_jax.evaluation.batches import Example, LeftOut, Reader, asked_othe
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.counts import Counts, together
 from seg4diff_jax.evaluation.decoys import cosines
-from seg4diff_jax.evaluation.options import Decoys, EvaluationResize
+from seg4diff_jax.evaluation.options import Decoys, EvaluationResize, Threshold
 from seg4diff_jax.evaluation.readouts import Forward, Readout
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Unsupervised
@@ -52,8 +52,9 @@ class Settings:
       batch_size: images, and prompts, at a time; a multiple of the devices of the model's mesh.
       prompts: kinds of prompts, see `batches.questions`; each has figures of its own. None for `unsupervised` alone.
       thresholds: scores below which pixels are background, ascending; each has figures of its own. None: no pixel is.
+        `mean` alone is that of each map.
       decoys: which absent classes the prompts `decoys` and `lookalikes` name.
-      metrics: figures beside mIoU, see `options.METRICS`.
+      metrics: figures beside mIoU, see `options.METRICS` and `options.AVERAGE_PRECISION`.
       unsupervised: protocols for segments without names; each has figures of its own.
       resize: how images come to the size that the model sees, see `options.EvaluationResize`.
       lora: what adapters the model was loaded with, for the record.
@@ -68,7 +69,7 @@ class Settings:
     batch_size: int
     heads: tuple[int | None, ...] = (None,)
     prompts: tuple[str, ...] = ("present",)
-    thresholds: tuple[float, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
     decoys: Decoys = field(default_factory=Decoys)
     metrics: tuple[str, ...] = ()
     unsupervised: tuple[UnsupervisedProtocol, ...] = ()
@@ -100,7 +101,7 @@ class Settings:
         return max(1, len(self.thresholds))
 
     @property
-    def readings(self) -> tuple[tuple[Readout, float | None], ...]:
+    def readings(self) -> tuple[tuple[Readout, Threshold | None], ...]:
         """Every readout at every threshold of the background; None where there is no threshold."""
         return tuple((readout, threshold) for readout in self.readouts for threshold in self.thresholds or (None,))
 

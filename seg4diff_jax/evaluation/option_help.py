@@ -11,8 +11,8 @@ HELP = {
     ),
     "data.name": (
         "voc20, voc21, context59, context60, coco-object, coco-stuff27, coco-171, ade20k150, cityscapes19, "
-        "cityscapes27, tfds, "
-        "folder or scenes; default: folder if there is a --data.root, else scenes, which are synthetic"
+        "cityscapes27, imagenet-segmentation, voc-single, tfds, folder or scenes; default: folder if there is a "
+        "--data.root, else scenes, which are synthetic"
     ),
     "data.root": "directory with the set as it is handed out; of a folder: with images/, labels/ and classes.txt",
     "data.split": "part of the set; default: the one that results are reported on",
@@ -55,7 +55,7 @@ HELP = {
     ),
     "background.threshold": (
         "pixels whose classes all score less, 0 to 1, are background; 0.01,0.02 scores each, grid 24 of 0.0002..0.58; "
-        "its name is then not asked for; default: none"
+        "its name is then not asked for; of imagenet-segmentation and voc-single also mean, of each map; default: none"
     ),
     "background.competitors": (
         "words that are asked for beside the classes, as in sky,wall,ground: their pixels are background, whose name "
@@ -66,7 +66,7 @@ HELP = {
     "metrics": (
         "figures beside mIoU, or all; presence: how well maps tell which classes are there, for prompts that name "
         "absent ones; boundary: IoU of what lies near the edges of masks; pointing: how often a map's highest point "
-        "lies on its class; default: none"
+        "lies on its class; average_precision (not in all): mAP of imagenet-segmentation and voc-single; default: none"
     ),
     "unsupervised.threshold": (
         "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "

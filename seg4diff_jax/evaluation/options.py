@@ -25,7 +25,10 @@ GRID = "grid"
 """Value of an option that stands for all thresholds of a `THRESHOLD_GRID`: that of `segmentation.unsupervised`, or that
 of `evaluation.background`."""
 MEAN = "mean"
-"""Value of `--heads` that stands for the mean of all heads of a block."""
+"""Value of `--heads` that stands for the mean of all heads of a block, and of `--background.threshold` that stands for
+the mean of each map over its image."""
+Threshold = float | Literal["mean"]
+"""Of the background: a score, or the mean of the map."""
 STEPS = range(1, 29)
 PROMPTS = ("present", "all", "decoys", "lookalikes")
 """Kinds of prompts: an image's own classes; the whole vocabulary; its own with others by seed, or by likeness."""
@@ -44,7 +47,9 @@ ASKED = {
 }
 """What is asked for, in words, by kind of prompt."""
 METRICS = PRESENCE, BOUNDARY, POINTING = "presence", "boundary", "pointing"
-"""Figures beside mIoU."""
+"""Figures beside mIoU, of any set."""
+AVERAGE_PRECISION = "average_precision"
+"""The figure beside mIoU of sets with one object in each image."""
 PROTOCOLS = OPEN_VOCABULARY, UNSUPERVISED = "open_vocabulary", "unsupervised"
 BATCH_TOKENS = 16384
 """Default number of image tokens per device and batch: 4 images of SD3's 1024 x 1024 pixels."""
@@ -211,10 +216,13 @@ def kinds_of_prompts(value: str | list[str]) -> tuple[str, ...]:
 
 
 def metrics(value: str | list[str] | None) -> tuple[str, ...]:
-    """Returns the listed `METRICS`, all of them for `all`, none for None. Raises ValueError for anything else."""
+    """Returns the listed figures beside mIoU, all `METRICS` for `all`, none for None.
+
+    Raises ValueError for anything else.
+    """
     if value is None or value == []:
         return ()
-    found = _each_once(value, "--metrics", (*METRICS, ALL))
+    found = _each_once(value, "--metrics", (*METRICS, AVERAGE_PRECISION, ALL))
     return METRICS if ALL in found else found
 
 
@@ -252,19 +260,28 @@ def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]
     return _numbers_below(value, name, math.inf, "0.005,0.01")
 
 
-def background_thresholds(value: float | str | list[float] | None) -> tuple[float, ...]:
+def background_thresholds(value: float | str | list[float] | None) -> tuple[Threshold, ...]:
     """Returns the listed thresholds of the background, ascending, the whole grid for `grid`, or none for None.
+
+    `mean` is a threshold by itself.
 
     Raises:
       ValueError: a threshold is not a number between 0 and 1, or is listed twice.
     """
     if value is None:
         return ()
+    if value == MEAN:
+        return (MEAN,)
     if value == GRID:
         from seg4diff_jax.evaluation.background import THRESHOLD_GRID  # imports JAX, which takes seconds
 
         return THRESHOLD_GRID
     return tuple(sorted(_numbers_below(value, "--background.threshold", 1.0, "0.01,0.02")))
+
+
+def shown_threshold(threshold: Threshold) -> str:
+    """Returns a threshold as titles have it."""
+    return threshold if isinstance(threshold, str) else f"{threshold:g}"
 
 
 def _numbers_below(value: float | str | list[float], name: str, most: float, example: str) -> tuple[float, ...]:

@@ -33,6 +33,7 @@ SCORES = {
     "stuffs": "stuffs",
     "boundary_iou": "boundary IoU",
     "pointing": "pointing",
+    "average_precision": "mAP",
     "segments": "segments",
 }
 """Percentages; last, of segments without names, how many an image has."""

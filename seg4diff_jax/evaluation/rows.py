@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seg4diff_jax.evaluation.further_figures import FurtherFigures
-from seg4diff_jax.evaluation.options import Decoys
+from seg4diff_jax.evaluation.options import Decoys, Threshold, shown_threshold
 from seg4diff_jax.evaluation.paper_figures import Figure
 from seg4diff_jax.evaluation.percent import Percent
 from seg4diff_jax.evaluation.readouts import Readout
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     Attributes:
       prompts: the kind of prompts.
       threshold: segments without names: maps of a smaller divergence were merged. With names: pixels whose scores are
-        all smaller are background.
+        all smaller, or that are below the mean of their map, are background.
       head: None is the mean of all heads.
       refined: whether masks were fused and refined.
     """
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     block: int
     step: int
     prompts: str
-    threshold: float | None = None
+    threshold: Threshold | None = None
     head: int | None = None
     refined: bool = False
 
@@ -50,14 +50,14 @@ class Setting(NamedTuple):
         return Readout(self.block, self.head, self.refined)
 
     @property
-    def reading(self) -> tuple[Readout, float | None]:
+    def reading(self) -> tuple[Readout, Threshold | None]:
         """Where attention is read, and the threshold of the background."""
         return self.readout, self.threshold
 
     @property
     def title(self) -> str:
         head = "" if self.head is None else f", head {self.head}"
-        merged = "" if self.threshold is None else f", threshold {self.threshold:g}"
+        merged = "" if self.threshold is None else f", threshold {shown_threshold(self.threshold)}"
         refined = ", refined" if self.refined else ""
         return f"block {self.block}{head}, noise level {self.step}{merged}{refined}"
 
@@ -120,7 +120,8 @@ class Row:
       block, head, step, seed: None where a guesser reads no attention, or has no seed.
       refined: whether masks were fused and refined; how, says the run's configuration.
       words: what prompts say beside, or instead of, the classes' own names.
-      below: pixels whose scores are all below it are background; None where no threshold finds the background.
+      below: pixels whose scores are all below it are background; None where no threshold finds the background, `mean`
+        where it is the mean of each map.
       merging: how segments without names are made; None with names.
       segments: how many an image has on average, without names.
       seconds, images_per_second: of one pass over the images; None for guessers.
@@ -142,7 +143,7 @@ class Row:
     seed: int | None = None
     refined: bool = False
     words: Words = NO_WORDS
-    below: float | None = None
+    below: Threshold | None = None
     merging: UnsupervisedProtocol | None = None
     segments: float | None = None
     seconds: float | None = None
@@ -152,7 +153,7 @@ class Row:
     choice: str | None = None
 
     @property
-    def threshold(self) -> float | None:
+    def threshold(self) -> Threshold | None:
         """Of merging, or of the background. None of `one_segment`, which is the same for any."""
         if self.merging is None:
             return self.below
@@ -171,6 +172,7 @@ class Row:
         metrics = self.metrics
         means = {name: getattr(metrics, name) for name in ("miou", "mean_accuracy", "pixel_accuracy")}
         further = {"boundary_iou": self.further.boundary_iou, "pointing": self.further.pointing}
+        further |= {"average_precision": self.further.average_precision}
         return {
             **means,
             **metrics.groups,

@@ -135,6 +135,8 @@ def further_figures(outcome: Counts, measurement: Measurement, one: tuple, reado
         if len(counted):
             by_class = shares(counted[place, readout])
             found |= {name: mean_percent(by_class), f"{name}_by_class": named(by_class, benchmark.classes)}
+    if one in counting.of_objects:
+        found["average_precision"] = mean_percent(counts.average_precision[place, readout])
     if one in counting.asking:
         scores = counts.presence[counting.asking.index(one), readout].copy()
         if benchmark.background is not None and benchmark.rule != "scored":

@@ -8,6 +8,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
+from seg4diff_jax.data.names import spelled
+from seg4diff_jax.data.single_objects import BACKGROUND, CLASSES, FOREGROUND
 from seg4diff_jax.evaluation.batches import Asked, Example
 from seg4diff_jax.evaluation.benchmarks import Benchmark
 from seg4diff_jax.evaluation.decoys import Beside, lookalikes, random_decoys
@@ -93,6 +95,41 @@ class PresentClasses:
         return self._asked(tuple(sorted((*example.present, *self._beside(example.present, example.index)))))
 
 
+class NamedObjects:
+    """Each image is asked for the name of its object, and for what finds the background, whatever its label holds.
+
+    The row of the object is the first.
+
+    Args:
+      vocabulary: the names of all objects, then that of the background.
+      places: the place of each image's object in the vocabulary.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, places: Sequence[int]):
+        self._asked, self._places, self._last = lru_cache(4096)(vocabulary.asked), tuple(places), len(vocabulary) - 1
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, tokenizers: Tokenizers, *, by_threshold: bool = False) -> NamedObjects:
+        """Asks for the objects of a benchmark, in its words."""
+        words, names = benchmark.words, benchmark.object_names
+        asked = [*words.names(names, spelled(names, benchmark.names)), (CLASSES[BACKGROUND],)]
+        vocabulary = Vocabulary(
+            tokenizers,
+            asked,
+            words.wording,
+            repeats=benchmark.names == "release",
+            background=len(names) if words.competitors or by_threshold else None,
+            competitors=words.competitors,
+            by_threshold=by_threshold,
+        )
+        place_of = {name: place for place, name in enumerate(names)}
+        return cls(vocabulary, [place_of[name] for name in benchmark.objects])
+
+    def __call__(self, example: Example) -> tuple[tuple[int, ...], ClassPrompts]:
+        rows, prompts = self._asked((self._places[example.index], self._last))
+        return (FOREGROUND, *[BACKGROUND] * (len(rows) - 1)), prompts
+
+
 class AllClasses:
     """The prompts of every image name the whole vocabulary, in as few prompts as possible.
 
@@ -128,6 +165,9 @@ def questions(
     """
     if not prompts:
         return {}
+    if benchmark.objects:
+        asked = NamedObjects.of(benchmark, tokenizers, by_threshold=by_threshold)
+        return dict.fromkeys(prompts, asked)
     vocabulary, chosen = Vocabulary.of(benchmark, tokenizers, by_threshold=by_threshold), decoys or Decoys()
     without = benchmark.background if benchmark.rule == "ignored" else None
     allowed = [index for index in range(len(benchmark.classes)) if index != without]

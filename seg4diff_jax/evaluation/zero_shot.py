@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from seg4diff_jax.evaluation.background import at_thresholds, part_of, right_pixels
+from seg4diff_jax.evaluation.background import above_mean, at_thresholds, part_of, right_pixels
 from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.further import Further, Pass
+from seg4diff_jax.evaluation.options import MEAN, Threshold
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.parallel import split_batch
@@ -50,9 +51,9 @@ class ConfusionCounts(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """Scores below which a pixel is background, ascending, and the class that is; by default there is none."""
+    """Scores below which a pixel is background, ascending, or `mean`; and which class that is. Default: none."""
 
-    scores: tuple[float, ...] = ()
+    scores: tuple[Threshold, ...] = ()
     background: int = -1
 
     @property
@@ -64,6 +65,11 @@ class Thresholds(NamedTuple):
     def readings(self) -> int:
         """How many ways to read a readout they make."""
         return max(1, len(self.scores))
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether each map has a threshold of its own, its mean: see `background.above_mean`."""
+        return self.scores == (MEAN,)
 
 
 NO_THRESHOLDS = Thresholds()
@@ -94,10 +100,20 @@ class Tally:
             self.total()
         self._pixels += batch.truth.size
         former = self._device or [jnp.zeros((len(scores), *self._shape[1:]), jnp.int32) for scores, _ in parts]
-        below = np.array(self._thresholds.scores, np.float32), np.int32(self._thresholds.background)
+        by_mean = self._thresholds.by_mean
+        scores = np.zeros(1) if by_mean else self._thresholds.scores
+        below = np.array(scores, np.float32), np.int32(self._thresholds.background)
         asked = batch.truth, batch.sizes, batch.class_of_row, *below
         counted = [
-            count(before, scores, *asked, batch.pixels if masks.edge_radius else None, grid=grid, masks=masks)
+            count(
+                before,
+                scores,
+                *asked,
+                batch.pixels if masks.edge_radius else None,
+                grid=grid,
+                masks=masks,
+                by_mean=by_mean,
+            )
             for before, (scores, masks) in zip(former, parts, strict=True)
         ]
         self._device = [confusion for confusion, _ in counted]
@@ -269,7 +285,7 @@ def add_scores(
     return split_batch(scores + some, 1)
 
 
-@partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid", "masks"))
+@partial(jax.jit, donate_argnames=("confusion",), static_argnames=("grid", "masks", "by_mean"))
 def count(
     confusion: Int[Array, "readouts parts classes classes"],
     scores: Float[Array, "readouts images rows tokens"],
@@ -282,6 +298,7 @@ def count(
     *,
     grid: tuple[int, int],
     masks: MaskOptions = PAPERS_MASKS,
+    by_mean: bool = False,
 ) -> tuple[Int[Array, "readouts parts classes classes"], Int[Array, "readings images"]]:
     """Upsamples scores to each image's own size on the canvas, takes the best class of each pixel and counts.
 
@@ -292,6 +309,8 @@ def count(
       thresholds, background: the pixels of an image that is asked for `background` are that class where all scores are
         below a threshold.
       pixels: of the images as the model sees them, values of -1..1, whose edges scores follow if `masks` says so.
+      by_mean: a pixel is background where no other class is above the mean of its map, whatever the one value of
+        `thresholds`. Rows of the background, such as competitors', then win no pixel themselves.
 
     Returns:
       the confusion matrices with this batch added, and the number of right pixels in each image at each threshold; -1
@@ -303,7 +322,10 @@ def count(
 
     def predicted(scores: Array, size: Array, asked: Array, pixels: Array | None) -> tuple[Array, Array]:
         rows, edges = scores.reshape(-1, *grid), None if pixels is None else edges_of(pixels, grid, masks)
-        best, labels = best_classes(rows, size, canvas=canvas, present=asked != IGNORED, edges=edges)
+        present = (asked != IGNORED) & ((asked != background) | (not by_mean))
+        best, labels = best_classes(rows, size, canvas=canvas, present=present, edges=edges)
+        if by_mean:
+            return asked[labels], above_mean(best, size).astype(jnp.int32)
         return asked[labels], part_of(best, thresholds, (asked == background).any())
 
     def of_readout(before_and_scores: tuple[Array, Array]) -> tuple[Array, Array]:

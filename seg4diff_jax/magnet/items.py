@@ -24,7 +24,6 @@ from seg4diff_jax.checked import Checked
 from seg4diff_jax.data.crops import Crop, View
 from seg4diff_jax.data.folder import LabelledFolder
 from seg4diff_jax.data.image_captions import CaptionedPictures, ImageCaptions
-from seg4diff_jax.data.labelled import LabelledImages
 from seg4diff_jax.data.loader import DataSource, Item
 from seg4diff_jax.data.names import Spelling, spelled
 from seg4diff_jax.data.sa1b import MaskFolder
@@ -82,6 +81,10 @@ class MaskData(Checked):
         found = []
         if self.name not in (*SETS, *OTHERS):
             found.append(f"data.name is {self.name!r}: expected one of {', '.join((*OTHERS, *SETS))}")
+        if self.name in SETS and SETS[self.name].single:
+            found.append(
+                f"data.name is {self.name!r}, whose labels are foreground and background: give one with classes"
+            )
         if self.captions is not None and self.name == "scenes":
             found.append(f"data.captions is {self.captions!r}, and scenes have no file of captions: leave it out")
         if self.rows < 1 or self.scenes < 1:
@@ -172,7 +175,7 @@ def _every_picture(data: MaskData, size: int) -> Pictures:
         pictures = Pictures(folder, spelled(folder.classes, data.names), folder.names)
     else:
         published = SETS[data.name]
-        images: LabelledImages = published.open(data.root, split, data.labels)
+        images = published.open(data.root, split, data.labels)
         pictures = Pictures(images, spelled(published.classes, data.names), images.names, published.background)
     return pictures if data.captions is None else _captioned(pictures, data.captions)
 

@@ -164,7 +164,7 @@ def each_program(
     run("guessers", 1, without_images, scores, indices, 0)
     grid = images.grid(checkpoint.transformer.patch_size)
     below = whole((0,), jnp.float32), whole((), jnp.int32)
-    asked, how = (truth, sizes, named, *below, None), {"grid": grid, "masks": PAPERS_MASKS}
+    asked, how = (truth, sizes, named, *below, None), {"grid": grid, "masks": PAPERS_MASKS, "by_mean": False}
     run("counting", 3, count, confusion, scores, *asked, **how)  # the pass, and its two guessers
 
 

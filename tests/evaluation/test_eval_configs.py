@@ -10,8 +10,19 @@ import pytest
 from benchmarks.better_masks import CHOSEN
 from benchmarks.convert_checkpoint import CONFIGS
 from benchmarks.real_shapes.flops import stages
+from seg4diff_jax.command_line.evaluate import unasked
 from seg4diff_jax.data.sets import SETS
-from seg4diff_jax.evaluation.options import STEPS, kinds_of_prompts, numbers, parse, protocols, thresholds
+from seg4diff_jax.evaluation.benchmarks import misfits
+from seg4diff_jax.evaluation.options import (
+    STEPS,
+    kinds_of_prompts,
+    listed_words,
+    metrics,
+    numbers,
+    parse,
+    protocols,
+    thresholds,
+)
 from seg4diff_jax.evaluation.paper_figures import BY_NAMES, FIGURES, METHOD, RESIZES, THRESHOLDS, WITHOUT_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +84,7 @@ def test_its_times_are_arithmetic_and_say_so(file):
     needed = stages(CONFIGS["transformer"], CONFIGS["vae"], 1024, 9)["needed"]
     passes = seeds * (1 + PROMPTS.get(parse(["--config", str(file)]).data.name or "", 1) * file.stem.startswith(WHOLE))
     image = needed["autoencoder"] + passes * (sum(needed.values()) - needed["autoencoder"])
-    (images,) = re.findall(r"the (\d+) val", said)
+    (images,) = re.findall(r"the (\d+) (?:val|images of gtsegs)", said)
     found = re.search(
         r"not measured\. Arithmetic: ([\d.]+) TFLOP an image .*?, ([\d.]+) PFLOP in all, ([\d.]+) min", said
     )
@@ -93,6 +104,21 @@ def test_eight_sets_are_asked_for_the_whole_vocabulary_beside_what_others_report
         for figure in FIGURES if options.data.background is None else ():
             if (figure.dataset, figure.prompts) == (name, "all"):
                 assert f"{figure.method} {figure.miou}" in said
+
+
+def test_sets_of_one_object_have_the_words_and_the_rule_of_the_code_that_reports_them():
+    single = {name for name, one in SETS.items() if one.single}
+    asked = {
+        options.data.name: options for file in FILES if (options := parse(["--config", str(file)])).data.name in single
+    }
+    assert set(asked) == single
+    for name, rule in (("imagenet-segmentation", "mean"), ("voc-single", None)):
+        options = asked[name]
+        assert (options.background.threshold, options.metrics) == (rule, "average_precision")
+        words = listed_words(options.background.competitors, "")
+        assert words[0] == "background"
+        assert not misfits(options.data, options.background)
+        assert not unasked(options, kinds_of_prompts(options.prompts), metrics(options.metrics))
 
 
 def test_every_column_of_the_two_tables_has_a_configuration():

@@ -193,9 +193,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_figur
 def made_up_outcome(rng: np.random.Generator, indices: list[int], left_out: tuple[LeftOut, ...] = ()) -> Counts:
     images = len(indices)
     counted = ConfusionCounts._make([*rng.integers(0, 2**40, (3, 2, 3, 4, 4)), rng.integers(0, 9, (2, 3, images))])
-    further = FurtherCounts(
-        *(rng.integers(0, 2**40, (2, 3, rows, 4)) for rows in (3, 2)), rng.random((2, 3, 3, 4, images))
-    )
+    of_masks = (rng.integers(0, 2**40, (2, 3, rows, 4)) for rows in (3, 2))
+    further = FurtherCounts(*of_masks, rng.random((2, 3, 3, 4, images)), rng.random((2, 3, images)))
     shapes = [(2, 3, 1, 3, 4), (2, 3, 1), (1, 3, 1, 3, 4), (1, 3, 1), (1, 1, 1, 3, 4), (2, 3, 1, images)]
     matched = SegmentCounts(*(rng.integers(0, 2**40, shape) for shape in shapes))
     histograms, cut_off = rng.integers(0, 9, (images, 4)), rng.integers(0, 9, images)

@@ -27,6 +27,7 @@ CONTENTS: dict[str, tuple[Damage, ...]] = {
     "yaml": (*LENGTHS, *VALUES, *files.of_places(), *of_tree("yaml"), *of_tree("yaml")),
     # Nothing tells.
     "jpeg": (*LENGTHS, *VALUES, *files.of_places(swapped=False)),
+    "hdf5": (*LENGTHS, *VALUES, *files.of_places(swapped=False)),
     "text": (*LENGTHS, *VALUES, *files.of_places(swapped=False)),
     "gguf": (*CUT, *VALUES, *files.of_places(), PICKLED),
     "pickle": (*LENGTHS, *VALUES, *files.of_places(), PICKLED),

@@ -333,6 +333,7 @@ def test_layers_that_a_file_lacks_begin_as_fresh_ones(options, tmp_path):
             "masks of sa1b and of captioned pictures have no names",
         ),
         ({"data.name": "coco-17"}, "data.name is 'coco-17': expected one of folder"),
+        ({"data.name": "voc-single"}, "data.name is 'voc-single', whose labels are foreground and background"),
         ({"data.split": "val"}, "folder has no splits"),
         ({"lora.targets": ["image.attention.z"]}, r"no adapted block has a linear layer image\.attention\.z"),
         ({"model": "nowhere"}, "nowhere: no such file or directory"),

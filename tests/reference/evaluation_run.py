@@ -15,10 +15,10 @@ import numpy as np
 
 from seg4diff_jax.checkpoints import load
 from seg4diff_jax.evaluation.batches import assemble
-from seg4diff_jax.evaluation.benchmarks import folder_benchmark
+from seg4diff_jax.evaluation.benchmarks import folder_benchmark, open_benchmark
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, Settings
-from seg4diff_jax.evaluation.options import METRICS
+from seg4diff_jax.evaluation.options import AVERAGE_PRECISION, METRICS, BackgroundOptions, Data
 from seg4diff_jax.evaluation.resumption import Progress
 from seg4diff_jax.evaluation.unsupervised import Look, permuted_tokens
 from seg4diff_jax.evaluation.zero_shot import Pass, without_images
@@ -98,6 +98,19 @@ def spread(root: str, target: str) -> None:
         (Path(target) / name).write_bytes(outcome.to_bytes())
 
 
+def objects(root: str, target: str) -> None:
+    """The miniature on a set of named objects, on all devices and on one of them: what was counted, as files."""
+    mesh = local_mesh()
+    assert mesh is not None
+    data = Data(name="imagenet-segmentation", root=root)
+    for thresholds in ((), ("mean",)):
+        benchmark = open_benchmark(data, 64, background=BackgroundOptions(competitors="sky,ground"))
+        settings = Settings((3,), (3,), (5,), mesh.size, thresholds=thresholds, metrics=(AVERAGE_PRECISION,))
+        for name, where in (("spread", mesh), ("alone", None)):
+            outcome = Measurement(load("miniature", mesh=where, blocks=4), benchmark, settings).outcome()
+            (Path(target) / f"{name}{len(thresholds)}").write_bytes(outcome.to_bytes())
+
+
 def killed(*options: str) -> None:
     """`evaluate.py` that is killed once it has saved its second shard."""
     from seg4diff_jax.command_line.evaluate import main
@@ -114,4 +127,4 @@ def killed(*options: str) -> None:
 
 
 if __name__ == "__main__":
-    {"spread": spread, "killed": killed}[sys.argv[1]](*sys.argv[2:])
+    {"spread": spread, "objects": objects, "killed": killed}[sys.argv[1]](*sys.argv[2:])

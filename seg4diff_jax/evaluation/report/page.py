@@ -51,6 +51,7 @@ TITLES = {
     "pixel_accuracy": "pixel accuracy",
     "boundary_iou": "boundary IoU",
     "pointing": "pointing game",
+    "average_precision": "mAP",
     "segments": "segments",
 }
 PROTOCOL_NAMES = {OPEN_VOCABULARY: "open-vocabulary", UNSUPERVISED: "unsupervised"}
@@ -118,6 +119,7 @@ def contents(
         *class_groups(benchmark),
         "boundary_iou",
         "pointing",
+        "average_precision",
         "segments",
     ]
     known = {name for row in rows for name, figure in row.figures.items() if figure is not None}

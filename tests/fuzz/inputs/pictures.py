@@ -19,6 +19,7 @@ from seg4diff_jax.data.subset import listed_places
 from seg4diff_jax.data.tfds_source import PreparedSet
 from seg4diff_jax.images import read_image
 from tests.fuzz.reader import Reader
+from tests.reference.matlab_file import WORDS, some_records, write_matlab
 
 SIZE = (12, 16)
 NAMES = ("000000000001", "000000000002")
@@ -123,11 +124,11 @@ def make_cityscapes(root: Path) -> None:
         _label(root / "gtFine/val" / f"{name}_gtFine_labelIds.png", drawn(number, [0, 7, 33]))
 
 
-def make_voc(root: Path) -> None:
+def make_voc(root: Path, ids: tuple[int, ...] = (0, 1, 20, 255)) -> None:
     names = ("2007_000033", "2007_000042")
     for number, name in enumerate(names):
         _picture(root / "JPEGImages" / f"{name}.jpg", number)
-        _label(root / "SegmentationClass" / f"{name}.png", drawn(number, [0, 1, 20, 255]))
+        _label(root / "SegmentationClass" / f"{name}.png", drawn(number, [*ids]))
     lists = root / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))
@@ -229,6 +230,18 @@ def of_set(name: str) -> Any:
     return read
 
 
+def make_matlab(root: Path) -> None:
+    write_matlab(root / "gtsegs_ijcv.mat", some_records(SIZE, SIZE[::-1]))
+    (root / "words.txt").write_text(WORDS)
+
+
+def make_objects(root: Path) -> None:
+    for number, name in enumerate(NAMES):
+        _picture(root / f"images/{name}.jpg", number)
+        _label(root / f"masks/{name}.png", drawn(number, [0, 1, 255]))
+    (root / "names.txt").write_text("".join(f"{name}\tgarden spider\n" for name in NAMES))
+
+
 LABELLED = "seg4diff_jax/data/labelled.py"
 PICTURES = {"**/*.jpg": "jpeg", "**/*.png": "png"}
 COUNTED = {r"\.(jpg|png): (absent|dangling|directory): ": "a set that finds its images by a pattern has one fewer"}
@@ -287,6 +300,27 @@ READERS: dict[str, Reader] = {
         ("seg4diff_jax/data/voc.py",),
         PICTURES | {"ImageSets/Segmentation/*": "text"},
         cases=8,
+    ),
+    "voc of one class": Reader(
+        lambda root: make_voc(root, (0, 20, 255)),
+        of_set("voc-single"),
+        ("seg4diff_jax/data/voc_single.py",),
+        PICTURES | {"ImageSets/Segmentation/*": "text"},
+        cases=6,
+    ),
+    "matlab": Reader(
+        make_matlab,
+        of_set("imagenet-segmentation"),
+        ("seg4diff_jax/data/imagenet_segmentation.py",),
+        {"*.mat": "hdf5", "words.txt": "text"},
+        cases=20,
+    ),
+    "objects": Reader(
+        make_objects,
+        of_set("imagenet-segmentation"),
+        ("seg4diff_jax/data/imagenet_segmentation.py",),
+        PICTURES | {"names.txt": "text"},
+        cases=10,
     ),
     "context": Reader(
         make_context,

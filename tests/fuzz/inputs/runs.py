@@ -101,7 +101,8 @@ def make_progress(root: Path) -> None:
         each, all_classes = (1, 1, 1), (1, 1, 1, 3, 3)
         sizes = all_classes, each, all_classes, each, all_classes, (*each, 2)
         matched = SegmentCounts(*(counts(*size) for size in sizes))
-        further = FurtherCounts(counts(1, 1, 3, 3), counts(1, 1, 2, 3), draw.random((1, 1, 3, 3, 2)))
+        presence, precision = draw.random((1, 1, 3, 3, 2)), draw.random((1, 1, 2))
+        further = FurtherCounts(counts(1, 1, 3, 3), counts(1, 1, 2, 3), presence, precision)
         indices = np.arange(2) + IMAGES_PER_SHARD * number
         left_out = (LeftOut(IMAGES_PER_SHARD * number + 2, "skipped", "broken.png: cannot be read"),)
         outcome = Counts(counted, further, matched, indices, counts(2, 3), counts(2), counts(1), np.ones(2), left_out)
