@@ -14,8 +14,7 @@ from rich.text import Text
 from seg4diff_jax.class_priors import measure_class_prior, write_class_prior
 from seg4diff_jax.command_line.memory import explaining_full_memory
 from seg4diff_jax.command_line.segment import load_shown, model_arguments, open_named, parse_size
-from seg4diff_jax.data.folder import read_classes
-from seg4diff_jax.data.labelled import visible
+from seg4diff_jax.data.text_files import read_lines
 from seg4diff_jax.flow import LARGEST_SEED, check_seed
 from seg4diff_jax.quoting import counted
 from seg4diff_jax.terminal import Bar, stderr_console
@@ -48,7 +47,7 @@ def run(options: Any) -> None:
             raise ValueError(f"--{name} is {value}: expected at least 1")
     check_seed(options.seed)
     size, pictures = parse_size(options.size), pictures_of(Path(options.directory).expanduser())[: options.count]
-    classes = read_classes(Path(options.classes).expanduser())
+    classes = read_lines(Path(options.classes).expanduser(), "class names, one a line")
     checkpoint = open_named(options)
     block, step = checkpoint.block(options.block), checkpoint.step(options.step)
     checkpoint.size(size)
@@ -67,7 +66,8 @@ def pictures_of(directory: Path) -> list[str]:
     """Returns the files of a directory, in order of their names. Raises ValueError if there are none."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; expected one of pictures")
-    if not (files := sorted(str(path) for path in visible(directory.iterdir()) if path.is_file())):
+    files = sorted(str(path) for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not files:
         raise ValueError(f"{directory} holds no file: expected pictures")
     return files
 
