@@ -90,6 +90,9 @@ HELP = {
         "radius, in image tokens, of the windows in which scores follow the edges of the image; 0: they do not"
     ),
     "masks.edge_smoothing": "variance of pixels (0 to 1) below which a window has no edges",
+    "masks.edge_rounds": (
+        "how often scores are averaged over pixels of like colour (PAMR), instead of --masks.edge-radius; 0: never"
+    ),
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "
         "tokens, and no more than the set has"

@@ -61,7 +61,7 @@ class Forward:
     ) -> list[tuple[Float[Array, "_ images classes tokens"], MaskOptions]]:
         """Splits scores by readouts into those that follow edges and those that do not, each with the options."""
         plain = len(self._refined(self.readouts, False))
-        if not self.masks.edge_radius:
+        if not self.masks.follow_edges:
             return [(scores, PAPERS_MASKS)]
         each = (scores[:plain], PAPERS_MASKS), (scores[plain:], self.masks)
         return [(some, masks) for some, masks in each if len(some)]

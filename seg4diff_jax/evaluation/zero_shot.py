@@ -97,7 +97,7 @@ class Tally:
         below = np.array(self._thresholds.scores, np.float32), np.int32(self._thresholds.background)
         asked = batch.truth, batch.sizes, batch.class_of_row, *below
         counted = [
-            count(before, scores, *asked, batch.pixels if masks.edge_radius else None, grid=grid, masks=masks)
+            count(before, scores, *asked, batch.pixels if masks.follow_edges else None, grid=grid, masks=masks)
             for before, (scores, masks) in zip(former, parts, strict=True)
         ]
         self._device = [confusion for confusion, _ in counted]
