@@ -34,6 +34,7 @@ from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
 from seg4diff_jax.segmentation.balance import balanced, normalized
+from seg4diff_jax.segmentation.grouping import ImageVectors
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import class_scores, combine_prompts
 from seg4diff_jax.segmentation.refinement import refined
@@ -204,6 +205,23 @@ def text_maps(
     record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
     assert record.probs is not None
     return record.probs
+
+
+@partial(jax.jit, static_argnames=("blocks", "kernel"))
+def image_vectors(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    *,
+    blocks: tuple[int, ...],
+    kernel: Kernel | None = None,
+) -> dict[int, ImageVectors]:
+    """Returns the queries and keys of image tokens, by block number, from one pass."""
+    options = ForwardOptions(AttentionRequest((), scores=False, probs=False, qkv=True), kernel)
+    records = attention(transformer, images, texts, blocks=blocks, options=options)
+    rows, columns = images.grid(transformer.config.patch_size)
+    own = lambda vectors: vectors[:, : rows * columns]
+    return {block: ImageVectors(own(record.q), own(record.k)) for block, record in records.items()}
 
 
 @partial(jax.jit, static_argnames=("block", "kernel", "head", "masks"))
