@@ -58,8 +58,9 @@ MAY_IMPORT: dict[str, str] = {
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
     "generated_masks": "batching class_names flow models parallel passes prompt_attention sampling segmentation text",
+    "unnamed_segments": "batching models passes segmentation",
     "pipeline": "batching class_grids class_names flow generated_masks images models numerics parallel passes "
-    "pipeline_options prompt_attention prompt_cache sampling segmentation text",
+    "pipeline_options prompt_attention prompt_cache sampling segmentation text unnamed_segments",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.
     "convert": "bilinear checksums extras flow models numerics passes quoting segmentation terminal text",

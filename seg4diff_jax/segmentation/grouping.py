@@ -32,7 +32,7 @@ Grouping = Literal["pads", "diffseg", "diffcut"]
 """By what image tokens are grouped: the maps of an empty prompt's tokens, as in Seg4Diff; image-to-image attention, as
 in DiffSeg; features, as in DiffCut."""
 
-THRESHOLDS: dict[Grouping, float] = {"pads": MERGE_THRESHOLDS["pixel"], "diffseg": 0.5, "diffcut": 0.5}
+THRESHOLDS: dict[Grouping, float] = {"pads": MERGE_THRESHOLDS["pixel"], "diffseg": 0.4, "diffcut": 0.35}
 """The default thresholds: divergences below which maps merge, and normalized cuts below which parts are cut.
 
 Those of DiffSeg and DiffCut are the best on training scenes of the miniature (docs/unsupervised.md); other models may
@@ -40,8 +40,8 @@ need others."""
 
 THRESHOLD_GRIDS: dict[Grouping, tuple[float, ...]] = {
     "pads": THRESHOLD_GRID,
-    "diffseg": tuple(float(f"{0.01 * 2 ** (step / 2):.2g}") for step in range(17)),
-    "diffcut": tuple(round(0.05 * step, 2) for step in range(1, 20)),
+    "diffseg": tuple(float(f"{0.05 * 2 ** (step / 2):.2g}") for step in range(11)),
+    "diffcut": tuple(round(0.05 * step, 2) for step in range(2, 15)),
 }
 """Thresholds to try for another model."""
 

@@ -264,7 +264,7 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["protocol"] == ["open_vocabulary", "unsupervised"]
     expected = {"threshold": [0.004, 0.0204], "minmax": "pixel", "match": "image", "absent_classes": False}
-    assert config["unsupervised"] == expected
+    assert config["unsupervised"] == expected | {"grouping": "pads"}
     again = parse(["--config", str(out / "config.yaml")])
     assert merging_protocols(again, protocols(again.protocol)) == HERE[:2]
 
