@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.kernels import CHUNK_BYTES, attention_scores
-from seg4diff_jax.segmentation.unsupervised import Segments, divergences, merge
+from seg4diff_jax.segmentation.unsupervised import Segments, merge
 
 ANCHORS = 16
 """Anchors along each side of the image, as published; on smaller grids every token is one."""
@@ -54,6 +54,18 @@ def log_maps(
     return jax.nn.logsumexp(log_probs, axis=0) - math.log(q.shape[1])
 
 
+def divergences(some: Float[Array, "some image"], others: Float[Array, "others image"]) -> Float[Array, "some others"]:
+    """Returns the symmetric KL divergence of each of some maps from each of others, in nats, given their logarithms.
+
+    By products of matrices: many times as quick as `unsupervised.divergences`, and exact to about 1e-5, which is far
+    below any threshold that is of use here.
+    """
+    own, theirs = jnp.exp(some), jnp.exp(others)
+    entropies = (own * some).sum(axis=1)[:, None] + (theirs * others).sum(axis=1)
+    product = lambda x, y: jnp.matmul(x, y.T, precision="highest")
+    return (entropies - product(own, others) - product(some, theirs)) / 2
+
+
 def near_anchors(
     q: Float[Array, "image heads head_dim"],
     k: Float[Array, "image heads head_dim"],
@@ -64,25 +76,23 @@ def near_anchors(
 ) -> Float[Array, "thresholds anchors image"]:
     """Returns, for each anchor, the mean of all tokens' maps that are nearer to its own than a threshold.
 
-    Its own is always among them. Nearness is the symmetric KL divergence, as in `unsupervised.divergences`.
+    Its own is always among them.
 
     Args:
       chunk: how many tokens' maps are held at a time.
     """
     tokens, count = len(q), -(-len(q) // chunk)
     log_own = log_maps(q[anchors], k)
-    own = jnp.exp(log_own)
-    product = lambda x, y: jnp.matmul(x, y.T, precision="highest")
 
     def add(sums: tuple[Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         queries, places = piece
         log_rows = log_maps(queries, k)
-        rows = jnp.exp(log_rows)
-        entropies = (own * log_own).sum(axis=1)[:, None] + (rows * log_rows).sum(axis=1)
-        apart = (entropies - product(own, log_rows) - product(log_own, rows)) / 2
-        near = (apart < thresholds[:, None, None]) | (anchors[:, None] == places)
+        near = (divergences(log_own, log_rows) < thresholds[:, None, None]) | (anchors[:, None] == places)
         near = (near & (places < tokens)).astype(jnp.float32)
-        return (sums[0] + jnp.einsum("tac,ci->tai", near, rows, precision="highest"), sums[1] + near.sum(axis=2)), None
+        return (
+            sums[0] + jnp.einsum("tac,ci->tai", near, jnp.exp(log_rows), precision="highest"),
+            sums[1] + near.sum(axis=2),
+        ), None
 
     padded = jnp.pad(q, ((0, count * chunk - tokens), (0, 0), (0, 0))).reshape(count, chunk, *q.shape[1:])
     none = jnp.zeros((len(thresholds), len(anchors)))
@@ -115,8 +125,8 @@ def diffseg(
         maps, threshold = one
         segments = Segments(maps, jnp.int32(len(maps)))
         for _ in range(ROUNDS - 1):
-            apart = divergences(jnp.log(jnp.maximum(segments.maps, TINY)))
-            segments = merge(segments.maps, apart, threshold, present=segments.present())
+            logs = jnp.log(jnp.maximum(segments.maps, TINY))
+            segments = merge(segments.maps, divergences(logs, logs), threshold, present=segments.present())
         return segments
 
     return jax.lax.map(further, (first, thresholds))

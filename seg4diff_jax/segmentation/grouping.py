@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.kernels import CHUNK_BYTES
 from seg4diff_jax.segmentation.diffcut import diffcut
@@ -46,7 +46,7 @@ THRESHOLD_GRIDS: dict[Grouping, tuple[float, ...]] = {
 """Thresholds to try for another model."""
 
 FEWEST_ROWS = 8
-"""Numbers of rows are powers of two from here on, so that few programs are compiled for DiffCut's segments."""
+"""Numbers of rows are powers of two from here on, so that few programs are compiled."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +82,8 @@ def segments_of_images(
 ) -> Segments:
     """Returns the segments of each image at each threshold: maps [images, thresholds, rows, image tokens].
 
-    Rows are as many as the way of grouping may find, or DiffCut found. Maps of a model with damaged weights are not
-    finite.
+    Rows are as many as there are pad tokens, or as DiffSeg and DiffCut found for any image. Maps of a model with damaged
+    weights are not finite.
 
     Args:
       seen: for `pads` image-to-text probabilities, averaged over heads; for the others the image tokens' vectors.
@@ -94,7 +94,8 @@ def segments_of_images(
     if not isinstance(seen, ImageVectors):
         return _merged_pads(seen, below, minmax)
     if grouping == "diffseg":
-        return _diffseg(seen, below, grid)
+        found = _diffseg(seen, below, grid)
+        return Segments(found.maps[:, :, : rows_for(np.asarray(found.count))], found.count)
     return _diffcut(seen.features, below)
 
 
@@ -121,12 +122,16 @@ def _diffcut(features: Float[np.ndarray, "images tokens channels"], thresholds: 
     damaged = [np.full((1, features.shape[1]), np.nan, np.float32)] * len(thresholds)
     each = [diffcut(one, thresholds) if np.isfinite(one).all() else damaged for one in features]
     count = np.array([[len(maps) for maps in of_image] for of_image in each], np.int32)
-    rows = max(FEWEST_ROWS, 1 << (int(count.max()) - 1).bit_length())
-    maps = np.zeros((*count.shape, rows, features.shape[1]), np.float32)
+    maps = np.zeros((*count.shape, rows_for(count), features.shape[1]), np.float32)
     for image, of_image in enumerate(each):
         for place, found in enumerate(of_image):
             maps[image, place, : len(found)] = found
     return Segments(jnp.asarray(maps), jnp.asarray(count))
+
+
+def rows_for(count: Int[np.ndarray, "*images"]) -> int:
+    """Returns how many rows hold any image's segments."""
+    return max(FEWEST_ROWS, 1 << (int(count.max()) - 1).bit_length())
 
 
 def check_threshold(threshold: Any, minmax: Any, grouping: Any = "pads") -> float:
