@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seg4diff_jax.models.kernels import CHUNK_BYTES
-from seg4diff_jax.segmentation.diffcut import diffcut
 from seg4diff_jax.segmentation.diffseg import diffseg
 from seg4diff_jax.segmentation.unsupervised import (
     MERGE_THRESHOLDS,
@@ -82,8 +81,8 @@ def segments_of_images(
 ) -> Segments:
     """Returns the segments of each image at each threshold: maps [images, thresholds, rows, image tokens].
 
-    Rows are as many as there are pad tokens, or as DiffSeg and DiffCut found for any image. Maps of a model with damaged
-    weights are not finite.
+    Rows are as many as there are pad tokens, or as DiffSeg and DiffCut found for any image. Damaged weights give maps
+    that are not finite.
 
     Args:
       seen: for `pads` image-to-text probabilities, averaged over heads; for the others the image tokens' vectors.
@@ -119,6 +118,8 @@ def _diffseg(vectors: ImageVectors, thresholds: Float[Array, " thresholds"], gri
 
 
 def _diffcut(features: Float[np.ndarray, "images tokens channels"], thresholds: Float[np.ndarray, " _"]) -> Segments:
+    from seg4diff_jax.segmentation.diffcut import diffcut  # imports SciPy's eigenvalues, which takes a second
+
     damaged = [np.full((1, features.shape[1]), np.nan, np.float32)] * len(thresholds)
     each = [diffcut(one, thresholds) if np.isfinite(one).all() else damaged for one in features]
     count = np.array([[len(maps) for maps in of_image] for of_image in each], np.int32)

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -156,35 +156,42 @@ def test_the_transformer_runs_once_for_each_batch_and_look_whatever_is_tried(sd3
     assert len(batches) == 2 * 2
 
 
-OTHERS = {"diffseg": (0.02, 0.05), "diffcut": (0.8, 0.95)}
+OTHERS = {"diffseg": (0.006, 0.008), "diffcut": (0.4, 0.5)}
 
 
 @pytest.mark.parametrize("grouping", OTHERS)
 def test_other_groupings_score_the_pipelines_segments_from_one_pass_for_each_batch(sd3, root, grouping, monkeypatch):
+    benchmark, every = folder_benchmark(root), range(len(SIZES))
+    noises = [np.asarray(image_noise(SEED, [index], (SQUARE // 8, SQUARE // 8, 16)))[0] for index in every]
+    how = {"block": VARIED, "step": 8, "size": (SQUARE, SQUARE), "grouping": grouping}
+
+    def segmented(threshold: float) -> list[s4d.UnsupervisedSegmentation]:
+        images = [benchmark.source[index]["image"] for index in every]
+        return sd3.segment_unsupervised(images, noise=np.stack(noises), threshold=threshold, **how)
+
+    def steady(wanted: float) -> float:
+        """A threshold near the one that is wanted, at which rounding does not decide what merges."""
+        counts = lambda threshold: [one.segments for one in segmented(threshold)]
+        some = (wanted * (1 + 0.004 * step) for step in range(20))
+        return next(each for each in some if counts(0.999 * each) == counts(each) == counts(1.001 * each))
+
+    few, more = (UnsupervisedProtocol(steady(wanted), grouping=grouping) for wanted in OTHERS[grouping])
+    protocols = few, replace(more, match="row", absent_classes=True)
     run, batches = forward.image_vectors, []
     monkeypatch.setattr(forward, "image_vectors", lambda *a, **k: batches.append(0) or run(*a, **k))
-    benchmark, few, more = folder_benchmark(root), *OTHERS[grouping]
-    protocols = [
-        UnsupervisedProtocol(few, grouping=grouping),
-        UnsupervisedProtocol(more, "pixel", "row", True, grouping),
-    ]
-    settings = Settings(BLOCKS, (8,), (SEED,), batch_size=2, prompts=(), unsupervised=tuple(protocols))
+    settings = Settings((VARIED,), (8,), (SEED,), batch_size=2, prompts=(), unsupervised=protocols)
     found = evaluate(sd3, benchmark, settings, shown=1)
     assert len(batches) == 2 + 1, "two batches, and one to be shown"
     for protocol in protocols:
-        counts, segments = np.zeros((3, len(CLASSES)), int), []
-        how = {"block": VARIED, "step": 8, "size": (SQUARE, SQUARE), "grouping": grouping}
-        for index in range(len(SIZES)):
-            image, labels = (benchmark.source[index][name] for name in ("image", "labels"))
-            noise = np.asarray(image_noise(SEED, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
-            one = sd3.segment_unsupervised(image, noise=noise, threshold=protocol.threshold, **how)
+        expected, counts = segmented(protocol.threshold), np.zeros((3, len(CLASSES)), int)
+        for index, one in enumerate(expected):
+            labels = benchmark.source[index]["labels"]
             own = count_matches(labels, one.labels, len(CLASSES), protocol.match, protocol.absent_classes)
             counts += np.array([own.hits, own.false, own.missed])
-            segments.append(one.segments)
         row = row_of(found.rows, protocol, VARIED, 8)
-        assert row.segments == pytest.approx(np.mean(segments), abs=0.01)
+        assert row.segments == pytest.approx(np.mean([one.segments for one in expected]), abs=0.01)
         assert row.segments > 1
-        assert row.metrics.pixel_accuracy == pytest.approx(100 * counts[0].sum() / counts[[0, 2]].sum(), abs=0.1)
+        assert row.metrics.pixel_accuracy == pytest.approx(100 * counts[0].sum() / counts[[0, 2]].sum(), abs=0.2)
         permuted = row_of([one for one in found.baselines if one.baseline == "permuted"], protocol, VARIED, 8)
         assert permuted.segments == row.segments
         assert row.plain()["grouping"] == grouping

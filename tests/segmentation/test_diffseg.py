@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seg4diff_jax.segmentation.diffseg import ROUNDS, anchor_tokens, diffseg, log_maps
+from seg4diff_jax.segmentation.diffseg import ROUNDS, anchor_tokens, diffseg, divergences, log_maps
 from tests.reference import diffseg as reference
 from tests.reference.random_weights import relative_error
+from tests.reference.unsupervised import symmetric_kl
 
 GRID = (6, 7)
 TOKENS = GRID[0] * GRID[1]
@@ -82,6 +83,16 @@ def test_logarithms_stay_finite_where_probabilities_vanish():
     assert np.isfinite(found).all()
     assert (np.exp(found) == 0).any()
     assert np.isfinite(diffseg(jnp.asarray(q), jnp.asarray(k), jnp.array([0.3]), grid=GRID).maps).all()
+
+
+def test_small_divergences_of_near_maps_do_not_drown_in_rounding():
+    q, k = vectors(noise=0.0)
+    near = (1e-3 * q, k + 0 * q), (1e-3 * q[::-1], k)
+    some, others = (log_maps(jnp.asarray(x), jnp.asarray(y)) for x, y in near)
+    exact = [np.exp(np.asarray(each, np.float64)) for each in (some, others)]
+    expected = np.array([[symmetric_kl(x, y) for y in exact[1]] for x in exact[0]])
+    assert 0 < expected.max() < 1e-3
+    np.testing.assert_allclose(divergences(some, others), expected, atol=2e-3 * expected.max())
 
 
 def test_nothing_of_tokens_by_tokens_is_held():
