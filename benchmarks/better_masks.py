@@ -53,7 +53,9 @@ ADDED: dict[str, MaskOptions] = {
     "1 round, not sharpened": MaskOptions(rounds=1, sharpness=1.0),
     "1 round by block 2": MaskOptions(rounds=1, refine_block=2),
     "2 rounds by heads 0, 2, 3": MaskOptions(rounds=2, refine_heads=(0, 2, 3)),
-    "edges": MaskOptions(edge_radius=1.0),
+    "edges by the guided filter": MaskOptions(edge_radius=1.0),
+    "edges by PAMR, 10 rounds": MaskOptions(edge_rounds=10),
+    "edges by PAMR, 1 round": MaskOptions(edge_rounds=1),
 }
 CHANGED: dict[str, MaskOptions] = {
     "chosen": CHOSEN,
@@ -72,6 +74,7 @@ CHANGED: dict[str, MaskOptions] = {
     "chosen, 1 round": replace(CHOSEN, rounds=1),
     "chosen, 3 rounds": replace(CHOSEN, rounds=3),
     "chosen, without edges": replace(CHOSEN, edge_radius=0.0),
+    "chosen, edges by PAMR": replace(CHOSEN, edge_radius=0.0, edge_rounds=10),
 }
 ROWS = ADDED | CHANGED
 

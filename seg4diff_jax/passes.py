@@ -33,6 +33,7 @@ from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.models.trunk import attentions_at
 from seg4diff_jax.models.vae import VAE
 from seg4diff_jax.parallel import on_host
+from seg4diff_jax.segmentation.grouping import ImageVectors
 
 MEAN_PROBS = AttentionRequest(scores=False, mean_heads=True)
 """The maps that masks are made of: image-to-text probabilities of CLIP's tokens, averaged over heads."""
@@ -200,6 +201,23 @@ def text_maps(
     record = attention(transformer, images, texts, blocks=(block,), options=ForwardOptions(MEAN_PROBS, kernel))[block]
     assert record.probs is not None
     return record.probs
+
+
+@partial(jax.jit, static_argnames=("blocks", "kernel"))
+def image_vectors(
+    transformer: MMDiT,
+    images: NoisedImages,
+    texts: TextConditioning,
+    *,
+    blocks: tuple[int, ...],
+    kernel: Kernel | None = None,
+) -> dict[int, ImageVectors]:
+    """Returns the queries and keys of image tokens, by block number, from one pass."""
+    options = ForwardOptions(AttentionRequest((), scores=False, probs=False, qkv=True), kernel)
+    records = attention(transformer, images, texts, blocks=blocks, options=options)
+    rows, columns = images.grid(transformer.config.patch_size)
+    own = lambda vectors: vectors[:, : rows * columns]
+    return {block: ImageVectors(own(record.q), own(record.k)) for block, record in records.items()}
 
 
 # ---- from latents to pictures ---------------------------------------------------------------------------------------

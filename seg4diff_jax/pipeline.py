@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from seg4diff_jax import passes
-from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, mean_over_seeds, one_for_each
+from seg4diff_jax.batching import ModelView, SizeGroup, finite_maps, listed_seeds, one_for_each
 from seg4diff_jax.class_grids import class_grids
 from seg4diff_jax.class_names import list_for_each, one_class, warn_of_single
 from seg4diff_jax.flow import FlowSchedule, add_noise
@@ -48,16 +48,12 @@ from seg4diff_jax.prompt_attention import PromptAttention, prompt_attention
 from seg4diff_jax.prompt_cache import PromptCache
 from seg4diff_jax.sampling import GeneratingRun, Looking, check_whole, sample_latents
 from seg4diff_jax.segmentation.class_prior import ClassPrior
+from seg4diff_jax.segmentation.grouping import Grouping, check_threshold
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation, upsampled_labels
-from seg4diff_jax.segmentation.unsupervised import (
-    MinMax,
-    UnsupervisedSegmentation,
-    check_threshold,
-    merged_maps_of_images,
-    unsupervised_segmentation,
-)
+from seg4diff_jax.segmentation.unsupervised import MinMax, UnsupervisedSegmentation, unsupervised_segmentation
 from seg4diff_jax.text import Tokenizers, class_prompts, tokenize
+from seg4diff_jax.unnamed_segments import unnamed_segments
 
 
 @dataclass
@@ -166,6 +162,7 @@ class Pipeline:
         self,
         image: ImageInput | Sequence[ImageInput],
         *,
+        grouping: Grouping = "pads",
         threshold: float | None = None,
         minmax: MinMax = "pixel",
         block: int | None = None,
@@ -176,28 +173,30 @@ class Pipeline:
         resize: Resize = "aspect",
         kernel: Kernel | None = None,
     ) -> UnsupervisedSegmentation | list[UnsupervisedSegmentation]:
-        """Masks without names: the attention to an empty prompt's tokens, like maps merged (Seg4Diff, section 3).
+        """Masks without names, under an empty prompt (Seg4Diff, section 3).
 
         Args:
-          threshold: maps merge that diverge by less; larger, fewer segments. Default: `MERGE_THRESHOLDS` of `minmax`.
-          minmax: what maps are brought to 0..1 over, see `segmentation.unsupervised.MinMax`.
+          grouping: `pads` merges the maps of the prompt's tokens that are alike, as in the paper; `diffseg` merges maps
+            of image-to-image attention; `diffcut` cuts the image where features differ (docs/unsupervised.md).
+          threshold: maps merge that diverge by less; larger, fewer segments. With `diffcut` parts are cut whose
+            normalized cut is lower; larger, more segments. Default: see `segmentation.grouping.check_threshold`.
+          minmax: what maps of `pads` are brought to 0..1 over, see `segmentation.unsupervised.MinMax`.
           image and all others: as for `segment`. Of several seeds the attention is averaged before it is merged.
 
         Raises:
-          ImageError, ValueError, FloatingPointError: as `segment` does; ValueError too for threshold and minmax.
+          ImageError, ValueError, FloatingPointError: as `segment` does; ValueError too for the first three options.
         """
         images, single = listed(image)
-        threshold, block, _ = check_threshold(threshold, minmax), self._block(block), self._sigma(step)
+        threshold, block, _ = check_threshold(threshold, minmax, grouping), self._block(block), self._sigma(step)
+        how = {"block": block, "grouping": grouping, "threshold": threshold, "minmax": minmax, "kernel": kernel}
         results: dict[int, UnsupervisedSegmentation] = {}
         seeds = listed_seeds(seed, noise)
         for group in self.view.by_size(images, size, resize):
             noised = self.noised(group, len(images), seeds, noise, step)
             texts = self.spread(self.encode_prompts([""] * len(group.places)))
             with self.settings():
-                read = partial(passes.text_maps, self.transformer, texts=texts, block=block, kernel=kernel)
-                attention = mean_over_seeds([read(views.each[0]) for views in noised])
-                merged, counts = merged_maps_of_images(attention, threshold, minmax)
-            maps, counts = np.asarray(merged), np.asarray(counts)
+                seen = [views.each[0] for views in noised]
+                maps, counts = unnamed_segments(self.transformer, seen, texts, **how)
             grids = finite_maps(maps, block).reshape(*maps.shape[:2], *group.grid)
             for place, own_size, grid, count in zip(group.places, group.own_sizes, grids, counts, strict=True):
                 results[place] = unsupervised_segmentation(grid, int(count), own_size)

@@ -17,6 +17,7 @@ from seg4diff_jax.models.kernels import Kernel
 from seg4diff_jax.models.perturbation import Perturbation
 from seg4diff_jax.models.sd3.model import MMDiT
 from seg4diff_jax.segmentation.class_prior import ClassPrior
+from seg4diff_jax.segmentation.grouping import Grouping
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 from seg4diff_jax.segmentation.open_vocabulary import Segmentation
 from seg4diff_jax.segmentation.unsupervised import MinMax
@@ -49,6 +50,7 @@ class SegmentOptions(SeenOptions, total=False):
 class UnsupervisedOptions(SeenOptions, total=False):
     """Keyword arguments of `Pipeline.segment_unsupervised`, whose docstring explains them."""
 
+    grouping: Grouping
     threshold: float | None
     minmax: MinMax
 

@@ -9,6 +9,8 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 import seg4diff_jax as s4d
 from seg4diff_jax import passes
@@ -25,8 +27,10 @@ from seg4diff_jax.models.trunk import concepts_at
 from seg4diff_jax.segmentation.class_prior import ClassPrior
 from seg4diff_jax.segmentation.guided_filter import guide, guided
 from seg4diff_jax.segmentation.mask_options import MaskOptions
+from seg4diff_jax.segmentation.pamr import DILATIONS
 from seg4diff_jax.segmentation.refinement import refined
 from seg4diff_jax.text import class_prompts
+from tests.reference import pamr
 from tests.reference.inputs import NAMES, SIZE, SQUARE, VARIED, an_image
 from tests.reference.random_weights import relative_error
 from tests.reference.ties import SCORES, assert_same_labels
@@ -107,10 +111,17 @@ def test_labels_follow_the_edges_of_what_the_model_sees(sd3):
     assert (found.labels != sd3.segment(image, NAMES, block=VARIED, size=SIZE).labels).mean() > 0.01
 
 
-def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    import torch
-    import torch.nn.functional as F
+def test_labels_follow_colours_by_pamr_of_pytorch(sd3):
+    own, image = (67, 90), an_image(67, 90)
+    found = sd3.segment(image, NAMES, block=VARIED, size=SIZE, masks=MaskOptions(edge_rounds=3))
+    (group,) = sd3.view.by_size([image], SIZE, "aspect")
+    pixels = torch.from_numpy(group.pixels[0] / 2 + 0.5).permute(2, 0, 1)
+    at_size = pamr.refined(pixels, torch.from_numpy(upsampled(found.scores, SIZE)), 3, DILATIONS).numpy()
+    assert_same_labels(found.labels, upsampled(at_size, own).argmax(axis=0), at_size, error=1e-4, few=0.05)
+    assert (found.labels != sd3.segment(image, NAMES, block=VARIED, size=SIZE).labels).mean() > 0.01
 
+
+def upsampled(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(torch.from_numpy(np.array(scores))[None], size, mode="bilinear")[0].numpy()
 
 
@@ -163,11 +174,15 @@ def by_concepts(pipe: s4d.Pipeline, image: np.ndarray, names: list[str], masks: 
     return scores.reshape(-1, *GRID)
 
 
-@pytest.mark.parametrize("reading", ["prompt", "concepts"])
-def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path, reading):
+@pytest.mark.parametrize(
+    "changed",
+    [{"edge_radius": 1.0}, {"edge_rounds": 2}, {"edge_radius": 1.0, "reading": "concepts", "refine_block": None}],
+    ids=["guided filter", "PAMR", "concepts"],
+)
+def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path, changed):
     """Of a list of images, each with its number's noise, for the classes present and for all, in several prompts."""
     benchmark = folder_benchmark(write_images(tmp_path / "set", [(64, 64), (100, 70)]))
-    masks = replace(MASKS, edge_radius=1.0, prior=0.5, reading=reading, refine_block=None)
+    masks = replace(MASKS, prior=0.5, **changed)
     prior = ClassPrior({name: 0.002 * place for place, name in enumerate(benchmark.classes, 1)}, VARIED, 8, 1)
     items = [each for each in Reader(benchmark, sd3.view).read(range(2)) if isinstance(each, Example)]
     forward = Forward(sd3, (Readout(VARIED, refined=True), Readout(VARIED)), masks)
@@ -211,6 +226,11 @@ def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path, reading):
         ({"rounds": 1, "refine_heads": ()}, "refine_heads is (); expected numbers of heads, each once, or None"),
         ({"refine_heads": (0,)}, "refine_block and refine_heads say how maps are refined; expected rounds of at"),
         ({"edge_radius": -1.0}, "edge_radius is -1.0; expected 0 or more, in image tokens"),
+        ({"edge_rounds": -1}, "edge_rounds is -1; expected 0 to 100"),
+        (
+            {"edge_radius": 1.0, "edge_rounds": 10},
+            "edge_radius and edge_rounds are two ways to the same edges",
+        ),
         ({"edge_smoothing": 0.0}, "edge_smoothing is 0.0; expected a number above 0"),
     ],
 )

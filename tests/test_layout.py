@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, str] = {
     "segmentation": "bilinear checked models quoting",
     "parallel": "",
     "checksums": "",
-    "passes": "flow models parallel",
+    "passes": "flow models parallel segmentation",
     "class_maps": "models passes segmentation",
     "sampling": "flow models",
     # What is around them, in memory.
@@ -59,8 +59,9 @@ MAY_IMPORT: dict[str, str] = {
     "prompt_attention": "models text",
     "prompt_cache": "models passes",
     "generated_masks": "batching class_names flow models parallel passes prompt_attention sampling segmentation text",
+    "unnamed_segments": "batching models passes segmentation",
     "pipeline": "batching class_grids class_names flow generated_masks images models numerics parallel passes "
-    "pipeline_options prompt_attention prompt_cache sampling segmentation text",
+    "pipeline_options prompt_attention prompt_cache sampling segmentation text unnamed_segments",
     "class_priors": "batching class_grids convert images numerics pipeline pipeline_options quoting segmentation text",
     "reporting": "images pipeline prompt_attention segmentation",
     # Checkpoints and data, and what reads or writes them.

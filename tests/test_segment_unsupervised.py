@@ -18,6 +18,7 @@ import seg4diff_jax as s4d
 from seg4diff_jax.flow import image_noise
 from seg4diff_jax.images import ImageError
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+from tests.reference import diffcut, diffseg
 from tests.reference import unsupervised as reference
 from tests.reference.damage import with_damaged_autoencoder
 from tests.reference.inputs import BLOCK, SIZE, VARIED, a_noise, an_image
@@ -53,6 +54,44 @@ def test_segments_are_those_of_pytorchs_attention_and_plain_loops(sd3, columns, 
         counts.append(ours.segments)
     assert max(counts) > 5
     assert min(counts) == 1
+
+
+def vectors(pipe: s4d.Pipeline, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys of the image tokens, [tokens, heads, head_dim]."""
+    noise, tokens = np.asarray(image_noise(seed, [0], (2 * GRID[0], 2 * GRID[1], 16)))[0], GRID[0] * GRID[1]
+    request = s4d.AttentionRequest(scores=False, qkv=True)
+    record = pipe.attention(IMAGE, "", blocks=VARIED, noise=noise, size=SIZE, request=request)[VARIED]
+    return tuple(np.asarray(each)[0, :tokens].astype(float) for each in (record.q, record.k))
+
+
+@pytest.mark.parametrize("seeds", [(5,), (5, 6)], ids=["one seed", "two seeds"])
+def test_diffseg_merges_maps_of_whole_attention_over_seeds_and_heads(sd3, seeds):
+    maps = np.mean([diffseg.attention(*vectors(sd3, seed)) for seed in seeds], axis=0)
+    apart = np.sort([reference.symmetric_kl(x, y) for at, x in enumerate(maps) for y in maps[:at]])
+    for threshold in apart[len(apart) // 400 :] * 1.0001:
+        expected, nearest = diffseg.merged(maps, [*range(len(maps))], threshold, rounds=3)
+        if nearest > 3e-5 and len(expected) < len(maps) // 2:
+            break
+    how = {"grouping": "diffseg", "threshold": float(threshold)}
+    ours = sd3.segment_unsupervised(IMAGE, block=VARIED, seed=seeds, size=SIZE, **how)
+    assert ours.segments == len(expected) > 1
+    assert relative_error(ours.maps.reshape(ours.segments, -1), expected) <= 1e-5
+    assert_same_labels(ours.labels, reference.labels_of(ours.maps, GRID, SIZE), ours.maps, error=0)
+
+
+@pytest.mark.parametrize("seeds", [(5,), (5, 6)], ids=["one seed", "two seeds"])
+def test_diffcut_cuts_where_the_keys_of_all_seeds_and_heads_differ(sd3, seeds):
+    keys = np.concatenate([vectors(sd3, seed)[1].reshape(GRID[0] * GRID[1], -1) for seed in seeds], axis=1)
+    weights = diffcut.affinity(keys, 10)
+    threshold = diffcut.best_cut(weights)[1] + 0.02
+    expected = sorted(diffcut.parts(weights, np.arange(len(keys)), threshold))
+    how = {"grouping": "diffcut", "threshold": threshold}
+    ours = sd3.segment_unsupervised(IMAGE, block=VARIED, seed=seeds, size=SIZE, **how)
+    assert ours.segments == len(expected) > 1
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    means = np.stack([unit[part].mean(axis=0) for part in expected])
+    assert relative_error(ours.maps.reshape(ours.segments, -1), means @ unit.T) <= 1e-5
+    assert_same_labels(ours.labels, reference.labels_of(ours.maps, GRID, SIZE), ours.maps, error=0)
 
 
 def test_the_default_threshold_is_that_of_the_normalisation(sd3):
@@ -110,6 +149,7 @@ def test_another_threshold_image_seed_or_number_of_segments_compiles_nothing(sd3
         ({"threshold": 0}, "threshold is 0; expected a number above 0"),
         ({"threshold": "0.1"}, "threshold is '0.1'; expected a number above 0"),
         ({"minmax": "row"}, "minmax is 'row'; expected one of pixel, token"),
+        ({"grouping": "kmeans"}, "grouping is 'kmeans'; expected one of pads, diffseg, diffcut"),
         ({"block": 6}, "block is 6; the loaded transformer has blocks"),
         ({"step": 29}, "step is 29"),
         ({"seed": -1}, "seed is -1"),
@@ -130,6 +170,9 @@ def test_what_cannot_be_segmented_is_told(sd3, tmp_path):
         sd3.segment_unsupervised(tmp_path / "absent.png", block=VARIED)
     with pytest.raises(FloatingPointError, match="not finite"):
         with_damaged_autoencoder(sd3).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE)
+    for grouping in ("diffseg", "diffcut"):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            with_damaged_autoencoder(sd3).segment_unsupervised(IMAGE, block=BLOCK, size=SIZE, grouping=grouping)
 
 
 ON_EIGHT_DEVICES = f"""

@@ -272,16 +272,18 @@ def merging_protocols(options: Options, chosen: Sequence[str]) -> tuple[Unsuperv
 
     Raises ValueError for options that are not usable, or would go unused.
     """
-    from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
+    from seg4diff_jax.segmentation.grouping import check_threshold
     from seg4diff_jax.segmentation.unsupervised_scores import UnsupervisedProtocol
 
     if UNSUPERVISED not in chosen:
         refuse(unused(options, UNSUPERVISED))
         return ()
     given = options.unsupervised
-    threshold = MERGE_THRESHOLDS[given.minmax] if given.threshold is None else given.threshold
-    below = thresholds(threshold, "--unsupervised.threshold")
-    return tuple(UnsupervisedProtocol(each, given.minmax, given.match, given.absent_classes) for each in below)
+    threshold = check_threshold(None, given.minmax, given.grouping)
+    usual = UnsupervisedProtocol(threshold, given.minmax, given.match, given.absent_classes, given.grouping)
+    asked = threshold if given.threshold is None else given.threshold
+    below = thresholds(asked, "--unsupervised.threshold", given.grouping)
+    return tuple(replace(usual, threshold=each) for each in below)
 
 
 OPTIONS_OF = {OPEN_VOCABULARY: "background", UNSUPERVISED: "unsupervised"}

@@ -9,21 +9,34 @@ from jsonargparse import ArgumentParser
 
 from seg4diff_jax.command_line.segment import model_arguments, result_arguments, segment_to_files
 from seg4diff_jax.pipeline import Pipeline, Segmentation
-from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, MinMax, check_threshold
+from seg4diff_jax.segmentation.grouping import THRESHOLDS, Grouping, check_threshold
+from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, MinMax
 
 
 def arguments(parser: ArgumentParser) -> None:
     add: Any = parser.add_argument
     add("image", type=str, help="image file")
-    defaults = ", ".join(f"{threshold} for {minmax}" for minmax, threshold in MERGE_THRESHOLDS.items())
-    add("--threshold", type=float, help=f"maps merge that diverge by less: larger, fewer segments; default: {defaults}")
-    add("--minmax", choices=list(get_args(MinMax)), default="pixel", help="what maps are normalised over, first of all")
+    add(
+        "--grouping",
+        choices=list(get_args(Grouping)),
+        default="pads",
+        help="by maps of an empty prompt's tokens, as in the paper; by image-to-image attention; or by features",
+    )
+    usual = {"pads by token": MERGE_THRESHOLDS["token"], **THRESHOLDS}
+    add(
+        "--threshold",
+        type=float,
+        help="maps merge that diverge by less: larger, fewer segments; diffcut cuts where a cut costs less: larger, "
+        f"more; default: {', '.join(f'{threshold} for {name}' for name, threshold in usual.items())}",
+    )
+    add("--minmax", choices=list(get_args(MinMax)), default="pixel", help="what maps of pads are normalised over")
     result_arguments(parser)
     model_arguments(parser)
 
 
 def run(options: Any) -> None:
-    merging = {"threshold": check_threshold(options.threshold, options.minmax), "minmax": options.minmax}
+    threshold = check_threshold(options.threshold, options.minmax, options.grouping)
+    merging = {"grouping": options.grouping, "threshold": threshold, "minmax": options.minmax}
 
     def segment(pipe: Pipeline, pixels: np.ndarray, **how: Any) -> Segmentation:
         return pipe.segment_unsupervised(pixels, **merging, **how).named()

@@ -111,7 +111,7 @@ class Further:
             asked = batch.truth, batch.sizes
             found = [
                 precision_of_objects(
-                    scores, *asked, batch.pixels if masks.edge_radius else None, grid=grid, masks=masks
+                    scores, *asked, batch.pixels if masks.follow_edges else None, grid=grid, masks=masks
                 )
                 for scores, masks in parts
             ]
@@ -120,7 +120,7 @@ class Further:
             options = {"grid": grid, "classes": self.classes, "metrics": self.of_masks}
             asked = batch.truth, batch.sizes, band_widths(batch.sizes), batch.class_of_row
             counted = [
-                mask_counts(scores, *asked, batch.pixels if masks.edge_radius else None, **options, masks=masks)
+                mask_counts(scores, *asked, batch.pixels if masks.follow_edges else None, **options, masks=masks)
                 for scores, masks in parts
             ]
             self._masks[one].append({name: jnp.concatenate([each[name] for each in counted]) for name in self.of_masks})

@@ -68,11 +68,15 @@ HELP = {
         "absent ones; boundary: IoU of what lies near the edges of masks; pointing: how often a map's highest point "
         "lies on its class; average_precision (not in all): mAP of imagenet-segmentation and voc-single; default: none"
     ),
-    "unsupervised.threshold": (
-        "maps merge whose divergence is below it; 0.035,0.1 scores both, grid 23 of 0.0001..0.2; default: the one of "
-        "the minmax"
+    "unsupervised.grouping": (
+        "what makes segments: pads, maps of an empty prompt's tokens, as in the paper; diffseg, maps of image-to-image "
+        "attention; diffcut, cuts between features"
     ),
-    "unsupervised.minmax": "what maps are brought to 0..1 over: pixel, each its pixels; token, as in the release",
+    "unsupervised.threshold": (
+        "maps merge whose divergence is below it, and diffcut cuts where a cut costs less; 0.035,0.1 scores both, "
+        "grid many: for pads 23 of 0.0001..0.2; default: the one of the grouping, and of the minmax"
+    ),
+    "unsupervised.minmax": "what maps of pads are brought to 0..1 over: pixel, their pixels; token, as in the release",
     "unsupervised.match": "what is matched by itself: image; row of pixels, as in the release, which scores higher",
     "unsupervised.absent_classes": "classes that are not there take part in the match, as in the release",
     "masks.views": "how often each image is noised for masks by name; the maps are averaged",
@@ -95,6 +99,9 @@ HELP = {
         "radius, in image tokens, of the windows in which scores follow the edges of the image; 0: they do not"
     ),
     "masks.edge_smoothing": "variance of pixels (0 to 1) below which a window has no edges",
+    "masks.edge_rounds": (
+        "how often scores are averaged over pixels of like colour (PAMR), instead of --masks.edge-radius; 0: never"
+    ),
     "class_prior": "what seg4diff class-prior wrote: how much attention each class's words draw anywhere",
     "batch_size": (
         "images, and prompts, at a time, over all devices of a process; default: on each as many as have 16384 image "

@@ -22,8 +22,8 @@ ListedWords = str | list[str] | None
 """`sky,wall` or a list of words; None where the option is not given."""
 ALL = "all"
 GRID = "grid"
-"""Value of an option that stands for all thresholds of a `THRESHOLD_GRID`: that of `segmentation.unsupervised`, or that
-of `evaluation.background`."""
+"""Value of an option that stands for many thresholds: the grouping's of `segmentation.grouping.THRESHOLD_GRIDS`, or
+`evaluation.background.THRESHOLD_GRID`."""
 MEAN = "mean"
 """Value of `--heads` that stands for the mean of all heads of a block, and of `--background.threshold` that stands for
 the mean of each map over its image."""
@@ -86,6 +86,7 @@ class BackgroundOptions:
 class Unsupervised:
     """How unsupervised segments are made and scored, see `segmentation.unsupervised_scores.UnsupervisedProtocol`."""
 
+    grouping: Literal["pads", "diffseg", "diffcut"] = "pads"
     threshold: float | str | list[float] | None = None
     minmax: Literal["pixel", "token"] = "pixel"
     match: Literal["image", "row"] = "image"
@@ -247,16 +248,20 @@ def _parts(value: Any) -> list[Any]:
     return str(value).split(",")
 
 
-def thresholds(value: float | str | list[float], name: str) -> tuple[float, ...]:
-    """Returns the listed thresholds of unsupervised segments, or the whole grid for `grid`.
+def thresholds(
+    value: float | str | list[float], name: str, grouping: Literal["pads", "diffseg", "diffcut"] = "pads"
+) -> tuple[float, ...]:
+    """Returns the listed thresholds of unsupervised segments, or the grouping's whole grid for `grid`.
 
     Raises:
-      ValueError: a threshold is not a finite number above 0, or is listed twice.
+      ValueError: a threshold is not a finite number above 0, and below 1 for `diffcut`, or is listed twice.
     """
     if value == GRID:
-        from seg4diff_jax.segmentation.unsupervised import THRESHOLD_GRID  # imports JAX, which takes seconds
+        from seg4diff_jax.segmentation.grouping import THRESHOLD_GRIDS  # imports JAX, which takes seconds
 
-        return THRESHOLD_GRID
+        return THRESHOLD_GRIDS[grouping]
+    if grouping == "diffcut":
+        return _numbers_below(value, name, 1.0, "0.5,0.6")
     return _numbers_below(value, name, math.inf, "0.005,0.01")
 
 

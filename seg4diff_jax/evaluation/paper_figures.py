@@ -184,5 +184,5 @@ def _asked_alike(row: Row) -> bool:
 
 
 def _released_match(row: Row, merging: UnsupervisedProtocol) -> bool:
-    made = merging.minmax == "token" and merging.threshold in THRESHOLDS
+    made = merging.grouping == "pads" and merging.minmax == "token" and merging.threshold in THRESHOLDS
     return made and merging.match == "row" and merging.absent_classes and row.images.background in (None, "scored")

@@ -22,9 +22,10 @@ from seg4diff_jax.flow import image_noise
 from seg4diff_jax.models.attention import AttentionRequest, ForwardOptions
 from seg4diff_jax.models.conditioning import TextConditioning
 from seg4diff_jax.models.sd3.model import MMDiT
-from seg4diff_jax.passes import NoisedImages, Views, attention, encode_images
+from seg4diff_jax.passes import NoisedImages, Views, attention, encode_images, image_vectors
 from seg4diff_jax.pipeline import Pipeline
 from seg4diff_jax.segmentation.class_prior import divided_by_prior
+from seg4diff_jax.segmentation.grouping import ImageVectors
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
 
 Latents = Float[Array, "images latent_rows latent_columns channels"]
@@ -65,7 +66,7 @@ class Forward:
     ) -> list[tuple[Float[Array, "_ images classes tokens"], MaskOptions]]:
         """Splits scores by readouts into those that follow edges and those that do not, each with the options."""
         plain = len(self._refined(self.readouts, False))
-        if not self.masks.edge_radius:
+        if not self.masks.follow_edges:
             return [(scores, PAPERS_MASKS)]
         each = (scores[:plain], PAPERS_MASKS), (scores[plain:], self.masks)
         return [(some, masks) for some, masks in each if len(some)]
@@ -112,6 +113,20 @@ class Forward:
         images = NoisedImages(latents, noise, jnp.float32(pipe.schedule.sigma_at(step)), image_of_row)
         with pipe.settings():
             return attention_maps(pipe.transformer, images, prompts, readouts=self._refined(self.readouts, False))
+
+    def vectors(
+        self, latents: Latents, indices: Int[np.ndarray, " images"], prompts: TextConditioning, *, step: int, seed: int
+    ) -> list[ImageVectors]:
+        """Returns the queries and keys of image tokens at all readouts that are not refined.
+
+        Of one prompt for each image; arguments as for `maps`.
+        """
+        pipe, readouts = self.pipe, self._refined(self.readouts, False)
+        noise, sigma = self.noise(latents, indices, seed), jnp.float32(pipe.schedule.sigma_at(step))
+        images, blocks = NoisedImages(latents, noise, sigma), tuple(dict.fromkeys(one.block for one in readouts))
+        with pipe.settings():
+            found = image_vectors(pipe.transformer, images, pipe.spread(prompts), blocks=blocks)
+        return [found[one.block].of_head(one.head) for one in readouts]
 
     def refined_scores(
         self,

@@ -1,15 +1,14 @@
-"""The unsupervised protocol: segments from attention with an empty prompt, matched with classes (Seg4Diff, section 3).
+"""The unsupervised protocol: segments made with an empty prompt, matched with classes (Seg4Diff, section 3).
 
-Maps are merged, upsampled and counted on the device. Segments are matched on the host
-(`segmentation.unsupervised_tally`):
+Segments are upsampled and counted on the device, and matched on the host (`segmentation.unsupervised_tally`):
 
-    passes.encode_images -> readouts.attention_maps -> counted_segments -> matched_counts
+    passes.encode_images -> Forward.maps or .vectors -> made_segments -> counted_segments -> matched_counts
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,17 @@ from seg4diff_jax.evaluation.batches import EvaluationBatch
 from seg4diff_jax.evaluation.readouts import Forward, Latents
 from seg4diff_jax.evaluation.rows import ONE_SEGMENT
 from seg4diff_jax.evaluation.zero_shot import PERMUTED, guess_keys
+from seg4diff_jax.segmentation.grouping import Grouping
+from seg4diff_jax.segmentation.unsupervised import Segments
 from seg4diff_jax.segmentation.unsupervised_scores import MatchCounts, UnsupervisedProtocol
-from seg4diff_jax.segmentation.unsupervised_tally import Truth, UnsupervisedTally, counted_segments
+from seg4diff_jax.segmentation.unsupervised_tally import (
+    Making,
+    Truth,
+    UnsupervisedTally,
+    counted_segments,
+    made_alike,
+    made_segments,
+)
 
 
 class Look(NamedTuple):
@@ -100,14 +108,39 @@ class Unsupervised:
         pipe, images = self.forward.pipe, len(latents)
         grid, truth = self.forward.grid(latents), Truth(len(batch.examples), batch.truth, batch.sizes)
         with pipe.settings():
-            columns = pipe.tokenizers.clip_l.model_max_length
-            alike = pipe.spread(jnp.zeros((images, grid[0] * grid[1], columns)))
-            self.tallies[ONE_SEGMENT][0].add(alike, grid, truth)
+            self.tallies[ONE_SEGMENT][0].add(self._alike(images, grid), grid, truth)
             for one in self.looks:
-                maps = self._maps(latents, batch, one)
-                self._count(one, maps, grid, truth)
-                if one.step == self._first_step:
-                    self._count((PERMUTED, one.seed), permuted_tokens(maps, batch.indices, one.seed), grid, truth)
+                for at, seen in enumerate(self._seen(latents, batch, one)):
+                    made = made_segments(seen, self.protocols, grid)
+                    self.tallies[one][at].add(made, grid, truth)
+                    if one.step == self._first_step:
+                        permuted = {
+                            making: Segments(permuted_tokens(each.maps, batch.indices, one.seed), each.count)
+                            for making, each in made.items()
+                        }
+                        self.tallies[PERMUTED, one.seed][at].add(permuted, grid, truth)
+
+    def _alike(self, images: int, grid: tuple[int, int]) -> dict[Making, Segments]:
+        """Returns one segment for each image at each threshold."""
+        return {
+            making: Segments(
+                self.forward.pipe.spread(jnp.ones((images, len(places), 1, grid[0] * grid[1]))),
+                self.forward.pipe.spread(jnp.ones((images, len(places)), jnp.int32)),
+            )
+            for making, places in made_alike(self.protocols).items()
+        }
+
+    def _seen(self, latents: Latents, batch: EvaluationBatch, one: Look) -> list[dict[Grouping, Any]]:
+        """Returns what each readout shows of the images, for every grouping of the protocols."""
+        found: list[dict[Grouping, Any]] = [{} for _ in self.forward.readouts]
+        if any(protocol.grouping == "pads" for protocol in self.protocols):
+            found = [{"pads": maps} for maps in self._maps(latents, batch, one)]
+        if by_vectors := {protocol.grouping for protocol in self.protocols} - {"pads"}:
+            prompts = self.forward.encoded([""] * len(latents))
+            each = self.forward.vectors(latents, batch.indices, prompts, **one._asdict())
+            for seen, own in zip(found, each, strict=True):
+                seen |= dict.fromkeys(by_vectors, own)
+        return found
 
     def _maps(
         self, latents: Latents, batch: EvaluationBatch, one: Look
@@ -126,22 +159,12 @@ class Unsupervised:
         """
         latents, chosen = self.forward.latents(batch.pixels), self.protocols[protocol]
         with self.forward.pipe.settings():
-            maps = self._maps(latents, batch, one)[block]
-            options = {"grid": self.forward.grid(latents), "classes": self.classes, "minmax": chosen.minmax}
-            thresholds = np.array([chosen.threshold], np.float32)
-            labels, _ = counted_segments(maps, batch.truth, batch.sizes, thresholds, **options, match="row")
+            grid, seen = self.forward.grid(latents), self._seen(latents, batch, one)[block]
+            (made,) = made_segments(seen, [chosen], grid).values()
+            options = {"grid": grid, "classes": self.classes, "match": "row"}
+            labels, _ = counted_segments(made, batch.truth, batch.sizes, **options)
         sizes = batch.sizes[: len(batch.examples)].tolist()
         return [each[0, :height, :width] for each, (height, width) in zip(np.asarray(labels), sizes, strict=False)]
-
-    def _count(
-        self,
-        name: tuple,
-        maps: Float[Array, "blocks images tokens columns"],
-        grid: tuple[int, int],
-        truth: Truth,
-    ) -> None:
-        for tally, attention in zip(self.tallies[name], maps, strict=True):
-            tally.add(attention, grid, truth)
 
     def take(self) -> SegmentCounts:
         """Returns the counts since the last call. Raises as `add` does."""
@@ -192,8 +215,8 @@ def stacked(counts: Iterable[MatchCounts], classes: int) -> Int[np.ndarray, "pro
 
 @jax.jit
 def permuted_tokens(
-    maps: Float[Array, "blocks images tokens columns"], indices: Int[Array, " images"], seed: Int[Array, ""]
-) -> Float[Array, "blocks images tokens columns"]:
+    maps: Float[Array, "images thresholds rows tokens"], indices: Int[Array, " images"], seed: Int[Array, ""]
+) -> Float[Array, "images thresholds rows tokens"]:
     """Permutes the image tokens of each image's maps at random, with the same order for all maps of the image."""
-    order = lambda index: jax.random.permutation(guess_keys(index, seed)[0], maps.shape[2])
-    return jnp.take_along_axis(maps, jax.vmap(order)(indices)[None, :, :, None], axis=2)
+    order = lambda index: jax.random.permutation(guess_keys(index, seed)[0], maps.shape[-1])
+    return jnp.take_along_axis(maps, jax.vmap(order)(indices)[:, None, None], axis=-1)

@@ -109,7 +109,7 @@ class Tally:
                 before,
                 scores,
                 *asked,
-                batch.pixels if masks.edge_radius else None,
+                batch.pixels if masks.follow_edges else None,
                 grid=grid,
                 masks=masks,
                 by_mean=by_mean,

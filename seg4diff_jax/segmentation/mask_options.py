@@ -10,7 +10,7 @@ from seg4diff_jax.segmentation.class_prior import ClassPrior
 
 Normalization = Literal["none", "content", "minmax"]
 Reading = Literal["prompt", "concepts", "concept outputs"]
-MOST_ROUNDS, MOST_VIEWS = 20, 64
+MOST_ROUNDS, MOST_VIEWS, MOST_EDGE_ROUNDS = 20, 64, 100
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class MaskOptions(Checked):
       edge_radius: radius of the windows in which maps follow the image's edges (`guided_filter`), in image tokens.
         0: they do not.
       edge_smoothing: variance of pixels (0..1) below which a window has no edges.
+      edge_rounds: how often maps are averaged over pixels of like colour (`pamr`): another way to the image's edges.
+        0: never.
     """
 
     views: int = 1
@@ -52,6 +54,7 @@ class MaskOptions(Checked):
     refine_heads: tuple[int, ...] | None = None
     edge_radius: float = 0.0
     edge_smoothing: float = 1e-4
+    edge_rounds: int = 0
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the options, one sentence for each problem."""
@@ -88,7 +91,16 @@ class MaskOptions(Checked):
             found.append(f"edge_radius is {self.edge_radius}; expected 0 or more, in image tokens")
         if not 0 < self.edge_smoothing < float("inf"):
             found.append(f"edge_smoothing is {self.edge_smoothing}; expected a number above 0")
+        if not 0 <= self.edge_rounds <= MOST_EDGE_ROUNDS:
+            found.append(f"edge_rounds is {self.edge_rounds}; expected 0 to {MOST_EDGE_ROUNDS}")
+        if self.edge_radius > 0 and self.edge_rounds > 0:
+            found.append("edge_radius and edge_rounds are two ways to the same edges; expected one of them")
         return found
+
+    @property
+    def follow_edges(self) -> bool:
+        """Whether maps are made to follow the image's edges, one way or the other."""
+        return self.edge_radius > 0 or self.edge_rounds > 0
 
     @property
     def mirrors(self) -> tuple[bool, ...]:
@@ -126,7 +138,7 @@ class MaskOptions(Checked):
         """Returns what the options add to the paper's masks, one thing after the other, each with its name."""
         views = {"views": self.views, "mirrored": self.mirrored, "levels": self.levels}
         refinement = {name: getattr(self, name) for name in ("rounds", "sharpness", "refine_block", "refine_heads")}
-        edges = {name: getattr(self, name) for name in ("edge_radius", "edge_smoothing")}
+        edges = {name: getattr(self, name) for name in ("edge_radius", "edge_smoothing", "edge_rounds")}
         steps = [
             (f"by {self.reading}", {"reading": self.reading}, self.reading != "prompt"),
             (f"{self.views} views", views, self.views > 1 or bool(self.levels)),
@@ -134,7 +146,7 @@ class MaskOptions(Checked):
             ("divided by the prior", {"prior": self.prior}, self.prior > 0),
             ("balanced", {"balance": self.balance}, self.balance > 0),
             (f"refined, {self.rounds} rounds", refinement, self.rounds > 0),
-            ("edges", edges, self.edge_radius > 0),
+            ("edges", edges, self.follow_edges),
         ]
         found = [("the paper's masks", PAPERS_MASKS)]
         for name, added, is_asked in steps:

@@ -16,6 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from seg4diff_jax.bilinear import bilinear_matrix, upsampler
 from seg4diff_jax.segmentation.guided_filter import Guide, guide, guided
 from seg4diff_jax.segmentation.mask_options import PAPERS_MASKS, MaskOptions
+from seg4diff_jax.segmentation.pamr import Affinities, affinities, averaged
+
+Edges = Guide | Affinities
+"""What of a picture makes maps follow its edges: the guided filter, or PAMR."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def label_map(
     *,
     canvas: tuple[int, int] | None = None,
     present: Bool[Array, " classes"] | None = None,
-    edges: Guide | None = None,
+    edges: Edges | None = None,
 ) -> Int[Array, "height width"]:
     """Returns the class that `best_classes` finds for every pixel."""
     return best_classes(scores, size, canvas=canvas, present=present, edges=edges)[1]
@@ -75,7 +79,7 @@ def best_classes(
     *,
     canvas: tuple[int, int] | None = None,
     present: Bool[Array, " classes"] | None = None,
-    edges: Guide | None = None,
+    edges: Edges | None = None,
 ) -> tuple[Float[Array, "height width"], Int[Array, "height width"]]:
     """Upsamples class scores bilinearly. Returns each pixel's best score and its class. Ties go to the earlier class.
 
@@ -90,7 +94,7 @@ def best_classes(
       edges: makes scores follow the edges of this picture, at its size, before they come to `size`. Default: none.
     """
     height, width = (int(side) for side in size) if canvas is None else canvas
-    source = scores.shape[1:] if edges is None else edges.pixels.shape[:2]
+    source = scores.shape[1:] if edges is None else size_of(edges)
     down = bilinear_matrix(source[0], size[0], height)
     across = bilinear_matrix(source[1], size[1], width)
     to_picture = None if edges is None else upsampler(scores.shape[1:], source)
@@ -99,7 +103,7 @@ def best_classes(
         score, label = best
         grid, index, allowed = challenger
         if edges is not None and to_picture is not None:
-            grid = guided(to_picture(grid[None])[0], edges)
+            grid = along(edges, to_picture(grid[None])[0])
         upsampled = jnp.einsum("hr,rc,wc->hw", down, grid, across, precision="highest")
         wins = allowed & (upsampled > score)
         return (jnp.where(wins, upsampled, score), jnp.where(wins, index, label)), None
@@ -111,6 +115,17 @@ def best_classes(
     return best
 
 
+def size_of(edges: Edges) -> tuple[int, int]:
+    """Returns the height and width of the picture whose edges they are."""
+    height, width = edges.pixels.shape[:2] if isinstance(edges, Guide) else edges.weights.shape[1:]
+    return height, width
+
+
+def along(edges: Edges, scores: Float[Array, "height width"]) -> Float[Array, "height width"]:
+    """Makes a map of a picture's pixels follow the picture's edges."""
+    return guided(scores, edges) if isinstance(edges, Guide) else averaged(scores, edges)
+
+
 # ---- on the host, for images and class lists of any size -------------------------------------------------------------
 
 CANVAS = 256
@@ -119,17 +134,20 @@ CLASS_ROWS = 8
 """Numbers of class rows are multiples of this, so that lists of many lengths share few compiled programs."""
 
 
-def edges_of(pixels: Float[Array, "height width 3"], grid: tuple[int, int], masks: MaskOptions) -> Guide | None:
-    """Returns the guide that the options ask for; None if they ask for none.
+def edges_of(pixels: Float[Array, "height width 3"], grid: tuple[int, int], masks: MaskOptions) -> Edges | None:
+    """Returns what the options ask for to follow edges; None if they ask for nothing.
 
     Args:
       pixels: what the model sees, values of -1..1.
       grid: rows and columns of image tokens.
     """
-    if not masks.edge_radius:
+    if not masks.follow_edges:
         return None
+    pixels = pixels.astype(jnp.float32) / 2 + 0.5
+    if masks.edge_rounds:
+        return affinities(pixels, masks.edge_rounds)
     radius = max(1, round(masks.edge_radius * pixels.shape[0] / grid[0]))
-    return guide(pixels.astype(jnp.float32) / 2 + 0.5, radius, masks.edge_smoothing)
+    return guide(pixels, radius, masks.edge_smoothing)
 
 
 @partial(jax.jit, static_argnames=("canvas", "masks"))
@@ -172,6 +190,6 @@ def upsampled_labels(
     allowed[: len(scores)] = True if present is None else present
     rows = np.zeros((len(allowed), *scores.shape[1:]), np.float32)
     rows[: len(scores)] = scores
-    pixels = pixels if masks.edge_radius else None
+    pixels = pixels if masks.follow_edges else None
     labels = _label_map(rows, np.asarray(size), pixels, canvas=canvas, present=allowed, masks=masks)
     return np.asarray(labels)[: size[0], : size[1]]

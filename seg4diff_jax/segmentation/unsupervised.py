@@ -9,8 +9,7 @@ therefore have one row for each token, segments first, and a count says how many
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,8 @@ class Segments(NamedTuple):
 
     Attributes:
       maps: the first `count` rows are segments, in the order of their first tokens. Each is a distribution over image
-        tokens that sums to 1. The other rows are 0.
-      count: number of segments, 1 to the number of tokens.
+        tokens that sums to 1, or of another scale (`segmentation.diffcut`). The other rows are 0.
+      count: number of segments, 1 to the number of rows.
     """
 
     maps: Float[Array, "tokens image"]
@@ -64,7 +63,8 @@ class UnsupervisedSegmentation:
 
     Attributes:
       labels: int32 [height, width], at the input image's size: index into `maps` of each pixel.
-      maps: float32 [segments, rows, columns]: the merged maps, each with the sum 1. A segment may have no pixel.
+      maps: float32 [segments, rows, columns]: the merged maps, each with the sum 1; for `diffcut` how much image tokens
+        are like the segment, -1 to 1. A segment may have no pixel.
     """
 
     labels: Int[np.ndarray, "height width"]
@@ -115,22 +115,27 @@ def merge(
     probs: Float[Array, "tokens image"],
     divergences: Float[Array, "tokens tokens"],
     threshold: Float[Array, ""] | float,
+    present: Bool[Array, " tokens"] | None = None,
 ) -> Segments:
     """Merges maps greedily, in the order of tokens.
 
     A map that no earlier segment has claimed starts a new segment, which claims all maps whose divergence from this
     first map is below `threshold`. The segment's map is the mean of all these maps, even of those that an earlier
     segment has claimed too. The first map is always among them.
+
+    Args:
+      present: which rows are maps. Default: all.
     """
     tokens = len(probs)
-    near = (divergences < threshold) | jnp.eye(tokens, dtype=bool)
+    present = jnp.ones(tokens, bool) if present is None else present
+    near = ((divergences < threshold) | jnp.eye(tokens, dtype=bool)) & present
 
     def visit(claimed: Array, token: tuple[Array, Array]) -> tuple[Array, Array]:
         index, group = token
         first = ~claimed[index]
         return claimed | (group & first), first
 
-    _, firsts = jax.lax.scan(visit, jnp.zeros(tokens, bool), (jnp.arange(tokens), near))
+    _, firsts = jax.lax.scan(visit, ~present, (jnp.arange(tokens), near))
     order = jnp.argsort(~firsts, stable=True)
     groups = (near & firsts[:, None])[order].astype(jnp.float32)
     sizes = jnp.maximum(groups.sum(axis=1, keepdims=True), 1)
@@ -165,30 +170,7 @@ def segment_labels(
     return label_map(segments.maps.reshape(-1, *grid), size, canvas=canvas, present=segments.present())
 
 
-def check_threshold(threshold: Any, minmax: Any) -> float:
-    """Returns the threshold as a float. None: the default for `minmax`.
-
-    Raises ValueError unless the threshold is a finite number above 0 and `minmax` is one of `MinMax`.
-    """
-    if minmax not in MERGE_THRESHOLDS:
-        raise ValueError(f"minmax is {minmax!r}; expected one of {', '.join(MERGE_THRESHOLDS)}")
-    chosen = MERGE_THRESHOLDS[minmax] if threshold is None else threshold
-    number = isinstance(chosen, int | float | np.number) and not isinstance(chosen, bool)
-    if not number or not 0 < chosen < float("inf"):
-        raise ValueError(f"threshold is {threshold!r}; expected a number above 0, such as {MERGE_THRESHOLDS[minmax]}")
-    return float(chosen)
-
-
 # ---- for images of any size, on the host -----------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames=("minmax",))
-def merged_maps_of_images(
-    attention: Float[Array, "images image tokens"], threshold: Float[Array, ""] | float, minmax: MinMax
-) -> tuple[Float[Array, "images tokens image"], Int[Array, " images"]]:
-    """Returns the `merged_maps` of each image, and the number of segments of each."""
-    segments = jax.vmap(lambda one: merged_maps(one, threshold=threshold, minmax=minmax))(attention)
-    return segments.maps, segments.count
 
 
 def unsupervised_segmentation(

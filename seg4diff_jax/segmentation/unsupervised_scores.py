@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 from scipy.optimize import linear_sum_assignment
 
+from seg4diff_jax.segmentation.grouping import Grouping
 from seg4diff_jax.segmentation.metrics import IGNORED
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, MinMax
 
@@ -32,12 +33,14 @@ class UnsupervisedProtocol:
       absent_classes: also match classes that the unit does not have. The pixels of a segment that is matched to such a
         class count as false positives of that class. The pixels of an unmatched segment are no false positives: they
         only count as missed by their true classes.
+      grouping: by what segments are made, see `segmentation.grouping`.
     """
 
     threshold: float
     minmax: MinMax = "pixel"
     match: Match = "image"
     absent_classes: bool = False
+    grouping: Grouping = "pads"
 
 
 UNSUPERVISED_PROTOCOLS = {

@@ -1,14 +1,13 @@
 """Scores the segments of many images under several protocols at once.
 
-The device computes the divergences of an image's maps once for each normalisation and unit of matching. For each
-threshold it then merges, upsamples and counts. The host matches the segments of one batch while the device works on the
-next. To match images, the host gets a small table of each image. To match rows, it gets label maps, which are smaller
-than tables of all rows.
+The device upsamples segments and counts. The host matches the segments of one batch while the device works on the next.
+To match images, the host gets a small table of each image. To match rows, it gets label maps, which are smaller than
+tables of all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int16, Integer, UInt8
 
+from seg4diff_jax.segmentation.grouping import Grouping, ImageVectors, segments_of_images
 from seg4diff_jax.segmentation.metrics import IGNORED
-from seg4diff_jax.segmentation.unsupervised import MinMax, divergences, log_distributions, merge, segment_labels
+from seg4diff_jax.segmentation.unsupervised import MinMax, Segments, segment_labels
 from seg4diff_jax.segmentation.unsupervised_scores import (
     Match,
     MatchCounts,
@@ -29,7 +29,9 @@ from seg4diff_jax.segmentation.unsupervised_scores import (
     no_counts,
 )
 
-Way = tuple[MinMax, Match]
+Making = tuple[Grouping, MinMax]
+"""How segments are made, but for the threshold."""
+Way = tuple[Making, Match]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,6 @@ class Truth(NamedTuple):
 class UnsupervisedTally:
     """Counts pixels under each protocol, batch by batch.
 
-    Protocols that differ only in thresholds and absent classes share the computation of divergences.
-
     Attributes:
       counts: pixel counts of each protocol, over all images that have been matched.
       segments: number of segments in all these images, for each protocol.
@@ -73,26 +73,29 @@ class UnsupervisedTally:
         self.segments = np.zeros(len(protocols), np.int64)
         self.right: list[list[int]] = [[] for _ in protocols]
         self._places: dict[Way, list[int]] = {}
-        for place, protocol in enumerate(protocols):
-            self._places.setdefault((protocol.minmax, protocol.match), []).append(place)
+        self._thresholds: dict[Way, list[int]] = {}
+        for making, places in made_alike(protocols).items():
+            for threshold, place in enumerate(places):
+                way = making, protocols[place].match
+                self._places.setdefault(way, []).append(place)
+                self._thresholds.setdefault(way, []).append(threshold)
         self._pending: list[tuple[Way, Truth, Array, Array]] = []
 
-    def add(self, attention: Float[Array, "images image tokens"], grid: tuple[int, int], truth: Truth) -> None:
+    def add(self, segments: Mapping[Making, Segments], grid: tuple[int, int], truth: Truth) -> None:
         """Counts a batch. Returns when the batch before has been matched, while the device still counts this one.
 
         Args:
-          attention: attention of image tokens to the tokens of an empty prompt, averaged over heads. It may be split
-            over devices.
+          segments: of each image, for each way to make them that a protocol has, at its thresholds: what
+            `made_segments` returns. Their maps may be split over devices.
           grid: rows and columns of image tokens.
 
-        Raises FloatingPointError if the attention of the batch before is not finite; `finish` reports the last batch.
+        Raises FloatingPointError if maps of the batch before are not finite; `finish` reports the last batch.
         """
         before, self._pending = self._pending, []
-        for way, places in self._places.items():
-            thresholds = np.array([self.protocols[place].threshold for place in places], np.float32)
-            options = {"grid": grid, "classes": self.classes, "minmax": way[0], "match": way[1]}
-            found = counted_segments(attention, truth.labels, truth.sizes, thresholds, **options)
-            self._pending.append((way, truth, *found))
+        for way in self._places:
+            some = jax.tree.map(lambda leaf, way=way: leaf[:, self._thresholds[way]], segments[way[0]])
+            options = {"grid": grid, "classes": self.classes, "match": way[1]}
+            self._pending.append((way, truth, *counted_segments(some, truth.labels, truth.sizes, **options)))
         self._match(before)
 
     def finish(self) -> None:
@@ -141,38 +144,67 @@ def tables(
         yield np.bincount(unit, minlength=(classes + 1) * most).reshape(classes + 1, most)
 
 
-@partial(jax.jit, static_argnames=("grid", "classes", "minmax", "match"))
+def made_alike(protocols: Sequence[UnsupervisedProtocol]) -> dict[Making, list[int]]:
+    """Returns the places of the protocols whose segments are made in one way, at thresholds of their own."""
+    places: dict[Making, list[int]] = {}
+    for place, protocol in enumerate(protocols):
+        places.setdefault((protocol.grouping, protocol.minmax), []).append(place)
+    return places
+
+
+def made_segments(
+    seen: Mapping[Grouping, Float[Array, "images image tokens"] | ImageVectors],
+    protocols: Sequence[UnsupervisedProtocol],
+    grid: tuple[int, int],
+) -> dict[Making, Segments]:
+    """Returns the segments of each image, for each way to make them, at the thresholds of its protocols in order.
+
+    Args:
+      seen: what one pass shows of the images, for each grouping (`segments_of_images`).
+    """
+    return {
+        (grouping, minmax): segments_of_images(
+            seen[grouping],
+            [protocols[place].threshold for place in places],
+            grouping=grouping,
+            minmax=minmax,
+            grid=grid,
+        )
+        for (grouping, minmax), places in made_alike(protocols).items()
+    }
+
+
+@partial(jax.jit, static_argnames=("grid", "classes", "match"))
 def counted_segments(
-    attention: Float[Array, "images image tokens"],
+    segments: Segments,
     truth: UInt8[Array, "images height width"],
     sizes: Int[Array, "images 2"],
-    thresholds: Float[Array, " thresholds"],
     *,
     grid: tuple[int, int],
     classes: int,
-    minmax: MinMax,
     match: Match,
-) -> tuple[Integer[Array, "images thresholds classes_or_height tokens_or_width"], Int[Array, "images thresholds"]]:
-    """Returns what the host needs for matching, and the number of segments: -1 if attention is not finite.
+) -> tuple[Integer[Array, "images thresholds classes_or_height rows_or_width"], Int[Array, "images thresholds"]]:
+    """Returns what the host needs for matching, and the number of segments: -1 if their maps are not finite.
 
     To match images, the host needs the pixels that classes share with segments (see `intersections`). To match rows,
     it needs each image's label map on the canvas, int16.
+
+    Args:
+      segments: of each image at each threshold: maps [images, thresholds, rows, tokens].
     """
 
-    def of_image(attention: Array, truth: Array, size: Array) -> tuple[Array, Array]:
-        log_probs = log_distributions(attention, minmax)
-        probs, apart = jnp.exp(log_probs), divergences(log_probs)
+    def of_image(segments: Segments, truth: Array, size: Array) -> tuple[Array, Array]:
         canvas = truth.shape[0], truth.shape[1]
         inside = (jnp.arange(canvas[0]) < size[0])[:, None] & (jnp.arange(canvas[1]) < size[1])
 
-        def at(threshold: Array) -> tuple[Array, Array]:
-            segments = merge(probs, apart, threshold)
-            count = jnp.where(jnp.isfinite(attention).all(), segments.count, -1)
+        def at(segments: Segments) -> tuple[Array, Array]:
+            count = jnp.where(jnp.isfinite(segments.maps).all(), segments.count, -1)
             labels = segment_labels(segments, grid, size, canvas=canvas)
             if match == "row":
                 return labels.astype(jnp.int16), count
-            return intersections(truth, jnp.where(inside, labels, -1), classes=classes, most=len(probs)), count
+            most = len(segments.maps)
+            return intersections(truth, jnp.where(inside, labels, -1), classes=classes, most=most), count
 
-        return jax.lax.map(at, thresholds)
+        return jax.lax.map(at, segments)
 
-    return jax.vmap(of_image)(attention, truth, sizes)
+    return jax.vmap(of_image)(segments, truth, sizes)

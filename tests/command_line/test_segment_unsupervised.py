@@ -37,6 +37,7 @@ def test_segments_are_written_as_classes_are_under_names_that_say_nothing(sd3, s
     record = json.loads((out / "segmentation.json").read_text())
     assert [entry["name"] for entry in record["classes"]] == names
     assert (record["prompts"], record["threshold"], record["minmax"]) == ([""], 0.02, "pixel")
+    assert record["grouping"] == "pads"
     assert (out / "overlay.png").is_file()
     assert len(list((out / "heatmaps").iterdir())) == expected.segments
 
@@ -45,6 +46,8 @@ def test_segments_are_written_as_classes_are_under_names_that_say_nothing(sd3, s
     ("changed", "message"),
     [
         (["--threshold", "0"], "threshold is 0.0; expected a number above 0"),
+        (["--grouping", "diffcut", "--threshold", "2"], "threshold is 2.0; expected below 1, such as 0.35"),
+        (["--grouping", "diffcut", "--minmax", "token"], "minmax is 'token', which is of the grouping pads alone"),
         (["--threshold=-0.1"], "threshold is -0.1; expected a number above 0"),
         (["--block", "6"], "block is 6; "),
         (["--size", "64x90"], "multiples of 16"),

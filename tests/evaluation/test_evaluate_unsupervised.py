@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from seg4diff_jax.evaluation.options import Data, Options, Unsupervised, parse, 
 from seg4diff_jax.evaluation.rows import Row, Setting
 from seg4diff_jax.evaluation.run import Evaluation, evaluate
 from seg4diff_jax.flow import image_noise
+from seg4diff_jax.segmentation.grouping import THRESHOLD_GRIDS, THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS
 from seg4diff_jax.segmentation.unsupervised_scores import UNSUPERVISED_PROTOCOLS, UnsupervisedProtocol
 from tests.reference.adapters import RANK, factors, release_names, write_release
@@ -155,6 +156,47 @@ def test_the_transformer_runs_once_for_each_batch_and_look_whatever_is_tried(sd3
     assert len(batches) == 2 * 2
 
 
+OTHERS = {"diffseg": (0.006, 0.008), "diffcut": (0.4, 0.5)}
+
+
+@pytest.mark.parametrize("grouping", OTHERS)
+def test_other_groupings_score_the_pipelines_segments_from_one_pass_for_each_batch(sd3, root, grouping, monkeypatch):
+    benchmark, every = folder_benchmark(root), range(len(SIZES))
+    noises = [np.asarray(image_noise(SEED, [index], (SQUARE // 8, SQUARE // 8, 16)))[0] for index in every]
+    how = {"block": VARIED, "step": 8, "size": (SQUARE, SQUARE), "grouping": grouping}
+
+    def segmented(threshold: float) -> list[s4d.UnsupervisedSegmentation]:
+        images = [benchmark.source[index]["image"] for index in every]
+        return sd3.segment_unsupervised(images, noise=np.stack(noises), threshold=threshold, **how)
+
+    def steady(wanted: float) -> float:
+        """A threshold near the one that is wanted, at which rounding does not decide what merges."""
+        counts = lambda threshold: [one.segments for one in segmented(threshold)]
+        some = (wanted * (1 + 0.004 * step) for step in range(20))
+        return next(each for each in some if counts(0.999 * each) == counts(each) == counts(1.001 * each))
+
+    few, more = (UnsupervisedProtocol(steady(wanted), grouping=grouping) for wanted in OTHERS[grouping])
+    protocols = few, replace(more, match="row", absent_classes=True)
+    run, batches = forward.image_vectors, []
+    monkeypatch.setattr(forward, "image_vectors", lambda *a, **k: batches.append(0) or run(*a, **k))
+    settings = Settings((VARIED,), (8,), (SEED,), batch_size=2, prompts=(), unsupervised=protocols)
+    found = evaluate(sd3, benchmark, settings, shown=1)
+    assert len(batches) == 2 + 1, "two batches, and one to be shown"
+    for protocol in protocols:
+        expected, counts = segmented(protocol.threshold), np.zeros((3, len(CLASSES)), int)
+        for index, one in enumerate(expected):
+            labels = benchmark.source[index]["labels"]
+            own = count_matches(labels, one.labels, len(CLASSES), protocol.match, protocol.absent_classes)
+            counts += np.array([own.hits, own.false, own.missed])
+        row = row_of(found.rows, protocol, VARIED, 8)
+        assert row.segments == pytest.approx(np.mean([one.segments for one in expected]), abs=0.01)
+        assert row.segments > 1
+        assert row.metrics.pixel_accuracy == pytest.approx(100 * counts[0].sum() / counts[[0, 2]].sum(), abs=0.2)
+        permuted = row_of([one for one in found.baselines if one.baseline == "permuted"], protocol, VARIED, 8)
+        assert permuted.segments == row.segments
+        assert row.plain()["grouping"] == grouping
+
+
 def test_batches_of_any_size_score_alike(sd3, root, evaluation):
     settings = Settings((VARIED,), (8,), (SEED,), batch_size=3, prompts=(), unsupervised=HERE)
     for row in evaluate(sd3, folder_benchmark(root), settings).rows:
@@ -264,7 +306,7 @@ def test_what_is_written_tells_thresholds_apart_and_the_configuration_is_resolve
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["protocol"] == ["open_vocabulary", "unsupervised"]
     expected = {"threshold": [0.004, 0.0204], "minmax": "pixel", "match": "image", "absent_classes": False}
-    assert config["unsupervised"] == expected
+    assert config["unsupervised"] == expected | {"grouping": "pads"}
     again = parse(["--config", str(out / "config.yaml")])
     assert merging_protocols(again, protocols(again.protocol)) == HERE[:2]
 
@@ -301,6 +343,9 @@ def test_options_make_ours_and_the_releases_protocols():
     chosen = lambda **options: merging_protocols(Options(unsupervised=Unsupervised(**options)), ("unsupervised",))
     assert chosen() == (UNSUPERVISED_PROTOCOLS["ours"],)
     assert chosen(minmax="token")[0].threshold == MERGE_THRESHOLDS["token"]
+    for grouping in ("diffseg", "diffcut"):
+        assert chosen(grouping=grouping) == (UnsupervisedProtocol(THRESHOLDS[grouping], grouping=grouping),)
+        assert [one.threshold for one in chosen(grouping=grouping, threshold="grid")] == [*THRESHOLD_GRIDS[grouping]]
     release = {"minmax": "token", "match": "row", "absent_classes": True}
     assert chosen(threshold="0.035,0.1", **release) == (
         UNSUPERVISED_PROTOCOLS["release_config"],
@@ -315,6 +360,14 @@ def test_options_make_ours_and_the_releases_protocols():
         (["--protocol", "unsupervised", "--unsupervised.threshold", "0"], "--unsupervised.threshold is 0.0: expected"),
         (["--protocol", "unsupervised", "--unsupervised.threshold", "0.1,x"], "expected numbers above 0, each once"),
         (["--protocol", "unsupervised", "--unsupervised.threshold", "0.1,0.1"], "each once"),
+        (
+            ["--protocol", "unsupervised", "--unsupervised.grouping", "diffcut", "--unsupervised.threshold", "1"],
+            "expected numbers above 0 and below 1, each once, as in 0.5,0.6, or grid",
+        ),
+        (
+            ["--protocol", "unsupervised", "--unsupervised.grouping", "diffseg", "--unsupervised.minmax", "token"],
+            "minmax is 'token', which is of the grouping pads alone",
+        ),
         (["--unsupervised.match", "row"], "--unsupervised.match is 'row', but --protocol is 'open_vocabulary'"),
         (["--unsupervised.absent-classes"], "--unsupervised.absent-classes is True, but --protocol"),
         (["--lora", "absent.safetensors"], "absent.safetensors"),

@@ -71,7 +71,8 @@ def settled(pipe: Pipeline, root: str, *, block: int, step: int) -> list[Unsuper
         guessed = without_images(scores.reshape(1, 1, scores.shape[1], -1), batch.indices, 5)
         named = [each[0, present] for each in (scores, *(np.asarray(one).reshape(scores.shape) for one in guessed))]
         ties = np.any([undecided(each, size) for each in named], axis=0)
-        attention.append([np.asarray(each)[0, 0] for each in (maps, permuted_tokens(maps, batch.indices, 5))])
+        permuted = permuted_tokens(maps[0][:, None].swapaxes(-1, -2), batch.indices, 5).swapaxes(-1, -2)
+        attention.append([np.asarray(each)[0, 0] for each in (maps, permuted)])
         every.append((file, ties))
     protocols = [
         replace(one, threshold=threshold_near(one.threshold, *(distributions(a, one.minmax) for a, _ in attention)))

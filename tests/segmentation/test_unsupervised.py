@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from seg4diff_jax.segmentation import unsupervised as ours
-from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, check_threshold, merged_maps, segment_labels
+from seg4diff_jax.segmentation.grouping import THRESHOLDS, check_threshold, segments_of_images
+from seg4diff_jax.segmentation.unsupervised import MERGE_THRESHOLDS, merged_maps, segment_labels
 from tests.reference import unsupervised as reference
 from tests.reference.random_weights import relative_error
 from tests.reference.ties import assert_same_labels
@@ -190,8 +191,8 @@ def test_on_the_host_one_program_serves_any_number_of_segments():
     jax.monitoring.register_event_duration_secs_listener(note)
     attention = jnp.asarray(random_attention(30, seed=4)[None])
     for number, threshold in enumerate((1.0, 1e-9, 0.02, 0.025)):
-        maps, count = ours.merged_maps_of_images(attention, threshold, "pixel")
-        found = ours.unsupervised_segmentation(np.asarray(maps[0]).reshape(-1, *GRID), int(count[0]), (40, 50))
+        maps, count = segments_of_images(attention, [threshold], grid=GRID)
+        found = ours.unsupervised_segmentation(np.asarray(maps[0, 0]).reshape(-1, *GRID), int(count[0, 0]), (40, 50))
         assert found.maps.shape == (found.segments, *GRID)
         assert_same_labels(found.labels, reference.labels_of(found.maps, GRID, (40, 50)), found.maps, error=0)
         counts.append(found.segments)
@@ -214,6 +215,24 @@ def test_the_default_threshold_depends_on_the_normalisation():
 def test_a_threshold_must_be_a_number_above_zero(threshold):
     with pytest.raises(ValueError, match=r"threshold is .*; expected a number above 0, such as 0\.0002"):
         check_threshold(threshold, "pixel")
+
+
+def test_the_default_threshold_depends_on_the_grouping():
+    for grouping, threshold in THRESHOLDS.items():
+        assert check_threshold(None, "pixel", grouping) == threshold
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((None, "pixel", "kmeans"), "grouping is 'kmeans'; expected one of pads, diffseg, diffcut"),
+        ((None, "token", "diffseg"), "minmax is 'token', which is of the grouping pads alone: leave it out"),
+        ((1.0, "pixel", "diffcut"), r"threshold is 1\.0; expected below 1, such as 0\.\d+: from 1 on diffcut cuts"),
+    ],
+)
+def test_a_grouping_that_means_nothing_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        check_threshold(*asked)
 
 
 def test_another_normalisation_is_refused_by_name():

@@ -169,9 +169,9 @@ def test_nothing_labelled_counts_for_nothing():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("ours", (MERGE_THRESHOLDS["pixel"], "pixel", "image", False)),
-        ("release", (0.1, "token", "row", True)),
-        ("release_config", (0.035, "token", "row", True)),
+        ("ours", (MERGE_THRESHOLDS["pixel"], "pixel", "image", False, "pads")),
+        ("release", (0.1, "token", "row", True, "pads")),
+        ("release_config", (0.035, "token", "row", True, "pads")),
     ],
 )
 def test_protocols_have_names(name, expected):
