@@ -81,7 +81,8 @@ def fused_class_maps(
     A row is a prompt, or an image where prompts are concepts. Arguments are as for `read_class_scores`.
     """
     refine = (block if masks.refine_block is None else masks.refine_block) if masks.rounds else None
-    count, seen = len(views.each), views.as_one() if len(views.each) > 1 else views.each[0]
+    count = len(views.each)
+    seen = views.as_one() if count > 1 else views.each[0]
     how = {"block": block, "head": head, "refine": refine, "kernel": kernel}
     # The views of a row follow one another, so that all of them lie on one device.
     every = lambda leaf: jnp.repeat(leaf, count, axis=0)
@@ -90,7 +91,7 @@ def fused_class_maps(
         each, between = prompt_maps(transformer, seen, texts, averaging, normalize=masks.normalize, **how)
     else:
         assert beside is not None, "concepts are read beside a text"
-        groups = len(averaging) // len(views.each[0])
+        groups = len(averaging) // (len(seen) // count)
         in_views = lambda leaf: every(leaf.reshape(-1, groups, *leaf.shape[1:])).reshape(-1, *leaf.shape[1:])
         texts, averaging = jax.tree.map(in_views, (texts, averaging))
         how |= {"normalize": masks.normalize, "outputs": masks.reading == "concept outputs"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def pictures_of(directory: Path) -> list[str]:
     return files
 
 
-def means_table(means: dict[str, float]) -> Table:
+def means_table(means: Mapping[str, float]) -> Table:
     table = Table("class", "draws, %", box=None)
     table.columns[1].justify = "right"
     for name, mean in sorted(means.items(), key=lambda each: -each[1]):

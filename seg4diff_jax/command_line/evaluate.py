@@ -230,9 +230,8 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
     for protocol in {OPEN_VOCABULARY, UNSUPERVISED}.difference(chosen) if chosen else ():
         refusals.found += unused(options, protocol)
     refusals.found += problems(options.masks, "--masks.")
-    prior = refusals.parsed(
-        lambda: options.class_prior and read_class_prior(Path(options.class_prior).expanduser()), None
-    )
+    named = options.class_prior
+    prior = None if named is None else refusals.parsed(lambda: read_class_prior(Path(named).expanduser()), None)
     if not refusals.found:
         refusals.check(lambda: options.masks.check_fits(max(blocks), model.num_layers, model.num_attention_heads))
         for each in blocks:

@@ -294,8 +294,8 @@ def _prompt_rows(
         some = slice(start, start + count)
         own = texts[some]
         texts_of_rows = (*own, *own[-1:] * (count - len(own)))
-        padded = (_filled(each[some], count) for each in (image_of_row, averaging))
-        yield PromptRows(texts_of_rows, *padded, _filled(priors[some], count, value=1))
+        owner, weights = (_filled(each[some], count) for each in (image_of_row, averaging))
+        yield PromptRows(texts_of_rows, owner, weights, _filled(priors[some], count, value=1))
 
 
 def _filled(array: np.ndarray, count: int, value: int = 0) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -20,6 +21,7 @@ from seg4diff_jax.miniature.flow_matching import FlowMatchingConfig
 from seg4diff_jax.training.sample_pictures import Samples, asked_for
 
 ROOT = Path(__file__).parents[2]
+PRIOR = str(ROOT / "configs" / "eval" / "miniature_prior.json")
 MINIATURE = ["--config", str(ROOT / "configs" / "magnet" / "miniature.yaml")]
 
 
@@ -158,6 +160,42 @@ def test_masks_that_a_checkpoint_cannot_make_are_refused_and_the_last_block_that
     later = MaskOptions(rounds=1, refine_block=5)
     assert evaluation.settle(Options(masks=later), checkpoint, 1).settings.last_block == 5
     assert evaluation.settle(Options(), checkpoint, 1).settings.last_block == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": {"prior": 0.4}}, "prior is 0.4, the power of a class prior, and none is given"),
+        ({"class_prior": PRIOR}, "a class prior is given, but its power, prior, is 0; expected more than 0"),
+        ({"class_prior": PRIOR, "masks": {"prior": 0.4}, "blocks": 2}, "the class prior is block 3's, and block 2 is"),
+        (
+            {"class_prior": PRIOR, "masks": {"prior": 0.4}, "heads": "mean,1"},
+            "--class-prior is of the mean of a block's heads, and --heads is 'mean,1'",
+        ),
+        ({"class_prior": "absent.json", "masks": {"prior": 0.4}}, "absent.json: no such file; expected what `seg4diff"),
+        (
+            {"masks": {"reading": "concepts", "rounds": 1, "refine_block": 5}},
+            "refine_block is 5, and with concepts nothing after block 3 is run",
+        ),
+    ],
+)
+def test_a_class_prior_that_an_evaluation_cannot_use_is_refused(options, message):
+    from seg4diff_jax import MaskOptions
+    from seg4diff_jax import open as open_checkpoint
+
+    given = options | {"masks": MaskOptions(**options.get("masks", {}))}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluation.settle(Options(**given), open_checkpoint("miniature"), 1)
+
+
+def test_a_class_prior_is_read_before_the_weights():
+    from seg4diff_jax import MaskOptions
+    from seg4diff_jax import open as open_checkpoint
+
+    given = Options(class_prior=PRIOR, masks=MaskOptions(prior=0.4))
+    settings = evaluation.settle(given, open_checkpoint("miniature"), 1).settings
+    assert settings.prior is not None
+    assert len(settings.prior.means) == 22
 
 
 def test_options_of_masks_are_read_from_a_file_and_from_the_terminal(tmp_path):
