@@ -42,7 +42,7 @@ def object_precision(
     least = jnp.min(scores, where=inside, initial=jnp.inf)
     span = jnp.max(scores, where=inside, initial=-jnp.inf) - least
     # Behind the barrier XLA divides each score. Otherwise it would multiply by a rounded reciprocal, and some scores s
-    # and 1 - s that are equal, which is one step, would be two.
+    # and 1 - s that are equal, which is one step, would be two (findings/xla_cpu_divides_by_a_reciprocal.sh).
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.where(span > 0, span, 1), scores.shape))
     own = jnp.where(span > 0, (scores - least) / divisor, 0)
     other = jnp.where(span > 0, 1 - own, 0)
