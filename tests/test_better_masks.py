@@ -16,7 +16,10 @@ import seg4diff_jax as s4d
 from seg4diff_jax import passes
 from seg4diff_jax.evaluation.batches import Example, Reader, assemble
 from seg4diff_jax.evaluation.benchmarks import folder_benchmark
+from seg4diff_jax.evaluation.gallery import shown_by_name
+from seg4diff_jax.evaluation.measurement import Measurement, Settings
 from seg4diff_jax.evaluation.readouts import Forward, Readout
+from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.vocabulary import questions
 from seg4diff_jax.evaluation.zero_shot import Pass, ZeroShot
 from seg4diff_jax.flow import image_noise
@@ -203,6 +206,27 @@ def test_the_evaluator_counts_the_masks_of_segment(sd3, tmp_path, changed):
                 right = np.array(each(item)[0])[one.labels] == item.labels
                 few = 1e-3 * right.size
                 assert abs(int(right[item.labels != 255].sum()) - int(counted.right[place, at, index])) <= few
+
+
+@pytest.mark.parametrize("kind", ["present", "all"])
+def test_the_page_shows_the_papers_masks_beside_refined_ones(sd3, tmp_path, kind):
+    benchmark = folder_benchmark(write_images(tmp_path / "set", [(64, 64), (100, 70)]))
+    settings = Settings((VARIED,), (8,), (5,), batch_size=2, prompts=(kind,), masks=replace(MASKS, refine_block=None))
+    measurement = Measurement(sd3, benchmark, settings)
+    outcome = measurement.outcome()
+    changed: list[float] = []
+    for better in (False, True):
+        best = Setting(step=8, block=VARIED, head=None, prompts=kind, refined=better)
+        for shown in shown_by_name(measurement, outcome, best, 2):
+            index, asked = shown.example.index, measurement.asked[kind](shown.example)
+            names, size = [benchmark.classes[label] for label in asked[0]], (SQUARE, SQUARE)
+            noise = np.asarray(image_noise(5, [index], (SQUARE // 8, SQUARE // 8, 16)))[0]
+            plain = sd3.segment(shown.image, names, block=VARIED, step=8, noise=noise, size=size, resize="square")
+            labels = np.array(asked[0])[plain.labels]
+            assert ((shown.papers if better else shown.predicted) == labels).mean() > 0.99
+            assert (shown.papers is None) == (not better)
+            changed.append((shown.predicted != labels).mean())
+    assert max(changed[:2]) < 0.01 < max(changed[2:])
 
 
 @pytest.mark.parametrize(

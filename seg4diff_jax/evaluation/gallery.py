@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from seg4diff_jax.evaluation.background import above_mean
 from seg4diff_jax.evaluation.batches import Example, assemble
 from seg4diff_jax.evaluation.counts import Counts
 from seg4diff_jax.evaluation.measurement import Measurement, of_one_size
-from seg4diff_jax.evaluation.options import MEAN
+from seg4diff_jax.evaluation.options import MEAN, Threshold
 from seg4diff_jax.evaluation.rows import Setting
 from seg4diff_jax.evaluation.unsupervised import Look
 from seg4diff_jax.evaluation.vocabulary import each_class_once
@@ -72,6 +73,7 @@ class Shown:
       scores: scores of these classes, on the grid of image tokens.
       accuracy: percent of the labelled pixels that are right.
       why: the reason for which `pictured` chose the image.
+      papers: the class of every pixel by the paper's masks, where `predicted` is refined.
     """
 
     example: Example
@@ -81,6 +83,7 @@ class Shown:
     scores: Float[np.ndarray, "classes rows columns"]
     accuracy: float
     why: Why
+    papers: Int[np.ndarray, "height width"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,32 +108,53 @@ class ShownSegments:
 def shown_by_name(measurement: Measurement, outcome: Counts, best: Setting, count: int) -> list[Shown]:
     """Returns the images that `pictured` chooses by accuracy at the first seed, segmented by class names."""
     settings, counting = measurement.settings, measurement.zero_shot
-    one, place = Pass(best.step, settings.seeds[0], best.prompts), settings.readouts.index(best.readout)
-    reading, masks = settings.readings.index(best.reading), settings.masks if best.refined else PAPERS_MASKS
+    one, reading = Pass(best.step, settings.seeds[0], best.prompts), settings.readings.index(best.reading)
     accuracy = _percent(outcome.counted.right[counting.passes.index(one), reading], outcome)
     asked, chosen = measurement.asked[best.prompts], pictured(accuracy, outcome.histograms, count)
+    papers = best.readout._replace(refined=False)
+    at, before = settings.readouts.index(best.readout), settings.readouts.index(papers) if best.refined else None
     found: dict[int, Shown] = {}
     for numbers, why, examples in _batches(measurement, outcome, chosen):
-        scores = counting.scores(assemble(examples, settings.batch_size, asked, settings.prior), one)[place]
-        for number, reason, example, grid in zip(numbers, why, examples, scores, strict=False):
+        scores = counting.scores(assemble(examples, settings.batch_size, asked, settings.prior), one)
+        for place, (number, reason, example) in enumerate(zip(numbers, why, examples, strict=True)):
             classes, prompts = asked(example)
-            grid = grid[: len(classes)].copy()
-            if wordless := len(classes) > len(prompts.classes):  # the last row wins where all others are below
-                grid[-1] = 0 if best.threshold == MEAN else best.threshold
-            if best.threshold == MEAN:
-                predicted = _object_above_mean(grid[0], example, masks)
-            else:
-                labels = upsampled_labels(grid, example.labels.shape, masks=masks, pixels=example.pixels)
-                predicted = np.array(classes, np.int32)[labels]
+            wordless = len(classes) > len(prompts.classes)
+            label = partial(_labelled, classes=classes, wordless=wordless, example=example, threshold=best.threshold)
+            grid = scores[at, place, : len(classes)].copy()
+            predicted = label(grid, masks=settings.masks if best.refined else PAPERS_MASKS)
+            plain = None if before is None else label(scores[before, place, : len(classes)].copy(), masks=PAPERS_MASKS)
             if wordless:
                 grid[-1] = -grid[:-1].max(axis=0)  # below the scores of competitors, if there are any
             classes, grid = each_class_once(classes, grid)
             if best.prompts == "all":  # keep only classes that are present or predicted
-                kept = [at for at, label in enumerate(classes) if label in {*example.present, *np.unique(predicted)}]
-                classes, grid = tuple(classes[at] for at in kept), grid[kept]
+                kept = [row for row, each in enumerate(classes) if each in {*example.present, *np.unique(predicted)}]
+                classes, grid = tuple(classes[row] for row in kept), grid[kept]
             image = measurement.reader.image(example.index)
-            found[number] = Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason)
+            found[number] = Shown(example, image, predicted, classes, grid, float(accuracy[number]), reason, plain)
     return [found[number] for number, _ in chosen]
+
+
+def _labelled(
+    grid: Float[np.ndarray, "classes rows columns"],
+    *,
+    classes: Sequence[int],
+    wordless: bool,
+    example: Example,
+    threshold: Threshold | None,
+    masks: MaskOptions,
+) -> Int[np.ndarray, "height width"]:
+    """Returns the class of every pixel, as `zero_shot.count` finds it.
+
+    Args:
+      classes: the class of each row of scores.
+      wordless: whether the last row has no words, and wins where all others are below the threshold.
+    """
+    if threshold == MEAN:
+        return _object_above_mean(grid[0], example, masks)
+    if wordless:
+        grid[-1] = threshold
+    labels = upsampled_labels(grid, example.labels.shape, masks=masks, pixels=example.pixels)
+    return np.array(classes, np.int32)[labels]
 
 
 def _object_above_mean(

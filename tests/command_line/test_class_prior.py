@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,16 @@ def test_the_file_holds_what_was_measured_on_the_first_pictures(given, written):
 
 def test_segment_divides_by_it(given, written, tmp_path):
     image, out = str(given / "pictures" / "0.png"), tmp_path / "out"
-    asked = ["--refine", "--explain", "--prior", str(written), "--out", str(out)]
+    asked = ["--refine", "--explain", "--concepts", "--prior", str(written), "--out", str(out)]
     assert main(["segment", image, *CLASSES, *HOW, *asked]) == 0
     pipe = s4d.load("miniature", dtype="float32")
     prior = s4d.read_class_prior(written)
-    expected = pipe.segment(image, CLASSES, masks=MASKS_WITH_PRIOR, prior=prior)
+    masks = replace(MASKS_WITH_PRIOR, reading="concepts")
+    expected = pipe.segment(image, CLASSES, masks=masks, prior=prior)
     with np.load(out / "scores.npz") as saved:
         np.testing.assert_allclose(saved["scores"], expected.scores, rtol=1e-4)
     record = json.loads((out / "segmentation.json").read_text())
-    assert record["masks"]["prior"] == MASKS_WITH_PRIOR.prior
+    assert (record["masks"]["prior"], record["masks"]["reading"]) == (MASKS_WITH_PRIOR.prior, "concepts")
     assert record["prior"] == str(written)
 
 

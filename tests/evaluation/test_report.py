@@ -330,6 +330,9 @@ def test_a_card_has_small_pictures_and_the_iou_of_each_class_in_the_image():
         true, said = (shown.example.labels == index), (shown.predicted == index) & counts
         assert entry.iou == pytest.approx(100 * (true & said).sum() / (true | said).sum())
     assert made.legend[-1].name == "not labelled"
+    beside = card(replace(shown, papers=shown.example.labels.astype(np.int32)), benchmark.classes)
+    assert [one.title for one in beside.pictures] == ["image", "truth", "the paper's masks", "refined masks"]
+    assert [one.title for one in made.pictures] == ["image", "truth", "prediction"]
 
 
 @pytest.mark.parametrize("by_rows", [False, True])

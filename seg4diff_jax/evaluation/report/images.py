@@ -60,8 +60,10 @@ def card(shown: Shown, classes: Sequence[str]) -> Card:
     pictures = [
         photograph("image", Image.fromarray(shown.image), LONGEST),
         drawing("truth", truth, colors, LONGEST),
-        drawing("prediction", shown.predicted, colors, LONGEST),
+        drawing("prediction" if shown.papers is None else "refined masks", shown.predicted, colors, LONGEST),
     ]
+    if shown.papers is not None:
+        pictures.insert(2, drawing("the paper's masks", shown.papers, colors, LONGEST))
     scores = dict(zip(shown.classes, shown.scores, strict=True))
     filled = _by_size([*shown.classes], truth, shown.predicted)
     heat = [
