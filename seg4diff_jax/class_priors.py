@@ -79,8 +79,9 @@ def write_class_prior(path: Path, prior: ClassPrior, model: str) -> None:
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_class_prior(path: Path) -> ClassPrior:
-    """Reads what `write_class_prior` wrote. Raises ValueError, which names the file, for anything else."""
+def read_class_prior(file: str | Path) -> ClassPrior:
+    """Reads what `write_class_prior` wrote. Raises CheckpointError, which names the file, for anything else."""
+    path = Path(file).expanduser()
     found = read_json(path, EXPECTED)
     for name, kind in KEYS.items():
         if not isinstance(value := found.get(name), kind) or isinstance(value, bool):

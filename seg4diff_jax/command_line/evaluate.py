@@ -231,7 +231,7 @@ def settle(options: Options, checkpoint: Checkpoint, devices: int) -> Chosen:
         refusals.found += unused(options, protocol)
     refusals.found += problems(options.masks, "--masks.")
     named = options.class_prior
-    prior = None if named is None else refusals.parsed(lambda: read_class_prior(Path(named).expanduser()), None)
+    prior = None if named is None else refusals.parsed(lambda: read_class_prior(named), None)
     if not refusals.found:
         refusals.check(lambda: options.masks.check_fits(max(blocks), model.num_layers, model.num_attention_heads))
         for each in blocks:

@@ -102,7 +102,7 @@ def run(options: Any) -> None:
             raise ValueError(f"--{name} is for --refine, which is not given")
     masks, prior = REFINED_MASKS if options.refine else PAPERS_MASKS, None
     if options.prior is not None:
-        masks, prior = MASKS_WITH_PRIOR, read_class_prior(Path(options.prior).expanduser())
+        masks, prior = MASKS_WITH_PRIOR, read_class_prior(options.prior)
         prior.of(options.classes)  # a class that was not measured is refused before weights are read
     if options.concepts:
         masks = replace(masks, reading="concepts")

@@ -27,7 +27,6 @@ ELSEWHERE: dict[str, str] = {
             "seg4diff_jax/analysis/word_views.py",
             "seg4diff_jax/batching.py",
             "seg4diff_jax/command_line/analyze.py",
-            "seg4diff_jax/command_line/class_prior.py",
             "seg4diff_jax/command_line/clip_score.py",
             "seg4diff_jax/command_line/generate.py",
             "seg4diff_jax/command_line/segment.py",

@@ -57,6 +57,7 @@ def test_a_file_keeps_a_prior(tmp_path):
     write_class_prior(tmp_path / "new" / "prior.json", PRIOR, "m")
     assert json.loads((tmp_path / "new" / "prior.json").read_text()) == KEPT
     assert read_class_prior(tmp_path / "new" / "prior.json") == PRIOR
+    assert read_class_prior(str(tmp_path / "new" / "prior.json")) == PRIOR
 
 
 @pytest.mark.parametrize(
