@@ -127,6 +127,12 @@ def keep_if(wanted: Bool[Array, ""], records: Any, place: Int[Array, ""], make: 
     return jax.lax.cond(wanted, write, lambda records: records, records)
 
 
+def block_of(trunk: Trunk, number: int) -> Any:
+    """Returns one block, by its number in the model, with parameters of its own."""
+    place, stack = next((place, stack) for place, stack in enumerate(trunk.layer_stacks) if number < stack.stop)
+    return take_layer(trunk.stacks[place], number - stack.start)
+
+
 def attention_at(
     trunk: Trunk,
     latents: Float[Array, "batch height width channels"],
@@ -170,9 +176,7 @@ def attentions_at(
     last, options = max(blocks), options.about(conditioning)
     state, vector = trunk.embed(latents, timesteps, conditioning)
     state, records = run_blocks(trunk, state, vector, last, blocks, options)
-    number, stack = next((number, stack) for number, stack in enumerate(trunk.layer_stacks) if last < stack.stop)
-    block = take_layer(trunk.stacks[number], last - stack.start)
-    image, text = block.qkv(state, vector)
+    image, text = block_of(trunk, last).qkv(state, vector)
     return records | {last: attention_record(image, text, options)}
 
 
@@ -209,7 +213,6 @@ def concepts_at(
     state, vector = trunk.embed(latents, timesteps, conditioning)
     state = replace(state, concepts=trunk.embed_concepts(jnp.repeat(timesteps, groups), concepts))
     state, records = run_blocks(trunk, state, vector, block, capture, options.about(conditioning))
-    number, stack = next((number, stack) for number, stack in enumerate(trunk.layer_stacks) if block < stack.stop)
-    one = take_layer(trunk.stacks[number], block - stack.start)
+    one = block_of(trunk, block)
     image, text = one.qkv(state, vector)
     return image, text, one.concepts_qkv(state.concepts), records
